@@ -1,0 +1,115 @@
+"""How a model is loaded and how an engine runs it: frozen values, checked once when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Literal, TypeAlias
+
+KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+CachePolicy: TypeAlias = Literal["longest", "best"]
+Pooling: TypeAlias = Literal["model", "none", "mean", "cls", "last"]
+FlashAttention: TypeAlias = Literal["auto", "on", "off"]
+
+KV_TYPES: tuple[KvType, ...] = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+POOLINGS: tuple[Pooling, ...] = ("model", "none", "mean", "cls", "last")
+
+MAX_SLOTS = 256
+"""Sequences one llama.cpp context can hold."""
+MAX_THREADS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A LoRA adapter file and how strongly it applies."""
+
+    path: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"the scale of adapter {self.path} must be finite")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which file to load and where its weights go. Raises ValueError for a value outside its range."""
+
+    path: str
+    adapters: tuple[AdapterConfig, ...] = ()
+    gpu_layers: int = -1
+    """Layers to put on GPUs, if a backend for one is there; -1 all."""
+    main_gpu: int = 0
+    tensor_split: tuple[float, ...] = ()
+    """Proportion of the model for each GPU; empty: by their free memory."""
+    mmap: bool = True
+    mlock: bool = False
+    check_tensors: bool = False
+    """Read every tensor at load and refuse NaN and infinity in quantisation scales."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", fspath(self.path))
+        if not self.path:
+            raise ValueError("path must name a model file")
+        if not -1 <= self.gpu_layers <= 2**31 - 1:
+            raise ValueError("gpu_layers must be -1 or more")
+        if self.main_gpu < 0:
+            raise ValueError("main_gpu must be 0 or more")
+        if any(not math.isfinite(share) or share < 0 for share in self.tensor_split):
+            raise ValueError("tensor_split must be finite and not negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How many sequences run at once and with what. Raises ValueError for a value outside its range."""
+
+    slots: int = 4
+    """Sequences that run at once; each is a lane of the one KV cache and a place of the prompt cache."""
+    context_length: int | None = None
+    """Tokens each slot holds; None: what the model was trained for, at most 4096."""
+    batch_size: int = 512
+    """Rows of one step, and of one micro-batch: the longest stretch of work that nothing interrupts on a GPU."""
+    threads: int | None = None
+    """Threads that compute; None leaves room for the event loop."""
+    flash_attention: FlashAttention = "auto"
+    kv_type: KvType = "f16"
+    """Element type of the KV cache; quantised types need flash attention for the V half."""
+    cache_policy: CachePolicy = "longest"
+    """Which slot a prompt takes: "longest" the free one sharing the longest prefix (one user), "best" also forks a
+    prefix from a busy slot into the least recently used free one (many users)."""
+    pooling: Pooling = "model"
+    """How the vectors of a prompt's tokens become one; "model": as the file says, else the last token's."""
+    max_queue: int | None = None
+    """Requests that may wait for a slot before `EngineBusy`; None: no bound."""
+    max_backlog: int = 256
+    """Unread events after which a generation is paused until its reader catches up."""
+    stall_timeout: float = 30.0
+    """Seconds a paused generation waits for its reader before it is dropped with `ReaderStalled`."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise ValueError(f"slots must be between 1 and {MAX_SLOTS}")
+        if self.context_length is not None and not 4 <= self.context_length <= 2**26:
+            raise ValueError("context_length must be between 4 and 67108864")
+        if not 1 <= self.batch_size <= 2**16:
+            raise ValueError("batch_size must be between 1 and 65536")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads must be between 1 and {MAX_THREADS}")
+        if self.kv_type not in KV_TYPES:
+            raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}")
+        if self.flash_attention not in ("auto", "on", "off"):
+            raise ValueError("flash_attention must be auto, on or off")
+        if self.cache_policy not in ("longest", "best"):
+            raise ValueError("cache_policy must be longest or best")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}")
+        if self.max_queue is not None and self.max_queue < 0:
+            raise ValueError("max_queue must not be negative")
+        if self.max_backlog < 1:
+            raise ValueError("max_backlog must be 1 or more")
+        if not self.stall_timeout > 0:
+            raise ValueError("stall_timeout must be more than 0 seconds")
+
+
+PathLikeStr: TypeAlias = "str | PathLike[str]"

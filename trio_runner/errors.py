@@ -1,0 +1,120 @@
+"""Everything that trio-runner raises on purpose.
+
+    RunnerError
+    |- RequestError         the caller's fault; `param` names the field
+    |  |- InvalidRequest
+    |  |- PromptTooLong     (n_prompt, n_ctx)
+    |  |- InvalidGrammar
+    |  |- InvalidImage
+    |  '- Unsupported       (feature)
+    |- EngineBusy           the queue is full; `retry_after` seconds
+    |- EngineClosed         we shut it
+    |- EngineBroken         the decode thread died; `__cause__` says why
+    |- ReaderStalled        nobody read this generation's events for too long
+    |- LoadError            a model, adapter or projector file; `path` names it
+    '- NativeError          (function, code, message) from the shim, translated once, in llama/
+
+As in trio, Closed is what we did and Broken is what happened to us. Messages are for people: whatever a program needs
+is an attribute. `status` is the HTTP status that fits; only server/problems.py reads it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RunnerError(Exception):
+    """The root of the tree above."""
+
+    status: ClassVar[int] = 500
+
+
+class RequestError(RunnerError):
+    """The request cannot be served as it is; sending it again unchanged is pointless."""
+
+    status = 400
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """A field is missing, of the wrong type, or outside its range."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt has `n_prompt` tokens where at most `n_ctx` fit."""
+
+    def __init__(self, n_prompt: int, n_ctx: int, *, param: str = "prompt") -> None:
+        super().__init__(f"{param} has {n_prompt} tokens, but at most {n_ctx} fit", param=param)
+        self.n_prompt = n_prompt
+        self.n_ctx = n_ctx
+
+
+class InvalidGrammar(RequestError):
+    """The grammar does not parse, can produce nothing, or would cost too much."""
+
+    def __init__(self, message: str, *, param: str = "grammar") -> None:
+        super().__init__(message, param=param)
+
+
+class InvalidImage(RequestError):
+    """The image cannot be decoded or is outside the limits."""
+
+
+class Unsupported(RequestError):
+    """The loaded model cannot do `feature`."""
+
+    status = 422
+
+    def __init__(self, feature: str, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message or f"this model does not support {feature}", param=param)
+        self.feature = feature
+
+
+class EngineBusy(RunnerError):
+    """The queue is full; try again in `retry_after` seconds."""
+
+    status = 503
+
+    def __init__(self, message: str = "the queue is full", *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineClosed(RunnerError):
+    """The engine was shut down before or during the request."""
+
+    status = 503
+
+
+class EngineBroken(RunnerError):
+    """The decode thread died, or the model never loaded; `__cause__` is the failure."""
+
+    status = 500
+
+
+class ReaderStalled(RunnerError):
+    """The events of a generation were left unread for longer than the engine's stall deadline."""
+
+    status = 500
+
+
+class LoadError(RunnerError):
+    """A file could not be loaded; `path` names it and the message says what is wrong with it."""
+
+    def __init__(self, message: str, *, path: str | None = None) -> None:
+        super().__init__(message if path is None else f"{path}: {message}")
+        self.path = path
+        self.reason = message
+
+
+class NativeError(RunnerError):
+    """`function` of the shim returned `code`; `message` is what llama.cpp or the shim said."""
+
+    def __init__(self, function: str, code: int, message: str) -> None:
+        super().__init__(f"{function} failed with {code}: {message}")
+        self.function = function
+        self.code = code
+        self.message = message
