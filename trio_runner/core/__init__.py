@@ -1,0 +1,1 @@
+"""The decisions, and nothing else: no I/O, no thread, no clock, no cffi, no trio."""

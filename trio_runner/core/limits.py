@@ -1,0 +1,24 @@
+"""What a loaded model and its context can do: the facts about them that decisions depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Fixed for the life of a context."""
+
+    n_slots: int
+    n_ctx: int
+    """Positions one slot can hold."""
+    max_rows: int
+    """Rows of one batch."""
+    has_memory: bool = True
+    """False: nothing stays in the KV cache between steps, as in BERT; only embeddings are possible."""
+    can_trim: bool = True
+    """False: part of a sequence cannot be removed (recurrent state); a trimmed slot starts again from nothing."""
+    can_shift: bool = True
+    """False: positions cannot be renumbered; a full slot decodes what it keeps again."""
+    can_generate: bool = True
+    """False: the model has no tokens to sample, only vectors."""

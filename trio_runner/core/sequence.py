@@ -1,0 +1,128 @@
+"""One request in flight, from its prompt to its last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trio_runner.core.batch import Sampled
+from trio_runner.core.slots import Slot
+from trio_runner.core.stop import StopMatcher
+from trio_runner.core.utf8 import Utf8Assembler
+from trio_runner.events import FinishReason, SampledToken, TextPiece, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec:
+    """What the scheduler is asked to run. The prompt fits a slot; see `core.prompt.fit_prompt`."""
+
+    uid: int
+    prompt: tuple[int, ...]
+    n_keep: int = 0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    cache_prompt: bool = True
+    shift: bool = True
+    embedding: bool = False
+    """Wanted is the vector of the prompt, not a continuation."""
+    progress: bool = False
+    logprobs: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The scheduler's side of a request. `slot` holds what is in the KV cache, `pending` what is to go there next."""
+
+    spec: SequenceSpec
+    slot: Slot
+    pending: list[int]
+    n_cached: int
+    prompt_done: bool = False
+    paused: bool = False
+    prompt_seconds: float = 0.0
+    completion_seconds: float = 0.0
+    text: GeneratedText = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = GeneratedText(self.spec.stop, keep_tokens=self.spec.logprobs)
+
+    @property
+    def decoding(self) -> bool:
+        """The prompt is done and one sampled token waits to be decoded: the cheap, steady state."""
+        return self.prompt_done and len(self.pending) == 1
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.spec.prompt),
+            cached_tokens=self.n_cached,
+            completion_tokens=self.text.n_tokens,
+            prompt_seconds=self.prompt_seconds,
+            completion_seconds=self.completion_seconds,
+        )
+
+
+class GeneratedText:
+    """Sampled tokens in, certain text out: whole characters, and nothing that may yet be part of a stop string."""
+
+    def __init__(self, stops: tuple[str, ...], *, keep_tokens: bool = False) -> None:
+        self.n_tokens = 0
+        """Sampled so far, an end token included."""
+        self._utf8 = Utf8Assembler()
+        self._stop = StopMatcher(stops)
+        self._keep_tokens = keep_tokens
+        self._tokens: list[SampledToken] = []
+        self._n_emitted = 0
+        self._n_assembled = 0
+        self._ends: list[int] = []
+        # Where the text of each token ended: only needed where a stop string can cut it.
+        self._track_ends = any(stops)
+
+    @property
+    def stop_matched(self) -> str | None:
+        return self._stop.matched
+
+    def push(self, sampled: Sampled) -> TextPiece | None:
+        """Take one token; the piece that became certain, if any."""
+        self._count(sampled)
+        text = self._utf8.push(sampled.piece)
+        self._n_assembled += len(text)
+        if self._track_ends:
+            self._ends.append(self._n_assembled)
+        return self._emit(self._stop.push(text))
+
+    def end(self, sampled: Sampled) -> TextPiece | None:
+        """Take the end token, which has no text; what was held back is certain now."""
+        self._count(sampled)
+        return self.flush()
+
+    def flush(self) -> TextPiece | None:
+        """No more tokens: what was held back is certain, half a character is dropped."""
+        return self._emit(self._stop.push(self._utf8.flush()) + self._stop.flush())
+
+    def take_tokens(self) -> tuple[SampledToken, ...]:
+        """The tokens not reported yet, if they are kept at all."""
+        tokens, self._tokens = tuple(self._tokens), []
+        return tokens
+
+    def n_cut(self) -> int:
+        """How many tokens, from the last one back, have text that a stop string cut off, in whole or in part."""
+        return sum(end > self._n_emitted for end in self._ends)
+
+    def _count(self, sampled: Sampled) -> None:
+        self.n_tokens += 1
+        if self._keep_tokens:
+            self._tokens.append(SampledToken(sampled.token, sampled.piece, sampled.logprob, sampled.top))
+
+    def _emit(self, text: str) -> TextPiece | None:
+        self._n_emitted += len(text)
+        return TextPiece(text, self.take_tokens()) if text else None
+
+
+def finish_reason(text: GeneratedText, sampled: Sampled, spec: SequenceSpec) -> FinishReason | None:
+    """Why the sequence ends with this token, which `text` has taken; None when it goes on. An end token comes before
+    a stop string, and that before the limit."""
+    if sampled.is_end or text.stop_matched is not None:
+        return "stop"
+    if spec.max_tokens is not None and text.n_tokens >= spec.max_tokens:
+        return "length"
+    return None
