@@ -1,0 +1,124 @@
+"""The decode thread: takes the mail, asks the scheduler what to do, has the context do it, hands the events over.
+
+It is the only owner of the context, of the samplers in use, and of the scheduler. The trio thread reaches it through
+the mailbox, `interrupt`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from trio_runner.config import CachePolicy
+from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.scheduler import Emission, Scheduler, SchedulerStatistics, Step
+from trio_runner.engine.mailbox import Cancel, Close, Mail, Mailbox, Pause, Resume, Submit
+from trio_runner.engine.runtime import Context, Sampler
+from trio_runner.events import Embedded, Finished
+
+logger = logging.getLogger("trio_runner.engine")
+
+MIN_ROWS_TO_INTERRUPT = 16
+"""Rows of a cancelled sequence that make it worth breaking off a batch, at the price of running the micro-batch again
+for its neighbours. One row of a sequence that decodes costs its neighbours next to nothing, a prompt a lot."""
+
+
+class DecodeLoop:
+    """`run` is the whole life of the decode thread. `deliver` is called there, must not block and must not raise."""
+
+    def __init__(
+        self,
+        context: Context,
+        mailbox: Mailbox,
+        deliver: Callable[[list[Emission]], None],
+        *,
+        cache_policy: CachePolicy,
+    ) -> None:
+        self.statistics = SchedulerStatistics()
+        """As of the last mail or step; replaced, never mutated, so that any thread may read it."""
+        self._context = context
+        self._mailbox = mailbox
+        self._deliver = deliver
+        self._scheduler = Scheduler(context.limits, cache_policy=cache_policy)
+        self._samplers: dict[int, Sampler] = {}
+        self._in_flight: dict[int, int] = {}
+        self._interruptible = context.limits.can_trim
+
+    def interrupt(self, uid: int) -> None:
+        """Break off the running batch if `uid`, which is being cancelled, makes up enough of it. From any thread.
+
+        The batch may end, and another one start, between the look and the call: then a batch is run again for
+        nothing, which is all that can happen.
+        """
+        if self._in_flight.get(uid, 0) >= MIN_ROWS_TO_INTERRUPT:
+            self._context.raise_abort()
+
+    def run(self) -> None:
+        """Until a Close arrives. Raises what the context raises; every sampler is closed on the way out."""
+        try:
+            step: Step | None = None
+            while True:
+                for mail in self._mailbox.take(wait=step is None):
+                    if isinstance(mail, Close):
+                        return
+                    self._read(mail)
+                step = self._scheduler.next_step()
+                if step is not None:
+                    self._run(step)
+                self.statistics = self._scheduler.statistics()
+        finally:
+            for mail in self._mailbox.take():
+                if isinstance(mail, Submit) and mail.sampler is not None:
+                    mail.sampler.close()
+            for sampler in self._samplers.values():
+                sampler.close()
+
+    def _read(self, mail: Mail) -> None:
+        match mail:
+            case Submit(spec, sampler):
+                if sampler is not None:
+                    self._samplers[spec.uid] = sampler
+                self._scheduler.submit(spec)
+            case Cancel(uid):
+                self._scheduler.cancel(uid)
+                self._drop_sampler(uid)
+            case Pause(uid):
+                self._scheduler.pause(uid)
+            case Resume(uid):
+                self._scheduler.resume(uid)
+
+    def _run(self, step: Step) -> None:
+        trims_held = True
+        for op in step.memory_ops:
+            if not self._context.apply(op):
+                self._scheduler.trim_failed(op)
+                trims_held = False
+        if not trims_held or not step.batch.chunks:
+            return
+        # Lower the flag, say what is in flight, look for mail, and only then decode: whoever cancels later than that
+        # sees the sequence in flight and raises the flag, whoever cancelled earlier is found in the mailbox.
+        self._context.lower_abort()
+        self._in_flight = self._interruptible_rows(step.batch)
+        if self._mailbox:
+            self._in_flight = {}
+            return
+        result = self._context.decode(step.batch, self._samplers)
+        self._in_flight = {}
+        # The batch after one that was broken off always runs to its end: cancelling in a loop cannot stop the others.
+        self._interruptible = self._context.limits.can_trim and result.outcome is not DecodeOutcome.ABORTED
+        if result.outcome not in (DecodeOutcome.OK, DecodeOutcome.ABORTED):
+            logger.warning("a batch of %d rows failed: %s", step.batch.n_rows, result.message or result.outcome.value)
+        emissions = self._scheduler.commit(step.batch, result)
+        for uid, event in emissions:
+            if isinstance(event, (Finished, Embedded)):
+                self._drop_sampler(uid)
+        if emissions:
+            self._deliver(emissions)
+
+    def _interruptible_rows(self, batch: Batch) -> dict[int, int]:
+        return {chunk.uid: len(chunk.tokens) for chunk in batch.chunks} if self._interruptible else {}
+
+    def _drop_sampler(self, uid: int) -> None:
+        sampler = self._samplers.pop(uid, None)
+        if sampler is not None:
+            sampler.close()

@@ -1,0 +1,467 @@
+"""The engine: one model, one decode thread, any number of readers.
+
+    open_engine
+      nursery
+      |- _live        loads the model on a helper thread, runs the decode loop on its own, tears down in order
+      |- _watch_stalled   drops readers that were left paused for too long
+      '- the caller's block
+
+All state below lives on the trio thread. The decode thread gets mail, and sends events back through one idempotent
+`run_sync_soon` per step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from trio_runner.config import EngineConfig, ModelConfig
+from trio_runner.core.limits import Limits
+from trio_runner.core.pooling import normalize as normalize_vector
+from trio_runner.core.scheduler import Emission, SchedulerStatistics
+from trio_runner.engine.decode_loop import DecodeLoop
+from trio_runner.engine.generation import Embedding, Generation, Reader
+from trio_runner.engine.mailbox import Cancel, Close, Mailbox, Pause, Resume, Submit
+from trio_runner.engine.prepare import prepare_embedding, prepare_generation
+from trio_runner.engine.runtime import Loader, ModelInfo, Runtime
+from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, LoadError, ReaderStalled, RunnerError
+from trio_runner.events import Embedded, Finished
+from trio_runner.request import EmbedRequest, GenerateRequest, SamplingParams, as_prompt
+
+logger = logging.getLogger("trio_runner.engine")
+
+Status: TypeAlias = Literal["loading", "ready", "closing", "closed", "broken"]
+T = TypeVar("T")
+
+_SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
+
+MAX_HELPERS = 2
+"""Prompts that are tokenised at the same time: more would only take the cores from the decode thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """A snapshot, for people and metrics. The scheduler's part is as of the last step."""
+
+    status: Status
+    slots: int
+    generations: int
+    """Requests in flight: waiting, running, paused, or with their last events not handed over yet."""
+    scheduler: SchedulerStatistics
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return self.scheduler.n_running
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a slot."""
+        return self.scheduler.n_waiting
+
+
+class Engine:
+    """One loaded model, ready for any number of concurrent requests. Made by `open_engine`; used on its trio thread."""
+
+    def __init__(self, loader: Loader, config: EngineConfig) -> None:
+        """Not to be called: `open_engine` does."""
+        self.config = config
+        self.failure: BaseException | None = None
+        """Why `status` is "broken"."""
+        self._loader = loader
+        self._status: Status = "loading"
+        self._progress = 0.0
+        self._settled = trio.Event()
+        self._runtime: Runtime | None = None
+        self._loop: DecodeLoop | None = None
+        self._mailbox = Mailbox()
+        self._uids = itertools.count(1)
+        self._readers: dict[int, Reader] = {}
+        self._emissions: deque[Emission] = deque()
+        self._paused_until: dict[int, float] = {}
+        self._paused_changed = trio.Event()
+        self._idle = trio.Event()
+        self._helpers = trio.CapacityLimiter(MAX_HELPERS)
+        self._n_helping = 0
+        self._none_helping = trio.Event()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> Status:
+        return self._status
+
+    @property
+    def progress(self) -> float:
+        """How much of the model is loaded, from 0 to 1."""
+        return self._progress
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model. Raises as `wait_ready` while there is none."""
+        return self._ready_runtime().model.info
+
+    @property
+    def limits(self) -> Limits:
+        """What the context can do. Raises as `wait_ready` while there is none."""
+        return self._ready_runtime().context.limits
+
+    def statistics(self) -> EngineStatistics:
+        scheduler = self._loop.statistics if self._loop is not None else SchedulerStatistics()
+        return EngineStatistics(self._status, self.config.slots, len(self._readers), scheduler)
+
+    async def wait_ready(self) -> None:
+        """Until the model is loaded. Raises `LoadError` if that failed, `EngineBroken` if the engine died,
+        `EngineClosed` if it was closed or is closing."""
+        await self._settled.wait()
+        self._ready_runtime()
+
+    # -- what it does -------------------------------------------------------------------------------------------------
+
+    def generate(self, request: GenerateRequest | str | Sequence[int], /, **options: Any) -> Generation:
+        """Continue a prompt: a whole request, or text or tokens with any fields of `GenerateRequest` and
+        `SamplingParams` by name. Nothing happens before the generation is entered, started or iterated.
+
+        Raises `InvalidRequest` for a value outside its range and TypeError for a name that is no field.
+        """
+        if not isinstance(request, GenerateRequest):
+            sampling = {name: options.pop(name) for name in _SAMPLING_FIELDS & options.keys()}
+            if "stop" in options:
+                stop = options["stop"]
+                options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            if sampling:
+                options["sampling"] = SamplingParams(**sampling)
+            request = GenerateRequest(prompt=as_prompt(request), **options)
+        elif options:
+            raise TypeError("options go into the request")
+        return Generation(self, request, partial(prepare_generation, request))
+
+    async def embed(self, texts: Sequence[str], *, normalize: bool = False) -> NDArray[np.float32]:
+        """One vector per text, shape (len(texts), n_embd). Raises as `Generation.start`; then no vector is lost, for
+        none is returned."""
+        if isinstance(texts, str):
+            raise TypeError("embed takes a list of texts")
+        requests = [EmbedRequest(content=text, normalize=normalize) for text in texts]
+        vectors: list[NDArray[np.float32]] = []
+        in_flight: deque[Embedding] = deque()
+        # A window, so that a long list neither fills the queue nor starves the requests of others.
+        window = max(1, min(2 * self.config.slots, self.config.slots + (self.config.max_queue or self.config.slots)))
+        try:
+            for request in requests:
+                if len(in_flight) == window:
+                    vectors.append(_vector((await in_flight.popleft().result()), normalize))
+                embedding = Embedding(self, partial(prepare_embedding, request))
+                await embedding.start()
+                in_flight.append(embedding)
+            while in_flight:
+                vectors.append(_vector((await in_flight.popleft().result()), normalize))
+        finally:
+            for embedding in in_flight:
+                embedding.close()
+        return np.stack(vectors) if vectors else np.empty((0, self.info.n_embd), np.float32)
+
+    async def embed_request(self, request: EmbedRequest) -> Embedded:
+        """The vector of one request, float32, shape (n_embd,), and what it cost. Raises as `Generation.start`."""
+        embedding = Embedding(self, partial(prepare_embedding, request))
+        try:
+            await embedding.start()
+            embedded = await embedding.result()
+        finally:
+            embedding.close()
+        return Embedded(_vector(embedded, request.normalize), embedded.usage)
+
+    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """The tokens of `text`. Raises `InvalidRequest`, and as `wait_ready`."""
+        await self.wait_ready()
+        model = self._ready_runtime().model
+        return await self._help(partial(model.tokenize, text, add_special=add_special, parse_special=parse_special))
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`; bytes that are no characters become U+FFFD. Raises as `tokenize`."""
+        await self.wait_ready()
+        data = await self._help(partial(self._ready_runtime().model.detokenize, tokens))
+        return data.decode(errors="replace")
+
+    async def drain(self, timeout: float) -> None:
+        """Take no more requests and wait until those in flight are done, at most `timeout` seconds; then end what is
+        left with `EngineClosed`."""
+        if self._status in ("loading", "ready"):
+            self._status = "closing"
+            self._settled.set()
+        with trio.move_on_after(timeout):
+            while self._readers:
+                await self._idle.wait()
+        for uid in list(self._readers):
+            self.cancel(uid, EngineClosed("the engine is shutting down"))
+
+    # -- the desk: what Generation and Embedding use ------------------------------------------------------------------
+
+    @property
+    def max_backlog(self) -> int:
+        return self.config.max_backlog
+
+    async def submit(self, reader: Reader, prepare: Callable[[Runtime, int], Submit]) -> int:
+        """Prepare a sequence on a helper thread and queue it. Returns its uid."""
+        await self.wait_ready()
+        self._refuse_if_full()
+        uid = next(self._uids)
+        mail = await self._help(partial(prepare, self._ready_runtime(), uid))
+        # No checkpoint from here to the return: a sequence that is queued has a reader that knows its uid.
+        try:
+            self._ready_runtime()
+            self._refuse_if_full()
+        except RunnerError:
+            if mail.sampler is not None:
+                mail.sampler.close()
+            raise
+        self._readers[uid] = reader
+        self._mailbox.put(mail)
+        return uid
+
+    def cancel(self, uid: int, error: Exception | None = None) -> None:
+        """Let go of a sequence; with `error`, its reader is told. Ignores a uid that has ended."""
+        reader = self._readers.pop(uid, None)
+        if reader is None:
+            return
+        self._forget(uid)
+        self._mailbox.put(Cancel(uid))
+        if self._loop is not None:
+            self._loop.interrupt(uid)
+        if error is not None:
+            reader.fail(error)
+
+    def pause(self, uid: int) -> None:
+        self._mailbox.put(Pause(uid))
+        self._paused_until[uid] = trio.current_time() + self.config.stall_timeout
+        self._paused_changed.set()
+
+    def resume(self, uid: int) -> None:
+        self._paused_until.pop(uid, None)
+        self._mailbox.put(Resume(uid))
+
+    # -- its life -----------------------------------------------------------------------------------------------------
+
+    async def live(self) -> None:
+        """Load, run until cancelled, tear down. Returns if loading fails; raises `EngineBroken` if the engine dies."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_when_cancelled)
+                runtime = await self._load()
+                if runtime is not None:
+                    nursery.start_soon(self._watch_stalled)
+                    try:
+                        await self._run(runtime)
+                    finally:
+                        await self._free(runtime)
+                nursery.cancel_scope.cancel()
+        finally:
+            if self._status != "broken":
+                self._status = "closed"
+            self._settled.set()
+
+    async def _load(self) -> Runtime | None:
+        def report(progress: float) -> None:
+            self._progress = progress
+
+        load = partial(self._loader, self.config, progress=report, cancelled=self._is_closing)
+        try:
+            runtime = await trio.to_thread.run_sync(load, limiter=trio.CapacityLimiter(1))
+        except EngineClosed:
+            return None
+        except Exception as failure:
+            logger.error("loading failed: %s", failure)
+            self._break(failure)
+            return None
+        self._progress = 1.0
+        return runtime
+
+    async def _run(self, runtime: Runtime) -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        def deliver(emissions: list[Emission]) -> None:
+            self._emissions.extend(emissions)
+            token.run_sync_soon(self._hand_over, idempotent=True)
+
+        loop = DecodeLoop(runtime.context, self._mailbox, deliver, cache_policy=self.config.cache_policy)
+        self._runtime, self._loop = runtime, loop
+        if self._status == "loading":
+            self._status = "ready"
+        self._settled.set()
+        try:
+            # Never abandoned: the context may only be freed once nothing computes on it.
+            await trio.to_thread.run_sync(loop.run, limiter=trio.CapacityLimiter(1))
+        except Exception as failure:
+            logger.exception("the decode thread died")
+            self._hand_over()
+            self._break(failure)
+            raise EngineBroken(f"the decode thread died: {failure}") from failure
+        self._hand_over()
+
+    async def _free(self, runtime: Runtime) -> None:
+        self._end_readers(lambda: self._broken() if self._status == "broken" else EngineClosed("the engine was closed"))
+        # Whoever is still tokenising, in whatever task, does so with this model.
+        with trio.CancelScope(shield=True):
+            while self._n_helping:
+                await self._none_helping.wait()
+        self._runtime = self._loop = None
+        runtime.context.close()
+        runtime.model.close()
+
+    async def _stop_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            if self._status != "broken":
+                self._status = "closing"
+            self._mailbox.put(Close())
+            if self._runtime is not None:
+                self._runtime.context.raise_abort()
+
+    async def _watch_stalled(self) -> None:
+        while True:
+            await self._paused_changed.wait()
+            self._paused_changed = trio.Event()
+            while self._paused_until:
+                await trio.sleep_until(min(self._paused_until.values()))
+                for uid, deadline in list(self._paused_until.items()):
+                    if deadline <= trio.current_time():
+                        self.cancel(uid, ReaderStalled(f"nothing was read for {self.config.stall_timeout:g} seconds"))
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _is_closing(self) -> bool:
+        return self._status != "loading"
+
+    def _ready_runtime(self) -> Runtime:
+        if self._status == "ready" and self._runtime is not None:
+            return self._runtime
+        if self._status == "broken":
+            raise self._broken()
+        if self._status == "loading":
+            raise EngineBusy("the model is still loading")
+        raise EngineClosed("the engine is shutting down")
+
+    def _broken(self) -> RunnerError:
+        """A new exception each time: each reader raises its own."""
+        if isinstance(self.failure, LoadError):
+            return LoadError(self.failure.reason, path=self.failure.path)
+        error = EngineBroken(f"the engine is broken: {self.failure}")
+        error.__cause__ = self.failure
+        return error
+
+    def _break(self, failure: Exception) -> None:
+        self.failure = failure
+        self._status = "broken"
+        self._settled.set()
+
+    def _refuse_if_full(self) -> None:
+        max_queue = self.config.max_queue
+        if max_queue is not None and len(self._readers) >= self.config.slots + max_queue:
+            raise EngineBusy(f"{self.config.slots} requests are running and {max_queue} waiting")
+
+    def _hand_over(self) -> None:
+        # Runs inside trio's own entry queue: an exception here would bring down trio itself.
+        while self._emissions:
+            uid, event = self._emissions.popleft()
+            reader = self._readers.get(uid)
+            if reader is None:
+                continue
+            if isinstance(event, (Finished, Embedded)):
+                del self._readers[uid]
+                self._forget(uid)
+            reader.deliver(event)
+
+    def _forget(self, uid: int) -> None:
+        self._paused_until.pop(uid, None)
+        if not self._readers:
+            self._idle.set()
+            self._idle = trio.Event()
+
+    def _end_readers(self, error: Callable[[], Exception]) -> None:
+        while self._readers:
+            uid, reader = self._readers.popitem()
+            self._forget(uid)
+            reader.fail(error())
+
+    async def _help(self, call: Callable[[], T]) -> T:
+        """Run `call` on a helper thread, to its end: the model must outlive it."""
+        self._n_helping += 1
+        try:
+            return await trio.to_thread.run_sync(call, limiter=self._helpers)
+        finally:
+            self._n_helping -= 1
+            if not self._n_helping:
+                self._none_helping.set()
+                self._none_helping = trio.Event()
+
+
+@asynccontextmanager
+async def open_engine(
+    model: str | os.PathLike[str] | ModelConfig | Loader,
+    config: EngineConfig | None = None,
+    *,
+    wait: bool = True,
+    **options: Any,
+) -> AsyncIterator[Engine]:
+    """An engine for the length of the block.
+
+    `model` is a path, a `ModelConfig`, or anything that loads (`testing.ToyLoader`). `config`, or the fields of an
+    `EngineConfig` by name, say how to run it. With `wait` the block starts when the model is loaded, and a model that
+    does not load raises `LoadError`; without, it starts at once, with `engine.status` "loading", and a failure shows
+    as "broken". Leaving the block ends every generation with `EngineClosed`. Should the decode thread die, every
+    generation ends with `EngineBroken`, the block is cancelled and `EngineBroken` is raised out of it.
+    """
+    if config is not None and options:
+        raise TypeError("give either config or its fields by name")
+    engine = Engine(_loader(model), config or EngineConfig(**options))
+    own: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.live)
+            try:
+                if wait:
+                    await engine.wait_ready()
+                yield engine
+            except BaseException as error:
+                own = error
+                raise
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # A nursery wraps even a lone exception; who wrote `raise X` in the block expects X to come out of it.
+        raise _unwrap(group, own) from None
+
+
+def _unwrap(group: BaseExceptionGroup[BaseException], own: BaseException | None) -> BaseException:
+    """The one error in `group`, cancellations aside, or the group; never the inside of `own`, the caller's."""
+    _, errors = group.split(lambda error: isinstance(error, trio.Cancelled) and error is not own)
+    error: BaseException = errors if errors is not None else group
+    while error is not own and isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _loader(model: str | os.PathLike[str] | ModelConfig | Loader) -> Loader:
+    if isinstance(model, (str, os.PathLike)):
+        model = ModelConfig(path=os.fspath(model))
+    if isinstance(model, ModelConfig):
+        # Imported here, so that everything but real models works without the native library.
+        from trio_runner.llama.loader import LlamaLoader
+
+        return LlamaLoader(model)
+    return model
+
+
+def _vector(embedded: Embedded, normalize: bool) -> NDArray[np.float32]:
+    vector = np.asarray(embedded.vector, dtype=np.float32)
+    return normalize_vector(vector) if normalize else vector

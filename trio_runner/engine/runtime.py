@@ -1,0 +1,103 @@
+"""What the engine needs from a model and its context. `llama/` provides it over llama.cpp, `testing.py` as a toy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from trio_runner.config import EngineConfig
+from trio_runner.core.batch import Batch, StepResult
+from trio_runner.core.limits import Limits
+from trio_runner.core.memory import MemoryOp
+from trio_runner.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What is known of a loaded model."""
+
+    name: str
+    architecture: str
+    description: str
+    n_vocab: int
+    n_ctx_train: int
+    n_embd: int
+    n_layer: int = 0
+    n_params: int = 0
+    size: int = 0
+    """Bytes of all tensors."""
+    adds_bos: bool = False
+    causal: bool = True
+    chat_template: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """The file's scalar keys and values, as text."""
+
+
+class Sampler(Protocol):
+    """Chooses tokens for one sequence; remembers what it chose."""
+
+    def close(self) -> None:
+        """Free it. Idempotent."""
+
+
+class Model(Protocol):
+    """Weights and vocabulary: read-only, so any thread may call it."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """The tokens of `text`. Raises `InvalidRequest` for text that the vocabulary cannot take."""
+
+    def detokenize(self, tokens: Sequence[int]) -> bytes:
+        """The text of `tokens`. Raises `InvalidRequest` for a token outside the vocabulary."""
+
+    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
+        """A sampler whose penalties have seen `prompt`. Raises `InvalidGrammar` or `InvalidRequest`."""
+
+    def close(self) -> None:
+        """Free it, after its context and samplers. Idempotent."""
+
+
+class Context(Protocol):
+    """The KV cache and what computes on it. Belongs to one thread, except `raise_abort`."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def apply(self, op: MemoryOp) -> bool:
+        """Edit the KV cache. False: this memory cannot trim part of a slot, and nothing changed."""
+
+    def length(self, slot: int) -> int:
+        """Positions that `slot` holds: one more than the last, 0 when empty."""
+
+    def decode(self, batch: Batch, samplers: Mapping[int, Sampler]) -> StepResult:
+        """Run one batch and sample its outputs with the samplers of their uids. Raises `NativeError` when the
+        context cannot be used any more; everything else is an outcome."""
+
+    def raise_abort(self) -> None:
+        """Make the running `decode`, or the next, return ABORTED soon. From any thread; never blocks."""
+
+    def lower_abort(self) -> None: ...
+
+    def close(self) -> None:
+        """Free it. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A loaded model with the context that the engine will own."""
+
+    model: Model
+    context: Context
+
+
+class Loader(Protocol):
+    """Loads a runtime. Called once per engine, on a helper thread."""
+
+    def __call__(
+        self, config: EngineConfig, *, progress: Callable[[float], None], cancelled: Callable[[], bool]
+    ) -> Runtime:
+        """Report progress from 0 to 1, from any thread; give up soon after `cancelled()` turns true, raising
+        `EngineClosed`. Raises `LoadError` when the file is at fault."""
