@@ -1,0 +1,582 @@
+// Contexts: the KV cache, and the step that decodes a batch and samples from it.
+
+#include "trio_internal.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+
+using namespace trio;
+
+namespace {
+
+constexpr int32_t MAX_THREADS = 512; // beyond about this, creating threads fails, which ggml answers with an abort
+constexpr uint32_t MAX_BATCH = 1 << 16;
+constexpr int32_t N_POOLING_TYPES = 5;
+
+// How long ggml's threads spin for the next graph before they sleep, from 0 to 100. Its default, 50, keeps every core busy
+// for tens of milliseconds after each step, just when the event loop has the step's tokens to deliver. Waking them costs
+// tens of microseconds.
+constexpr uint32_t THREADPOOL_POLL = 0;
+
+bool is_kv_type(int32_t type) {
+    switch (type) {
+    case GGML_TYPE_F32:
+    case GGML_TYPE_F16:
+    case GGML_TYPE_BF16:
+    case GGML_TYPE_Q8_0:
+    case GGML_TYPE_Q5_1:
+    case GGML_TYPE_Q5_0:
+    case GGML_TYPE_Q4_1:
+    case GGML_TYPE_Q4_0:
+    case GGML_TYPE_IQ4_NL:
+        return true;
+    default:
+        return false;
+    }
+}
+
+// Threads that live as long as their context; without them ggml makes new ones for every graph. The functions come from
+// the CPU plugin, which is not linked.
+class Threadpool {
+public:
+    explicit Threadpool(int32_t n_threads, bool paused) {
+        ggml_backend_reg_t cpu =
+            ggml_backend_dev_backend_reg(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+        const auto make =
+            reinterpret_cast<decltype(ggml_threadpool_new) *>(ggml_backend_reg_get_proc_address(cpu, "ggml_threadpool_new"));
+        free_ = reinterpret_cast<decltype(ggml_threadpool_free) *>(
+            ggml_backend_reg_get_proc_address(cpu, "ggml_threadpool_free"));
+        if (make == nullptr || free_ == nullptr) return;
+        ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+        params.poll = THREADPOOL_POLL;
+        params.paused = paused;
+        native_ = make(&params);
+    }
+    ~Threadpool() {
+        if (native_ != nullptr) free_(native_);
+    }
+    Threadpool(const Threadpool &) = delete;
+    Threadpool &operator=(const Threadpool &) = delete;
+    ggml_threadpool *native() const { return native_; }
+
+private:
+    ggml_threadpool *native_ = nullptr;
+    decltype(ggml_threadpool_free) *free_ = nullptr;
+};
+
+struct ContextDeleter {
+    void operator()(llama_context *context) const { llama_free(context); }
+};
+
+} // namespace
+
+struct trio_context {
+    explicit trio_context(trio_model *owner) : model(owner) {}
+
+    ModelReference model;
+    // Before `native`, which uses them until it is freed.
+    std::unique_ptr<Threadpool> threadpool, threadpool_batch;
+    std::atomic<bool> abort{false};
+    bool abort_armed = true; // false while an interrupted graph would leave the KV cache wrong
+    std::unique_ptr<llama_context, ContextDeleter> native;
+    llama_memory_t memory = nullptr;
+    trio_context_info info{};
+    int32_t n_ubatch = 0;
+    bool swa_full = false;
+    bool is_recurrent = false; // state that cannot be taken back to an earlier position
+
+    std::string poison; // why nothing but free is possible any more
+    bool embeddings = false;    // what llama.cpp was last told to compute
+    bool has_vectors = false;   // the last step computed vectors
+    bool shift_pending = false; // trio_seq_add was called; the next decode carries it out
+    uint64_t step = 0;
+    std::vector<int8_t> outputs; // of the last batch
+    std::vector<int8_t> seq_in_batch;
+    std::vector<int32_t> tokens, positions, n_seq_ids;
+    std::vector<llama_seq_id> seqs;
+    std::vector<llama_seq_id *> seq_pointers;
+    std::vector<int8_t> native_outputs;
+    std::vector<llama_token_data> candidates;
+
+    void check_alive() const {
+        if (!poison.empty()) throw Failure(TRIO_E_ASSERT, "the context is poisoned: " + poison);
+    }
+    void check_seq(int32_t seq) const {
+        if (seq < 0 || seq >= info.n_seq_max) throw Refused("sequence " + std::to_string(seq) + " does not exist");
+    }
+    void check_range(int32_t start, int32_t end) const {
+        check(start >= 0 && start <= info.n_ctx, "start is out of range");
+        check(end == -1 || (end >= start && end <= info.n_ctx), "end is out of range");
+    }
+};
+
+namespace {
+
+bool on_abort_query(void *data) {
+    const auto *context = static_cast<const trio_context *>(data);
+    return context->abort_armed && context->abort.load(std::memory_order_relaxed);
+}
+
+// For calls into llama.cpp that change the context: whatever is thrown in the middle of one leaves it in a state nobody
+// knows.
+template <class Body> int32_t guard_context(trio_context *context, Body &&body) {
+    Scope scope;
+    try {
+        return body();
+    } catch (...) {
+        const int32_t code = translate_exception();
+        if (code != TRIO_E_INVALID && context != nullptr && context->poison.empty()) {
+            char reason[512];
+            trio_last_error(reason, sizeof reason);
+            context->poison = reason;
+        }
+        return code;
+    }
+}
+
+llama_context_params native_params(const trio_context_params &params, trio_context *context) {
+    llama_context_params native = llama_context_default_params();
+    native.n_ctx = params.n_ctx;
+    native.n_batch = params.n_batch;
+    native.n_ubatch = params.n_ubatch;
+    native.n_seq_max = params.n_seq_max;
+    native.n_threads = params.n_threads;
+    native.n_threads_batch = params.n_threads_batch;
+    native.pooling_type = static_cast<enum llama_pooling_type>(params.pooling_type);
+    native.flash_attn_type = llama_flash_attn_type(params.flash_attention);
+    native.rope_freq_base = params.rope_freq_base;
+    native.rope_freq_scale = params.rope_freq_scale;
+    native.type_k = ggml_type(params.type_k);
+    native.type_v = ggml_type(params.type_v);
+    native.abort_callback = on_abort_query;
+    native.abort_callback_data = context;
+    native.embeddings = false;
+    native.offload_kqv = params.offload_kqv != 0;
+    native.no_perf = true;
+    native.swa_full = params.swa_full != 0;
+    native.kv_unified = true;
+    return native;
+}
+
+void validate(const trio_model &model, const trio_context_params &params) {
+    check(!model.vocab_only, "the model was loaded without its weights");
+    check(!model.info.has_encoder, "encoder-decoder models such as T5 are not supported");
+    check(model.info.has_decoder != 0, "the model has no decoder");
+    check(params.n_ctx >= 1 && params.n_ctx <= uint32_t(INT32_MAX), "n_ctx is out of range");
+    check(params.n_batch >= 1 && params.n_batch <= MAX_BATCH, "n_batch is out of range");
+    check(params.n_ubatch >= 1 && params.n_ubatch <= params.n_batch, "n_ubatch must be between 1 and n_batch");
+    check(params.n_seq_max >= 1 && params.n_seq_max <= llama_max_parallel_sequences(), "n_seq_max is out of range");
+    check(params.n_threads >= 1 && params.n_threads <= MAX_THREADS, "n_threads must be between 1 and 512");
+    check(params.n_threads_batch >= 1 && params.n_threads_batch <= MAX_THREADS,
+          "n_threads_batch must be between 1 and 512");
+    check(params.flash_attention >= -1 && params.flash_attention <= 1, "flash_attention must be -1, 0 or 1");
+    check(is_kv_type(params.type_k) && is_kv_type(params.type_v), "the KV cache cannot have this type");
+    check(params.pooling_type >= -1 && params.pooling_type < N_POOLING_TYPES, "pooling_type is out of range");
+    check(params.pooling_type != LLAMA_POOLING_TYPE_RANK || model.info.pooling_type == LLAMA_POOLING_TYPE_RANK,
+          "only a model trained to rank can pool by rank");
+    check(std::isfinite(params.rope_freq_base) && params.rope_freq_base >= 0.0f, "rope_freq_base is out of range");
+    check(std::isfinite(params.rope_freq_scale) && params.rope_freq_scale >= 0.0f, "rope_freq_scale is out of range");
+}
+
+// ---- sampling ------------------------------------------------------------------------------------------------------
+
+// Log-probabilities of the model itself: the chosen token's, and the n most probable alternatives.
+void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, trio_sampled &sampled, int32_t *top_tokens,
+                          float *top_logprobs) {
+    const float highest = *std::max_element(logits, logits + n_vocab);
+    double sum = 0.0;
+    for (int32_t token = 0; token < n_vocab; ++token) sum += std::exp(logits[token] - highest);
+    const double log_sum = highest + std::log(sum);
+    const auto logprob = [&](int32_t token) { return float(logits[token] - log_sum); };
+    sampled.logprob = logprob(sampled.token);
+    if (n_top <= 0) return;
+
+    // A heap of the best so far, its root the worst of them. Equal logits: the lower token wins.
+    std::vector<int32_t> best;
+    best.reserve(size_t(n_top) + 1);
+    const auto better = [&](int32_t a, int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
+    for (int32_t token = 0; token < n_vocab; ++token) {
+        if (best.size() == size_t(n_top) && !better(token, best.front())) continue;
+        best.push_back(token);
+        std::push_heap(best.begin(), best.end(), better);
+        if (best.size() > size_t(n_top)) {
+            std::pop_heap(best.begin(), best.end(), better);
+            best.pop_back();
+        }
+    }
+    std::sort_heap(best.begin(), best.end(), better);
+    sampled.n_top = int32_t(best.size());
+    for (size_t i = 0; i < best.size(); ++i) {
+        top_tokens[i] = best[i];
+        top_logprobs[i] = logprob(best[i]);
+    }
+}
+
+// One sequence's failure is its own: whatever is thrown here becomes this sample's status, and its piece the message.
+void sample_one(trio_context &context, int32_t index, const trio_sample_request &request, trio_sample_result &result) {
+    const trio_model &model = *context.model.get();
+    const int32_t stride = result.pieces_size / request.n_samples;
+    trio_sampled &sampled = result.sampled[index];
+    sampled = {};
+    sampled.token = -1;
+    sampled.piece_offset = index * stride;
+    char *piece = result.pieces + sampled.piece_offset;
+    sampled.status = guard([&] {
+        const float *logits = llama_get_logits_ith(context.native.get(), request.rows[index]);
+        if (logits == nullptr) throw Failure(TRIO_E_NATIVE, "llama.cpp has no logits for the row");
+        trio_sampler &sampler = *request.samplers[index];
+        context.candidates.resize(size_t(model.info.n_vocab));
+        sampled.token = sampler.sample(logits, context.candidates);
+        if (sampler.n_top >= 0) {
+            const size_t offset = size_t(index) * size_t(result.top_stride);
+            report_probabilities(logits, model.info.n_vocab, sampler.n_top, sampled, result.top_tokens + offset,
+                                 result.top_logprobs + offset);
+        }
+        if (!model.info.has_vocab) return TRIO_OK;
+        sampled.is_end = llama_vocab_is_eog(model.vocab, sampled.token);
+        if (sampled.is_end) return TRIO_OK;
+        const int32_t n = llama_token_to_piece(model.vocab, sampled.token, piece, stride, 0, true);
+        if (n < 0) throw Failure(TRIO_E_NATIVE, "the pieces buffer is too small");
+        sampled.piece_length = n;
+        return TRIO_OK;
+    });
+    if (sampled.status == TRIO_OK) return;
+    if (sampled.status != TRIO_E_GRAMMAR) sampled.status = TRIO_E_NATIVE;
+    sampled.token = -1;
+    sampled.piece_length = stride > 0 ? std::min(trio_last_error(piece, stride), stride - 1) : 0;
+}
+
+// ---- decoding ------------------------------------------------------------------------------------------------------
+
+void check_batch(const trio_context &context, const trio_batch &batch) {
+    const trio_context_info &info = context.info;
+    check(batch.n_rows >= 1 && batch.n_rows <= info.n_batch, "n_rows must be between 1 and n_batch");
+    check((info.has_memory && info.causal) || batch.n_rows <= context.n_ubatch,
+          "attention looks both ways: n_rows must not be more than n_ubatch");
+    check(info.has_memory || batch.embeddings, "the model computes vectors only");
+    check_pointer(batch.tokens, "tokens");
+    check_pointer(batch.positions, "positions");
+    check_pointer(batch.seqs, "seqs");
+    check_pointer(batch.outputs, "outputs");
+    for (int32_t row = 0; row < batch.n_rows; ++row) {
+        context.model->check_token(batch.tokens[row]);
+        context.check_seq(batch.seqs[row]);
+        const int32_t position = batch.positions[row];
+        if (position < 0 || position >= info.n_positions) {
+            throw Refused("position " + std::to_string(position) + " is outside the context of " +
+                          std::to_string(info.n_positions));
+        }
+        check(batch.outputs[row] == 0 || batch.outputs[row] == 1, "outputs must be 0 or 1");
+    }
+}
+
+void check_request(trio_context &context, const trio_batch &batch, const trio_sample_request *request,
+                   const trio_sample_result *result) {
+    if (request == nullptr || request->n_samples == 0) return;
+    check(request->n_samples > 0 && request->n_samples <= batch.n_rows, "n_samples is out of range");
+    check(!batch.embeddings, "an embeddings batch has nothing to sample");
+    check_pointer(request->rows, "rows");
+    check_pointer(request->samplers, "samplers");
+    check_pointer(result, "result");
+    check_pointer(result->sampled, "sampled");
+    check_pointer(result->pieces, "pieces");
+    check(result->pieces_size >= 0 && result->top_stride >= 0, "a size of the result is negative");
+    for (int32_t i = 0; i < request->n_samples; ++i) {
+        const int32_t row = request->rows[i];
+        check(row >= 0 && row < batch.n_rows, "a row to sample is out of range");
+        check(batch.outputs[row] == 1, "a row to sample has no output");
+        trio_sampler &sampler = *check_pointer(request->samplers[i], "a sampler");
+        check(sampler.model.get() == context.model.get(), "a sampler belongs to another model");
+        check(sampler.step != context.step, "one sampler may serve only one row");
+        check(sampler.n_top <= 0 || (result->top_tokens && result->top_logprobs && result->top_stride >= sampler.n_top),
+              "the top arrays are too small");
+        sampler.step = context.step;
+    }
+}
+
+int32_t decode(trio_context &context, const trio_batch &batch) {
+    const auto n_rows = size_t(batch.n_rows);
+    std::copy_n(batch.tokens, n_rows, context.tokens.begin());
+    std::copy_n(batch.positions, n_rows, context.positions.begin());
+    std::copy_n(batch.seqs, n_rows, context.seqs.begin());
+    // llama.cpp outputs every row of an embeddings batch, and says so on every batch that did not ask for it.
+    if (batch.embeddings) {
+        std::fill_n(context.native_outputs.begin(), n_rows, int8_t(1));
+    } else {
+        std::copy_n(batch.outputs, n_rows, context.native_outputs.begin());
+    }
+    llama_batch native{};
+    native.n_tokens = batch.n_rows;
+    native.token = context.tokens.data();
+    native.pos = context.positions.data();
+    native.n_seq_id = context.n_seq_ids.data();
+    native.seq_id = context.seq_pointers.data();
+    native.logits = context.native_outputs.data();
+    if (context.embeddings != (batch.embeddings != 0)) {
+        llama_set_embeddings(context.native.get(), batch.embeddings != 0);
+        context.embeddings = batch.embeddings != 0;
+    }
+    // An interrupted K-shift would renumber positions and leave the keys as they were.
+    context.abort_armed = !context.shift_pending;
+    const int32_t code = llama_decode(context.native.get(), native);
+    context.abort_armed = true;
+    if (code == 0 || code == 2 || code < -1) context.shift_pending = false;
+    return code;
+}
+
+// A recurrent state has been overwritten by the micro-batch that did not finish: nothing of these sequences is left.
+void forget_recurrent(trio_context &context, const trio_batch &batch) {
+    if (!context.is_recurrent) return;
+    std::fill(context.seq_in_batch.begin(), context.seq_in_batch.end(), int8_t(0));
+    for (int32_t row = 0; row < batch.n_rows; ++row) context.seq_in_batch[size_t(batch.seqs[row])] = 1;
+    for (int32_t seq = 0; seq < context.info.n_seq_max; ++seq) {
+        if (context.seq_in_batch[size_t(seq)]) llama_memory_seq_rm(context.memory, seq, -1, -1);
+    }
+}
+
+int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t code) {
+    const std::string errors = Scope::errors();
+    switch (code) {
+    case 0:
+        return TRIO_OK;
+    case 1:
+        set_last_error("the batch does not fit into the KV cache");
+        return TRIO_NO_KV_SPACE;
+    case 2:
+        forget_recurrent(context, batch);
+        set_last_error("aborted");
+        return TRIO_ABORTED;
+    case -1:
+        throw Refused(errors.empty() ? "llama.cpp refused the batch" : errors);
+    default:
+        forget_recurrent(context, batch);
+        set_last_error(errors.empty() ? "llama.cpp failed with " + std::to_string(code) : errors);
+        return TRIO_E_FATAL;
+    }
+}
+
+// Positions that learned tables do not have would be read from beyond the table by a worker thread, which nothing catches.
+int32_t max_positions(const trio_model &model, bool has_memory, int32_t n_ctx) {
+    const bool is_encoder = !has_memory;
+    const bool has_rope = llama_model_rope_type(model.native) != LLAMA_ROPE_TYPE_NONE;
+    const bool has_table = is_encoder || !(has_rope || model.info.is_recurrent || model.info.is_hybrid);
+    return has_table ? std::min(n_ctx, model.info.n_ctx_train) : n_ctx;
+}
+
+} // namespace
+
+extern "C" {
+
+int32_t trio_context_open(trio_model *model, const trio_context_params *params, trio_context **context) {
+    return guard([&] {
+        check_pointer(model, "model");
+        check_pointer(params, "params");
+        *check_pointer(context, "context") = nullptr;
+        validate(*model, *params);
+
+        auto opened = std::make_unique<trio_context>(model);
+        opened->native.reset(llama_init_from_model(model->native, native_params(*params, opened.get())));
+        if (!opened->native) {
+            const std::string errors = Scope::errors();
+            const int32_t code = Scope::assert_fired() ? TRIO_E_ASSERT : TRIO_E_NATIVE;
+            throw Failure(code, errors.empty() ? "llama.cpp could not create the context" : errors);
+        }
+        llama_context *native = opened->native.get();
+        if (params->n_threads_batch > 1) {
+            opened->threadpool_batch = std::make_unique<Threadpool>(params->n_threads_batch, false);
+        }
+        if (params->n_threads > 1 && params->n_threads != params->n_threads_batch) {
+            opened->threadpool = std::make_unique<Threadpool>(params->n_threads, true);
+        }
+        ggml_threadpool *batch_pool = opened->threadpool_batch ? opened->threadpool_batch->native() : nullptr;
+        ggml_threadpool *pool = opened->threadpool ? opened->threadpool->native() : nullptr;
+        if (params->n_threads == params->n_threads_batch) pool = batch_pool;
+        if (pool != nullptr || batch_pool != nullptr) llama_attach_threadpool(native, pool, batch_pool);
+
+        opened->memory = llama_get_memory(native);
+        opened->n_ubatch = int32_t(llama_n_ubatch(native));
+        opened->swa_full = params->swa_full != 0;
+        opened->is_recurrent = model->info.is_recurrent || model->info.is_hybrid;
+        trio_context_info &info = opened->info;
+        info.n_ctx = int32_t(llama_n_ctx(native));
+        info.n_batch = int32_t(llama_n_batch(native));
+        info.n_ubatch = opened->n_ubatch;
+        info.n_seq_max = int32_t(llama_n_seq_max(native));
+        info.n_threads = llama_n_threads(native);
+        info.pooling_type = int32_t(llama_pooling_type(native));
+        info.has_memory = opened->memory != nullptr;
+        info.can_shift = opened->memory != nullptr && llama_memory_can_shift(opened->memory);
+        info.causal = llama_get_causal_attn(native);
+        info.n_positions = max_positions(*model, info.has_memory != 0, info.n_ctx);
+        info.n_embd_out = info.pooling_type == LLAMA_POOLING_TYPE_RANK ? int32_t(llama_model_n_cls_out(model->native))
+                                                                        : llama_model_n_embd_out(model->native);
+
+        const auto n_batch = size_t(info.n_batch);
+        opened->tokens.resize(n_batch);
+        opened->positions.resize(n_batch);
+        opened->seqs.resize(n_batch);
+        opened->native_outputs.resize(n_batch);
+        opened->outputs.reserve(n_batch);
+        opened->n_seq_ids.assign(n_batch, 1);
+        opened->seq_pointers.resize(n_batch + 1, nullptr); // llama.cpp's own batches end with NULL
+        for (size_t row = 0; row < n_batch; ++row) opened->seq_pointers[row] = &opened->seqs[row];
+        opened->seq_in_batch.resize(size_t(info.n_seq_max));
+        *context = opened.release();
+        return TRIO_OK;
+    });
+}
+
+void trio_context_free(trio_context *context) {
+    guard([&] {
+        delete context;
+        return TRIO_OK;
+    });
+}
+
+int32_t trio_context_get_info(const trio_context *context, trio_context_info *info) {
+    return guard([&] {
+        *check_pointer(info, "info") = check_pointer(context, "context")->info;
+        return TRIO_OK;
+    });
+}
+
+int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *adapters, const float *scales,
+                                  int32_t n_adapters) {
+    return guard_context(context, [&] {
+        check_pointer(context, "context")->check_alive();
+        check(n_adapters >= 0, "n_adapters is negative");
+        std::vector<llama_adapter_lora *> native;
+        std::vector<float> native_scales;
+        for (int32_t i = 0; i < n_adapters; ++i) {
+            const trio_adapter *adapter = check_pointer(check_pointer(adapters, "adapters")[i], "an adapter");
+            check(adapter->model == context->model.get(), "an adapter belongs to another model");
+            check(std::find(native.begin(), native.end(), adapter->native) == native.end(), "an adapter is named twice");
+            native.push_back(adapter->native);
+            native_scales.push_back(check_pointer(scales, "scales")[i]);
+            check(std::isfinite(native_scales.back()), "a scale is not finite");
+        }
+        const int32_t code =
+            llama_set_adapters_lora(context->native.get(), native.data(), native.size(), native_scales.data());
+        if (code != 0) throw Failure(TRIO_E_NATIVE, "llama.cpp refused the adapters");
+        return TRIO_OK;
+    });
+}
+
+void trio_abort(trio_context *context, int32_t raise) {
+    if (context != nullptr) context->abort.store(raise != 0, std::memory_order_relaxed);
+}
+
+int32_t trio_seq_remove(trio_context *context, int32_t seq, int32_t start, int32_t end) {
+    return guard_context(context, [&] {
+        check_pointer(context, "context")->check_alive();
+        context->check_seq(seq);
+        context->check_range(start, end);
+        if (!context->info.has_memory || start == end) return 1;
+        // A sliding window may have forgotten what the next token after the cut needs to see; llama.cpp does not say so.
+        const int32_t n_swa = context->model->info.n_swa;
+        if (n_swa > 0 && !context->swa_full && start > 0 &&
+            llama_memory_seq_pos_min(context->memory, seq) > std::max(0, start - n_swa)) {
+            return 0;
+        }
+        return int32_t(llama_memory_seq_rm(context->memory, seq, start, end));
+    });
+}
+
+int32_t trio_seq_copy(trio_context *context, int32_t source, int32_t target, int32_t start, int32_t end) {
+    return guard_context(context, [&] {
+        check_pointer(context, "context")->check_alive();
+        context->check_seq(source);
+        context->check_seq(target);
+        context->check_range(start, end);
+        check(context->info.has_memory != 0, "nothing is kept between steps");
+        check(source != target, "source and target are the same sequence");
+        const int32_t last = llama_memory_seq_pos_max(context->memory, source);
+        check(!context->is_recurrent || (start == 0 && (end == -1 || end > last)),
+              "this kind of memory can only be copied whole");
+        if (start != end) llama_memory_seq_cp(context->memory, source, target, start, end);
+        return TRIO_OK;
+    });
+}
+
+int32_t trio_seq_add(trio_context *context, int32_t seq, int32_t start, int32_t end, int32_t delta) {
+    return guard_context(context, [&] {
+        check_pointer(context, "context")->check_alive();
+        context->check_seq(seq);
+        context->check_range(start, end);
+        check(context->info.can_shift != 0, "positions cannot be renumbered in this kind of memory");
+        const int32_t n_ctx = context->info.n_ctx;
+        check(delta >= -n_ctx && delta <= n_ctx, "delta is out of range");
+        check(start + delta >= 0 && (end == -1 ? n_ctx : end) + std::max(delta, 0) <= n_ctx,
+              "renumbered positions would be out of range");
+        if (start != end && delta != 0) {
+            llama_memory_seq_add(context->memory, seq, start, end, delta);
+            context->shift_pending = true;
+        }
+        return TRIO_OK;
+    });
+}
+
+int32_t trio_seq_range(const trio_context *context, int32_t seq, int32_t *first, int32_t *last) {
+    return guard([&] {
+        check_pointer(context, "context")->check_alive();
+        context->check_seq(seq);
+        check_pointer(first, "first");
+        check_pointer(last, "last");
+        *first = context->info.has_memory ? llama_memory_seq_pos_min(context->memory, seq) : -1;
+        *last = context->info.has_memory ? llama_memory_seq_pos_max(context->memory, seq) : -1;
+        return TRIO_OK;
+    });
+}
+
+int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sample_request *request,
+                  trio_sample_result *result) {
+    return guard_context(context, [&] {
+        check_pointer(context, "context")->check_alive();
+        check_pointer(batch, "batch");
+        ++context->step;
+        check_batch(*context, *batch);
+        check_request(*context, *batch, request, result);
+        if (context->abort.load(std::memory_order_relaxed)) {
+            set_last_error("aborted");
+            return TRIO_ABORTED;
+        }
+        context->has_vectors = false;
+        const int32_t code = finish_decode(*context, *batch, decode(*context, *batch));
+        if (code != TRIO_OK) return code;
+        context->outputs.assign(batch->outputs, batch->outputs + batch->n_rows);
+        context->has_vectors = batch->embeddings != 0;
+        const int32_t n_samples = request != nullptr ? request->n_samples : 0;
+        for (int32_t index = 0; index < n_samples; ++index) sample_one(*context, index, *request, *result);
+        return TRIO_OK;
+    });
+}
+
+int32_t trio_embedding(trio_context *context, int32_t seq, int32_t row, float *values, int32_t size) {
+    return guard([&] {
+        check_pointer(context, "context")->check_alive();
+        check_pointer(values, "values");
+        check(context->has_vectors, "the last step computed no vectors");
+        const float *vector = nullptr;
+        if (context->info.pooling_type == LLAMA_POOLING_TYPE_NONE) {
+            check(row >= 0 && size_t(row) < context->outputs.size() && context->outputs[size_t(row)] == 1,
+                  "the row has no vector");
+            vector = llama_get_embeddings_ith(context->native.get(), row);
+        } else {
+            context->check_seq(seq);
+            vector = llama_get_embeddings_seq(context->native.get(), seq);
+        }
+        check(vector != nullptr, "the sequence has no vector");
+        const int32_t n = context->info.n_embd_out;
+        for (int32_t i = 0; i < n; ++i) {
+            if (!std::isfinite(vector[i])) throw Failure(TRIO_E_NATIVE, "the model computed a vector that is not numbers");
+        }
+        std::copy_n(vector, std::min(n, std::max(size, 0)), values);
+        return n;
+    });
+}
+
+} // extern "C"
