@@ -1,0 +1,133 @@
+"""An engine that does what a test tells it to, when it tells it to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import trio
+
+from trio_runner.errors import EngineClosed
+from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
+from trio_runner.request import EmbedRequest, GenerateRequest
+
+DONE = Finished("stop", Usage(3, 1, 5, 0.0129, 0.25))
+
+
+class FakeGeneration:
+    def __init__(self, engine: FakeEngine, request: GenerateRequest) -> None:
+        self.engine = engine
+        self.request = request
+        self.started = trio.Event()
+        self.closed = trio.Event()
+        self._events: list[Event] = []
+        self._error: Exception | None = None
+        self._arrived = trio.Event()
+
+    # What the server uses.
+
+    async def start(self) -> None:
+        await self.engine.admit()
+        self.started.set()
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def __aiter__(self) -> FakeGeneration:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            await self._arrived.wait()
+        await trio.lowlevel.checkpoint()
+        return self._events.pop(0)
+
+    def receive_nowait(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    # What the test uses.
+
+    def say(self, *events: Event | str) -> None:
+        self._events += [TextPiece(event) if isinstance(event, str) else event for event in events]
+        self._arrived.set()
+        self._arrived = trio.Event()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self.say()
+
+
+class FakeEngine:
+    """Ready at once and willing, unless told otherwise; answers come from the test."""
+
+    def __init__(self) -> None:
+        self.status = "ready"
+        self.progress = 1.0
+        self.admitting = trio.Event()
+        self.admitting.set()
+        self.refusal: Exception | None = None
+        self.generations: list[FakeGeneration] = []
+        self.calls: list[object] = []
+        self.cancelled = trio.Event()
+        self.vector: np.ndarray[tuple[int], np.dtype[np.float32]] = np.array([0.1, -2, 1e-7], dtype=np.float32)
+        self.drained = False
+        self._asked = trio.Event()
+
+    async def asked(self) -> FakeGeneration:
+        """The next generation that the server asks for."""
+        while not self.generations:
+            await self._asked.wait()
+        generation = self.generations.pop(0)
+        return generation
+
+    async def admit(self) -> None:
+        try:
+            await self.admitting.wait()
+        except trio.Cancelled:
+            self.cancelled.set()
+            raise
+        if self.refusal is not None:
+            raise self.refusal
+
+    def generate(self, request: GenerateRequest) -> FakeGeneration:
+        self.calls.append(request)
+        self.generations.append(FakeGeneration(self, request))
+        self._asked.set()
+        self._asked = trio.Event()
+        return self.generations[-1]
+
+    async def embed_request(self, request: EmbedRequest) -> Embedded:
+        self.calls.append(request)
+        await self.admit()
+        return Embedded(self.vector, Usage(prompt_tokens=3))
+
+    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        self.calls.append((text, add_special, parse_special))
+        await self.admit()
+        return list(text.encode())
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        self.calls.append(tuple(tokens))
+        await self.admit()
+        return bytes(tokens).decode()
+
+    async def drain(self, timeout: float) -> None:
+        self.drained = True
+        self.status = "closing"
+        with trio.move_on_after(timeout):
+            for generation in self.generations:
+                await generation.closed.wait()
+        for generation in self.generations:
+            generation.fail(EngineClosed("the engine is shutting down"))
+
+
+def endless(generation: FakeGeneration) -> None:
+    """Give it more to say than any socket holds."""
+    generation.say(*["x" * 50_000] * 400)
+
+
+NEVER = math.inf

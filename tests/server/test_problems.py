@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from trio_runner import errors
+from trio_runner.server.problems import problem
+
+EXPECTED = {
+    errors.RunnerError("x"): 500,
+    errors.RequestError("x"): 400,
+    errors.InvalidRequest("x", param="top_k"): 400,
+    errors.PromptTooLong(10, 5): 400,
+    errors.InvalidGrammar("x"): 400,
+    errors.InvalidImage("x", param="image_data"): 400,
+    errors.Unsupported("images"): 422,
+    errors.EngineBusy(): 503,
+    errors.EngineClosed("x"): 503,
+    errors.EngineBroken("x"): 500,
+    errors.ReaderStalled("x"): 500,
+    errors.LoadError("x", path="model.gguf"): 500,
+    errors.NativeError("decode", -3, "x"): 500,
+}
+
+
+def tree(root: type[errors.RunnerError]) -> set[type[errors.RunnerError]]:
+    mine = {child for child in root.__subclasses__() if child.__module__ == errors.__name__}
+    return {root}.union(*map(tree, mine))
+
+
+def test_every_error_has_a_status() -> None:
+    assert {type(error) for error in EXPECTED} == tree(errors.RunnerError)
+
+
+@pytest.mark.parametrize(("error", "status"), EXPECTED.items(), ids=lambda value: type(value).__name__)
+def test_status_text_and_headers(error: errors.RunnerError, status: int) -> None:
+    answer = problem(error)
+    assert answer.status == status
+    assert answer.text
+    assert "\n" not in answer.text
+    assert ("Retry-After" in answer.headers) == isinstance(error, errors.EngineBusy)
+    if isinstance(error, errors.RequestError) and error.param is not None:
+        assert error.param in answer.text
+
+
+def test_what_is_not_ours_stays_here() -> None:
+    assert (problem(KeyError("secret")).status, problem(KeyError("secret")).text) == (500, "internal error")
+
+
+def test_the_body_is_one_line() -> None:
+    answer = problem(errors.InvalidRequest("a\r\nb", param="c"))
+    assert answer.body == b"c: a b\n"
+    assert answer.all_headers["X-Content-Type-Options"] == "nosniff"

@@ -1,0 +1,77 @@
+"""The body of a streamed answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from quart.wrappers.response import ResponseBody
+
+from trio_runner.errors import RunnerError
+from trio_runner.events import Event, Finished
+
+if TYPE_CHECKING:
+    from trio_runner.engine.generation import Generation
+
+log = logging.getLogger(__name__)
+
+
+class Dialect(Protocol):
+    """How one answer is written on the wire."""
+
+    def event(self, event: Event) -> bytes:
+        """What `event` adds to the body; maybe nothing."""
+
+    def failure(self, error: Exception) -> bytes:
+        """The end of a body that cannot go on."""
+
+
+class EventBody(ResponseBody):
+    """The events of a started generation as chunks of bytes; closes the generation when left, whatever the reason.
+
+    Everything that has arrived while the last chunk was being sent becomes one chunk, so a slow reader costs fewer
+    sends instead of more memory. A failure is written into the body: the status is long sent.
+    """
+
+    def __init__(self, generation: Generation, dialect: Dialect) -> None:
+        self._generation = generation
+        self._dialect = dialect
+        self._ended = False
+
+    async def __aenter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._generation.close()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._ended:
+            if chunk := await self._next_chunk():
+                return chunk
+        raise StopAsyncIteration
+
+    async def _next_chunk(self) -> bytes:
+        chunk = bytearray()
+        try:
+            chunk += self._write(await anext(self._generation))
+            for event in self._generation.receive_nowait():
+                chunk += self._write(event)
+        except StopAsyncIteration:
+            self._ended = True
+        except Exception as error:
+            if not isinstance(error, RunnerError):
+                log.exception("an answer ended early")
+            self._ended = True
+            chunk += self._dialect.failure(error)
+        return bytes(chunk)
+
+    def _write(self, event: Event) -> bytes:
+        self._ended = isinstance(event, Finished)
+        return self._dialect.event(event)

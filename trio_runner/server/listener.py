@@ -1,0 +1,97 @@
+"""Listening sockets and the accept loop.
+
+Plain non-blocking sockets and not trio's: a connection writes to its socket without waiting whenever it can.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import trio
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 512
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+async def open_listeners(host: str, port: int) -> list[socket.socket]:
+    """Listen on every address of `host`; port 0 chooses one for all. Raises OSError that names the address."""
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[socket.socket] = []
+    try:
+        for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+            chosen = listeners[0].getsockname()[1] if listeners else port
+            listeners.append(_listen(family, (address[0], chosen, *address[2:])))
+    except BaseException:
+        close_all(listeners)
+        raise
+    return listeners
+
+
+def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # on Windows it would let another process take the port over
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot listen on {address[0]} port {address[1]}: {error.strerror}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def addresses(listeners: Sequence[socket.socket]) -> list[tuple[str, int]]:
+    """The (host, port) of each."""
+    return [listener.getsockname()[:2] for listener in listeners]
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def close_all(listeners: Sequence[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()
+
+
+async def accept(listener: socket.socket, handle: Callable[[socket.socket], None]) -> NoReturn:
+    """Pass each new connection, non-blocking, to `handle`, for ever. Survives running out of descriptors."""
+    while True:
+        await trio.lowlevel.wait_readable(listener)
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                log.error("cannot accept connections: %s", error.strerror)
+                await trio.sleep(0.1)
+            continue  # else the client was gone before we came, or another loop was faster
+        try:
+            _tune(sock)
+        except OSError:
+            sock.close()
+            continue
+        handle(sock)
+
+
+def _tune(sock: socket.socket) -> None:
+    """No delay for small chunks; and a client whose machine has vanished is noticed after half a minute."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,79 @@
+"""What each path does, in the dialect of Ollama's Go runner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from quart import Response, request
+from quart_trio import QuartTrio
+
+from trio_runner.errors import RunnerError
+from trio_runner.server import runner_api
+from trio_runner.server.body import EventBody
+from trio_runner.server.problems import Problem
+
+if TYPE_CHECKING:
+    from trio_runner.engine.engine import Engine
+    from trio_runner.engine.generation import Generation
+
+OWNED = "trio_runner.owned"
+"""Key of the ASGI scope: the generations to close when the request is over."""
+
+
+def json_response(line: bytes) -> Response:
+    return Response(line, content_type="application/json")
+
+
+def problem_response(problem: Problem) -> Response:
+    return Response(problem.body, status=problem.status, headers=problem.all_headers)
+
+
+async def _body() -> bytes:
+    return cast(bytes, await request.get_data())
+
+
+def _own(generation: Generation) -> None:
+    cast(dict[str, Any], request.scope)[OWNED].append(generation)
+
+
+def add_routes(app: QuartTrio, engine: Engine) -> None:
+    """Serve `engine` on the paths of the original runner."""
+
+    async def completion() -> Response:
+        asked = runner_api.completion(await _body())
+        generation = engine.generate(asked)
+        _own(generation)
+        try:
+            await generation.start()
+        except RunnerError as error:
+            return problem_response(runner_api.not_admitted(error))
+        return Response(EventBody(generation, runner_api.CompletionLines()), content_type="application/json")
+
+    async def embedding() -> Response:
+        asked = runner_api.embedding(await _body())
+        try:
+            embedded = await engine.embed_request(asked)
+        except RunnerError as error:
+            return problem_response(runner_api.not_admitted(error))
+        return json_response(runner_api.embedding_line(embedded))
+
+    async def tokenize() -> Response:
+        text, add_special, parse_special = runner_api.tokenize(await _body())
+        tokens = await engine.tokenize(text, add_special=add_special, parse_special=parse_special)
+        return json_response(runner_api.tokens_line(tokens))
+
+    async def detokenize() -> Response:
+        tokens = runner_api.detokenize(await _body())
+        return json_response(runner_api.content_line(await engine.detokenize(tokens)))
+
+    async def health() -> Response:
+        return json_response(runner_api.health_line(engine.status, engine.progress))
+
+    for handler in (completion, embedding, tokenize, detokenize):
+        app.add_url_rule(f"/{handler.__name__}", view_func=handler, methods=["POST"])
+
+    # Any method at all, which add_url_rule cannot say.
+    rule = app.url_rule_class("/health", endpoint="health")
+    rule.provide_automatic_options = False
+    app.url_map.add(rule)
+    app.view_functions["health"] = health

@@ -1,0 +1,348 @@
+"""The dialect of Ollama's Go runner: bytes on the wire <-> requests and events. Pure.
+
+Rules of the wire, from Go's encoding/json:
+Rule 1: only the first JSON value of a body is read; what follows it is ignored.
+Rule 2: names of fields match in any case, unknown ones are ignored, null leaves the default, the last duplicate wins.
+Rule 3: an integer is written as one (1.0 and 1e3 are not), and true is not 1.
+Rule 4: each answer is one compact line, with <, >, &, U+2028 and U+2029 escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn, TypeAlias
+
+import msgspec
+import numpy as np
+
+from trio_runner.errors import EngineBusy, InvalidRequest, RequestError, RunnerError, Unsupported
+from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
+from trio_runner.request import MAX_LOGPROBS, EmbedRequest, GenerateRequest, SamplingParams
+from trio_runner.server.problems import Problem, problem, problem_text
+
+MAX_TEXT_BYTES = 4 << 20
+"""Bytes of one prompt; tokenising more would keep a core busy for longer than anybody waits."""
+
+NO_SEQUENCE = "Failed to create new sequence: "
+NO_SLOT = "Failed to load cache: no available cache slots"
+
+# --- JSON in --------------------------------------------------------------------------------------------------------
+
+Check: TypeAlias = Callable[[str, Any], Any]
+"""(name of the field, its JSON value) -> the value to use. Raises `InvalidRequest` that names the field."""
+
+
+_KINDS = {
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def _wrong(name: str, wanted: str, value: object) -> NoReturn:
+    raise InvalidRequest(f"{name} must be {wanted}, not {_KINDS[type(value)]}", param=name)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        _wrong(name, "a string", value)
+    try:
+        n_bytes = len(value.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} contains half of a surrogate pair, which is no character", param=name) from None
+    if n_bytes > MAX_TEXT_BYTES:
+        raise InvalidRequest(f"{name} has {n_bytes} bytes, but at most {MAX_TEXT_BYTES} are allowed", param=name)
+    return value
+
+
+def _integer(name: str, value: Any) -> int:
+    if type(value) is not int:
+        _wrong(name, "an integer", value)
+    if not -(2**63) <= value < 2**63:
+        raise InvalidRequest(f"{name} must fit in 64 bits", param=name)
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        _wrong(name, "a number", value)
+    return float(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _wrong(name, "true or false", value)
+    return value
+
+
+def _list_of(check: Check, what: str) -> Check:
+    def check_list(name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            _wrong(name, f"a list of {what}", value)
+        return tuple(check(name, item) for item in value)
+
+    return check_list
+
+
+def _go_text(name: str, value: Any) -> str:
+    return "" if value is None else _text(name, value)  # null in a list is Go's zero value
+
+
+def _image(name: str, value: Any) -> tuple[int, bytes]:
+    if not isinstance(value, dict):
+        _wrong(name, "a list of objects", value)
+    image_id, data = _integer(f"{name}.id", value.get("id", 0)), value.get("data", "")
+    if not isinstance(data, str):
+        _wrong(f"{name}.data", "a string", data)
+    try:
+        return image_id, base64.b64decode(data.replace("\r", "").replace("\n", ""), validate=True)
+    except ValueError:
+        raise InvalidRequest(f"{name}.data must be base64", param=name) from None
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Both [[token, bias], ...] and {"token": bias, ...}; a bias of false forbids the token."""
+    if isinstance(value, dict):
+        value = [[int(token) if re.fullmatch("[0-9]{1,10}", token) else token, bias] for token, bias in value.items()]
+    if not isinstance(value, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in value):
+        _wrong(name, "a list of [token, bias] or an object", value)
+    return tuple((_integer(name, token), -math.inf if bias is False else _number(name, bias)) for token, bias in value)
+
+
+def _alternatives(name: str, value: Any) -> int:
+    count = _integer(name, value)
+    if count > MAX_LOGPROBS:
+        raise InvalidRequest(f"{name} must be at most {MAX_LOGPROBS}, not {count}", param=name)
+    return max(count, -1)
+
+
+_SAMPLING: dict[str, Check] = {
+    "grammar": _text,
+    "penalize_nl": _boolean,
+    "logit_bias": _logit_bias,
+    "dry_sequence_breakers": _list_of(_text, "strings"),
+    **dict.fromkeys(
+        ["top_k", "repeat_last_n", "seed", "mirostat", "dry_allowed_length", "dry_penalty_last_n"], _integer
+    ),
+    **dict.fromkeys(["temperature", "dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta"], _number),
+    **dict.fromkeys(["top_p", "min_p", "tfs_z", "typical_p", "top_n_sigma"], _number),
+    **dict.fromkeys(["xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base"], _number),
+    **dict.fromkeys(["repeat_penalty", "presence_penalty", "frequency_penalty"], _number),
+}
+"""Fields of the wire that `SamplingParams` has under the same name."""
+
+_MODEL_OPTIONS: dict[str, Check] = {
+    **dict.fromkeys(["num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"], _integer),
+    **dict.fromkeys(["low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock"], _boolean),
+}
+"""Sent with every request, but settled when the model was loaded: checked and ignored."""
+
+_COMPLETION: dict[str, Check] = {
+    "prompt": _text,
+    "image_data": _list_of(_image, "objects"),
+    "n_predict": _integer,
+    "n_keep": _integer,
+    "stop": _list_of(_go_text, "strings"),
+    "cache_prompt": _boolean,
+    "shift": _boolean,
+    "truncate": _boolean,
+    "n_probs": _alternatives,
+    "logprobs": _alternatives,
+    **_SAMPLING,
+    **_MODEL_OPTIONS,
+}
+_EMBEDDING: dict[str, Check] = {"content": _text, "cache_prompt": _boolean}
+_TOKENIZE: dict[str, Check] = {"content": _text, "add_special": _boolean, "parse_special": _boolean}
+_DETOKENIZE: dict[str, Check] = {"tokens": _list_of(_integer, "integers")}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name.casefold(): value for name, value in pairs if value is not None}
+
+
+def _parse_int(digits: str) -> int | float:
+    """Longer ones are out of every range anyway, and Python's own limit on digits would hide which field it was."""
+    return int(digits) if len(digits) <= 20 else float(digits)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_int=_parse_int, parse_constant=_refuse_constant, object_pairs_hook=_object)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _decode(body: bytes, fields: Mapping[str, Check], *, refusal: str) -> dict[str, Any]:
+    """The known fields of the object that `body` starts with, each checked. `refusal` is said if there is none."""
+    text = body.decode("utf-8", errors="replace")
+    space = _SPACE.match(text)
+    try:
+        value, _ = _DECODER.raw_decode(text, space.end() if space else 0)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(refusal.format(error)) from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidRequest(refusal.format("the body must be a JSON object"))
+    return {name: check(name, value[name]) for name, check in fields.items() if name in value}
+
+
+# --- Requests -------------------------------------------------------------------------------------------------------
+
+
+def completion(body: bytes) -> GenerateRequest:
+    """The request in the body of POST /completion. Raises `RequestError` that names the field."""
+    given = _decode(body, _COMPLETION, refusal="Bad request")
+    if given.get("image_data"):
+        raise Unsupported("images", "image_data needs a model with a projector", param="image_data")
+    if not given.get("prompt"):
+        raise InvalidRequest(f"{NO_SEQUENCE}no input provided: prompt is empty", param="prompt")
+    n_predict = given.get("n_predict", -1)
+    return GenerateRequest(
+        prompt=given["prompt"],
+        max_tokens=min(n_predict, 2**31 - 1) if n_predict > 0 else None,
+        stop=given.get("stop", ()),
+        sampling=_sampling(given),
+        cache_prompt=given.get("cache_prompt", False),
+        n_keep=max(-1, min(given.get("n_keep", 4), 2**31 - 1)),
+        shift=given.get("shift", True),
+        truncate=given.get("truncate", True),
+    )
+
+
+def _sampling(given: Mapping[str, Any]) -> SamplingParams:
+    params = {name: given[name] for name in _SAMPLING if name in given}
+    params["seed"] = params.get("seed", -1) & 0xFFFFFFFF
+    if params.get("repeat_last_n", 0) < 0:
+        params["repeat_last_n"] = 64
+    if "logprobs" in given:
+        params["logprobs"] = given["logprobs"]
+    elif given.get("n_probs", 0) > 0:
+        params["logprobs"] = given["n_probs"]
+    return SamplingParams(**params)
+
+
+def embedding(body: bytes) -> EmbedRequest:
+    """The request in the body of POST /embedding. Raises `RequestError` that names the field."""
+    content = _decode(body, _EMBEDDING, refusal="bad request: {}").get("content")
+    if not content:
+        raise InvalidRequest(f"{NO_SEQUENCE}no input provided: content is empty", param="content")
+    return EmbedRequest(content=content)
+
+
+def tokenize(body: bytes) -> tuple[str, bool, bool]:
+    """(text, add_special, parse_special) of POST /tokenize. Raises `RequestError` that names the field."""
+    given = _decode(body, _TOKENIZE, refusal="bad request: {}")
+    return given.get("content", ""), given.get("add_special", False), given.get("parse_special", True)
+
+
+def detokenize(body: bytes) -> tuple[int, ...]:
+    """The tokens of POST /detokenize. Raises `RequestError` that names the field."""
+    tokens: tuple[int, ...] = _decode(body, _DETOKENIZE, refusal="bad request: {}").get("tokens", ())
+    if any(not 0 <= token < 2**31 for token in tokens):
+        raise InvalidRequest("tokens must be between 0 and 2147483647", param="tokens")
+    return tokens
+
+
+def not_admitted(error: RunnerError) -> Problem:
+    """The problem of a request that was well formed, but got no sequence or no slot, in the words of the original."""
+    refusal = problem(error)
+    if isinstance(error, EngineBusy):
+        return replace(refusal, text=NO_SLOT)
+    if isinstance(error, RequestError):
+        return replace(refusal, text=NO_SEQUENCE + refusal.text)
+    return refusal
+
+
+# --- JSON out -------------------------------------------------------------------------------------------------------
+
+_ESCAPED = re.compile("[<>&\u2028\u2029]")
+_LOWEST = -3.4028234663852886e38
+"""The lowest float32: what stands for the logarithm of zero, since JSON has no infinity."""
+
+
+def _quoted(text: str) -> str:
+    quoted = msgspec.json.encode(text.encode("utf-8", errors="replace").decode()).decode()
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
+
+
+def _float32(value: Any) -> str:
+    return str(np.float32(value)).removesuffix(".0")
+
+
+def _timings(usage: Usage) -> str:
+    return (
+        f'"timings":{{"predicted_n":{usage.completion_tokens},"predicted_ms":{int(usage.completion_seconds * 1000)},'
+        f'"prompt_n":{usage.prompt_tokens},"prompt_ms":{int(usage.prompt_seconds * 1000)}}}'
+    )
+
+
+def _token(info: TokenInfo) -> str:
+    logprob = info.logprob if info.logprob > _LOWEST else _LOWEST  # NaN compares false
+    text = _quoted(info.piece.decode("utf-8", errors="replace"))
+    piece = ",".join(map(str, info.piece))
+    return f'"id":{info.token},"token":{text},"bytes":[{piece}],"logprob":{_float32(logprob)}'
+
+
+def _probabilities(tokens: Sequence[SampledToken]) -> str:
+    if not tokens:
+        return ""
+    entries = (
+        f'{{{_token(token)},"top_logprobs":[{",".join(f"{{{_token(other)}}}" for other in token.top)}]}}'
+        for token in tokens
+    )
+    return f'"completion_probabilities":[{",".join(entries)}],'
+
+
+_NO_TIMINGS = _timings(Usage())
+
+
+class CompletionLines:
+    """Writes the events of one generation as the lines of its answer."""
+
+    def event(self, event: Event) -> bytes:
+        match event:
+            case PromptProgress():
+                return b""
+            case TextPiece(text=text, tokens=tokens):
+                line = f'{{"content":{_quoted(text)},"stop":false,{_probabilities(tokens)}{_NO_TIMINGS}}}\n'
+            case Finished(reason=reason, usage=usage, tokens=tokens):
+                limited = '"stopped_limit":true,' if reason == "length" else ""
+                line = f'{{"content":"","stop":true,{limited}{_probabilities(tokens)}{_timings(usage)}}}\n'
+        return line.encode()
+
+    def failure(self, error: Exception) -> bytes:
+        """The last line of an answer that cannot go on: its status is long sent, so the error comes in band."""
+        return f'{{"error":{_quoted(problem_text(error))},"content":"","stop":true,{_NO_TIMINGS}}}\n'.encode()
+
+
+def embedding_line(embedded: Embedded) -> bytes:
+    """The answer of /embedding. Raises `RunnerError` if a value is not finite, which JSON cannot say."""
+    vector = np.asarray(embedded.vector, dtype=np.float32)
+    if not np.isfinite(vector).all():
+        raise RunnerError("the embedding contains a value that is not finite")
+    return f'{{"embedding":[{",".join(map(str, vector))}]}}\n'.encode()  # str of a float32 is its shortest form
+
+
+def tokens_line(tokens: Sequence[int]) -> bytes:
+    return f'{{"tokens":[{",".join(map(str, tokens))}]}}\n'.encode()
+
+
+def content_line(text: str) -> bytes:
+    return f'{{"content":{_quoted(text)}}}\n'.encode()
+
+
+def health_line(status: str, progress: float) -> bytes:
+    """The answer of /health for an engine in `status`; `progress` of the load from 0 to 1."""
+    word = {"loading": "loading model", "ready": "ok"}.get(status, "server error")
+    return f'{{"status":"{word}","progress":{_float32(progress)}}}\n'.encode()

@@ -1,0 +1,144 @@
+"""Serve an engine over HTTP until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+
+from trio_runner.server.access import Access, host_names
+from trio_runner.server.app import create_app
+from trio_runner.server.connection import Connection
+from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
+
+if TYPE_CHECKING:
+    from hypercorn.typing import ASGIFramework
+
+    from trio_runner.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 512
+KEEP_ALIVE_SECONDS = 75
+FLUSH_SECONDS = 1.0
+"""For answers that are complete, when the server stops, to reach clients that read."""
+
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n"
+    b"Retry-After: 1\r\nConnection: close\r\n\r\ntoo many connections\n"
+)
+
+
+async def serve(
+    engine: Engine,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    listeners: Sequence[socket.socket] | None = None,
+    api_key: str | None = None,
+    allowed_hosts: Iterable[str] = (),
+    allowed_origins: Iterable[str] = (),
+    shutdown: trio.Event | None = None,
+    drain_timeout: float = 5.0,
+    write_timeout: float = 15.0,
+    max_connections: int = MAX_CONNECTIONS,
+    task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `engine`, which may still be loading, until `shutdown` is set; started with the (host, port) bound.
+
+    On shutdown the engine is drained while /health still answers; then nothing new is accepted, and what cannot be
+    written within a second is dropped. So it returns within `drain_timeout` and little more, whatever clients do.
+    Cancel it to stop at once. Closes `listeners`, given or not.
+
+    Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
+    """
+    if listeners is None:
+        listeners = await open_listeners(host, port)
+    try:
+        local = all(map(is_loopback, listeners))
+        if not local and not api_key:
+            raise ValueError(f"{host} can be reached by other machines: set an API key, or listen on 127.0.0.1")
+        access = Access(
+            api_key=api_key or None,
+            hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
+            origins=frozenset(origin.lower() for origin in allowed_origins),
+        )
+        server = _Server(create_app(engine, access=access), write_timeout, max_connections)
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(accept, listener, lambda sock: server.admit(sock, connections))
+                task_status.started(addresses(listeners))
+                await (shutdown or trio.Event()).wait()
+                await engine.drain(drain_timeout)
+                accepting.cancel_scope.cancel()
+            close_all(listeners)
+            await server.wind_down()
+            connections.cancel_scope.deadline = trio.current_time() + FLUSH_SECONDS
+    finally:
+        close_all(listeners)
+
+
+class _Server:
+    """The connections that are open, and what they share."""
+
+    def __init__(self, app: ASGIFramework, write_timeout: float, max_connections: int) -> None:
+        self._app = ASGIWrapper(app)
+        self._config = Config()
+        self._config.keep_alive_timeout = KEEP_ALIVE_SECONDS
+        self._config.keep_alive_max_requests = sys.maxsize
+        self._config.h11_max_incomplete_size = 1 << 16
+        self._config.include_server_header = False
+        self._config.accesslog = None
+        self._config.errorlog = logging.getLogger("trio_runner.server.asgi")
+        self._context = WorkerContext(None)
+        self._write_timeout = write_timeout
+        self._max_connections = max_connections
+        self._open: set[Connection] = set()
+        self._turned_away = 0
+
+    def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
+        """Serve `sock`, or turn it away if there are too many."""
+        if len(self._open) < self._max_connections:
+            nursery.start_soon(self._serve, sock)
+        elif self._turned_away < self._max_connections:
+            nursery.start_soon(self._turn_away, sock)
+        else:
+            sock.close()
+
+    async def wind_down(self) -> None:
+        """Close connections that serve nothing, and make the others close after their answer."""
+        await self._context.terminated.set()
+        for connection in list(self._open):
+            connection.close_if_idle()
+
+    async def _serve(self, sock: socket.socket) -> None:
+        connection = Connection(sock, self._app, self._config, self._context, write_timeout=self._write_timeout)
+        self._open.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._open.discard(connection)
+
+    async def _turn_away(self, sock: socket.socket) -> None:
+        """Say why, and wait a moment for the client to hang up, so that it reads the answer."""
+        self._turned_away += 1
+        try:
+            with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(OSError):
+                sock.send(_FULL)
+                sock.shutdown(socket.SHUT_WR)
+                while True:
+                    await trio.lowlevel.wait_readable(sock)
+                    if not sock.recv(1 << 16):
+                        break
+        finally:
+            self._turned_away -= 1
+            sock.close()
