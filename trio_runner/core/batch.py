@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from trio_runner.events import TokenInfo
 
@@ -98,13 +99,14 @@ def plan_batch(wanting: Iterable[Wanting], max_rows: int) -> Batch:
 
     Sequences that decode come first, one row each, so that no prompt of another delays their next token by more than
     this one step. What is left of the batch is dealt to the prompts in equal shares, in the order given; what a
-    short prompt leaves of its share goes to the others. `wanting` is not mutated.
+    short prompt leaves of its share goes to the others. Where sequences outnumber rows the first ones get a row each,
+    whatever they do: whoever gives the order in turns starves nobody. `wanting` is not mutated.
     """
     decoding: list[Wanting] = []
     prefilling: list[Wanting] = []
-    for want in wanting:
+    for want in islice(wanting, max_rows):
         (decoding if want.decoding else prefilling).append(want)
-    chunks = [_chunk(want, 1) for want in decoding[:max_rows]]
+    chunks = [_chunk(want, 1) for want in decoding]
     remain = max_rows - len(chunks)
     # Shortest first, so that one pass settles what each leaves over; the batch itself keeps the given order.
     shares: dict[int, int] = {}
@@ -112,7 +114,7 @@ def plan_batch(wanting: Iterable[Wanting], max_rows: int) -> Batch:
         share = min(len(want.pending), -(-remain // (len(prefilling) - n_served)))
         shares[want.uid] = share
         remain -= share
-    chunks += [_chunk(want, shares[want.uid]) for want in prefilling if shares[want.uid]]
+    chunks += [_chunk(want, shares[want.uid]) for want in prefilling]
     return Batch(tuple(chunks))
 
 
