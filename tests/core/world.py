@@ -1,0 +1,244 @@
+"""A scheduler and a toy context without an engine, and what one sequence alone must produce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+from trio_runner.config import CachePolicy
+from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.limits import Limits
+from trio_runner.core.scheduler import Scheduler
+from trio_runner.core.sequence import SequenceSpec
+from trio_runner.events import Embedded, Event, Finished, PromptProgress, TextPiece
+from trio_runner.request import SamplingParams
+from trio_runner.testing import END, Interruption, ToyContext, ToySampler, toy_next
+
+# --- the oracle ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a sequence must produce whatever happens to others."""
+
+    text: str
+    reason: str
+    stop: str | None
+    n_sampled: int
+
+
+def alone(spec: SequenceSpec, n_ctx: int) -> Alone:
+    """Recompute everything from the list of tokens, one token after the other, with nothing cached."""
+    held = list(spec.prompt)
+    data = b""
+    for n_sampled in count(1):
+        token = toy_next(held)
+        if token == END:
+            return Alone(whole_text(data), "stop", None, n_sampled)
+        data += bytes([token])
+        found = first_stop(whole_text(data), spec.stop)
+        if found is not None:
+            text, stop = found
+            return Alone(text, "stop", stop, n_sampled)
+        if n_sampled == spec.max_tokens:
+            return Alone(whole_text(data), "length", None, n_sampled)
+        if len(held) == n_ctx:
+            if not spec.shift:
+                return Alone(whole_text(data), "length", None, n_sampled)
+            discardable = n_ctx - spec.n_keep
+            held = held[: spec.n_keep] + held[spec.n_keep + max(discardable // 2, 1) :]
+        held.append(token)
+    raise AssertionError("unreachable")
+
+
+def whole_text(data: bytes) -> str:
+    """`data` as text, without half a character at its end."""
+    for n_missing in range(4):
+        tail = data[len(data) - n_missing :]
+        if starts_character(tail):
+            return data[: len(data) - n_missing].decode(errors="replace")
+    return data.decode(errors="replace")
+
+
+def starts_character(tail: bytes) -> bool:
+    """Whether `tail` is the start of a character and not a whole one: table 3-7 of the Unicode standard."""
+    seconds = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
+    lead = tail[0] if tail else 0
+    length = 2 if 0xC2 <= lead <= 0xDF else 3 if 0xE0 <= lead <= 0xEF else 4 if 0xF0 <= lead <= 0xF4 else 0
+    if not len(tail) < length:
+        return False
+    low, high = seconds.get(lead, (0x80, 0xBF))
+    return all(a <= byte <= b for byte, (a, b) in zip(tail[1:], [(low, high), (0x80, 0xBF)], strict=False))
+
+
+def first_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str] | None:
+    """(the text before it, the stop string that ends first, the longest on a tie), by looking everywhere."""
+    for end in range(1, len(text) + 1):
+        here = [stop for stop in stops if stop and text[:end].endswith(stop)]
+        if here:
+            longest = max(here, key=len)
+            return text[: end - len(longest)], longest
+    return None
+
+
+# --- the driver ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Carries steps out as the decode loop does, and checks after each what must always hold.
+
+    `uid` 0 and up in the order of submission. `poison`: batches with this uid never succeed.
+    """
+
+    limits: Limits
+    policy: CachePolicy = "longest"
+    poison: dict[int, DecodeOutcome] = field(default_factory=dict)
+    on_batch: Callable[[Batch], None] | None = None
+    specs: dict[int, SequenceSpec] = field(default_factory=dict)
+    events: dict[int, list[Event | Embedded]] = field(default_factory=dict)
+    cancelled: set[int] = field(default_factory=set)
+    may_fail: set[int] = field(default_factory=set)
+    """Sequences that were alone in a batch that failed."""
+    n_prefilled: dict[int, int] = field(default_factory=dict)
+    """Prompt rows that were decoded, by uid."""
+    n_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.limits, cache_policy=self.policy)
+        self.context = ToyContext(self.limits, on_decode=lambda batch: self._interruption)
+        self.samplers = {}
+        self.paused: set[int] = set()
+        self._interruption: Interruption | None = None
+
+    samplers: dict[int, ToySampler] = field(init=False)
+
+    def submit(self, **fields: object) -> int:
+        uid = len(self.specs)
+        spec = SequenceSpec(uid=uid, **fields)  # type: ignore[arg-type]
+        self.specs[uid] = spec
+        self.events[uid] = []
+        self.n_prefilled[uid] = 0
+        self.samplers[uid] = ToySampler(SamplingParams())
+        self.scheduler.submit(spec)
+        return uid
+
+    def cancel(self, uid: int) -> None:
+        if not self.finished(uid):
+            self.cancelled.add(uid)
+        self.scheduler.cancel(uid)
+
+    def pause(self, uid: int) -> None:
+        if uid in self.running:
+            self.paused.add(uid)
+        self.scheduler.pause(uid)
+
+    def resume(self, uid: int) -> None:
+        self.paused.discard(uid)
+        self.scheduler.resume(uid)
+
+    def step(self, interruption: Interruption | None = None, *, discard: bool = False) -> bool:
+        """One step; False when there is nothing to do. `discard`: throw the batch away after the edits, as when mail
+        has come."""
+        step = self.scheduler.next_step()
+        if step is None:
+            self.check_held()
+            return False
+        self.n_steps += 1
+        assert step.memory_ops or step.batch.chunks, "an empty step"
+        trims_held = True
+        for op in step.memory_ops:
+            if not self.context.apply(op):
+                self.scheduler.trim_failed(op)
+                trims_held = False
+        if not trims_held:
+            return True
+        self.check_held()
+        self.check_batch(step.batch)
+        if discard or not step.batch.chunks:
+            return True
+        uids = [chunk.uid for chunk in step.batch.chunks]
+        for uid in uids:
+            if uid in self.poison:
+                interruption = Interruption(self.poison[uid])
+        if interruption is not None and len(uids) == 1 and interruption.outcome is not DecodeOutcome.ABORTED:
+            self.may_fail.update(uids)
+        if interruption is None:
+            for chunk in step.batch.chunks:
+                if not self.events[chunk.uid] or all(isinstance(e, PromptProgress) for e in self.events[chunk.uid]):
+                    self.n_prefilled[chunk.uid] += len(chunk.tokens)
+        if self.on_batch is not None:
+            self.on_batch(step.batch)
+        self._interruption = interruption
+        result = self.context.decode(step.batch, self.samplers)
+        for uid, event in self.scheduler.commit(step.batch, result):
+            assert uid in uids, "an event of a sequence that was not in the batch"
+            assert uid not in self.cancelled, "an event after the cancellation"
+            assert not self.finished(uid), "an event after the last one"
+            self.events[uid].append(event)
+        return True
+
+    def run(self, max_steps: int | None = None) -> None:
+        """Until nothing is left to do."""
+        most = self.n_steps + (self.step_bound() if max_steps is None else max_steps)
+        while self.step():
+            assert self.n_steps <= most, "no end in sight"
+
+    def step_bound(self) -> int:
+        """Steps that all sequences take one row after the other, even if each token shifts and decodes all again."""
+        n_ctx = self.limits.n_ctx
+        live = [spec for uid, spec in self.specs.items() if not self.finished(uid)]
+        lengths = [0 if spec.embedding else alone(spec, n_ctx).n_sampled for spec in live]
+        return 100 + 2 * sum(n_ctx + n_sampled * n_ctx for n_sampled in lengths)
+
+    @property
+    def running(self) -> list[int]:
+        return list(self.scheduler._running)
+
+    def finished(self, uid: int) -> bool:
+        return bool(self.events[uid]) and isinstance(self.events[uid][-1], (Finished, Embedded))
+
+    def last(self, uid: int) -> Finished:
+        event = self.events[uid][-1]
+        assert isinstance(event, Finished)
+        return event
+
+    def text(self, uid: int) -> str:
+        return "".join(event.text for event in self.events[uid] if isinstance(event, TextPiece))
+
+    def outcome(self, uid: int) -> Alone:
+        last = self.last(uid)
+        return Alone(self.text(uid), last.reason, last.stop, last.usage.completion_tokens)
+
+    def alone(self, uid: int) -> Alone:
+        return alone(self.specs[uid], self.limits.n_ctx)
+
+    # -- what must always hold ----------------------------------------------------------------------------------------
+
+    def check_held(self) -> None:
+        """Rule 1, once all edits are done. And first come, first served."""
+        for slot in self.scheduler._pool.slots:
+            assert slot.tokens == self.context.held(slot.id), f"slot {slot.id} is not what the KV cache holds"
+        waiting = [spec.uid for spec in self.scheduler._waiting]
+        assert waiting == sorted(waiting)
+        assert not waiting or max(self.running, default=-1) < waiting[0], "somebody jumped the queue"
+        assert not waiting or len(self.running) == self.limits.n_slots, "a slot is free while somebody waits"
+
+    def check_batch(self, batch: Batch) -> None:
+        assert batch.n_rows <= self.limits.max_rows
+        for chunk in batch.chunks:
+            assert chunk.tokens, "a chunk without rows"
+            assert chunk.uid in self.running
+            assert chunk.uid not in self.paused, "rows for a paused sequence"
+            assert self.specs[chunk.uid].embedding == batch.embeddings
+
+    def check_idle(self) -> None:
+        """All is done: every slot is free and nobody is remembered."""
+        assert not self.running
+        assert not self.scheduler._waiting
+        assert self.scheduler._pool.n_busy == 0
+        statistics = self.scheduler.statistics()
+        n_held = sum(len(self.context.held(slot)) for slot in range(self.limits.n_slots))
+        assert (statistics.n_waiting, statistics.n_running, statistics.n_paused) == (0, 0, 0)
+        assert statistics.n_cached_tokens == n_held
