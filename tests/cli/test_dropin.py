@@ -1,0 +1,135 @@
+"""The drop-in mode's command line, up to the point where a server would start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+
+import pytest
+
+from trio_runner import cli, dropin
+from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.errors import LoadError, Unsupported
+
+
+def read(*arguments: str) -> dropin.Settings:
+    values, _ = dropin.FLAGS.parse(arguments)
+    return dropin.read_settings(values)
+
+
+def test_the_defaults_are_the_originals() -> None:
+    assert read("-model", "m.gguf") == dropin.Settings(
+        ModelConfig(path="m.gguf", gpu_layers=0),
+        EngineConfig(slots=1, context_length=2048, batch_size=512),
+        port=8080,
+    )
+
+
+def test_everything_a_server_of_that_era_sends() -> None:
+    command = "--model m.gguf --ctx-size 8192 --batch-size 512 --embedding --log-disable --n-gpu-layers 33 --verbose"
+    command += " --main-gpu 1 --lora a.gguf --threads 8 --memory-f32 --flash-attn --no-mmap --mlock --numa distribute"
+    command += " --parallel 4 --tensor-split 3,1 --multiuser-cache --port 43210"
+    assert read(*command.split()) == dropin.Settings(
+        ModelConfig(
+            path="m.gguf",
+            adapters=(AdapterConfig("a.gguf", 1.0),),
+            gpu_layers=33,
+            main_gpu=1,
+            tensor_split=(3.0, 1.0),
+            mmap=False,
+            mlock=True,
+        ),
+        EngineConfig(
+            slots=4, context_length=2048, batch_size=512, threads=8, flash_attention="on", cache_policy="best"
+        ),
+        port=43210,
+    )
+
+
+def test_an_adapter_forces_reading_the_model() -> None:
+    assert read("-model", "m").model.mmap
+    assert not read("-model", "m", "-lora", "a").model.mmap
+
+
+def test_context_is_divided_among_the_slots() -> None:
+    assert read("-model", "m", "-ctx-size", "1000", "-parallel", "3").engine.context_length == 333
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [("", ()), ("1", (1.0,)), ("1,x,2", (1.0, 0.0, 2.0)), ("nan,inf,-1,1e999", (0.0,) * 4), (",", (0.0, 0.0))],
+)
+def test_tensor_split(text: str, split: tuple[float, ...]) -> None:
+    assert dropin.read_tensor_split(text) == split
+    assert all(math.isfinite(share) for share in split)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--model is missing"),
+        (("-model", "m", "-parallel", "0"), "parallel must be"),
+        (("-model", "m", "-parallel", "1000"), "slots must be"),
+        (("-model", "m", "-ctx-size", "0"), "context_length must be"),
+        (("-model", "m", "-port", "70000"), "port must be"),
+        (("-model", "m", "-batch-size", "0"), "batch_size must be"),
+        (("-model", "m", "-mmproj", "p"), "mmproj"),
+    ],
+)
+def test_values_that_cannot_be_had(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], restored_logging: None
+) -> None:
+    with pytest.raises((ValueError, LoadError, Unsupported), match=message):
+        read(*arguments)
+    assert dropin.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "first_line"),
+    [
+        (["-h"], 0, "Usage of trio-runner:"),
+        (["-help"], 0, "Usage of trio-runner:"),
+        (["-no-such-flag"], 2, "flag provided but not defined: -no-such-flag"),
+        (["-model"], 2, "flag needs an argument: -model"),
+        (["--port", "x"], 2, 'invalid value "x" for flag -port: parse error'),
+    ],
+)
+def test_the_first_dash_chooses_the_mode(
+    arguments: list[str], code: int, first_line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == code
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith(first_line + "\n")
+    assert "  -ctx-size int\n" in err
+
+
+def test_cpu_features() -> None:
+    line = "CPU : SSE3 = 1 | SSSE3 = 1 | AVX512 = 0 | AVX = 1 | REPACK = 1 | "
+    assert dropin.cpu_features(line) == "sse3,ssse3,avx"
+    assert dropin.cpu_features("") == ""
+
+
+def test_log_lines_are_those_of_slog() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "/a/b.py", 7, "say %s", ('"hi"\n',), None)
+    line = dropin.SlogFormatter().format(record)
+    assert line.startswith("time=2")
+    assert line.endswith(r' level=WARN source=b.py:7 msg="say \"hi\"\n"')
+
+
+def test_requirements() -> None:
+    pytest.importorskip("trio_runner.llama.library", reason="the native library is not built")
+    command = [sys.executable, "-m", "trio_runner", "--requirements"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("}\n")
+    facts = json.loads(done.stdout)
+    assert list(facts) == ["cpu_features", "system_info", "version"]
+    assert all(isinstance(value, str) and value for value in facts.values())

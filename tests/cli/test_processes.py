@@ -1,0 +1,293 @@
+"""The program as its users meet it: a process with arguments, streams, signals and an exit code."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.cli.programs import DEADLINE, ROOT, TOY, exchange, program, read_all, request
+from trio_runner.testing import toy_text
+
+SLOW = {"TOY_ENDLESS": "1", "TOY_STEP": "0.01"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "toy.gguf"
+    path.write_bytes(b"")
+    return str(path)
+
+
+def texts(response: str) -> str:
+    """The text of all lines of a /completion response."""
+    return "".join(json.loads(line)["content"] for line in re.findall(r"^\{.*\}$", response, re.MULTILINE))
+
+
+# ---- serve -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_serve_answers_and_ends_when_asked(model: str, number: signal.Signals) -> None:
+    async with program("serve", "--model", model, "--port", "0") as runner:
+        port = await runner.listening()
+        await runner.logged("model loaded")
+        assert '{"status":"ok","progress":1' in await exchange(port, "/health")
+        response = await exchange(port, "/completion", {"prompt": "hello", "n_predict": 12})
+        assert texts(response) == toy_text("hello", 12)
+        runner.process.send_signal(number)
+        assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+        assert not runner.output
+
+
+async def test_a_running_request_is_drained(model: str) -> None:
+    async with program("serve", "--model", model, "--port", "0", environment=SLOW) as runner:
+        stream = await request(await runner.listening(), "/completion", {"prompt": "hello", "n_predict": 40})
+        first = (await stream.receive_some()).decode()
+        runner.terminate()
+        response = first + await read_all(stream)
+        assert len(texts(response)) == 40
+        assert '"stopped_limit":true' in response
+        assert await runner.ended() == 0
+
+
+async def test_draining_is_bounded(model: str) -> None:
+    async with program("serve", "--model", model, "--port", "0", "--drain-timeout", "0.1", environment=SLOW) as runner:
+        stream = await request(await runner.listening(), "/completion", {"prompt": "hello"})
+        await stream.receive_some()
+        runner.terminate()
+        assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+        await stream.aclose()
+
+
+async def test_a_second_signal_does_not_wait(model: str) -> None:
+    async with program("serve", "--model", model, "--port", "0", "--drain-timeout", "3600", environment=SLOW) as runner:
+        stream = await request(await runner.listening(), "/completion", {"prompt": "hello"})
+        await stream.receive_some()
+        runner.interrupt()
+        await runner.logged("SIGINT")
+        runner.interrupt()
+        assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+        await stream.aclose()
+
+
+async def test_stopped_while_loading(model: str) -> None:
+    async with program("serve", "--model", model, "--port", "0", environment={"TOY_LOAD": "never"}) as runner:
+        port = await runner.listening()
+        assert '{"status":"loading model","progress":0.25}' in await exchange(port, "/health")
+        runner.terminate()
+        assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+
+
+async def test_a_model_that_does_not_load(model: str) -> None:
+    async with program("serve", "--model", model, "--port", "0", environment={"TOY_LOAD": "bad"}) as runner:
+        assert await runner.ended() == 1
+        assert runner.log.endswith("\nerror: toy.gguf: this is no model at all\n")
+        assert "Traceback" not in runner.log
+
+
+async def test_an_engine_that_dies_takes_the_server_along(model: str) -> None:
+    async with program("serve", "--model", model, "--port", "0", environment={"TOY_DIES": "1"}) as runner:
+        await exchange(await runner.listening(), "/completion", {"prompt": "hello"})
+        assert await runner.ended() == 1
+        assert runner.log.splitlines()[-1] == "error: the decode thread died: the toy broke"
+
+
+async def test_an_address_that_is_taken(model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with program("serve", "--model", model, "--port", str(port)) as runner:
+            assert await runner.ended() == 1
+            assert runner.log.splitlines()[-1].startswith(f"error: cannot listen on 127.0.0.1:{port}: ")
+
+
+async def test_an_api_key_comes_from_a_file_or_the_environment(model: str, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    in_file = ["--api-key-file", str(tmp_path / "key")], dict[str, str]()
+    in_environment = list[str](), {"TRIO_RUNNER_API_KEY": "secret"}
+    for arguments, environment in (in_file, in_environment):
+        async with program("serve", "--model", model, "--port", "0", *arguments, environment=environment) as runner:
+            assert "HTTP/1.1 401" in await exchange(await runner.listening(), "/completion", {"prompt": "hello"})
+
+
+async def test_other_machines_need_a_key(model: str) -> None:
+    async with program("serve", "--model", model, "--port", "0", "--host", "0.0.0.0") as runner:
+        assert await runner.ended() == 1
+        assert runner.log.splitlines()[-1].startswith("error: 0.0.0.0 can be reached by other machines")
+
+
+# ---- drop-in ---------------------------------------------------------------------------------------------------------
+
+
+async def test_dropin_serves(model: str) -> None:
+    flags = [
+        "-model",
+        model,
+        "--ctx-size=256",
+        "-parallel",
+        "2",
+        "--numa",
+        "distribute",
+        "-verbose=false",
+        "-port",
+        "0",
+    ]
+    async with program(*flags) as runner:
+        await runner.logged('msg="starting trio runner"')
+        port = await runner.listening()
+        await runner.logged("model loaded")
+        assert '{"status":"ok","progress":1' in await exchange(port, "/health")
+        response = await exchange(port, "/completion", {"prompt": "hello", "n_predict": 12, "stream": True})
+        assert texts(response) == toy_text("hello", 12)
+        runner.terminate()
+        assert await runner.ended() == 0
+
+
+async def test_dropin_tells_the_old_server_what_is_wrong(model: str) -> None:
+    async with program("-model", model, "-port", "0", environment={"TOY_LOAD": "bad"}) as runner:
+        assert await runner.ended() == 1
+        assert runner.log.splitlines()[-1] == "error: error loading model toy.gguf: this is no model at all"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with program("-model", model, "-port", str(taken.getsockname()[1])) as runner:
+            assert await runner.ended() == 1
+            assert runner.log.splitlines()[-1].startswith("error: cannot listen on 127.0.0.1:")
+
+
+async def test_dropin_ends_with_its_parent(model: str) -> None:
+    shell = [
+        "sh",
+        "-c",
+        'exec 3<&0; "$@" & read line <&3',
+        "sh",
+        sys.executable,
+        "-c",
+        TOY,
+        "-model",
+        model,
+        "-port",
+        "0",
+    ]
+    process = await trio.lowlevel.open_process(
+        shell,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdin is not None
+    assert process.stderr is not None
+    async with process.stdin, process.stderr:
+        with trio.fail_after(DEADLINE):
+            log = b""
+            while b"listening on" not in log:
+                log += await process.stderr.receive_some()
+            process.kill()
+            await process.wait()
+            while data := await process.stderr.receive_some():  # ends when the last process that holds it does
+                log += data
+    assert b"is gone" in log
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+
+async def test_run_prints_the_text_and_nothing_else(model: str) -> None:
+    async with program("run", "hello", "--model", model, "-n", "12") as runner:
+        assert await runner.ended() == 0
+        assert runner.output.decode() == toy_text("hello", 12)
+        assert not runner.log
+
+
+async def test_run_reads_the_prompt_from_stdin(model: str) -> None:
+    for arguments in (["-"], []):
+        async with program("run", *arguments, "-m", model, "-n", "12", stdin="hé\nllo\n".encode()) as runner:
+            assert await runner.ended() == 0
+            assert runner.output.decode() == toy_text("hé\nllo", 12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_run_stops_at_once(model: str, number: signal.Signals) -> None:
+    async with program("run", "hello", "--model", model, "--shift", environment=SLOW) as runner:
+        await runner.printed(3)
+        runner.process.send_signal(number)
+        assert await runner.ended() == 128 + number
+        assert not runner.log
+
+
+async def test_run_stops_while_loading(model: str) -> None:
+    async with program("run", "hello", "-v", "--model", model, environment={"TOY_LOAD": "never"}) as runner:
+        with trio.move_on_after(1):  # wherever it is by then, imports included
+            await runner.ended()
+        runner.interrupt()
+        assert await runner.ended() == 130
+        assert "Traceback" not in runner.log
+
+
+async def test_run_stops_while_nobody_reads_its_output(model: str) -> None:
+    async with program("run", "hello", "--model", model, "--shift", environment={"TOY_ENDLESS": "1"}) as runner:
+        stdout = runner.process.stdout
+        assert isinstance(stdout, trio.lowlevel.FdStream)
+        fcntl.fcntl(stdout.fileno(), fcntl.F_SETPIPE_SZ, 8192)
+        while _n_waiting(stdout.fileno()) <= 4096:  # noqa: ASYNC110  # nothing tells when the pipe is full
+            await trio.sleep(0.01)
+        runner.interrupt()
+        await runner.process.wait()
+        assert runner.process.returncode == 130
+
+
+def _n_waiting(descriptor: int) -> int:
+    """Bytes in the pipe."""
+    waiting = array.array("i", [0])
+    fcntl.ioctl(descriptor, termios.FIONREAD, waiting)
+    return waiting[0]
+
+
+async def test_run_is_quiet_when_its_reader_leaves(model: str) -> None:
+    async with program("run", "hello", "--model", model, "--shift", environment=SLOW) as runner:
+        await runner.printed(1)
+        assert runner.process.stdout is not None
+        await runner.process.stdout.aclose()
+        await runner.process.wait()
+        assert runner.process.returncode == 141
+        assert runner.process.stderr is not None
+        assert not await runner.process.stderr.receive_some()
+
+
+async def test_run_says_what_is_wrong(model: str) -> None:
+    async with program("run", "hello", "--model", model, environment={"TOY_LOAD": "bad"}) as runner:
+        assert await runner.ended() == 1
+        assert runner.log.splitlines()[-1] == "error: toy.gguf: this is no model at all"
+    async with program("run", "hello", "--model", f"{model}.not") as runner:
+        assert await runner.ended() == 1
+        assert runner.log == f"error: {model}.not: there is no such file\n"
+    async with program("run", "hello" * 2000, "--model", model) as runner:
+        assert await runner.ended() == 1
+        assert runner.log == "error: prompt has 10000 tokens, but at most 4096 fit\n"
+
+
+# ---- embed -----------------------------------------------------------------------------------------------------------
+
+
+async def test_embed_prints_one_vector_a_line(model: str) -> None:
+    async with program("embed", "one", "-", "two", "--normalize", "--model", model, stdin=b"a\nb\n") as runner:
+        assert await runner.ended() == 0
+        vectors = [json.loads(line) for line in runner.output.decode().splitlines()]
+        assert len(vectors) == 4
+        for vector in vectors:
+            assert sum(number**2 for number in vector) == pytest.approx(1)
+        assert not runner.log

@@ -1,0 +1,579 @@
+"""The command line: `trio-runner serve | run | embed | info | fetch`, and the door to the drop-in mode.
+
+What was asked for goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure that one line on stderr
+explains, 2 for a wrong command line, 128 plus the signal's number for a command that a signal ended; `serve` ends with
+0 on the signals that mean "please stop".
+
+Heavy modules are imported where they are used, so that `--help` is quick and works without the native library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Concatenate, NoReturn, ParamSpec, TextIO, TypeVar
+
+import click
+
+from trio_runner import __version__
+from trio_runner.config import KV_TYPES, POOLINGS, AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.errors import RunnerError
+from trio_runner.models import DEFAULT_MODEL, resolve_model
+from trio_runner.request import GenerateRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from trio_runner.config import CachePolicy, FlashAttention, KvType, Pooling
+    from trio_runner.engine.engine import Engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
+MIB = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program to its exit code. Prints, and never raises for what a user can cause."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if arguments and arguments[0].startswith("-") and arguments[0] not in ("--help", "--version"):
+            from trio_runner import dropin
+
+            return dropin.main(arguments)
+        code = cli.main(arguments, prog_name="trio-runner", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except RunnerError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Python would try to flush once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (KeyboardInterrupt, click.Abort):
+        return 128 + signal.SIGINT
+
+
+@click.group(context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="trio-runner")
+def cli() -> None:
+    """Run one language model on this machine, for many requests at once, and cancel any of them at any time.
+
+    MODEL is a path, "SmolLM2-135M-Instruct" (the default, fetched once), or hf:owner/repo/file.gguf.
+
+    With flags before any command, as in "trio-runner -model x.gguf -port 1234", it takes the place of the runner of an
+    Ollama server: "trio-runner -h" lists those flags.
+    """
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def read_adapter(text: str) -> AdapterConfig:
+    """PATH or PATH:SCALE; the last colon begins the scale if a number follows it."""
+    path, _, scale = text.rpartition(":")
+    try:
+        factor = float(scale)
+    except ValueError:
+        return AdapterConfig(text)
+    try:
+        return AdapterConfig(path, factor) if path else AdapterConfig(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def read_proportions(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of numbers separated by commas") from None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """The options that every command with an engine has; None leaves the choice to the configuration."""
+
+    model: str
+    offline: bool
+    slots: int | None
+    context_length: int | None
+    batch_size: int | None
+    threads: int | None
+    gpu_layers: int
+    main_gpu: int
+    tensor_split: tuple[float, ...] | None
+    lora: tuple[AdapterConfig, ...]
+    flash_attention: FlashAttention
+    kv_type: KvType
+    mmap: bool
+    mlock: bool
+    check_tensors: bool
+    cache_policy: CachePolicy
+    pooling: Pooling
+    verbose: int
+
+    def configs(
+        self, *, slots: int, max_queue: int | None = None, stall_timeout: float | None = None
+    ) -> tuple[ModelConfig, EngineConfig]:
+        """Both configurations, the model fetched if need be; `slots` where the user gave none.
+
+        Raises `click.UsageError` for a value outside its range and `LoadError` when there is no such model.
+        """
+        defaults = EngineConfig()
+        try:
+            engine = EngineConfig(
+                slots=self.slots if self.slots is not None else slots,
+                context_length=self.context_length,
+                batch_size=self.batch_size if self.batch_size is not None else defaults.batch_size,
+                threads=self.threads,
+                flash_attention=self.flash_attention,
+                kv_type=self.kv_type,
+                cache_policy=self.cache_policy,
+                pooling=self.pooling,
+                max_queue=max_queue,
+                stall_timeout=stall_timeout if stall_timeout is not None else defaults.stall_timeout,
+            )
+            model = ModelConfig(
+                path=self.model,
+                adapters=self.lora,
+                gpu_layers=self.gpu_layers,
+                main_gpu=self.main_gpu,
+                tensor_split=self.tensor_split or (),
+                mmap=self.mmap,
+                mlock=self.mlock,
+                check_tensors=self.check_tensors,
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        path = fetch_model(self.model, offline=self.offline)
+        return dataclasses.replace(model, path=str(path)), engine
+
+
+_ENGINE_OPTIONS = (
+    click.option("--model", "-m", default=DEFAULT_MODEL.name, show_default=True, help="The model to load."),
+    click.option("--offline", is_flag=True, help="Never fetch anything."),
+    click.option("--slots", type=int, help="Requests that run at once.  [default: 4; run and info: 1]"),
+    click.option("--context-length", type=int, help="Tokens per slot.  [default: the model's, at most 4096]"),
+    click.option("--batch-size", type=int, help="Rows of one step.  [default: 512]"),
+    click.option("--threads", type=int, help="Threads that compute.  [default: leave room for the event loop]"),
+    click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers to put on GPUs; -1 all."),
+    click.option("--main-gpu", type=int, default=0, show_default=True, help="The GPU for what is not split."),
+    click.option("--tensor-split", type=read_proportions, metavar="A,B,...", help="Proportion of the model per GPU."),
+    click.option(
+        "--lora", type=read_adapter, metavar="PATH[:SCALE]", multiple=True, help="LoRA adapter; may be repeated."
+    ),
+    click.option("--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True),
+    click.option(
+        "--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Element type of the KV cache."
+    ),
+    click.option("--mmap/--no-mmap", default=True, show_default=True, help="Map the model file instead of reading it."),
+    click.option("--mlock", is_flag=True, help="Keep the model out of swap."),
+    click.option("--check-tensors", is_flag=True, help="Read every tensor and refuse NaN and infinity."),
+    click.option(
+        "--cache-policy",
+        type=click.Choice(["longest", "best"]),
+        default="longest",
+        show_default=True,
+        help="How a prompt finds its slot: longest shared prefix (one user) or best (many).",
+    ),
+    click.option("--pooling", type=click.Choice(POOLINGS), default="model", show_default=True, help="For embeddings."),
+    click.option("--verbose", "-v", count=True, help="Log more; -vv everything."),
+)
+
+
+def engine_options(function: Callable[Concatenate[EngineOptions, P], R]) -> Callable[P, R]:
+    """Give a command the options above, gathered in its first argument."""
+    names = [field.name for field in dataclasses.fields(EngineOptions)]
+
+    @wraps(function)
+    def command(*args: P.args, **kwargs: P.kwargs) -> R:
+        own = EngineOptions(**{name: kwargs.pop(name) for name in names})  # type: ignore[arg-type]  # click has checked
+        return function(own, *args, **kwargs)
+
+    decorated: Callable[P, R] = command
+    for option in reversed(_ENGINE_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def set_up_logging(verbose: int, *, base: int = logging.WARNING) -> None:
+    """Log to stderr; every -v lowers the level by one. llama.cpp talks a lot, so its own words need one more -v."""
+    levels = [logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG]
+    index = min(levels.index(base) + verbose, 3)
+    logging.basicConfig(
+        level=levels[index],
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    if verbose < 2:
+        logging.getLogger("trio_runner.llama").setLevel(levels[index - 1])
+    for name in ("httpx", "httpx2", "filelock", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def fetch_model(reference: str, *, offline: bool = False) -> Path:
+    """`resolve_model` with a progress bar on stderr, undone cleanly by SIGTERM as by Ctrl-C."""
+    with _terminate_by_exception(), _progress_bar(f"fetching {reference}") as progress:
+        return resolve_model(reference, progress=progress, offline=offline)
+
+
+@contextmanager
+def _terminate_by_exception() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that a child process and scratch files do not outlive us."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with the bytes done and the bytes in all; the bar appears with its first call."""
+    with ExitStack() as stack:
+        bar: Progress | None = None
+        task = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal bar, task
+            if bar is None or task is None:
+                from rich.console import Console
+                from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+                columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+                bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+                task = bar.add_task(title)
+            bar.update(task, completed=done, total=total)
+
+        yield report
+
+
+async def wait_ready(engine: Engine) -> None:
+    """Wait for the model, with a bar where there is a terminal and something to wait for."""
+    import trio
+
+    if not sys.stderr.isatty():
+        await engine.wait_ready()
+        return
+    with trio.move_on_after(0.5):
+        await engine.wait_ready()
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading the model", total=1.0)
+        async with trio.open_nursery() as nursery:
+
+            async def show() -> None:
+                while True:
+                    bar.update(task, completed=engine.progress)
+                    await trio.sleep(0.1)
+
+            nursery.start_soon(show)
+            await engine.wait_ready()
+            nursery.cancel_scope.cancel()
+
+
+def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: Callable[[Engine], Awaitable[None]]) -> int:
+    """Load the model, run `main` with the engine, and turn signals and expected failures into an exit code."""
+    from trio_runner.engine.engine import open_engine
+    from trio_runner.service import run_to_exit_code, until_signal
+
+    async def with_engine() -> None:
+        async with open_engine(*configs, wait=False) as engine:
+            await wait_ready(engine)
+            await main(engine)
+
+    async def interruptible() -> int:
+        return await until_signal(with_engine)
+
+    return run_to_exit_code(interruptible)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@engine_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen here; elsewhere only with an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(0, 86400),
+    default=10.0,
+    show_default=True,
+    help="Seconds that running requests get after SIGTERM or Ctrl-C.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help=f"File with the key that clients must send; or the environment variable {API_KEY_VARIABLE}.",
+)
+@click.option("--allowed-host", multiple=True, help="Accept this name in the Host header; may be repeated.")
+@click.option("--allowed-origin", multiple=True, help="Let web pages from this origin call; may be repeated.")
+@click.option("--max-queue", type=int, help="Requests that may wait for a slot.  [default: no bound]")
+def serve(
+    options: EngineOptions,
+    /,
+    host: str,
+    port: int,
+    drain_timeout: float,
+    api_key_file: Path | None,
+    allowed_host: tuple[str, ...],
+    allowed_origin: tuple[str, ...],
+    max_queue: int | None,
+) -> int:
+    """Serve the model over HTTP.
+
+    The server answers while the model is still loading. SIGTERM or Ctrl-C lets running requests finish within the
+    drain timeout; a second one stops at once.
+    """
+    set_up_logging(options.verbose, base=logging.INFO)
+    api_key = read_api_key(api_key_file)
+    model, engine = options.configs(slots=EngineConfig().slots, max_queue=max_queue)
+
+    from trio_runner.service import ServiceConfig, run_service, run_to_exit_code
+
+    service = ServiceConfig(
+        host=host,
+        port=port,
+        drain_timeout=drain_timeout,
+        api_key=api_key,
+        allowed_hosts=allowed_host,
+        allowed_origins=allowed_origin,
+    )
+
+    async def run_until_signal() -> None:
+        await run_service(model, engine, service)
+
+    return run_to_exit_code(run_until_signal)
+
+
+def read_api_key(path: Path | None) -> str | None:
+    """The key from the file, else from the environment, else None. An empty key is a usage error, not "no key"."""
+    try:
+        key = os.environ.get(API_KEY_VARIABLE) if path is None else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"the API key cannot be read: {error}") from error
+    if key is None:
+        return None
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise click.UsageError("the API key must be printable ASCII and not empty")
+    return key
+
+
+_SAMPLING_HELP = {
+    "temperature": "0: always the most probable token.",
+    "top_k": "Sample from the so many most probable tokens; 0 off.",
+    "top_p": "Sample from the most probable tokens that have this share together; 1 off.",
+    "min_p": "Drop tokens below this share of the most probable one; 0 off.",
+    "typical_p": "Locally typical sampling; 1 off.",
+    "tfs_z": "Tail-free sampling; 1 off.",
+    "top_n_sigma": "Drop tokens so many standard deviations below the best; -1 off.",
+    "xtc_probability": "Chance to exclude top choices; 0 off.",
+    "xtc_threshold": "What counts as a top choice.",
+    "dynatemp_range": "Temperature varies so much with the entropy; 0 off.",
+    "dynatemp_exponent": "How the entropy becomes a temperature.",
+    "repeat_last_n": "Tokens the penalties look back on; -1 all.",
+    "repeat_penalty": "1 off.",
+    "frequency_penalty": "0 off.",
+    "presence_penalty": "0 off.",
+    "dry_multiplier": "Strength of the DRY penalty on repeated phrases; 0 off.",
+    "dry_base": "How DRY grows with the phrase.",
+    "dry_allowed_length": "Phrases up to so many tokens may repeat.",
+    "dry_penalty_last_n": "Tokens DRY looks back on; -1 all.",
+    "mirostat": "0 off, 1 or 2.",
+    "mirostat_tau": "Target surprise.",
+    "mirostat_eta": "Learning rate.",
+    "seed": "The same seed gives the same text.",
+}
+
+
+def sampling_options(function: Callable[P, R]) -> Callable[P, R]:
+    """An option for every number in `SamplingParams`, absent unless given."""
+    defaults = SamplingParams()
+    for name, text in reversed(_SAMPLING_HELP.items()):
+        default = getattr(defaults, name)
+        note = "random" if name == "seed" else f"{default:g}"
+        flag = f"--{name.replace('_', '-')}"
+        function = click.option(flag, name, type=type(default), help=f"{text}  [default: {note}]")(function)
+    return function
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", "-n", type=int, help="Tokens at most.  [default: until the model ends]")
+@click.option("--stop", multiple=True, help="End before this text; may be repeated.")
+@click.option("--shift", is_flag=True, help="Go on beyond a full context, forgetting the oldest text.")
+@click.option("--grammar-file", type=click.File("r", encoding="utf-8"), help="GBNF grammar the text must follow.")
+@sampling_options
+@engine_options
+def run(
+    options: EngineOptions,
+    /,
+    prompt: str | None,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    shift: bool,
+    grammar_file: TextIO | None,
+    **sampling: float | None,
+) -> int:
+    """Continue PROMPT and stream the text to stdout. Without PROMPT, or with "-", it is read from stdin."""
+    set_up_logging(options.verbose)
+    request = make_request(prompt, max_tokens, stop, shift, grammar_file, sampling)
+    # A pager may keep the text waiting for as long as its reader likes.
+    configs = options.configs(slots=1, stall_timeout=float("inf"))
+
+    async def generate(engine: Engine) -> None:
+        from trio_runner.terminal import TextOutput
+
+        output = TextOutput(sys.stdout.fileno())
+        generation = engine.generate(request)
+        try:
+            async with generation:
+                async for event in generation:
+                    await output.write(event.text)
+        finally:
+            if sys.stdout.isatty():
+                print(flush=True)
+        if generation.usage is not None:
+            logger.info("%s", generation.usage)
+
+    return run_with_engine(configs, generate)
+
+
+def make_request(
+    prompt: str | None,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    shift: bool,
+    grammar_file: TextIO | None,
+    sampling: dict[str, float | None],
+) -> GenerateRequest:
+    """What `run` asks of the engine. Raises `click.UsageError`."""
+    if prompt is None or prompt == "-":
+        if prompt is None and sys.stdin.isatty():
+            raise click.UsageError("a prompt is missing")
+        prompt = read_stdin().removesuffix("\n")
+    try:
+        grammar = grammar_file.read() if grammar_file is not None else ""
+        chosen = {name: value for name, value in sampling.items() if value is not None}
+        params = SamplingParams(grammar=grammar, **chosen)  # type: ignore[arg-type]  # of the fields' own types
+        return GenerateRequest(prompt=prompt, max_tokens=max_tokens, stop=stop, shift=shift, sampling=params)
+    except (RunnerError, UnicodeDecodeError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def read_stdin() -> str:
+    """All of stdin. Raises `click.UsageError` when it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"stdin is not UTF-8: {error}") from error
+
+
+@cli.command()
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@click.option("--normalize", is_flag=True, help="Scale every vector to length 1.")
+@engine_options
+def embed(options: EngineOptions, /, texts: tuple[str, ...], normalize: bool) -> int:
+    """Print the embedding of every TEXT as a JSON array, one per line. "-" stands for the lines of stdin."""
+    set_up_logging(options.verbose)
+    all_texts = [line for text in texts for line in (read_stdin().splitlines() if text == "-" else [text])]
+    configs = options.configs(slots=EngineConfig().slots)
+
+    async def print_vectors(engine: Engine) -> None:
+        for vector in await engine.embed(all_texts, normalize=normalize):
+            click.echo(f"[{','.join(str(number) for number in vector)}]")  # the shortest text of each float32
+
+    return run_with_engine(configs, print_vectors)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@engine_options
+def info(options: EngineOptions, /, as_json: bool) -> int:
+    """Print what is known of the model, the devices and the libraries."""
+    set_up_logging(options.verbose)
+    configs = options.configs(slots=1)
+
+    async def print_facts(engine: Engine) -> None:
+        facts = collect_facts(engine)
+        if as_json:
+            click.echo(json.dumps(facts, ensure_ascii=False, default=str))
+        else:
+            for title, section in facts.items():
+                click.echo(f"{title}:")
+                for name, value in section.items():
+                    click.echo(f"  {name:<20} {value}")
+
+    return run_with_engine(configs, print_facts)
+
+
+def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
+    """Sections of names and values, in the order in which a reader wants them."""
+    from trio_runner.llama import library
+
+    model, limits = engine.info, engine.limits
+    return {
+        "model": {
+            "name": model.name,
+            "architecture": model.architecture,
+            "description": model.description,
+            "parameters": model.n_params,
+            "bytes": model.size,
+            "layers": model.n_layer,
+            "embedding length": model.n_embd,
+            "vocabulary": model.n_vocab,
+            "trained context": model.n_ctx_train,
+            "causal": model.causal,
+            "chat template": model.chat_template is not None,
+        },
+        "context": {
+            "tokens per slot": limits.n_ctx,
+            "generates text": limits.can_generate,
+            "can shift": limits.can_shift,
+        },
+        "devices": {
+            device.name: f"{device.type}, {device.description} ({device.backend}), "
+            f"{device.memory_free / MIB:.0f} of {device.memory_total / MIB:.0f} MiB free"
+            for device in library.devices()
+        },
+        "library": {"trio-runner": __version__, "binding ABI": library.ABI, "system": library.system_info()},
+    }
+
+
+@cli.command()
+@click.argument("model", default=DEFAULT_MODEL.name)
+def fetch(model: str) -> int:
+    """Fetch MODEL if it is not here yet, and print the path of its file."""
+    set_up_logging(0)
+    click.echo(fetch_model(model))
+    return 0

