@@ -379,7 +379,11 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         validate(*model, *params);
 
         auto opened = std::make_unique<trio_context>(model);
-        opened->native.reset(llama_init_from_model(model->native, native_params(*params, opened.get())));
+        {
+            // One KV cache for all sequences may hold more than the model's context, and any model may give vectors.
+            ExpectWarnings expected;
+            opened->native.reset(llama_init_from_model(model->native, native_params(*params, opened.get())));
+        }
         if (!opened->native) {
             const std::string errors = Scope::errors();
             const int32_t code = Scope::assert_fired() ? TRIO_E_ASSERT : TRIO_E_NATIVE;

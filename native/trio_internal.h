@@ -54,6 +54,16 @@ public:
     static std::string errors(); // what llama.cpp logged as an error on this thread since the outermost Scope began
 };
 
+// While alive, what llama.cpp logs on this thread as a warning counts as information: for warnings about what the shim does
+// on purpose.
+class ExpectWarnings {
+public:
+    ExpectWarnings();
+    ~ExpectWarnings();
+    ExpectWarnings(const ExpectWarnings &) = delete;
+    ExpectWarnings &operator=(const ExpectWarnings &) = delete;
+};
+
 void set_last_error(const std::string &message);
 
 // Translates the exception in flight: to be called in a catch (...) block. Sets the last error.

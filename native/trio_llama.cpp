@@ -38,6 +38,7 @@ constexpr size_t LEAST_BIG_STACK_BYTES = size_t(16) << 20;
 thread_local int scope_depth = 0;
 thread_local bool scope_assert_fired = false;
 thread_local std::string scope_errors;
+thread_local int warnings_expected = 0;
 thread_local std::string last_error;
 
 // ggml calls abort() when this returns. Throwing instead is sound where every frame between here and the guard can unwind
@@ -68,6 +69,10 @@ Scope::~Scope() { --scope_depth; }
 bool Scope::assert_fired() { return scope_assert_fired; }
 
 std::string Scope::errors() { return scope_errors; }
+
+ExpectWarnings::ExpectWarnings() { ++warnings_expected; }
+
+ExpectWarnings::~ExpectWarnings() { --warnings_expected; }
 
 void set_last_error(const std::string &message) { last_error = message; }
 
@@ -251,6 +256,7 @@ void on_log(ggml_log_level level, const char *text, void *) {
         if (level == GGML_LOG_LEVEL_ERROR && scope_depth > 0 && scope_errors.size() < MAX_ERROR_BYTES) {
             scope_errors += text;
         }
+        if (level == GGML_LOG_LEVEL_WARN && warnings_expected > 0) level = GGML_LOG_LEVEL_INFO;
         log_ring().write(level, text);
     } catch (...) { // a line of log is not worth an exception inside llama.cpp
     }

@@ -1,0 +1,26 @@
+"""Models, contexts and samplers over llama.cpp: the only door to the native library."""
+
+from __future__ import annotations
+
+from trio_runner.llama.adapter import Adapter
+from trio_runner.llama.context import Context, default_threads
+from trio_runner.llama.gguf import GgufHeader, check_gguf
+from trio_runner.llama.library import Device, devices, drain_log, system_info
+from trio_runner.llama.loader import LlamaLoader
+from trio_runner.llama.model import Model
+from trio_runner.llama.sampler import Sampler
+
+__all__ = [
+    "Adapter",
+    "Context",
+    "Device",
+    "GgufHeader",
+    "LlamaLoader",
+    "Model",
+    "Sampler",
+    "check_gguf",
+    "default_threads",
+    "devices",
+    "drain_log",
+    "system_info",
+]

@@ -1,0 +1,344 @@
+"""GGUF: a look at a model file's header before native code trusts it.
+
+llama.cpp answers most damage with an error, but some with an abort of the process (a block count out of range, a
+repeated vocabulary entry) and some not at all. This reads the header alone, in a fraction of a second, and says what
+is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Final, TypeAlias
+
+from trio_runner.errors import LoadError
+
+MAX_KEYS: Final = 65_536
+MAX_TENSORS: Final = 100_000
+MAX_STRING_BYTES: Final = 16 << 20
+MAX_ARRAY_LENGTH: Final = 4_000_000
+MAX_NAME_BYTES: Final = 64  # ggml's own bound, with the terminating NUL
+MAX_DIMENSIONS: Final = 4
+MAX_TEMPLATE_BYTES: Final = 1 << 20
+MAX_BLOCKS: Final = 512
+SHORT_ARRAY_LENGTH: Final = 64
+"""Arrays up to this length are kept with their values."""
+
+_DEFAULT_ALIGNMENT: Final = 32
+_STRING: Final = 8
+_ARRAY: Final = 9
+_BOOL: Final = 7
+_NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+# Elements and bytes of one block, by ggml_type.
+_TENSOR_TYPES: Final = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArray:
+    """An array of the metadata; `values` only when it is short."""
+
+    type: str
+    length: int
+    values: tuple[object, ...] | None = None
+
+
+GgufValue: TypeAlias = "bool | int | float | str | GgufArray"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where a tensor stands: `offset` from the beginning of the file, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a file says about itself, before any weight is read."""
+
+    version: int
+    file_size: int
+    metadata: dict[str, GgufValue] = field(default_factory=dict)
+    tensors: tuple[GgufTensor, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        value = self.metadata.get("general.architecture")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def name(self) -> str | None:
+        value = self.metadata.get("general.name")
+        return value if isinstance(value, str) and value else None
+
+    @property
+    def n_params(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+
+def check_gguf(path: str | PathLike[str]) -> GgufHeader:
+    """Read the header of the model, adapter or projector file at `path`.
+
+    Raises `LoadError` that says what is wrong: not a regular file, not GGUF, damaged, cut short, or with values that
+    llama.cpp would abort on. Reads no weights.
+    """
+    name = os.fspath(path)
+    try:
+        # Not opened before it is known to be a file: a pipe would wait for a writer.
+        status = os.stat(name)
+        if not stat.S_ISREG(status.st_mode):
+            raise LoadError("not a regular file", path=name)
+        if status.st_size == 0:
+            raise LoadError("the file is empty", path=name)
+        with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                header = _Reader(data).read_header()
+                _check_values(header)
+            except _Damaged as damage:
+                raise LoadError(str(damage), path=name) from None
+    except FileNotFoundError:
+        raise LoadError("no such file", path=name) from None
+    except (OSError, ValueError) as failure:
+        raise LoadError(f"cannot be read: {failure}", path=name) from failure
+    return header
+
+
+class _Damaged(Exception):
+    pass
+
+
+class _Reader:
+    """Reads from the beginning of the file on; never beyond its end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._size = len(data)
+        self._at = 0
+
+    def _number(self, code: str) -> int | float | bool:
+        end = self._at + struct.calcsize("<" + code)
+        if end > self._size:
+            raise _Damaged(f"cut short: the header goes on after the file's {self._size} bytes")
+        (value,) = struct.unpack_from("<" + code, self._data, self._at)
+        self._at = end
+        return value  # type: ignore[no-any-return]
+
+    def _integer(self, code: str) -> int:
+        return int(self._number(code))
+
+    def _bytes(self, what: str) -> bytes:
+        length = self._integer("Q")
+        if length > MAX_STRING_BYTES or length > self._size - self._at:
+            raise _Damaged(f"damaged: {what} has {length} bytes where {self._size - self._at} are left")
+        begin, self._at = self._at, self._at + length
+        return self._data[begin : self._at]
+
+    def _text(self, what: str) -> str:
+        return self._bytes(what).decode(errors="replace")
+
+    def read_header(self) -> GgufHeader:
+        magic = self._data[:4]
+        if magic != b"GGUF":
+            raise _Damaged(f"not a GGUF file: it begins with {magic!r}")
+        self._at = 4
+        version = self._integer("I")
+        if version & 0xFFFF == 0 and version:
+            raise _Damaged("a big-endian GGUF file, which is not supported")
+        if version not in (2, 3):
+            raise _Damaged(f"GGUF version {version} is not supported, only 2 and 3")
+        n_tensors, n_keys = self._integer("Q"), self._integer("Q")
+        if n_keys > MAX_KEYS or n_tensors > MAX_TENSORS:
+            raise _Damaged(f"damaged: it claims {n_keys} keys and {n_tensors} tensors")
+        metadata: dict[str, GgufValue] = {}
+        for _ in range(n_keys):
+            key = self._text("a key")
+            if key in metadata:
+                raise _Damaged(f"damaged: the key {key} appears twice")
+            metadata[key] = self._value(key, self._integer("I"))
+        tensors = self._tensors(n_tensors, _alignment(metadata))
+        return GgufHeader(version, self._size, metadata, tensors)
+
+    def _value(self, key: str, kind: int) -> GgufValue:
+        if kind == _STRING:
+            return self._text(key)
+        if kind == _ARRAY:
+            return self._array(key)
+        if kind == _BOOL:
+            return self._integer("B") != 0
+        if kind in _NUMBERS:
+            return self._number(_NUMBERS[kind])
+        raise _Damaged(f"damaged: {key} is of the unknown type {kind}")
+
+    def _array(self, key: str) -> GgufArray:
+        kind, length = self._integer("I"), self._integer("Q")
+        if length > MAX_ARRAY_LENGTH:
+            raise _Damaged(f"damaged: {key} claims {length} elements")
+        if kind == _STRING:
+            return self._string_array(key, length)
+        if kind not in _NUMBERS:
+            raise _Damaged(f"damaged: {key} is an array of the unknown type {kind}")
+        code = "B" if kind == _BOOL else _NUMBERS[kind]
+        n_bytes = length * struct.calcsize("<" + code)
+        if n_bytes > self._size - self._at:
+            raise _Damaged(f"damaged: {key} has {n_bytes} bytes where {self._size - self._at} are left")
+        begin, self._at = self._at, self._at + n_bytes
+        short = length <= SHORT_ARRAY_LENGTH
+        return GgufArray(code, length, struct.unpack_from(f"<{length}{code}", self._data, begin) if short else None)
+
+    def _string_array(self, key: str, length: int) -> GgufArray:
+        # A vocabulary has a hundred thousand strings: everything in this loop is a local name.
+        data, at, size, unpack = self._data, self._at, self._size, struct.Struct("<Q").unpack_from
+        want = key == "tokenizer.ggml.tokens" or length <= SHORT_ARRAY_LENGTH
+        strings: list[bytes] = []
+        for _ in range(length):
+            if at + 8 > size:
+                raise _Damaged(f"cut short: {key} goes on after the file's {size} bytes")
+            (n_bytes,) = unpack(data, at)
+            at += 8
+            if n_bytes > MAX_STRING_BYTES or n_bytes > size - at:
+                raise _Damaged(f"damaged: an element of {key} has {n_bytes} bytes where {size - at} are left")
+            if want:
+                strings.append(data[at : at + n_bytes])
+            at += n_bytes
+        self._at = at
+        if key == "tokenizer.ggml.tokens" and len(set(strings)) != length:
+            raise _Damaged("damaged: the vocabulary has the same token twice")
+        short = length <= SHORT_ARRAY_LENGTH
+        return GgufArray("s", length, tuple(text.decode(errors="replace") for text in strings) if short else None)
+
+    def _tensors(self, n_tensors: int, alignment: int) -> tuple[GgufTensor, ...]:
+        raw: list[tuple[str, tuple[int, ...], str, int, int]] = []
+        names: set[str] = set()
+        for _ in range(n_tensors):
+            name = self._text("a tensor's name")
+            if len(name.encode()) >= MAX_NAME_BYTES:
+                raise _Damaged(f"damaged: the tensor name {name[:80]!r} is too long")
+            if name in names:
+                raise _Damaged(f"damaged: the tensor {name} appears twice")
+            names.add(name)
+            n_dimensions = self._integer("I")
+            if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+                raise _Damaged(f"damaged: the tensor {name} has {n_dimensions} dimensions")
+            shape = tuple(self._integer("Q") for _ in range(n_dimensions))
+            kind, offset = self._integer("I"), self._integer("Q")
+            if kind not in _TENSOR_TYPES:
+                raise _Damaged(f"the tensor {name} is of the unknown type {kind}")
+            type_name, block, block_bytes = _TENSOR_TYPES[kind]
+            n_elements = math.prod(shape)
+            if not 0 < n_elements < 2**62:
+                raise _Damaged(f"damaged: the tensor {name} has the shape {shape}")
+            if shape[0] % block:
+                raise _Damaged(f"damaged: rows of the tensor {name} are no whole blocks of {type_name}")
+            if offset % alignment:
+                raise _Damaged(f"damaged: the tensor {name} is not aligned to {alignment} bytes")
+            raw.append((name, shape, type_name, offset, n_elements // block * block_bytes))
+        begin = -(-self._at // alignment) * alignment
+        for name, _, _, offset, n_bytes in raw:
+            if begin + offset + n_bytes > self._size:
+                raise _Damaged(
+                    f"truncated: the tensor {name} ends at byte {begin + offset + n_bytes}, the file has {self._size}"
+                )
+        return tuple(
+            GgufTensor(name, shape, type_name, begin + offset, n_bytes)
+            for name, shape, type_name, offset, n_bytes in raw
+        )
+
+
+def _alignment(metadata: dict[str, GgufValue]) -> int:
+    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
+        raise _Damaged(f"damaged: general.alignment is {alignment}")
+    return alignment
+
+
+def _check_values(header: GgufHeader) -> None:
+    """What is well-formed but would make llama.cpp abort, divide by zero, or compute rubbish."""
+    metadata, architecture = header.metadata, header.architecture
+    if not architecture:
+        raise _Damaged("damaged: it does not name its architecture")
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and len(template) > MAX_TEMPLATE_BYTES:
+        raise _Damaged(f"the chat template has more than {MAX_TEMPLATE_BYTES} characters")
+    if metadata.get("general.type", "model") != "model":
+        return  # an adapter or a projector has no hyperparameters of a model
+    if metadata.get("split.no", 0) != 0:
+        raise _Damaged("a later part of a model in several files: name its first part")
+
+    def whole(key: str, low: int, high: int) -> int | None:
+        value = metadata.get(f"{architecture}.{key}")
+        values = value.values or () if isinstance(value, GgufArray) else (value,)
+        for one in values:
+            if one is not None and (not isinstance(one, int) or not low <= one <= high):
+                raise _Damaged(f"{architecture}.{key} is {one}, but must be between {low} and {high}")
+        return value if isinstance(value, int) else None
+
+    whole("block_count", 1, MAX_BLOCKS)
+    whole("context_length", 1, 2**31 - 1)
+    whole("embedding_length", 1, 2**24)
+    # Layers without attention say 0: all of them in a recurrent model, some in a hybrid one.
+    has_state = any(".ssm." in key or ".wkv." in key or ".shortconv." in key for key in metadata)
+    least = 0 if has_state or "rwkv" in architecture else 1
+    n_head = whole("attention.head_count", least, 2**16)
+    n_head_kv = whole("attention.head_count_kv", least, 2**16)
+    if n_head and n_head_kv and n_head % n_head_kv:
+        raise _Damaged(f"{n_head} attention heads cannot share {n_head_kv} key and value heads")
+    for key, value in metadata.items():
+        if not isinstance(value, float) or not key.startswith(architecture + "."):
+            continue
+        if not math.isfinite(value):
+            raise _Damaged(f"{key} is {value}")
+        if value < 0 and key.endswith("epsilon"):
+            raise _Damaged(f"{key} is {value}, but must not be negative")
+        if value <= 0 and "rope.freq_base" in key:
+            raise _Damaged(f"{key} is {value}, but must be more than 0")

@@ -1,0 +1,158 @@
+"""The native library: finding it, its log, its devices, and its errors as ours.
+
+Importing this module loads nothing; the first call that needs the library does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeError, RunnerError
+
+LIBRARY_DIRECTORY: Final = Path(__file__).resolve().parent.parent / "lib"
+"""Where the shared libraries and the backend plugins stand beside the package."""
+
+ABI: Final = 1
+"""The TRIO_LLAMA_ABI this binding was written for."""
+
+logger = logging.getLogger("trio_runner.llama")
+
+_LOG_LEVELS: Final = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_MAX_LINE_BYTES: Final = 8192
+_MAX_MESSAGE_BYTES: Final = 4096
+_DEVICE_TYPES: Final = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator"}
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """The two names every cffi module has. Untyped, because the module is generated from a C header."""
+
+    ffi: Any
+    lib: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Something that computes. Memory in bytes; 0 where the backend does not say."""
+
+    name: str
+    description: str
+    backend: str
+    type: str
+    memory_free: int
+    memory_total: int
+
+
+@functools.cache
+def native() -> Native:
+    """The loaded and initialised library. Raises ImportError when it is not there, `LoadError` when it cannot start."""
+    # Read when ggml is loaded, so it must be set before: an abort would fork a debugger otherwise.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    try:
+        module = importlib.import_module("trio_runner._native")
+    except ImportError as failure:
+        raise ImportError(
+            "trio-runner's native library is not there: install trio-runner as a wheel, "
+            f"or build it in this checkout with `python build_llama.py` ({failure})"
+        ) from failure
+    loaded = Native(module.ffi, module.lib)
+    if loaded.lib.trio_abi_version() != ABI:
+        raise ImportError(
+            f"trio-runner's native library has ABI {loaded.lib.trio_abi_version()}, not {ABI}: build it again"
+        )
+    code = loaded.lib.trio_init(os.fsencode(LIBRARY_DIRECTORY), _native_log_level())
+    if code < 0:
+        raise _translate(loaded, "trio_init", code)
+    _drain(loaded)
+    return loaded
+
+
+def _native_log_level() -> int:
+    effective = logger.getEffectiveLevel()
+    return next((native_level for native_level, level in _LOG_LEVELS.items() if level >= effective), 5)
+
+
+def check(function: str, code: int) -> int:
+    """Pass on what `function` of the shim returned, or raise what its negative code means.
+
+    To be called on the thread of the call, before any other. Raises `LoadError`, `InvalidGrammar`, `EngineClosed` for a
+    cancelled load, and `NativeError` for everything else.
+    """
+    if code < 0:
+        raise _translate(native(), function, code)
+    return code
+
+
+def last_error() -> str:
+    """What the shim said about the last failure on this thread."""
+    return _last_error(native())
+
+
+def _last_error(loaded: Native) -> str:
+    buffer = loaded.ffi.new("char[]", _MAX_MESSAGE_BYTES)
+    loaded.lib.trio_last_error(buffer, _MAX_MESSAGE_BYTES)
+    message: bytes = loaded.ffi.string(buffer)
+    return message.decode(errors="replace").strip()
+
+
+def _translate(loaded: Native, function: str, code: int) -> RunnerError:
+    message = _last_error(loaded)
+    _drain(loaded)
+    if code == loaded.lib.TRIO_E_LOAD:
+        return LoadError(message)
+    if code == loaded.lib.TRIO_E_GRAMMAR:
+        return InvalidGrammar(message)
+    if code == loaded.lib.TRIO_E_CANCELLED:
+        return EngineClosed(message)
+    return NativeError(function, code, message)
+
+
+def drain_log() -> None:
+    """Hand what llama.cpp has logged to the logger `trio_runner.llama`. From any thread."""
+    _drain(native())
+
+
+def _drain(loaded: Native) -> None:
+    buffer = loaded.ffi.new("char[]", _MAX_LINE_BYTES)
+    level = loaded.ffi.new("int32_t *")
+    while loaded.lib.trio_log_next(buffer, _MAX_LINE_BYTES, level) > 0:
+        line: bytes = loaded.ffi.string(buffer)
+        logger.log(_LOG_LEVELS.get(level[0], logging.INFO), "%s", line.decode(errors="replace").rstrip())
+
+
+def read_text(function: str, *arguments: object) -> bytes:
+    """Call a function of the shim that copies text into its last two arguments, a buffer and its size."""
+    loaded = native()
+    size = 256
+    while True:
+        buffer = loaded.ffi.new("char[]", size)
+        length = check(function, getattr(loaded.lib, function)(*arguments, buffer, size))
+        if length < size:
+            return bytes(loaded.ffi.buffer(buffer, length))
+        size = length + 1
+
+
+def system_info() -> str:
+    """llama.cpp's line about the compiled and the detected CPU features."""
+    return read_text("trio_system_info").decode(errors="replace")
+
+
+def devices() -> tuple[Device, ...]:
+    """Every device that a loaded backend found."""
+    loaded = native()
+    found = []
+    for index in range(check("trio_device_count", loaded.lib.trio_device_count())):
+        raw = loaded.ffi.new("trio_device *")
+        check("trio_device_get", loaded.lib.trio_device_get(index, raw))
+        name, description, backend = (
+            loaded.ffi.string(text).decode(errors="replace") for text in (raw.name, raw.description, raw.backend)
+        )
+        kind = _DEVICE_TYPES.get(raw.type, "other")
+        found.append(Device(name, description, backend, kind, raw.memory_free, raw.memory_total))
+    return tuple(found)

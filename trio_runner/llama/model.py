@@ -1,0 +1,184 @@
+"""Model: weights and vocabulary, loaded once and read by any thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trio_runner.config import ModelConfig
+from trio_runner.engine.runtime import ModelInfo
+from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
+from trio_runner.llama.library import check, drain_log, last_error, native, read_text
+from trio_runner.llama.sampler import Sampler
+from trio_runner.request import SamplingParams
+
+MAX_TEXT_BYTES: Final = 4 << 20
+"""Text longer than this is refused before it is tokenised, which takes seconds per megabyte."""
+
+
+class LoadProgress:
+    """Progress of one load. Any thread may read or cancel it."""
+
+    def __init__(self) -> None:
+        loaded = native()
+        self._lib = loaded.lib
+        self.handle = loaded.ffi.gc(loaded.lib.trio_load_new(), loaded.lib.trio_load_free)
+
+    @property
+    def fraction(self) -> float:
+        """From 0 to 1."""
+        return float(self._lib.trio_load_progress(self.handle))
+
+    def cancel(self) -> None:
+        """Make the load give up soon."""
+        self._lib.trio_load_cancel(self.handle)
+
+
+class Model:
+    """A loaded model: `trio_runner.engine.runtime.Model` over llama.cpp.
+
+    Blocks while it loads, with the GIL released. Raises `LoadError`, or `EngineClosed` when `progress` was cancelled.
+    """
+
+    def __init__(self, config: ModelConfig, progress: LoadProgress | None = None) -> None:
+        loaded = native()
+        self._ffi, self._lib = loaded.ffi, loaded.lib
+        split = self._ffi.new("float[]", list(config.tensor_split)) if config.tensor_split else self._ffi.NULL
+        params = self._ffi.new(
+            "trio_model_params *",
+            {
+                "n_gpu_layers": config.gpu_layers,
+                "main_gpu": config.main_gpu,
+                # As the original runner does, although an adapter is no longer merged into the weights.
+                "use_mmap": config.mmap and not config.adapters,
+                "use_mlock": config.mlock,
+                "check_tensors": config.check_tensors,
+                "tensor_split": split,
+                "n_tensor_split": len(config.tensor_split),
+            },
+        )
+        out = self._ffi.new("trio_model **")
+        load = self._ffi.NULL if progress is None else progress.handle
+        try:
+            check("trio_model_open", self._lib.trio_model_open(os.fsencode(config.path), params, load, out))
+        except LoadError as failure:
+            raise LoadError(failure.reason, path=config.path) from None
+        # Freed with the last reference: a thread in the middle of a call keeps it alive through close().
+        self._handle: Any = self._ffi.gc(out[0], self._lib.trio_model_free)
+        drain_log()
+        self.native_info = self._ffi.new("trio_model_info *")
+        check("trio_model_get_info", self._lib.trio_model_get_info(self._handle, self.native_info))
+        self._info = self._describe(config.path)
+        self._pieces: dict[int, bytes] = {}
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def handle(self) -> Any:
+        """The shim's trio_model. Raises `EngineClosed` after close()."""
+        if self._handle is None:
+            raise EngineClosed("the model has been closed")
+        return self._handle
+
+    def _describe(self, path: str) -> ModelInfo:
+        raw = self.native_info
+        metadata: dict[str, str] = {}
+        for index in range(check("trio_model_meta_count", self._lib.trio_model_meta_count(self._handle))):
+            key = read_text("trio_model_meta_key", self._handle, index)
+            value = read_text("trio_model_meta_value", self._handle, index)
+            metadata[key.decode(errors="replace")] = value.decode(errors="replace")
+        return ModelInfo(
+            name=metadata.get("general.name") or Path(path).stem,
+            architecture=metadata.get("general.architecture", ""),
+            description=read_text("trio_model_description", self._handle).decode(errors="replace"),
+            n_vocab=raw.n_vocab,
+            n_ctx_train=raw.n_ctx_train,
+            n_embd=raw.n_embd,
+            n_layer=raw.n_layer,
+            n_params=raw.n_params,
+            size=raw.size,
+            adds_bos=bool(raw.add_bos),
+            causal=bool(raw.causal),
+            chat_template=metadata.get("tokenizer.chat_template"),
+            metadata=metadata,
+        )
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """The tokens of `text`. Raises `InvalidRequest` for half a surrogate pair, for more than `MAX_TEXT_BYTES`, and
+        for more special tokens than can be told apart in reasonable time."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("the text contains half of a surrogate pair", param="prompt") from None
+        if len(data) > MAX_TEXT_BYTES:
+            raise InvalidRequest(
+                f"the text has {len(data)} bytes, but at most {MAX_TEXT_BYTES} are allowed", param="prompt"
+            )
+        handle = self.handle
+        size = len(data) + 8  # one token per byte and the special ones around: hardly ever too small
+        while True:
+            tokens: NDArray[np.int32] = np.empty(size, np.int32)
+            buffer = self._ffi.from_buffer("int32_t[]", tokens)
+            code = self._lib.trio_tokenize(handle, data, len(data), add_special, parse_special, buffer, size)
+            if code == self._lib.TRIO_E_INVALID:
+                raise InvalidRequest(last_error(), param="prompt")
+            n_tokens = check("trio_tokenize", code)
+            if n_tokens <= size:
+                return [int(token) for token in tokens[:n_tokens].tolist()]
+            size = n_tokens
+
+    def detokenize(self, tokens: Sequence[int]) -> bytes:
+        """The text of `tokens`, special ones rendered. Raises `InvalidRequest` for a token outside the vocabulary."""
+        handle = self.handle
+        self._check_tokens(tokens, "tokens")
+        raw = self._ffi.new("int32_t[]", list(tokens))
+        size = max(256, 8 * len(tokens))
+        while True:
+            buffer = self._ffi.new("char[]", size)
+            n_bytes = check("trio_detokenize", self._lib.trio_detokenize(handle, raw, len(tokens), buffer, size))
+            if n_bytes <= size:
+                return bytes(self._ffi.buffer(buffer, n_bytes))
+            size = n_bytes
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, special ones rendered. Raises `InvalidRequest` for one outside the vocabulary."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            self._check_tokens((token,), "token")
+            size = max(1, self.native_info.max_piece)
+            buffer = self._ffi.new("char[]", size)
+            n_bytes = check("trio_token_bytes", self._lib.trio_token_bytes(self.handle, token, buffer, size))
+            piece = self._pieces[token] = bytes(self._ffi.buffer(buffer, n_bytes))
+        return piece
+
+    def is_end(self, token: int) -> bool:
+        """Whether `token` ends a generation. Raises `InvalidRequest` for one outside the vocabulary."""
+        self._check_tokens((token,), "token")
+        return bool(check("trio_token_is_end", self._lib.trio_token_is_end(self.handle, token)))
+
+    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        n_vocab = self._info.n_vocab
+        for token in tokens:
+            if not 0 <= token < n_vocab:
+                raise InvalidRequest(f"token {token} is outside the vocabulary of {n_vocab}", param=param)
+
+    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
+        """A sampler whose penalties have seen `prompt`.
+
+        Raises `InvalidGrammar`, or `InvalidRequest` for a token outside the vocabulary.
+        """
+        for token, _ in params.logit_bias:
+            self._check_tokens((token,), "logit_bias")
+        self._check_tokens(prompt, "prompt")
+        return Sampler(self.handle, params, prompt, n_vocab=self._info.n_vocab)
+
+    def close(self) -> None:
+        """Let go of the model; its memory is freed when its contexts and samplers are too. Idempotent."""
+        self._handle = None
