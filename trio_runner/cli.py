@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Concatenate, NoReturn, ParamSpec, TextIO, TypeVar
+from typing import TYPE_CHECKING, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import click
 
@@ -432,7 +432,11 @@ def sampling_options(function: Callable[P, R]) -> Callable[P, R]:
 @click.option("--max-tokens", "-n", type=int, help="Tokens at most.  [default: until the model ends]")
 @click.option("--stop", multiple=True, help="End before this text; may be repeated.")
 @click.option("--shift", is_flag=True, help="Go on beyond a full context, forgetting the oldest text.")
-@click.option("--grammar-file", type=click.File("r", encoding="utf-8"), help="GBNF grammar the text must follow.")
+@click.option(
+    "--grammar-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="GBNF grammar the text must follow.",
+)
 @sampling_options
 @engine_options
 def run(
@@ -442,7 +446,7 @@ def run(
     max_tokens: int | None,
     stop: tuple[str, ...],
     shift: bool,
-    grammar_file: TextIO | None,
+    grammar_file: Path | None,
     **sampling: float | None,
 ) -> int:
     """Continue PROMPT and stream the text to stdout. Without PROMPT, or with "-", it is read from stdin."""
@@ -474,7 +478,7 @@ def make_request(
     max_tokens: int | None,
     stop: tuple[str, ...],
     shift: bool,
-    grammar_file: TextIO | None,
+    grammar_file: Path | None,
     sampling: dict[str, float | None],
 ) -> GenerateRequest:
     """What `run` asks of the engine. Raises `click.UsageError`."""
@@ -483,11 +487,11 @@ def make_request(
             raise click.UsageError("a prompt is missing")
         prompt = read_stdin().removesuffix("\n")
     try:
-        grammar = grammar_file.read() if grammar_file is not None else ""
+        grammar = grammar_file.read_text(encoding="utf-8") if grammar_file is not None else ""
         chosen = {name: value for name, value in sampling.items() if value is not None}
         params = SamplingParams(grammar=grammar, **chosen)  # type: ignore[arg-type]  # of the fields' own types
         return GenerateRequest(prompt=prompt, max_tokens=max_tokens, stop=stop, shift=shift, sampling=params)
-    except (RunnerError, UnicodeDecodeError) as error:
+    except (RunnerError, OSError, UnicodeDecodeError) as error:
         raise click.UsageError(str(error)) from error
 
 

@@ -1,0 +1,327 @@
+"""The command line without a process: options, what they become, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+import trio_runner
+from tests.cli.programs import ROOT
+from trio_runner import cli, service
+from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.errors import EngineBroken, LoadError, RunnerError
+from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.terminal import TextOutput
+
+COMMANDS = ["serve", "run", "embed", "info", "fetch"]
+
+
+@dataclasses.dataclass
+class Call:
+    """What a command would have started, had it not been a test."""
+
+    model: ModelConfig | None = None
+    engine: EngineConfig | None = None
+    service: service.ServiceConfig | None = None
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, restored_logging: None) -> Call:
+    made = Call()
+
+    async def run_service(model: ModelConfig, engine: EngineConfig, options: service.ServiceConfig) -> None:
+        made.model, made.engine, made.service = model, engine, options
+
+    def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: object) -> int:
+        made.model, made.engine = configs
+        return 0
+
+    monkeypatch.setattr(service, "run_service", run_service)
+    monkeypatch.setattr(cli, "run_with_engine", run_with_engine)
+    monkeypatch.setattr(cli, "resolve_model", lambda reference, **options: Path("/fetched") / reference)
+    monkeypatch.delenv(cli.API_KEY_VARIABLE, raising=False)
+    return made
+
+
+def test_defaults_are_those_of_the_configuration(call: Call) -> None:
+    assert cli.main(["serve"]) == 0
+    assert call.model == ModelConfig(path="/fetched/SmolLM2-135M-Instruct")
+    assert call.engine == EngineConfig()
+    assert call.service == service.ServiceConfig()
+    assert cli.main(["run", "hello"]) == 0
+    assert call.engine == EngineConfig(slots=1, stall_timeout=float("inf"))
+    assert cli.main(["embed", "hello"]) == 0
+    assert call.engine == EngineConfig()
+
+
+def test_every_option_arrives(call: Call) -> None:
+    command = "serve -m m.gguf --slots 2 --context-length 100 --batch-size 32 --threads 3 --gpu-layers 7 --main-gpu 1"
+    command += " --tensor-split 3,1.5 --lora a.gguf --lora b.gguf:0.5 --flash-attention on --kv-type q8_0 --no-mmap"
+    command += " --mlock --check-tensors --cache-policy best --pooling mean --max-queue 9 --host ::1 --port 0"
+    command += " --drain-timeout 2.5 --allowed-host a.example --allowed-origin https://b.example -v"
+    assert cli.main(command.split()) == 0
+    assert call.model == ModelConfig(
+        path="/fetched/m.gguf",
+        adapters=(AdapterConfig("a.gguf"), AdapterConfig("b.gguf", 0.5)),
+        gpu_layers=7,
+        main_gpu=1,
+        tensor_split=(3.0, 1.5),
+        mmap=False,
+        mlock=True,
+        check_tensors=True,
+    )
+    assert call.engine == EngineConfig(
+        slots=2,
+        context_length=100,
+        batch_size=32,
+        threads=3,
+        flash_attention="on",
+        kv_type="q8_0",
+        cache_policy="best",
+        pooling="mean",
+        max_queue=9,
+    )
+    assert call.service == service.ServiceConfig(
+        host="::1", port=0, drain_timeout=2.5, allowed_hosts=("a.example",), allowed_origins=("https://b.example",)
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve --port 65536",
+        "serve --port x",
+        "serve --slots 0",
+        "serve --slots 1000",
+        "serve --context-length 1",
+        "serve --threads 0",
+        "serve --kv-type f64",
+        "serve --flash-attention maybe",
+        "serve --tensor-split 1,x",
+        "serve --tensor-split 1,-1",
+        "serve --lora a:nan",
+        "serve --lora a:inf",
+        "serve --drain-timeout -1",
+        "serve --max-queue -1",
+        "serve --model=",
+        "serve --api-key-file /no/such/file",
+        "serve x",
+        "run x --temperature hot",
+        "run x --temperature nan",
+        "run x --min-p 2",
+        "run x --seed -1",
+        "run x -n 0",
+        "run x --stop " + "y" * 2000,
+        "run x --grammar-file /no/such/file",
+        "run x y",
+        "embed",
+        "fetch x y",
+        "nonsense",
+        "bench",
+    ],
+)
+def test_a_wrong_command_line_is_a_usage_error(command: str, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command.split(" ")) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Usage: trio-runner" in err
+    assert "Error: " in err
+    assert call == Call()
+
+
+@pytest.mark.parametrize(
+    ("text", "adapter"),
+    [
+        ("a.gguf", AdapterConfig("a.gguf", 1.0)),
+        ("a.gguf:0.25", AdapterConfig("a.gguf", 0.25)),
+        ("a.gguf:-1", AdapterConfig("a.gguf", -1.0)),
+        ("C:a.gguf", AdapterConfig("C:a.gguf", 1.0)),
+        ("C:a.gguf:2", AdapterConfig("C:a.gguf", 2.0)),
+        (":2", AdapterConfig(":2", 1.0)),
+    ],
+)
+def test_adapters(text: str, adapter: AdapterConfig) -> None:
+    assert cli.read_adapter(text) == adapter
+
+
+def test_requests(tmp_path: Path) -> None:
+    def make(*options: str) -> GenerateRequest:
+        values = cli.run.make_context("run", ["prompt", *options]).params
+        own = {name: values.pop(name) for name in ("prompt", "max_tokens", "stop", "shift", "grammar_file")}
+        for name in [field.name for field in dataclasses.fields(cli.EngineOptions)]:
+            del values[name]
+        return cli.make_request(**own, sampling=values)
+
+    assert make() == GenerateRequest(prompt="prompt", shift=False)
+    (tmp_path / "grammar").write_text('root ::= "é"', encoding="utf-8")
+    options = ["-n", "3", "--stop", "a", "--stop", "b", "--shift", "--temperature", "0", "--top-k", "5", "--seed", "7"]
+    assert make(*options, "--grammar-file", str(tmp_path / "grammar")) == GenerateRequest(
+        prompt="prompt",
+        max_tokens=3,
+        stop=("a", "b"),
+        shift=True,
+        sampling=SamplingParams(temperature=0.0, top_k=5, seed=7, grammar='root ::= "é"'),
+    )
+
+
+@pytest.mark.parametrize("key", ["", " \n", "ключ", "a\x00b"])
+def test_an_api_key_that_is_none(key: str, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "key").write_text(key, encoding="utf-8")
+    assert cli.main(["serve", "--api-key-file", str(tmp_path / "key")]) == 2
+    assert "API key" in capsys.readouterr().err
+
+
+def test_the_file_beats_the_environment(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("of the file\n")
+    monkeypatch.setenv(cli.API_KEY_VARIABLE, "of the environment")
+    assert cli.main(["serve"]) == 0
+    assert call.service is not None
+    assert call.service.api_key == "of the environment"
+    assert cli.main(["serve", "--api-key-file", str(tmp_path / "key")]) == 0
+    assert call.service.api_key == "of the file"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *[[command, "--help"] for command in COMMANDS]])
+def test_help_goes_to_stdout(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Usage: trio-runner")
+    assert not err
+
+
+def test_help_says_how_to_reach_the_other_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert '"trio-runner -h"' in " ".join(capsys.readouterr().out.split())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"trio-runner, version {trio_runner.__version__}\n"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from trio_runner.cli import main
+main(["--help"])
+heavy = {"trio_runner._native", "trio_runner.server", "quart", "hypercorn", "rich", "huggingface_hub", "jinja2", "PIL"}
+print("loaded:", heavy & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.endswith("loaded: set()\n"), done
+
+
+@pytest.mark.parametrize(
+    ("flags", "level", "native"),
+    [([], "INFO", "WARNING"), (["-v"], "DEBUG", "INFO"), (["-vv"], "DEBUG", "DEBUG")],
+)
+def test_serve_logs_more_when_asked(flags: list[str], level: str, native: str, call: Call) -> None:
+    assert cli.main(["serve", *flags]) == 0
+    assert logging.getLevelName(logging.getLogger("trio_runner.engine").getEffectiveLevel()) == level
+    assert logging.getLevelName(logging.getLogger("trio_runner.llama").getEffectiveLevel()) == native
+
+
+# ---- exit codes ------------------------------------------------------------------------------------------------------
+
+
+def broken() -> EngineBroken:
+    error = EngineBroken("the decode thread died")
+    error.__cause__ = RuntimeError("twice\nover")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (LoadError("no model", path="x"), 1, "error: x: no model"),
+        (BaseExceptionGroup("", [ExceptionGroup("", [LoadError("no\nmodel")])]), 1, "error: no model"),
+        (broken(), 1, "error: the decode thread died: twice over"),
+        (ExceptionGroup("", [broken(), LoadError("no model")]), 1, "error: no model"),
+        (service.ListenError("cannot listen"), 1, "error: cannot listen"),
+        (RunnerError(), 1, "error: RunnerError"),
+        (BrokenPipeError(), 141, ""),
+        (BaseExceptionGroup("", [KeyboardInterrupt()]), 130, ""),
+    ],
+)
+def test_expected_failures_are_one_line(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fail() -> None:
+        raise error
+
+    assert service.run_to_exit_code(fail) == code
+    assert capsys.readouterr().err == (f"{line}\n" if line else "")
+
+
+def test_unexpected_failures_are_not_hidden() -> None:
+    async def fail() -> None:
+        raise ExceptionGroup("", [LoadError("no model"), ZeroDivisionError()])
+
+    with pytest.raises(ExceptionGroup) as caught:
+        service.run_to_exit_code(fail)
+    assert caught.group_contains(ZeroDivisionError)
+
+
+# ---- the terminal ----------------------------------------------------------------------------------------------------
+
+
+async def test_text_reaches_a_slow_pipe_whole() -> None:
+    read_end, write_end = os.pipe()
+    text = "äöü" * 50_000
+    received = b""
+    with trio.fail_after(10):
+        async with trio.lowlevel.FdStream(read_end) as reader, trio.open_nursery() as nursery:
+
+            async def write() -> None:
+                await TextOutput(write_end).write(text)
+                os.close(write_end)
+
+            nursery.start_soon(write)
+            async for data in reader:
+                received += data
+    assert received.decode() == text
+
+
+async def test_text_reaches_a_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with path.open("wb") as file:
+        output = TextOutput(file.fileno())
+        await output.write("one ")
+        await output.write("")
+        await output.write("twö")
+    assert path.read_text(encoding="utf-8") == "one twö"
+
+
+async def test_a_full_pipe_can_be_left() -> None:
+    read_end, write_end = os.pipe()
+    try:
+        with trio.move_on_after(0.05) as scope:
+            await TextOutput(write_end).write("x" * 1_000_000)
+        assert scope.cancelled_caught
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+async def test_a_reader_that_has_gone() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        with trio.fail_after(5), pytest.raises(BrokenPipeError):
+            await TextOutput(write_end).write("x")
+    finally:
+        os.close(write_end)
