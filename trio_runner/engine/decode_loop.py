@@ -43,6 +43,7 @@ class DecodeLoop:
         self._samplers: dict[int, Sampler] = {}
         self._in_flight: dict[int, int] = {}
         self._interruptible = context.limits.can_trim
+        self._closing = False
 
     def interrupt(self, uid: int) -> None:
         """Break off the running batch if `uid`, which is being cancelled, makes up enough of it. From any thread.
@@ -59,19 +60,23 @@ class DecodeLoop:
             step: Step | None = None
             while True:
                 for mail in self._mailbox.take(wait=step is None):
-                    if isinstance(mail, Close):
-                        return
                     self._read(mail)
+                if self._closing:
+                    return
                 step = self._scheduler.next_step()
+                self.statistics = self._scheduler.statistics()
                 if step is not None:
                     self._run(step)
-                self.statistics = self._scheduler.statistics()
         finally:
-            for mail in self._mailbox.take():
-                if isinstance(mail, Submit) and mail.sampler is not None:
-                    mail.sampler.close()
+            self.refuse_mail()
             for sampler in self._samplers.values():
                 sampler.close()
+
+    def refuse_mail(self) -> None:
+        """Close the samplers of sequences that will never run. Only when `run` is over, on whichever thread."""
+        for mail in self._mailbox.take():
+            if isinstance(mail, Submit) and mail.sampler is not None:
+                mail.sampler.close()
 
     def _read(self, mail: Mail) -> None:
         match mail:
@@ -86,6 +91,8 @@ class DecodeLoop:
                 self._scheduler.pause(uid)
             case Resume(uid):
                 self._scheduler.resume(uid)
+            case Close():
+                self._closing = True
 
     def _run(self, step: Step) -> None:
         trims_held = True
@@ -112,6 +119,8 @@ class DecodeLoop:
         for uid, event in emissions:
             if isinstance(event, (Finished, Embedded)):
                 self._drop_sampler(uid)
+        # Before the readers hear of it: who has read the last event finds the slot free.
+        self.statistics = self._scheduler.statistics()
         if emissions:
             self._deliver(emissions)
 
