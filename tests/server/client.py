@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -18,6 +18,12 @@ from trio_runner.server import serve
 
 DEADLINE = 10.0
 """Seconds any one test may take before it has failed."""
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what nothing announces; the deadline of `serving` bounds it."""
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(0.001)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Client:
         if head_only or status == 204:
             return Answer(status, headers, b"")
         if "transfer-encoding" in headers:
-            body = b"".join([chunk async for chunk in self.chunks()])
+            body = await self.chunks()
         elif "content-length" in headers:
             body = await self._take(int(headers["content-length"]))
         else:
@@ -77,11 +83,18 @@ class Client:
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
         return int(lines[0].split()[1]), headers
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        while size := int(await self._take_until(b"\r\n"), 16):
-            yield await self._take(size)
-            await self._take_until(b"\r\n")
+    async def chunk(self) -> bytes:
+        """The next chunk of a streamed answer; empty at its end."""
+        chunk = await self._take(int(await self._take_until(b"\r\n"), 16))
         await self._take_until(b"\r\n")
+        return chunk
+
+    async def chunks(self) -> bytes:
+        """All that is left of a streamed answer."""
+        body = b""
+        while chunk := await self.chunk():
+            body += chunk
+        return body
 
     async def rest(self) -> bytes:
         """Everything up to the end of the connection."""
@@ -161,7 +174,7 @@ async def serving(engine: object, *, deadline: float = DEADLINE, **options: Any)
                 yield server
                 if not shutdown.is_set():
                     answer = await server.ask(request("GET", "/health"))
-                    assert answer.status == 200
+                    assert answer.status in (200, 503)
             finally:
                 for client in server.clients:
                     client.stream.socket.close()

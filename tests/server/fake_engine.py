@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -81,8 +80,7 @@ class FakeEngine:
         """The next generation that the server asks for."""
         while not self.generations:
             await self._asked.wait()
-        generation = self.generations.pop(0)
-        return generation
+        return self.generations.pop(0)
 
     async def admit(self) -> None:
         try:
@@ -115,7 +113,7 @@ class FakeEngine:
         await self.admit()
         return bytes(tokens).decode()
 
-    async def drain(self, timeout: float) -> None:
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109
         self.drained = True
         self.status = "closing"
         with trio.move_on_after(timeout):
@@ -128,6 +126,3 @@ class FakeEngine:
 def endless(generation: FakeGeneration) -> None:
     """Give it more to say than any socket holds."""
     generation.say(*["x" * 50_000] * 400)
-
-
-NEVER = math.inf

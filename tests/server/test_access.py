@@ -17,8 +17,18 @@ def test_loopback_names_pass(host: bytes) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    [b"", b"evil.example", b"localhost.evil.example", b"localhost:80:80", b"127.0.0.1.evil", b"::1", b"localhost."]
-    + [b"\xff", b"localhost\x00", b"localhost:", b"[::1", b"user@localhost", b"localhost:x", b"0.0.0.0", b"127.1"],
+    [
+        *[
+            b"",
+            b"evil.example",
+            b"localhost.evil.example",
+            b"localhost:80:80",
+            b"127.0.0.1.evil",
+            b"::1",
+            b"localhost.",
+        ],
+        *[b"\xff", b"localhost\x00", b"localhost:", b"[::1", b"user@localhost", b"localhost:x", b"0.0.0.0", b"127.1"],
+    ],
 )
 def test_other_names_do_not(host: bytes) -> None:
     assert status(Access(), host=host) == 403
@@ -46,7 +56,14 @@ def test_origin() -> None:
 
 @pytest.mark.parametrize(
     ("authorization", "expected"),
-    [(b"Bearer key", None), (b"bearer  key ", None), (b"Bearer Key", 401), (b"Basic key", 401), (b"key", 401), (b"", 401)],
+    [
+        (b"Bearer key", None),
+        (b"bearer  key ", None),
+        (b"Bearer Key", 401),
+        (b"Basic key", 401),
+        (b"key", 401),
+        (b"", 401),
+    ],
 )
 def test_api_key(authorization: bytes, expected: int | None) -> None:
     assert status(Access(api_key="key"), authorization=authorization) == expected
@@ -56,7 +73,7 @@ def test_health_needs_no_key() -> None:
     access = Access(api_key="key", origins=frozenset({"http://a"}))
     assert status(access, "/health") is None
     assert status(access) == 401
-    preflight = {"origin": b"http://a", "access_control_request_method": b"POST"}
-    assert status(access, method="OPTIONS", **preflight) is None
-    assert status(access, **preflight) == 401
-    assert status(access, method="OPTIONS", **{**preflight, "origin": b"http://b"}) == 403
+    post = b"POST"
+    assert status(access, method="OPTIONS", origin=b"http://a", access_control_request_method=post) is None
+    assert status(access, origin=b"http://a", access_control_request_method=post) == 401
+    assert status(access, method="OPTIONS", origin=b"http://b", access_control_request_method=post) == 403

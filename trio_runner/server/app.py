@@ -37,8 +37,6 @@ def create_app(engine: Engine, *, access: Access | None = None, max_body_bytes: 
         BODY_TIMEOUT=BODY_TIMEOUT,
         MAX_CONTENT_LENGTH=max_body_bytes,
     )
-    app.url_map.merge_slashes = False
-    app.url_map.strict_slashes = False
     add_routes(app, engine)
 
     async def on_runner_error(error: RunnerError) -> Response:

@@ -13,6 +13,8 @@ import contextlib
 import logging
 import math
 import socket
+import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -50,6 +52,7 @@ class Connection:
         self._write_timeout = write_timeout
         self._patience = trio.CancelScope()
         self._writing = trio.Lock()
+        self._in_head = True
         self._lingering = False
         self._closed = False
         self._http: Http1
@@ -79,7 +82,7 @@ class Connection:
             self.close()
 
     def _open_protocol(self, tasks: TaskGroup) -> Http1:
-        client, server = _address(self._sock.getpeername()), _address(self._sock.getsockname())
+        client, server = _address(self._sock.getpeername), _address(self._sock.getsockname)
         state = ConnectionState({})
         self._wait_at_most(HEAD_SECONDS)
         return Http1(self._app, self._config, self._context, tasks, state, False, client, server, self._on_event)
@@ -100,7 +103,8 @@ class Connection:
                 return
             if self._lingering:
                 continue
-            if self._http.idle:
+            if self._http.idle and not self._in_head:
+                self._in_head = True
                 self._wait_at_most(HEAD_SECONDS)
             await self._http.handle(RawData(data))
 
@@ -110,6 +114,7 @@ class Connection:
         if isinstance(event, RawData):
             await self._write(event.data)
         elif isinstance(event, Updated):
+            self._in_head = False
             self._wait_at_most(self._config.keep_alive_timeout if event.idle else math.inf)
         elif isinstance(event, Closed):
             self._linger()
@@ -141,7 +146,13 @@ class Connection:
             pass  # closing wakes the reader, which reports that the client has gone
         finally:
             if rest:
-                self.close()
+                self._abort()
+
+    def _abort(self) -> None:
+        """Close, and drop what the client has not taken instead of leaving it to the kernel."""
+        if not self._closed:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close()
 
     def _write_some(self, data: memoryview) -> int:
         try:
@@ -150,6 +161,10 @@ class Connection:
             return 0
 
 
-def _address(name: object) -> tuple[str, int] | None:
-    """The (host, port) of a socket's name; None for one of a family that has no ports."""
+def _address(get_name: Callable[[], object]) -> tuple[str, int] | None:
+    """The (host, port) of a socket; None for one without ports, or whose client has already gone."""
+    try:
+        name = get_name()
+    except OSError:
+        return None
     return (str(name[0]), int(name[1])) if isinstance(name, tuple) else None

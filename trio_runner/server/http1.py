@@ -33,6 +33,7 @@ class Http1(H11Protocol):
         super().__init__(*args)
         self._reading = trio.Lock()
         self._paused = False
+        self._closed = False
 
     @property
     def idle(self) -> bool:
@@ -41,6 +42,7 @@ class Http1(H11Protocol):
 
     async def handle(self, event: Event) -> None:
         if not isinstance(event, RawData):
+            self._closed = True
             await super().handle(event)
             return
         self.connection.receive_data(event.data)
@@ -51,7 +53,7 @@ class Http1(H11Protocol):
 
     async def _handle_events(self) -> None:
         async with self._reading:  # the reader and the end of the previous request may both be here
-            while await self._handle_event():
+            while not self._closed and await self._handle_event():
                 pass
 
     async def _handle_event(self) -> bool:
@@ -104,6 +106,8 @@ class Http1(H11Protocol):
         )
 
     async def _maybe_recycle(self) -> None:
+        if self._closed:
+            return
         await super()._maybe_recycle()
         if self._paused and self.connection.our_state is h11.IDLE:
             self._paused = False
@@ -127,6 +131,6 @@ def _refusal(request: h11.Request) -> Problem | None:
         return Problem(505, "this server speaks HTTP/1.1")
     if b"content-length" in names and b"transfer-encoding" in names:
         return Problem(400, "Content-Length and Transfer-Encoding must not come together")
-    if not request.target.startswith(b"/") and request.target != b"*":
+    if not request.target.startswith(b"/"):
         return Problem(400, "the request target must be a path")
     return None

@@ -60,6 +60,7 @@ async def serve(
 
     Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
     """
+    shutdown = trio.Event() if shutdown is None else shutdown
     if listeners is None:
         listeners = await open_listeners(host, port)
     try:
@@ -77,7 +78,7 @@ async def serve(
                 for listener in listeners:
                     accepting.start_soon(accept, listener, lambda sock: server.admit(sock, connections))
                 task_status.started(addresses(listeners))
-                await (shutdown or trio.Event()).wait()
+                await shutdown.wait()
                 await engine.drain(drain_timeout)
                 accepting.cancel_scope.cancel()
             close_all(listeners)

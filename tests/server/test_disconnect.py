@@ -1,0 +1,146 @@
+"""A client that leaves is noticed, in every phase and in every way of leaving."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from tests.server.client import Client, post, request, serving, until
+from tests.server.fake_engine import FakeEngine, endless
+
+
+async def fin(client: Client) -> None:
+    await client.stream.aclose()
+
+
+async def reset(client: Client) -> None:
+    client.reset()
+
+
+async def half_close(client: Client) -> None:
+    """Not gone, but it looks the same; see rule 3 of connection.py."""
+    await client.stream.send_eof()
+
+
+WAYS: list[Callable[[Client], Awaitable[None]]] = [fin, reset, half_close]
+
+COMPLETION = post("/completion", {"prompt": "x"})
+UPGRADE = post("/completion", {"prompt": "x"}, "Connection: upgrade", "Upgrade: foo")
+HEAD_ONLY = b"POST /completion HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+
+WITHOUT_REQUEST = {
+    "connected": b"",
+    "in the head": b"POST /comple",
+    "before the body": HEAD_ONLY,
+    "in the body": HEAD_ONLY + b'{"prompt"',
+    "in a chunked body": b"POST /completion HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc",
+    "after an answer": request("GET", "/health"),
+}
+
+TRAILING = {
+    "nothing": b"",
+    "a line break": b"\r\n",
+    "half a request": b"GET /hea",
+    "a request": request("GET", "/health"),
+    "rubbish": b"\x00\xff",
+}
+
+
+async def tasks_return_to(n_tasks: int) -> None:
+    await until(lambda: trio.lowlevel.current_statistics().tasks_living <= n_tasks)
+
+
+@pytest.mark.parametrize("leave", WAYS)
+@pytest.mark.parametrize("phase", WITHOUT_REQUEST)
+async def test_before_there_is_a_request(phase: str, leave: Callable[[Client], Awaitable[None]]) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        n_tasks = trio.lowlevel.current_statistics().tasks_living
+        client = await server.connect()
+        await client.stream.send_all(WITHOUT_REQUEST[phase])
+        if phase == "after an answer":
+            await client.answer()
+        else:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await leave(client)
+        with trio.fail_after(1):
+            await tasks_return_to(n_tasks)
+        assert engine.calls == []
+
+
+@pytest.mark.parametrize("leave", WAYS)
+@pytest.mark.parametrize("trailing", TRAILING)
+@pytest.mark.parametrize(
+    "raw", [COMPLETION, UPGRADE, post("/embedding", {"content": "x"})], ids=["plain", "upgrade", "embed"]
+)
+async def test_while_waiting_for_the_model_or_a_slot(
+    raw: bytes, trailing: str, leave: Callable[[Client], Awaitable[None]]
+) -> None:
+    engine = FakeEngine()
+    engine.admitting = trio.Event()
+    async with serving(engine) as server:
+        n_tasks = trio.lowlevel.current_statistics().tasks_living
+        client = await server.connect()
+        await client.stream.send_all(raw + TRAILING[trailing])
+        await until(lambda: engine.calls)
+        await leave(client)
+        with trio.fail_after(1):
+            await engine.cancelled.wait()
+            for generation in engine.generations:
+                await generation.closed.wait()
+            await tasks_return_to(n_tasks)
+
+
+@pytest.mark.parametrize("leave", WAYS)
+@pytest.mark.parametrize("trailing", TRAILING)
+@pytest.mark.parametrize("spoken", [False, True], ids=["prefill", "decode"])
+async def test_in_the_answer(spoken: bool, trailing: str, leave: Callable[[Client], Awaitable[None]]) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        n_tasks = trio.lowlevel.current_statistics().tasks_living
+        client = await server.connect()
+        await client.stream.send_all(COMPLETION + TRAILING[trailing])
+        generation = await engine.asked()
+        await client.head()
+        if spoken:
+            generation.say("a")
+            await client.chunk()
+        await leave(client)
+        with trio.fail_after(1):
+            await generation.closed.wait()
+            await tasks_return_to(n_tasks)
+
+
+@pytest.mark.parametrize("leave", WAYS)
+async def test_while_the_answer_is_stuck(leave: Callable[[Client], Awaitable[None]]) -> None:
+    """The socket is full, so the server waits in a send."""
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        n_tasks = trio.lowlevel.current_statistics().tasks_living
+        client = await server.connect()
+        await client.stream.send_all(COMPLETION)
+        generation = await engine.asked()
+        endless(generation)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await leave(client)
+        with trio.fail_after(1):
+            await generation.closed.wait()
+            await tasks_return_to(n_tasks)
+
+
+async def test_a_hundred_at_once() -> None:
+    engine = FakeEngine()
+    async with serving(engine, deadline=30) as server:
+        n_tasks = trio.lowlevel.current_statistics().tasks_living
+        clients = [await server.connect() for _ in range(100)]
+        for client in clients:
+            await client.stream.send_all(COMPLETION)
+        await until(lambda: len(engine.calls) == 100)
+        for i, client in enumerate(clients):
+            await WAYS[i % 3](client)
+        with trio.fail_after(5):
+            for generation in engine.generations:
+                await generation.closed.wait()
+            await tasks_return_to(n_tasks)

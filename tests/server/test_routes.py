@@ -1,0 +1,226 @@
+"""The paths, over real sockets."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from tests.server.client import post, request, serving
+from tests.server.fake_engine import DONE, FakeEngine
+from tests.server.malformed import malformed
+from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
+from trio_runner.events import PromptProgress
+
+PIECE = b'"stop":false,"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":0,"prompt_ms":0}}\n'
+END = b'{"content":"","stop":true,"timings":{"predicted_n":5,"predicted_ms":250,"prompt_n":3,"prompt_ms":12}}\n'
+
+
+async def test_completion_streams_one_line_per_piece() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        client = await server.connect()
+        await client.stream.send_all(post("/completion", {"prompt": "The capital of France is", "n_predict": 8}))
+        generation = await engine.asked()
+        assert (generation.request.prompt, generation.request.max_tokens) == ("The capital of France is", 8)
+        status, headers = await client.head()
+        assert (status, headers["content-type"]) == (200, "application/json")
+        assert headers["transfer-encoding"] == "chunked"
+        assert "server" not in headers
+        generation.say(PromptProgress(1, 2, 0), " Paris")
+        assert await client.chunk() == b'{"content":" Paris",' + PIECE
+        generation.say(".", "\n", DONE)  # what arrives together leaves together
+        assert await client.chunk() == b'{"content":".",' + PIECE + b'{"content":"\\n",' + PIECE + END
+        assert await client.chunk() == b""
+        await generation.closed.wait()
+
+
+async def test_errors_before_the_stream_are_plain_text() -> None:
+    engine = FakeEngine()
+    cases = [
+        (EngineBusy(retry_after=2), 503, b"Failed to load cache: no available cache slots\n"),
+        (InvalidGrammar("no root"), 400, b"Failed to create new sequence: grammar: no root\n"),
+        (EngineClosed("the engine is shutting down"), 503, b"the engine is shutting down\n"),
+        (EngineBroken("the decode thread died"), 500, b"the decode thread died\n"),
+        (LoadError("not a GGUF file", path="m"), 500, b"m: not a GGUF file\n"),
+    ]
+    async with serving(engine) as server:
+        client = await server.connect()
+        for path, fields in (("/completion", {"prompt": "x"}), ("/embedding", {"content": "x"})):
+            for error, status, body in cases:
+                engine.refusal = error
+                answer = await client.ask(post(path, fields))
+                assert (answer.status, answer.body) == (status, body)
+                assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+                assert answer.headers["x-content-type-options"] == "nosniff"
+                assert answer.headers.get("retry-after") == ("2" if isinstance(error, EngineBusy) else None)
+        for generation in engine.generations:
+            await generation.closed.wait()
+
+
+async def test_errors_in_the_stream_are_its_last_line() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        client = await server.connect()
+        for error, text in ((EngineBroken("it died"), "it died"), (KeyError("secret"), "internal error")):
+            await client.stream.send_all(post("/completion", {"prompt": "x"}))
+            generation = await engine.asked()
+            generation.say("a")
+            generation.fail(error)
+            answer = await client.answer()
+            assert [line.get("content") for line in answer.lines] == ["a", ""]
+            assert answer.lines[-1]["error"] == text
+            assert answer.lines[-1]["stop"] is True
+
+
+async def test_embedding() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        client = await server.connect()
+        answer = await client.ask(post("/embedding", {"content": "x"}))
+        assert answer.body == b'{"embedding":[0.1,-2.0,1e-07]}\n'
+        assert answer.headers["content-type"] == "application/json"
+        engine.vector[1] = float("nan")
+        answer = await client.ask(post("/embedding", {"content": "x"}))
+        assert (answer.status, answer.headers["content-type"]) == (500, "text/plain; charset=utf-8")
+
+
+async def test_tokenize_and_detokenize() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        client = await server.connect()
+        assert (await client.ask(post("/tokenize", {"content": "ab"}))).body == b'{"tokens":[97,98]}\n'
+        assert (await client.ask(post("/detokenize", {"tokens": [97, 60]}))).body == b'{"content":"a\\u003c"}\n'
+        assert engine.calls == [("ab", False, True), (97, 60)]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "FOO", "get"])
+async def test_health_by_any_method(method: str) -> None:
+    async with serving(FakeEngine()) as server:
+        answer = await server.ask(request(method, "/health"))
+        assert (answer.status, answer.body) == (200, b'{"status":"ok","progress":1}\n')
+
+
+async def test_health_by_head() -> None:
+    async with serving(FakeEngine()) as server:
+        client = await server.connect()
+        assert (await client.ask(request("HEAD", "/health"))).status == 200
+        assert (await client.ask(request("GET", "/health?x=%ff"))).json["status"] == "ok"
+
+
+@pytest.mark.parametrize("path", ["/", "/health/", "/Health", "/embeddings", "/completion/x", "/%2e%2e", "/é?"])
+async def test_other_paths_are_not_found(path: str) -> None:
+    async with serving(FakeEngine()) as server:
+        for method in ("GET", "POST", "HEAD", "OPTIONS"):
+            raw = request(method, path.replace("é", "%C3%A9"))
+            answer = await server.ask(raw)
+            assert answer.status == 404
+            assert answer.body == (b"" if method == "HEAD" else b"404 page not found\n")
+            assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+@pytest.mark.parametrize("path", ["/completion", "/embedding", "/tokenize", "/detokenize"])
+async def test_other_methods_are_not_allowed(path: str) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        for method in ("GET", "PUT", "DELETE", "FOO"):
+            answer = await server.ask(request(method, path))
+            assert (answer.status, answer.body, answer.headers["allow"]) == (405, b"Method Not Allowed\n", "POST")
+        assert (await server.ask(request("OPTIONS", path))).headers["allow"].split(", ") != []
+        assert engine.calls == []
+
+
+async def test_malformed_requests_change_nothing() -> None:
+    engine = FakeEngine()
+    async with serving(engine, deadline=60) as server:
+        client = await server.connect()
+        for path, body, name in malformed():
+            answer = await client.ask(request("POST", path, body) if body else EMPTY_POST % path.encode())
+            assert answer.status in (400, 422), body[:80]
+            assert name in answer.body.decode(), body[:80]
+            assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        assert engine.calls == []
+        assert engine.generations == []
+
+
+EMPTY_POST = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+
+
+async def test_a_body_may_come_in_chunks_and_with_any_content_type() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        client = await server.connect()
+        head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Type: x/y\r\n\r\n"
+        answer = await client.ask(head + b'7\r\n{"conte\r\n8\r\nnt":"a"}\r\n0\r\n\r\n')
+        assert answer.body == b'{"tokens":[97]}\n'
+
+
+async def test_a_body_that_is_too_large() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        for size in (99999999999999, 9 << 20):
+            answer = await server.ask(
+                b"POST /completion HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n{" % size
+            )
+            assert (answer.status, b"8388608 bytes" in answer.body) == (413, True)
+        text = await server.ask(post("/completion", {"prompt": "x" * (5 << 20)}))
+        assert (text.status, b"prompt has 5242880 bytes" in text.body) == (400, True)
+        assert engine.calls == []
+
+
+async def test_expect_100_continue() -> None:
+    async with serving(FakeEngine()) as server:
+        client = await server.connect()
+        await client.stream.send_all(
+            b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\nExpect: 100-continue\r\n\r\n"
+        )
+        assert (await client.head())[0] == 100
+        assert (await client.ask(b'{"content":"a"}')).body == b'{"tokens":[97]}\n'
+
+
+async def test_health_while_everything_waits() -> None:
+    """While the model loads, and with every kind of request waiting for it."""
+    engine = FakeEngine()
+    engine.status, engine.progress, engine.admitting = "loading", 0.25, trio.Event()
+    async with serving(engine) as server:
+        clients = [await server.connect() for _ in range(4)]
+        await clients[0].stream.send_all(post("/completion", {"prompt": "x"}))
+        await clients[1].stream.send_all(post("/embedding", {"content": "x"}))
+        await clients[2].stream.send_all(post("/tokenize", {"content": "x"}))
+        await clients[3].stream.send_all(post("/detokenize", {"tokens": [97]}))
+        generation = await engine.asked()
+        for _ in range(5):
+            with trio.fail_after(0.2):
+                answer = await server.ask(request("GET", "/health"))
+            assert answer.body == b'{"status":"loading model","progress":0.25}\n'
+        engine.status, engine.progress = "ready", 1.0
+        engine.admitting.set()
+        generation.say(DONE)
+        for client in clients:
+            assert (await client.answer()).status == 200
+
+
+async def test_host_and_origin() -> None:
+    engine = FakeEngine()
+    page = "http://localhost:3000"
+    async with serving(engine, allowed_hosts=["my.box"], allowed_origins=[page]) as server:
+        tokenize = b'{"content":"a"}'
+        for host, status in (("evil.example", 403), ("my.box:1", 200), ("127.0.0.1:8080", 200), ("", 403)):
+            assert (await server.ask(request("POST", "/tokenize", tokenize, host=host))).status == status
+        assert (await server.ask(request("POST", "/tokenize", tokenize, "Origin: null"))).status == 403
+        answer = await server.ask(request("POST", "/tokenize", tokenize, f"Origin: {page}"))
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, page)
+        assert "access-control-allow-origin" not in (await server.ask(request("POST", "/tokenize", tokenize))).headers
+        preflight = "Access-Control-Request-Method: POST"
+        answer = await server.ask(request("OPTIONS", "/completion", b"", f"Origin: {page}", preflight))
+        assert (answer.status, answer.headers["access-control-allow-methods"]) == (204, "GET, POST")
+        assert (await server.ask(request("OPTIONS", "/x", b"", "Origin: http://a", preflight))).status == 403
+        assert len(engine.calls) == 4
+
+
+async def test_api_key() -> None:
+    async with serving(FakeEngine(), api_key="s3cret") as server:
+        tokenize = b'{"content":"a"}'
+        answer = await server.ask(request("POST", "/tokenize", tokenize))
+        assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert (await server.ask(request("POST", "/tokenize", tokenize, "Authorization: Bearer s3cret"))).status == 200
+        assert (await server.ask(request("GET", "/health"))).status == 200

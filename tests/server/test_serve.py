@@ -1,0 +1,146 @@
+"""Start and stop."""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import trio
+
+from tests.server.client import DEADLINE, post, request, serving, until
+from tests.server.fake_engine import DONE, FakeEngine, endless
+from trio_runner.engine.engine import Engine
+from trio_runner.server import serve
+from trio_runner.server.listener import addresses, close_all, is_loopback, open_listeners
+
+
+async def refuse(**options: Any) -> None:
+    with trio.fail_after(DEADLINE):
+        await serve(cast(Engine, FakeEngine()), port=0, **options)
+
+
+async def test_other_machines_need_a_key() -> None:
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(ValueError, match="set an API key"):
+            await refuse(host=host)
+        with pytest.raises(ValueError, match="set an API key"):
+            await refuse(host=host, api_key="")
+
+
+async def test_other_machines_with_a_key() -> None:
+    async with serving(FakeEngine(), host="0.0.0.0", api_key="k") as server:
+        for host in ("any.name", "", "192.0.2.1"):
+            tokenize = request("POST", "/tokenize", b'{"content":"a"}', "Authorization: Bearer k", host=host)
+            assert (await server.ask(tokenize)).status == 200
+            assert (await server.ask(request("POST", "/tokenize", b"{}", host=host))).status == 401
+        assert (await server.ask(b"GET /health HTTP/1.1\r\nHost: \xff\r\n\r\n")).status in (200, 400)
+
+
+async def test_a_port_in_use_is_named() -> None:
+    async with serving(FakeEngine()) as server:
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {server.port}"):
+            await serve(cast(Engine, FakeEngine()), port=server.port)
+
+
+async def test_every_address_of_a_name() -> None:
+    listeners = await open_listeners("localhost", 0)
+    try:
+        assert all(map(is_loopback, listeners))
+        assert len({port for _, port in addresses(listeners)}) == 1
+    finally:
+        close_all(listeners)
+
+
+async def test_given_listeners() -> None:
+    [listener] = await open_listeners("127.0.0.1", 0)
+    async with serving(FakeEngine(), listeners=[listener]) as server:
+        assert server.port == listener.getsockname()[1]
+        server.shutdown.set()
+        await server.stopped.wait()
+        assert listener.fileno() == -1
+
+
+async def test_running_answers_finish_while_health_answers() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        idle, running = await server.connect(), await server.connect()
+        await idle.ask(request("GET", "/health"))
+        await running.stream.send_all(post("/completion", {"prompt": "x"}))
+        generation = await engine.asked()
+        engine.generations.append(generation)  # for drain to wait for
+        generation.say("a")
+        await running.head()
+        server.shutdown.set()
+        await until(lambda: engine.drained)
+        answer = await server.ask(request("GET", "/health"))
+        assert answer.body == b'{"status":"server error","progress":1}\n'
+        generation.say("b", DONE)
+        body = await running.chunks()
+        assert [line.split(b'"')[3] for line in body.splitlines()] == [b"a", b"b", b""]
+        with trio.fail_after(1):
+            await server.stopped.wait()
+            assert await idle.closed()
+            assert await running.closed()
+        with pytest.raises(OSError, match="all attempts to connect"):
+            await server.connect()
+
+
+async def test_what_does_not_finish_is_told_why() -> None:
+    engine = FakeEngine()
+    async with serving(engine, drain_timeout=0.1) as server:
+        client = await server.connect()
+        await client.stream.send_all(post("/completion", {"prompt": "x"}))
+        generation = await engine.asked()
+        engine.generations.append(generation)
+        generation.say("a")
+        await client.head()
+        server.shutdown.set()
+        lines = (await client.chunks()).splitlines()
+        assert lines[1].startswith(b'{"error":"the engine is shutting down","content":"","stop":true,')
+        with trio.fail_after(2):
+            await server.stopped.wait()
+
+
+async def test_a_stalled_reader_does_not_hold_the_server() -> None:
+    engine = FakeEngine()
+    async with serving(engine, drain_timeout=0.1, write_timeout=1000) as server:
+        client = await server.connect()
+        client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await client.stream.send_all(post("/completion", {"prompt": "x"}))
+        generation = await engine.asked()
+        engine.generations.append(generation)
+        endless(generation)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        server.shutdown.set()
+        with trio.fail_after(3):
+            await server.stopped.wait()
+        await generation.closed.wait()
+
+
+async def test_half_requests_do_not_hold_the_server() -> None:
+    async with serving(FakeEngine(), drain_timeout=0.1) as server:
+        for raw in (b"", b"GET /hea", b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
+            client = await server.connect()
+            await client.stream.send_all(raw)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        server.shutdown.set()
+        with trio.fail_after(3):
+            await server.stopped.wait()
+
+
+async def test_cancelling_stops_at_once() -> None:
+    engine = FakeEngine()
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            run = partial(serve, cast(Engine, engine), port=0)
+            [(host, port)] = await nursery.start(run)
+            stream = await trio.open_tcp_stream(host, port)
+            await stream.send_all(post("/completion", {"prompt": "x"}))
+            generation = await engine.asked()
+            endless(generation)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.cancel_scope.cancel()
+        assert generation.closed.is_set()
+        await stream.aclose()

@@ -1,0 +1,109 @@
+"""The server and the engine together, on a toy model whose every wrong cache entry would be a wrong word."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import trio
+
+from tests.server.client import Client, Server, post, request, serving, until
+from trio_runner.core.batch import Batch
+from trio_runner.engine.engine import open_engine
+from trio_runner.errors import LoadError
+from trio_runner.testing import ToyLoader, toy_text
+
+
+async def text(server: Server, prompt: str, n_predict: int) -> str:
+    answer = await server.ask(post("/completion", {"prompt": prompt, "n_predict": n_predict, "cache_prompt": True}))
+    assert answer.status == 200
+    assert [line["stop"] for line in answer.lines] == [False] * (len(answer.lines) - 1) + [True]
+    return "".join(line["content"] for line in answer.lines)
+
+
+async def test_more_requests_than_slots() -> None:
+    async with open_engine(ToyLoader(), slots=2) as engine, serving(engine) as server:
+        texts: dict[str, str] = {}
+
+        async def ask(prompt: str) -> None:
+            texts[prompt] = await text(server, prompt, 40)
+
+        prompts = [f"prompt {i}" * (i + 1) for i in range(7)]
+        async with trio.open_nursery() as nursery:
+            for prompt in prompts:
+                nursery.start_soon(ask, prompt)
+        assert texts == {prompt: toy_text(prompt, 40) for prompt in prompts}
+
+
+async def test_a_client_that_leaves_frees_its_slot() -> None:
+    def slowly(batch: Batch) -> None:
+        time.sleep(0.005)
+
+    async with open_engine(ToyLoader(on_decode=slowly), slots=1) as engine, serving(engine) as server:
+        for _ in range(3):
+            client = await server.connect()
+            await client.stream.send_all(post("/completion", {"prompt": "abc" * 20}))
+            await client.head()
+            client.reset()
+            await until(lambda: engine.statistics().generations == 0)
+        assert await text(server, "after them", 10) == toy_text("after them", 10)
+
+
+async def test_requests_wait_for_the_model() -> None:
+    loaded = threading.Event()
+
+    def wait(progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
+        progress(0.5)
+        while not cancelled() and not loaded.wait(0.005):
+            pass
+
+    async with open_engine(ToyLoader(on_load=wait), wait=False) as engine, serving(engine) as server:
+        await until(lambda: engine.progress > 0)
+        assert (await server.ask(request("GET", "/health"))).json == {"status": "loading model", "progress": 0.5}
+        early, gone = await server.connect(), await server.connect()
+        for client in (early, gone):
+            await client.stream.send_all(post("/completion", {"prompt": "x", "n_predict": 5}))
+        await gone.stream.aclose()
+        loaded.set()
+        assert "".join(line["content"] for line in (await early.answer()).lines) == toy_text("x", 5)
+        assert (await server.ask(request("GET", "/health"))).json["status"] == "ok"
+
+
+async def test_a_model_that_does_not_load() -> None:
+    def fail(progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
+        raise LoadError("not a GGUF file", path="model.gguf")
+
+    async with open_engine(ToyLoader(on_load=fail), wait=False) as engine, serving(engine) as server:
+        answer = await server.ask(post("/completion", {"prompt": "x"}))
+        assert (answer.status, answer.body) == (500, b"model.gguf: not a GGUF file\n")
+        assert (await server.ask(request("GET", "/health"))).json["status"] == "server error"
+
+
+async def test_other_endpoints() -> None:
+    async with open_engine(ToyLoader()) as engine, serving(engine) as server:
+        assert (await server.ask(post("/tokenize", {"content": "hé"}))).json == {"tokens": [*"hé".encode()]}
+        assert (await server.ask(post("/detokenize", {"tokens": [*"hé".encode()]}))).json == {"content": "hé"}
+        assert (await server.ask(post("/detokenize", {"tokens": [99999]}))).status == 400
+        assert len((await server.ask(post("/embedding", {"content": "hé"}))).json["embedding"]) == engine.info.n_embd
+
+
+async def test_shutdown_in_the_middle() -> None:
+    def slowly(batch: Batch) -> None:
+        time.sleep(0.01)
+
+    loader = ToyLoader(on_decode=slowly)
+    async with open_engine(loader, slots=1) as engine, serving(engine, drain_timeout=0.1) as server:
+        running, waiting = await server.connect(), await server.connect()
+        for client in (running, waiting):
+            await client.stream.send_all(post("/completion", {"prompt": "endless"}))
+            await client.head()
+        server.shutdown.set()
+        with trio.fail_after(3):
+            assert "error" in await last_line(running)
+            assert "error" in await last_line(waiting)
+            await server.stopped.wait()
+
+
+async def last_line(client: Client) -> str:
+    return (await client.chunks()).decode().splitlines()[-1]
