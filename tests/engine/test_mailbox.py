@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import threading
+
+from tests.engine.toys import PATIENCE
+from trio_runner.engine.mailbox import Cancel, Close, Mail, Mailbox, Pause, Resume
+
+
+def test_mail_comes_in_the_order_it_was_put() -> None:
+    mailbox = Mailbox()
+    mail: list[Mail] = [Cancel(1), Pause(2), Resume(2), Close(), Cancel(3)]
+    for item in mail:
+        mailbox.put(item)
+    assert mailbox.take() == mail
+    assert mailbox.take() == []
+
+
+def test_one_can_look_without_taking() -> None:
+    mailbox = Mailbox()
+    assert not mailbox
+    mailbox.put(Cancel(1))
+    assert mailbox
+    assert mailbox
+    mailbox.take()
+    assert not mailbox
+
+
+def test_waiting_returns_at_once_when_there_is_mail() -> None:
+    mailbox = Mailbox()
+    for uid in range(3):
+        mailbox.put(Cancel(uid))
+        assert mailbox.take(wait=True) == [Cancel(uid)]
+
+
+def test_wake_ups_do_not_pile_up() -> None:
+    mailbox = Mailbox()
+    for uid in range(100):
+        mailbox.put(Cancel(uid))
+    mailbox.take()
+    assert not mailbox._arrived.acquire(blocking=False)
+
+
+def test_no_wake_up_is_lost_between_two_threads() -> None:
+    """Each letter is answered before the next one is sent, so that the reader goes to sleep as often as it can: one
+    lost wake-up and both wait for ever."""
+    there, back = Mailbox(), Mailbox()
+    n_letters = 3000
+
+    def answer() -> None:
+        n_answered = 0
+        while n_answered < n_letters:
+            for mail in there.take(wait=True):
+                back.put(mail)
+                n_answered += 1
+
+    answerer = threading.Thread(target=answer, daemon=True)
+    answerer.start()
+
+    received: list[object] = []
+
+    def ask() -> None:
+        for uid in range(n_letters):
+            there.put(Cancel(uid))
+            received.extend(back.take(wait=True))
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    asker.join(PATIENCE)
+    answerer.join(PATIENCE)
+    assert not asker.is_alive()
+    assert received == [Cancel(uid) for uid in range(n_letters)]
+
+
+def test_two_writers_lose_nothing_and_each_keeps_its_order() -> None:
+    mailbox = Mailbox()
+    n_letters = 3000
+
+    def write(first: int) -> None:
+        for uid in range(first, first + n_letters):
+            mailbox.put(Cancel(uid))
+
+    writers = [threading.Thread(target=write, args=(first,), daemon=True) for first in (0, n_letters)]
+    received: list[int] = []
+
+    def read() -> None:
+        while len(received) < 2 * n_letters:
+            received.extend(mail.uid for mail in mailbox.take(wait=True) if isinstance(mail, Cancel))
+
+    reader = threading.Thread(target=read, daemon=True)
+    for thread in (reader, *writers):
+        thread.start()
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
+    assert sorted(received) == list(range(2 * n_letters))
+    for first in (0, n_letters):
+        mine = [uid for uid in received if first <= uid < first + n_letters]
+        assert mine == sorted(mine)
