@@ -29,7 +29,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.metadata
-import importlib.util
+import io
 import json
 import os
 import platform
@@ -54,7 +54,17 @@ NATIVE = ROOT / "native"
 PACKAGE = ROOT / "trio_runner"
 
 LIBRARIES = ("trio_llama", "mtmd", "llama", "ggml", "ggml-base")
-SOURCE_PARTS = ("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "tools/mtmd/", "vendor/")
+SOURCE_PARTS = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "cmake/",
+    "ggml/",
+    "include/",
+    "src/",
+    "tools/mtmd/",
+    "vendor/",
+    "licenses/",
+)
 STABLE_ABI = 0x030B0000  # Python 3.11, the oldest we support
 
 OPTIONS = {
@@ -175,11 +185,9 @@ def _names(text: str) -> list[str]:
 
 
 def cache_directory() -> Path:
-    """Where builds are kept: TRIO_RUNNER_CACHE, or the user's cache directory as the platform has it."""
+    """Where trio-runner keeps what it makes and fetches; trio_runner/models.py has the same rule."""
     if chosen := os.environ.get("TRIO_RUNNER_CACHE"):
         return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "trio-runner"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trio-runner"
 
 
@@ -336,16 +344,17 @@ def run(command: Sequence[str], log: Path, progress: Progress, env: Mapping[str,
 
         def read() -> None:
             assert process.stdout is not None
-            for line in process.stdout:
-                if status := PIP_STATUS.match(line):
-                    done, total = int(status[1]), int(status[2])
-                    progress.update(f"{100 * done // max(total, 1):3d} % of {total / 1e6:.0f} MB")
-                    continue
-                file.write(line)
-                lines.append(line)
-                if status := NINJA_STATUS.match(line):
-                    done, total, what = int(status[1]), int(status[2]), status[3]
-                    progress.update(f"{100 * done // total:3d} % [{done}/{total}] {what.rpartition('/')[2]}")
+            with process.stdout as output:
+                for line in output:
+                    if status := PIP_STATUS.match(line):
+                        done, total = int(status[1]), int(status[2])
+                        progress.update(f"{100 * done // max(total, 1):3d} % of {total / 1e6:.0f} MB")
+                        continue
+                    file.write(line)
+                    lines.append(line)
+                    if status := NINJA_STATUS.match(line):
+                        done, total, what = int(status[1]), int(status[2]), status[3]
+                        progress.update(f"{100 * done // total:3d} % [{done}/{total}] {what.rpartition('/')[2]}")
 
         reader = threading.Thread(target=read)
         reader.start()
@@ -421,8 +430,11 @@ def fetch(pin: Pin, scratch: Path, log: Path) -> Path:
     backend and all it needs. We want the file alone: a stand-in answers to the backend's name, so nothing is installed
     and no code of the package runs.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise BuildError(f"pip is needed to fetch the llama.cpp source: run `{sys.executable} -m ensurepip`")
+    try:
+        pip_version = tuple(map(int, importlib.metadata.version("pip").split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        hint = f"run `{sys.executable} -m ensurepip`"
+        raise BuildError(f"pip is needed to fetch the llama.cpp source: {hint}") from None
     stand_in = (scratch / "stand_in").joinpath(*pin.backend.split(".")).with_suffix(".py")
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text(STAND_IN.format(name=pin.package.replace("-", "_"), version=pin.version), "utf-8")
@@ -431,7 +443,7 @@ def fetch(pin: Pin, scratch: Path, log: Path) -> Path:
     path = [str(scratch / "stand_in"), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
     command += ["--no-binary", ":all:", "--no-build-isolation"]
-    if tuple(map(int, importlib.metadata.version("pip").split(".")[:2])) >= (24, 1):
+    if pip_version >= (24, 1):
         command += ["--progress-bar", "raw"]  # numbers that our own progress line can show
     command += ["--dest", str(scratch / "download"), "--requirement", str(requirements)]
     status, output = run(
@@ -519,7 +531,7 @@ def build(selection: Selection, package: Path | None = None) -> list[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise BuildError(f"no disk space left for {error.filename or tree}: make room") from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise BuildError(f"cannot write {error.filename}: set TRIO_RUNNER_CACHE to a place you may") from error
         raise
 
@@ -658,7 +670,8 @@ def build_binding(tree: Path, compilers: Compilers, log: Path) -> Path:
     ffi.set_source("trio_runner._native", '#include "trio_llama.h"\n', py_limited_api=True)
     binding.parent.mkdir(exist_ok=True)
     source = binding.parent / "_native.c"
-    ffi.emit_c_code(str(source))
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces itself
+        ffi.emit_c_code(str(source))
     command = [*compilers.c, *shlex.split(os.environ.get("CFLAGS", "")), "-O2", "-fPIC", "-DNDEBUG"]
     command += [f"-DPy_LIMITED_API={STABLE_ABI:#x}", *(f"-I{path}" for path in [*include, tree / "native"])]
     if sys.platform == "darwin":

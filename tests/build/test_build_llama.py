@@ -1,0 +1,425 @@
+"""build_llama.py in good and bad surroundings; nothing here compiles llama.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+import build_llama
+from build_llama import BuildError, Pin, Selection
+
+SCRIPT = Path(build_llama.__file__)
+NO_ENVIRONMENT = ("CC", "CXX", "CFLAGS", "CMAKE_ARGS", "TRIO_RUNNER_BACKENDS", "TRIO_RUNNER_LLAMA_SOURCE")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty cache, and none of the variables somebody may have set."""
+    for name in (*NO_ENVIRONMENT, "TRIO_RUNNER_CPU_VARIANTS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRIO_RUNNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build_llama, "_settings", {})
+
+
+def program(path: Path, script: str) -> Path:
+    """An executable shell script that needs nothing from PATH."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def source_tree(root: Path) -> Path:
+    for name in ("CMakeLists.txt", "include/llama.h", "ggml/CMakeLists.txt", "tools/mtmd/mtmd.h", "LICENSE"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def one_line_of_complaint(arguments: list[str], **environment: str) -> str:
+    """Runs the script, which must fail, and returns the only line it prints."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("build_llama: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+# ---- what to build ---------------------------------------------------------------------------------------------------
+
+
+def test_only_the_cpu_backend_is_on_by_default() -> None:
+    selection = Selection.parse()
+    assert selection.backends == ("cpu",)
+    assert selection.options["GGML_CPU"] == "ON"
+    assert selection.options["GGML_METAL"] == selection.options["GGML_VULKAN"] == "OFF"
+    assert set(build_llama.LIBRARIES) < set(selection.targets)
+
+
+def test_other_backends_come_on_top_of_cpu() -> None:
+    selection = Selection.parse(" Vulkan,cuda vulkan")
+    assert selection.backends == ("cpu", "vulkan", "cuda")
+    assert selection.options["GGML_VULKAN"] == selection.options["GGML_CUDA"] == "ON"
+    assert selection.targets[-2:] == ("ggml-vulkan", "ggml-cuda")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "variants", "targets"),
+    [
+        ("Linux", "x86_64", "", [f"ggml-cpu-{name}" for name in build_llama.X86_DEFAULT]),
+        ("Linux", "x86_64", "haswell,sse42", ["ggml-cpu-haswell", "ggml-cpu-sse42"]),
+        ("Linux", "x86_64", "zen4,default", [f"ggml-cpu-{name}" for name in ("zen4", *build_llama.X86_DEFAULT[:-1])]),
+        ("Darwin", "arm64", "all", [f"ggml-cpu-{name}" for name in build_llama.APPLE]),
+        ("Linux", "loongarch64", "", ["ggml-cpu"]),
+    ],
+)
+def test_cpu_variants(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str, variants: str, targets: list[str]
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    selection = Selection.parse(cpu_variants=variants)
+    assert [target for target in selection.targets if target.startswith("ggml-cpu")] == targets
+    assert selection.options["GGML_CPU_ALL_VARIANTS"] == ("OFF" if targets == ["ggml-cpu"] else "ON")
+
+
+def test_unknown_names_are_refused_in_one_line() -> None:
+    assert "unknown backend 'vulcan': choose from cpu, " in one_line_of_complaint(["--backends", "cpu,vulcan"])
+    assert "unknown backend 'gpu'" in one_line_of_complaint([], TRIO_RUNNER_BACKENDS="gpu")
+    assert "unknown CPU variant 'pentium'" in one_line_of_complaint(["--cpu-variants", "pentium"])
+
+
+def test_config_settings_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIO_RUNNER_BACKENDS", "cuda")
+    assert build_llama.selection_from_environment().backends == ("cpu", "cuda")
+    with build_llama._hook({"backends": ["vulkan", "blas"]}):
+        assert build_llama.selection_from_environment().backends == ("cpu", "vulkan", "blas")
+
+
+def test_a_hook_ends_with_the_line_and_no_traceback() -> None:
+    with pytest.raises(SystemExit, match=r"^build_llama: no disk$"), build_llama._hook(None):
+        raise BuildError("no disk")
+
+
+def test_the_help_names_every_option() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
+    for word in ("--backends", "--cpu-variants", "--inplace", "--fetch-only", "--where", "vulkan", "TRIO_RUNNER_CACHE"):
+        assert word in done.stdout
+
+
+# ---- surroundings ----------------------------------------------------------------------------------------------------
+
+
+def test_no_compiler() -> None:
+    line = one_line_of_complaint([], PATH="")
+    assert "no C compiler found" in line
+    assert "install" in line
+
+
+def test_a_compiler_that_does_not_run(tmp_path: Path) -> None:
+    broken = program(tmp_path / "broken", "exit 1")
+    assert "no C++ compiler found" in one_line_of_complaint([], CXX=str(broken))
+
+
+def test_no_cmake_and_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cc", "c++"):
+        program(tmp_path / "bin" / name, "echo a compiler 1.0")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(BuildError, match=r"no (cmake ninja|ninja cmake) new enough: run .*pip install"):
+        build_llama.build(Selection.parse())
+    assert build_llama.get_requires_for_build_wheel() == ["cmake", "ninja"]
+    program(tmp_path / "bin" / "ninja", "echo 1.11.1")
+    program(tmp_path / "bin" / "cmake", "echo cmake version 3.4.1")
+    assert build_llama.get_requires_for_build_wheel() == ["cmake"]
+    program(tmp_path / "bin" / "cmake", "echo cmake version 4.0.2")
+    assert build_llama.get_requires_for_build_wheel() == []
+
+
+def test_no_disk_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BuildError, match=r"not enough disk space: .* needs 1.0 GB and .* has 0.1 GB free; make room"):
+        build_llama.build(Selection.parse())
+
+
+def test_the_disk_fills_up_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(build_llama, "sync", sync)
+    with pytest.raises(BuildError, match=r"no disk space left for somewhere"):
+        build_llama.build(Selection.parse())
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "TRIO_RUNNER_CACHE" in one_line_of_complaint([], TRIO_RUNNER_CACHE=str(tmp_path / "file"))
+
+
+def test_a_source_directory_that_is_none(tmp_path: Path) -> None:
+    line = one_line_of_complaint([], TRIO_RUNNER_LLAMA_SOURCE=str(tmp_path))
+    assert f"TRIO_RUNNER_LLAMA_SOURCE={tmp_path} is not a llama.cpp source tree: it has no CMakeLists.txt" in line
+
+
+def test_the_second_build_waits_for_the_first(tmp_path: Path) -> None:
+    code = "import build_llama, pathlib, sys\nwith build_llama.locked(pathlib.Path(sys.argv[1])): print('in')"
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with build_llama.locked(tmp_path / "lock"):
+        second = subprocess.Popen(command, cwd=SCRIPT.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert second.stderr is not None
+        assert "another build is running" in second.stderr.readline()
+        assert second.poll() is None
+    assert second.communicate(timeout=60) == ("in\n", "")
+
+
+# ---- source ----------------------------------------------------------------------------------------------------------
+
+
+def archive(path: Path, files: dict[str, bytes]) -> Pin:
+    """Writes a source distribution, and returns the pin that fits it."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            member.mtime = 1_000_000_000
+            tar.addfile(member, io.BytesIO(content))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Pin("some-package", "1.0", sha256, "abc", "their_backend.build")
+
+
+def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(tmp_path: Path) -> None:
+    top = "some_package-1.0/vendor/llama.cpp/"
+    pin = archive(
+        tmp_path / "some_package-1.0.tar.gz",
+        {
+            top + "include/llama.h": b"yes",
+            top + "tools/mtmd/mtmd.h": b"yes",
+            top + "models/vocabulary.gguf": b"no",
+            top + "tools/server/server.cpp": b"no",
+            top + "src/../../../../escaped": b"no",
+            "some_package-1.0/src/other.c": b"no",
+        },
+    )
+    build_llama.unpack(tmp_path / "some_package-1.0.tar.gz", pin, tmp_path / "out")
+    files = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {Path("include/llama.h"), Path("tools/mtmd/mtmd.h")}
+    assert (tmp_path / "out/include/llama.h").stat().st_mtime == 1_000_000_000
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_a_corrupted_archive(tmp_path: Path) -> None:
+    path = tmp_path / "some_package-1.0.tar.gz"
+    pin = archive(path, {"some_package-1.0/vendor/llama.cpp/include/llama.h": b"text"})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BuildError, match=r"wrong hash: some_package-1.0.tar.gz has sha256 .*, native/SOURCE.toml says"):
+        build_llama.unpack(path, pin, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+BACKEND_THAT_MUST_NOT_RUN = b"[build-system]\nrequires = ['not-there']\nbuild-backend = 'their_backend.build'\n"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that is all the package index the real pip knows."""
+    directory = tmp_path / "index"
+    directory.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    return directory
+
+
+def test_pip_hands_over_the_archive_and_runs_nothing_of_it(index: Path, tmp_path: Path) -> None:
+    files = {"some_package-1.0/pyproject.toml": BACKEND_THAT_MUST_NOT_RUN, "some_package-1.0/PKG-INFO": b""}
+    pin = archive(index / "some_package-1.0.tar.gz", files)
+    fetched = build_llama.fetch(pin, tmp_path, tmp_path / "log.txt")
+    assert fetched.read_bytes() == (index / "some_package-1.0.tar.gz").read_bytes()
+
+
+def test_pip_refuses_another_hash(index: Path, tmp_path: Path) -> None:
+    archive(index / "some_package-1.0.tar.gz", {"some_package-1.0/pyproject.toml": BACKEND_THAT_MUST_NOT_RUN})
+    pin = Pin("some-package", "1.0", "0" * 64, "abc", "their_backend.build")
+    with pytest.raises(BuildError, match=r"wrong hash: the some-package 1.0 that pip found"):
+        build_llama.fetch(pin, tmp_path, tmp_path / "log.txt")
+
+
+def test_pip_does_not_find_it(index: Path, tmp_path: Path) -> None:
+    pin = Pin("some-package", "1.0", "0" * 64, "abc", "their_backend.build")
+    with pytest.raises(BuildError, match=r"pip's package index has no source distribution some-package 1.0"):
+        build_llama.fetch(pin, tmp_path, tmp_path / "log.txt")
+
+
+@pytest.mark.parametrize(
+    ("complaint", "line"),
+    [
+        ("WARNING: Retrying: NewConnectionError('Failed to establish a new connection: [Errno -3] ...')", "no network"),
+        ("WARNING: Retrying: Temporary failure in name resolution", "no network"),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "no disk space"),
+        ("ERROR: Something new", "pip could not fetch llama-cpp-python .*: ERROR: Something new; mend that"),
+        ("Segmentation fault", "see .*log.txt"),
+    ],
+)
+def test_pip_fails(complaint: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fake" / "pip").mkdir(parents=True)
+    (tmp_path / "fake" / "pip" / "__init__.py").touch()
+    (tmp_path / "fake" / "pip" / "__main__.py").write_text(f"raise SystemExit({complaint!r})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    with pytest.raises(BuildError, match=line) as caught:
+        build_llama.fetch(Pin.read(), tmp_path, tmp_path / "log.txt")
+    assert "\n" not in str(caught.value)
+    assert complaint in (tmp_path / "log.txt").read_text()
+
+
+# ---- libraries -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tool", "script", "line"),
+    [
+        ("cmake", "echo 'CMake Error: your compiler is odd'; exit 1", "failed while configuring"),
+        ("ninja", "echo '[1/9] Building x.o'; echo 'x.cpp:1: error: what?'; exit 1", "x.cpp:1: error: what?"),
+        ("ninja", "echo 'cc1plus: No space left on device'; exit 1", "no disk space left while compiling"),
+        ("ninja", "echo 'fatal error: Killed signal terminated program cc1plus'; exit 1", "out of memory .*LEVEL=1"),
+    ],
+)
+def test_a_failing_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, script: str, line: str) -> None:
+    for name, text in {"cc": "1.0", "c++": "1.0", "cmake": "cmake version 3.25.1", "ninja": "1.11.1"}.items():
+        run = script if name == tool else 'while [ "$1" != -B ]; do shift; done; mkdir -p "$2"'
+        program(tmp_path / "bin" / name, f'if [ "$1" = --version ]; then echo {text}; exit 0; fi; {run}')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("TRIO_RUNNER_LLAMA_SOURCE", str(source_tree(tmp_path / "source")))
+    with pytest.raises(BuildError, match=line) as caught:
+        build_llama.build(Selection.parse())
+    if "failed" in str(caught.value):
+        log = Path(str(caught.value).partition("the whole log is ")[2].partition("\n")[0])
+        assert script.split("'")[1] in log.read_text()
+
+
+def test_the_key_covers_what_goes_into_every_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin = Pin.read()
+    compilers = build_llama.Compilers(("cc",), ("c++",), "gcc 12")
+    key = build_llama.tree_key(pin, None, compilers)
+    assert key == build_llama.tree_key(pin, None, compilers)
+    others = [
+        build_llama.tree_key(Pin("p", "1", "0" * 64, "abc", "b"), None, compilers),
+        build_llama.tree_key(pin, tmp_path, compilers),
+        build_llama.tree_key(pin, None, build_llama.Compilers(("cc",), ("c++",), "gcc 13")),
+    ]
+    monkeypatch.setenv("CXXFLAGS", "-g")
+    others.append(build_llama.tree_key(pin, None, compilers))
+    assert len({key, *others}) == 5
+
+
+def test_sync_touches_only_what_differs(tmp_path: Path) -> None:
+    source, target = tmp_path / "checkout", tmp_path / "cache"
+    source.mkdir()
+    for name in ("a.cpp", "b.h", "README.md"):
+        (source / name).write_text(name)
+    build_llama.sync(source, target, ("*.cpp", "*.h"))
+    assert sorted(path.name for path in target.iterdir()) == ["a.cpp", "b.h"]
+    os.utime(target / "a.cpp", (1, 1))
+    (source / "c.cpp").write_text("new")
+    (source / "b.h").unlink()
+    build_llama.sync(source, target, ("*.cpp", "*.h"))
+    assert sorted(path.name for path in target.iterdir()) == ["a.cpp", "c.cpp"]
+    assert (target / "a.cpp").stat().st_mtime == 1
+
+
+def test_install_copies_what_differs_and_leaves_nothing_else(tmp_path: Path) -> None:
+    tree, package = tmp_path / "tree", tmp_path / "package"
+    selection = Selection(("cpu",), ())
+    (tree / "lib").mkdir(parents=True)
+    names = [f"lib{target}.so" for target in selection.targets] + ["trio_llama.h", "LICENSES"]
+    for name in (*names, "libggml-vulkan.so"):
+        (tree / "lib" / name).write_text(name)
+    binding = tree / "_native.abi3.so"
+    binding.write_text("binding")
+    (package / "lib").mkdir(parents=True)
+    (package / "lib" / "libggml-cuda.so").write_text("of an earlier build")
+    files = build_llama.install(tree, selection, binding, package)
+    assert sorted(path.name for path in (package / "lib").iterdir()) == sorted(names)
+    assert sorted(files) == sorted([package / "_native.abi3.so", *(package / "lib" / name for name in names)])
+    before = {path: path.stat().st_ino for path in files}
+    (tree / "lib" / "libllama.so").write_text("a new one")
+    build_llama.install(tree, selection, binding, package)
+    assert [path.name for path in files if path.stat().st_ino != before[path]] == ["libllama.so"]
+
+
+def test_the_progress_line_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    terminal, file = Terminal(), io.StringIO()
+    for progress in (build_llama.Progress("compiling", terminal), build_llama.Progress("compiling", file)):
+        now = 0.0
+        for second in range(1, 25):
+            now = float(second)
+            progress.update(f"step {second}")
+            progress.tick()
+        progress.finish()
+    assert terminal.getvalue().count("\r\x1b[Kbuild_llama: compiling 0:") == 24 + 1
+    assert file.getvalue().splitlines() == [
+        "build_llama: compiling 0:10 step 10",
+        "build_llama: compiling 0:20 step 20",
+        "build_llama: compiling 0:24 step 24",
+    ]
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+def test_cffi_reads_the_header() -> None:
+    import cffi
+
+    ffi = cffi.FFI()
+    ffi.cdef(build_llama.declarations((build_llama.NATIVE / "trio_llama.h").read_text()))
+    assert ffi.sizeof("trio_device") > 0
+    with pytest.raises(BuildError, match="cdef: begin"):
+        build_llama.declarations("int x;\n")
+
+
+def test_the_package_holds_what_was_built() -> None:
+    package = build_llama.PACKAGE
+    lib = package / "lib"
+    assert (package / "_native.abi3.so").is_file()
+    for target in build_llama.LIBRARIES:
+        assert build_llama.library(lib, target).is_file()
+    assert list(lib.glob("libggml-cpu*.so"))
+    assert (lib / "trio_llama.h").read_bytes() == (build_llama.NATIVE / "trio_llama.h").read_bytes()
+    home = str(build_llama.cache_directory().parent).encode()
+    for path in lib.glob("lib*"):
+        assert home not in path.read_bytes(), f"{path} names the directory it was built in"
+
+
+def test_any_language_can_load_the_library() -> None:
+    library = ctypes.CDLL(str(build_llama.library(build_llama.PACKAGE / "lib", "trio_llama")))
+    library.trio_abi_version.restype = ctypes.c_int32
+    header = (build_llama.PACKAGE / "lib" / "trio_llama.h").read_text()
+    assert f"#define TRIO_LLAMA_ABI {library.trio_abi_version()} " in header
