@@ -16,7 +16,9 @@ def test_common_prefix(shared: list[int], a: list[int], b: list[int]) -> None:
     naive = 0
     while naive < min(len(a), len(b)) and a[naive] == b[naive]:
         naive += 1
-    assert common_prefix(a, b) == common_prefix(b, a) == common_prefix(tuple(a), tuple(b)) == naive
+    assert common_prefix(a, b) == common_prefix(b, a) == naive
+    # A slot has a list, a request a tuple.
+    assert common_prefix(a, tuple(b)) == common_prefix(tuple(a), b) == common_prefix(tuple(a), tuple(b)) == naive
 
 
 def test_common_prefix_of_whole_lists() -> None:

@@ -64,7 +64,7 @@ class PoolWorld:
     def acquire(self, prompt: list[int], cache_prompt: bool) -> Slot | None:
         predicted = self.predict(prompt, cache_prompt)
         others = {slot.id: list(slot.tokens) for slot in self.pool.slots}
-        acquired = self.pool.acquire(prompt, cache_prompt=cache_prompt)
+        acquired = self.pool.acquire(tuple(prompt), cache_prompt=cache_prompt)
         if acquired is None or predicted is None:
             assert acquired is None
             assert predicted is None

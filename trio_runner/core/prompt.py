@@ -14,8 +14,10 @@ from trio_runner.errors import InvalidRequest, PromptTooLong
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many items `a` and `b` share from the start."""
+    # Comparing slices runs in C: a few of them beat a loop over thousands of items in Python. Of lists only, though: a
+    # list never equals a tuple.
+    a, b = list(a), list(b)
     low, high = 0, min(len(a), len(b))
-    # Comparing slices runs in C: a few of them beat a loop over thousands of items in Python.
     while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
