@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return dropin.main(arguments)
         code = cli.main(arguments, prog_name="trio-runner", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # started with a closed stdout
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()

@@ -28,6 +28,8 @@ from trio_runner.errors import LoadError
 
 def on_load(progress, cancelled):
     progress(0.25)
+    if "TOY_LOAD" in os.environ:
+        print("the toy is loading", file=sys.stderr, flush=True)
     while os.environ.get("TOY_LOAD") == "never" and not cancelled():
         time.sleep(0.01)
     if os.environ.get("TOY_LOAD") == "bad":

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import subprocess
-import sys
 
 import pytest
 
@@ -123,13 +120,3 @@ def test_log_lines_are_those_of_slog() -> None:
     line = dropin.SlogFormatter().format(record)
     assert line.startswith("time=2")
     assert line.endswith(r' level=WARN source=b.py:7 msg="say \"hi\"\n"')
-
-
-def test_requirements() -> None:
-    pytest.importorskip("trio_runner.llama.library", reason="the native library is not built")
-    command = [sys.executable, "-m", "trio_runner", "--requirements"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.endswith("}\n")
-    facts = json.loads(done.stdout)
-    assert list(facts) == ["cpu_features", "system_info", "version"]
-    assert all(isinstance(value, str) and value for value in facts.values())

@@ -1,0 +1,120 @@
+"""The whole program over the native library and tiny real models."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.programs import exchange, program, request
+from tests.tiny_models import CHAIN_TEXT, tiny_model
+
+pytest.importorskip("trio_runner._native", reason="the native library is not built")
+
+ONE_THREAD = ["--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+async def test_run(models: Path) -> None:
+    chain = str(tiny_model("chain", models))
+    async with program("run", "hello", "-m", chain, "--temperature", "0", *ONE_THREAD, toy=False) as runner:
+        assert await runner.ended() == 0
+        assert runner.output.decode() == CHAIN_TEXT
+        assert not runner.log
+
+
+async def test_run_is_interrupted(models: Path) -> None:
+    llama = str(tiny_model("llama", models))
+    async with program("run", "hello", "-m", llama, "--shift", *ONE_THREAD, toy=False) as runner:
+        await runner.printed(20)
+        runner.interrupt()
+        assert await runner.ended() == 130
+        assert "Traceback" not in runner.log
+
+
+async def test_an_adapter_changes_what_is_said(models: Path) -> None:
+    command = ["run", "hello world", "-m", str(tiny_model("llama", models)), "--temperature", "0", "-n", "16"]
+    lora = str(tiny_model("lora", models))
+    said = []
+    for options in ([], ["--lora", f"{lora}:0"], ["--lora", lora]):
+        async with program(*command, *options, *ONE_THREAD, toy=False) as runner:
+            assert await runner.ended() == 0, runner.log
+            said.append(runner.output)
+    assert said[0] == said[1] != said[2]
+
+
+async def test_serve(models: Path) -> None:
+    arguments = ["serve", "--model", str(tiny_model("chain", models)), "--port", "0", "--slots", "2", *ONE_THREAD]
+    async with program(*arguments, toy=False) as runner:
+        port = await runner.listening()
+        await runner.logged("model loaded")
+        response = await exchange(port, "/completion", {"prompt": "hello", "temperature": 0})
+        lines = [json.loads(line) for line in re.findall(r"^\{.*\}$", response, re.MULTILINE)]
+        assert "".join(line["content"] for line in lines) == CHAIN_TEXT
+        runner.terminate()
+        assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+
+
+async def test_dropin_drains(models: Path) -> None:
+    flags = f"-model {tiny_model('llama', models)} -ctx-size 512 -parallel 2 -threads 1 -flash-attn -embedding -port 0"
+    async with program(*flags.split(), toy=False) as runner:
+        port = await runner.listening()
+        await runner.logged("model loaded")
+        stream = await request(port, "/completion", {"prompt": "hello", "n_predict": -1, "cache_prompt": True})
+        await stream.receive_some()
+        runner.terminate()
+        assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+        await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"), [(["run", "x", "-m"], "error: "), (["-model"], "error: error loading model ")]
+)
+async def test_a_file_that_is_no_model(arguments: list[str], line: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    async with program(*arguments, str(path), toy=False) as runner:
+        assert await runner.ended() == 1
+        assert runner.log.splitlines()[-1].startswith(f"{line}{path}: ")
+        assert "Traceback" not in runner.log
+
+
+async def test_embed(models: Path) -> None:
+    bert = str(tiny_model("bert", models))
+    async with program("embed", "one", "two", "one", "-m", bert, *ONE_THREAD, toy=False) as runner:
+        assert await runner.ended() == 0, runner.log
+        one, two, again = (json.loads(line) for line in runner.output.splitlines())
+    assert len(one) == 64
+    assert one == pytest.approx(again, abs=1e-5)
+    assert one != pytest.approx(two, abs=1e-3)
+
+
+async def test_info(models: Path) -> None:
+    llama = str(tiny_model("llama", models))
+    async with program("info", "--json", "-m", llama, toy=False) as runner:
+        assert await runner.ended() == 0, runner.log
+        facts = json.loads(runner.output)
+    assert list(facts) == ["model", "context", "devices", "library"]
+    assert facts["model"]["architecture"] == "llama"
+    assert facts["model"]["chat template"] is True
+    assert "CPU" in facts["devices"]
+    async with program("info", "-m", llama, toy=False) as runner:
+        assert await runner.ended() == 0, runner.log
+        assert re.search(r"^  architecture +llama$", runner.output.decode(), re.MULTILINE)
+
+
+async def test_requirements() -> None:
+    async with program("--requirements", toy=False) as runner:
+        assert await runner.ended() == 0
+        assert runner.output.endswith(b"}\n")
+        facts = json.loads(runner.output)
+    assert list(facts) == ["cpu_features", "system_info", "version"]
+    assert all(isinstance(value, str) and value for value in facts.values())
