@@ -11,7 +11,7 @@ from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.core.limits import Limits
 from trio_runner.core.scheduler import Scheduler
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.events import Embedded, Event, Finished, PromptProgress, TextPiece
+from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.request import SamplingParams
 from trio_runner.testing import END, Interruption, ToyContext, ToySampler, toy_next
 
@@ -110,6 +110,7 @@ class World:
         self.context = ToyContext(self.limits, on_decode=lambda batch: self._interruption)
         self.samplers = {}
         self.paused: set[int] = set()
+        self.sampled: set[int] = set()
         self._interruption: Interruption | None = None
 
     samplers: dict[int, ToySampler] = field(init=False)
@@ -166,8 +167,10 @@ class World:
             self.may_fail.update(uids)
         if interruption is None:
             for chunk in step.batch.chunks:
-                if not self.events[chunk.uid] or all(isinstance(e, PromptProgress) for e in self.events[chunk.uid]):
+                if chunk.uid not in self.sampled:
                     self.n_prefilled[chunk.uid] += len(chunk.tokens)
+                if chunk.output:
+                    self.sampled.add(chunk.uid)
         if self.on_batch is not None:
             self.on_batch(step.batch)
         self._interruption = interruption

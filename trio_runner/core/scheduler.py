@@ -158,9 +158,10 @@ class Scheduler:
     def _in_turn(self) -> list[Sequence]:
         """The sequences that want rows, starting with another one each time; one alone while a failure is traced."""
         self._suspects = [uid for uid in self._suspects if uid in self._running]
-        if self._suspects:
-            return [self._running[self._suspects[0]]]
         ready = [sequence for sequence in self._running.values() if not sequence.paused]
+        suspects = [sequence for sequence in ready if sequence.spec.uid in self._suspects]
+        if suspects:
+            return suspects[:1]
         if ready:
             self._turn = (self._turn + 1) % len(ready)
         return ready[self._turn :] + ready[: self._turn]
@@ -208,6 +209,8 @@ class Scheduler:
 
     def _start_over(self, sequence: Sequence) -> None:
         """Empty the slot and decode again all that it should hold."""
+        if not sequence.prompt_done:
+            sequence.n_cached = 0
         sequence.pending[:0] = sequence.slot.tokens
         self._ops.append(sequence.slot.trim(0))
 

@@ -1,0 +1,455 @@
+"""The same text alone or in company, whatever happens to others."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.core.world import World
+from trio_runner.config import CachePolicy
+from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.limits import Limits
+from trio_runner.core.memory import Copy, Slide, Trim
+from trio_runner.errors import NativeError
+from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
+from trio_runner.testing import Interruption, toy_continuation, toy_vector
+
+A, B, C = 97, 98, 99
+
+# --- any workload ----------------------------------------------------------------------------------------------------
+
+Move: TypeAlias = tuple[str, Any, Any]
+
+STOPS = st.lists(st.text("abcdefgh é\ufffd", max_size=2), max_size=2).map(tuple)
+FAILURES = st.sampled_from([DecodeOutcome.INVALID, DecodeOutcome.FATAL, DecodeOutcome.NO_KV_SPACE])
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    can_trim = draw(st.sampled_from([True, True, True, False]))
+    return Limits(
+        n_slots=draw(st.integers(1, 4)),
+        n_ctx=draw(st.integers(8, 40)),
+        max_rows=draw(st.integers(1, 16)),
+        can_trim=can_trim,
+        can_shift=can_trim and draw(st.booleans()),
+    )
+
+
+@st.composite
+def submission(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields of a SequenceSpec; World.submit makes them fit the context."""
+    return {
+        "prompt": tuple(draw(st.lists(st.sampled_from([A, A, B]), min_size=1, max_size=40))),
+        "n_keep": draw(st.integers(0, 12)),
+        "max_tokens": draw(st.integers(1, 60)),
+        "stop": draw(STOPS),
+        "cache_prompt": draw(st.sampled_from([True, True, False])),
+        "shift": draw(st.sampled_from([True, True, False])),
+        "progress": draw(st.booleans()),
+        "logprobs": draw(st.booleans()),
+        "embedding": draw(st.sampled_from([False] * 5 + [True])),
+    }
+
+
+MOVES = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), submission(), st.none()),
+        st.tuples(st.just("submit"), submission(), st.none()),
+        st.tuples(st.just("again"), st.integers(0, 9), st.none()),
+        st.tuples(st.just("steps"), st.integers(1, 12), st.none()),
+        st.tuples(st.just("steps"), st.integers(1, 3), st.none()),
+        st.tuples(st.just("cancel"), st.integers(0, 9), st.none()),
+        st.tuples(st.just("pause"), st.integers(0, 9), st.none()),
+        st.tuples(st.just("resume"), st.integers(0, 9), st.none()),
+        st.tuples(st.just("throw away"), st.none(), st.none()),
+        st.tuples(st.just("abort"), st.integers(0, 16), st.none()),
+        st.tuples(st.just("fail"), FAILURES, st.integers(0, 16)),
+        st.tuples(st.just("poison"), FAILURES, st.integers(0, 9)),
+    ),
+    max_size=30,
+)
+
+
+def play(world: World, moves: list[Move]) -> None:
+    n_ctx = world.limits.n_ctx
+    for name, what, more in moves:
+        uid = what % len(world.specs) if isinstance(what, int) and world.specs else 0
+        match name:
+            case "submit":
+                longest = min(n_ctx, world.limits.max_rows) if what["embedding"] else n_ctx
+                n_keep = min(what["n_keep"], n_ctx - 1)
+                world.submit(**what | {"prompt": what["prompt"][:longest], "n_keep": n_keep})
+            case "steps":
+                for _ in range(what):
+                    world.step()
+            case "throw away":
+                world.step(discard=True)
+            case "abort":
+                world.step(Interruption(DecodeOutcome.ABORTED, what))
+            case "fail":
+                world.step(Interruption(what, more if what is DecodeOutcome.FATAL else 0))
+            case _ if not world.specs:
+                pass
+            case "again":
+                fields = {name: getattr(world.specs[uid], name) for name in what_is_asked}
+                world.submit(**fields)
+            case "cancel":
+                world.cancel(uid)
+            case "pause":
+                world.pause(uid)
+            case "resume":
+                world.resume(uid)
+            case "poison":
+                world.poison[more % len(world.specs)] = what
+
+
+what_is_asked = ("prompt", "n_keep", "max_tokens", "stop", "cache_prompt", "shift", "progress", "logprobs", "embedding")
+
+
+def check_survivors(world: World) -> None:
+    """Whoever was not cancelled, and did not break a batch all alone, got what it would have got alone."""
+    for uid, spec in world.specs.items():
+        if uid in world.cancelled:
+            continue
+        assert world.finished(uid), "somebody waits for ever"
+        *before, last = world.events[uid]
+        if isinstance(last, Finished) and last.reason == "error":
+            assert uid in world.may_fail, "somebody paid for another's failure"
+            assert isinstance(last.error, NativeError)
+            assert world.alone(uid).text.startswith(world.text(uid)) or spec.embedding
+            continue
+        assert uid not in world.poison or uid not in world.may_fail
+        assert last.usage.prompt_tokens == len(spec.prompt)
+        assert last.usage.cached_tokens < len(spec.prompt)
+        if isinstance(last, Embedded):
+            assert spec.embedding
+            assert isinstance(last.vector, np.ndarray)
+            assert np.array_equal(last.vector, toy_vector(spec.prompt))
+        else:
+            assert world.outcome(uid) == world.alone(uid)
+            assert last.usage.prompt_seconds > 0
+        check_progress(world, uid)
+        pieces = [event for event in before if isinstance(event, TextPiece)]
+        assert all(piece.text for piece in pieces)
+        tokens = [token for event in [*pieces, last] if not isinstance(event, Embedded) for token in event.tokens]
+        assert len(tokens) == (last.usage.completion_tokens if spec.logprobs and not spec.embedding else 0)
+
+
+def check_progress(world: World, uid: int) -> None:
+    events = world.events[uid]
+    progress = [event for event in events if isinstance(event, PromptProgress)]
+    assert bool(progress) == world.specs[uid].progress
+    for event in progress:
+        assert event.n_cached <= event.n_decoded <= event.n_prompt == len(world.specs[uid].prompt)
+    if progress:
+        assert events[: len(progress)] == progress, "progress of the prompt after the prompt"
+        assert progress[-1].n_decoded == progress[-1].n_prompt
+
+
+@settings(max_examples=400)
+@given(limits(), st.sampled_from(["longest", "best"]), MOVES)
+def test_the_same_text_alone_or_in_company(
+    limits: Limits, policy: Literal["longest", "best"], moves: list[Move]
+) -> None:
+    world = World(limits, policy)
+    play(world, moves)
+    for uid in world.specs:
+        world.resume(uid)
+    world.run()
+    check_survivors(world)
+    world.check_idle()
+    if not any(move[0] in ("abort", "fail", "poison", "throw away") for move in moves):
+        for uid in world.specs:
+            if uid not in world.cancelled:
+                last = world.events[uid][-1]
+                assert isinstance(last, (Finished, Embedded))
+                assert last.usage.cached_tokens + world.n_prefilled[uid] == last.usage.prompt_tokens
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 4), st.integers(4, 16), MOVES)
+def test_embeddings_of_a_model_without_memory(n_slots: int, max_rows: int, moves: list[Move]) -> None:
+    limits = Limits(
+        n_slots=n_slots,
+        n_ctx=max_rows,
+        max_rows=max_rows,
+        has_memory=False,
+        can_trim=False,
+        can_shift=False,
+        can_generate=False,
+    )
+    world = World(limits)
+    play(world, [(name, what | {"embedding": True} if name == "submit" else what, more) for name, what, more in moves])
+    for uid in world.specs:
+        world.resume(uid)
+    world.run()
+    check_survivors(world)
+    world.check_idle()
+
+
+# --- one case each ---------------------------------------------------------------------------------------------------
+
+
+def make_world(
+    n_slots: int = 2, *, n_ctx: int = 32, max_rows: int = 8, policy: CachePolicy = "longest", **fields: Any
+) -> World:
+    return World(Limits(n_slots=n_slots, n_ctx=n_ctx, max_rows=max_rows, **fields), policy)
+
+
+def endless(n: int, *, shift: bool = True, at_least: int = 60) -> tuple[int, ...]:
+    """The n-th prompt (of 6 tokens, all with the same first 4) after which the toy goes on for long enough."""
+    found = -1
+    for number in range(10_000):
+        prompt = (A, B, A, B, A + number % 8, A + number // 8 % 8)
+        world = make_world(1, n_ctx=16)
+        uid = world.submit(prompt=prompt, max_tokens=at_least, n_keep=2, shift=shift)
+        found += world.alone(uid).n_sampled == at_least
+        if found == n:
+            return prompt
+    raise AssertionError("no such prompt")
+
+
+def test_first_come_first_served() -> None:
+    world = make_world(1)
+    order: list[int] = []
+    world.on_batch = lambda batch: order.extend(chunk.uid for chunk in batch.chunks)
+    for n in range(5):
+        world.submit(prompt=(A, B, A + n), max_tokens=5)
+    world.run()
+    assert order == sorted(order)
+    assert set(order) == set(range(5))
+
+
+def test_who_leaves_the_queue_is_never_run() -> None:
+    world = make_world(1)
+    first, second, third = (world.submit(prompt=(A, B), max_tokens=5) for _ in range(3))
+    world.step()
+    world.cancel(second)
+    world.run()
+    assert world.events[second] == []
+    assert world.outcome(first) == world.outcome(third) == world.alone(first)
+    world.check_idle()
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3])
+@pytest.mark.parametrize("with_embeddings", [False, True])
+def test_nobody_starves(n_rows: int, with_embeddings: bool) -> None:
+    """More sequences than rows, some of which would go on for ever: each gets a row again and again."""
+    world = make_world(5, max_rows=n_rows, n_ctx=16)
+    generations = {world.submit(prompt=endless(n), max_tokens=None, n_keep=2) for n in range(2)}
+    late = {world.submit(prompt=(B, B, B, B, *endless(2)), n_keep=2, max_tokens=None)}
+    served: list[set[int]] = []
+    world.on_batch = lambda batch: served.append({chunk.uid for chunk in batch.chunks})
+    for _ in range(120):
+        while with_embeddings and len(world.running) + world.scheduler.statistics().n_waiting < 5:
+            world.submit(prompt=(A,), embedding=True)
+        if not any(map(world.finished, generations | late)):
+            world.step()
+    for uid in generations | late:
+        turns = [0, *(n for n, uids in enumerate(served, start=1) if uid in uids), len(served) + 1]
+        assert max(b - a for a, b in pairwise(turns)) <= 12
+
+
+def test_a_retry_after_a_cancelled_prompt_goes_on_from_there() -> None:
+    prompt = tuple(A + n % 5 for n in range(20))
+    world = make_world(2, max_rows=6)
+    first = world.submit(prompt=prompt, max_tokens=5)
+    world.step()
+    world.step()
+    world.cancel(first)
+    second = world.submit(prompt=prompt, max_tokens=5)
+    world.run()
+    assert world.last(second).usage.cached_tokens == 12
+    assert world.outcome(second) == world.alone(second)
+    assert world.n_prefilled[second] == 8
+
+
+def test_a_retry_after_a_cancelled_generation_decodes_one_token_of_the_prompt() -> None:
+    world = make_world(2)
+    first = world.submit(prompt=endless(0), max_tokens=20)
+    for _ in range(6):
+        world.step()
+    world.cancel(first)
+    second = world.submit(prompt=endless(0), max_tokens=20)
+    world.run()
+    assert world.last(second).usage.cached_tokens == len(endless(0)) - 1
+    assert world.outcome(second) == world.alone(second)
+
+
+def test_the_conversation_goes_on_from_what_was_said() -> None:
+    """After a stop string the slot holds what the client has seen, and nothing of what was cut off."""
+    prompt = endless(0)
+    said = toy_continuation(prompt, 10)
+    stop = bytes(said[6:8]).decode()
+    world = make_world(1)
+    first = world.submit(prompt=prompt, max_tokens=12, stop=(stop,))
+    world.run()
+    assert world.last(first).stop == stop
+    assert world.text(first) == bytes(said[:6]).decode()
+    assert world.context.held(0) == [*prompt, *said[:6]]
+    second = world.submit(prompt=(*prompt, *said[:6], B, B, B), max_tokens=1)
+    world.run()
+    assert world.last(second).usage.cached_tokens == len(prompt) + 6
+
+
+def test_a_shift_leaves_cells_alone_that_another_slot_shares() -> None:
+    """A forked slot has the same cells as its source: to renumber them in one is to renumber them in the other."""
+    world = make_world(2, n_ctx=16, max_rows=16, policy="best")
+    prompt = endless(0)
+    source = world.submit(prompt=prompt, max_tokens=60, n_keep=0)
+    world.step()
+    fork = world.submit(prompt=(*prompt, B, B), max_tokens=30, n_keep=0, shift=False)
+    world.run()
+    assert world.last(fork).usage.cached_tokens == len(prompt)
+    assert world.outcome(source) == world.alone(source)
+    assert world.outcome(fork) == world.alone(fork)
+
+
+@pytest.mark.parametrize("can_shift", [True, False])
+@pytest.mark.parametrize("n_keep", [0, 3, 14, 15])
+def test_a_full_slot_shifts(can_shift: bool, n_keep: int) -> None:
+    limits = Limits(n_slots=1, n_ctx=16, max_rows=16, can_shift=can_shift)
+    world = World(limits)
+    uid = world.submit(prompt=endless(0), n_keep=n_keep, max_tokens=50)
+    kinds: set[type] = set()
+    apply = world.context.apply
+    world.context.apply = lambda op: kinds.add(type(op)) or apply(op)  # type: ignore[method-assign]
+    world.run()
+    assert world.outcome(uid) == world.alone(uid)
+    assert kinds == ({Trim, Slide} if can_shift else {Trim})
+
+
+def test_without_shift_a_full_slot_ends_the_generation() -> None:
+    world = make_world(1, n_ctx=16)
+    uid = world.submit(prompt=endless(0, shift=True), shift=False, max_tokens=50)
+    world.run()
+    assert world.last(uid).reason == "length"
+    assert world.last(uid).usage.completion_tokens == 16 - 6 + 1
+    assert world.outcome(uid) == world.alone(uid)
+
+
+def test_a_fork_from_a_busy_slot() -> None:
+    world = make_world(2, policy="best")
+    first = world.submit(prompt=endless(0), max_tokens=20)
+    world.step()
+    kinds: list[object] = []
+    apply = world.context.apply
+    world.context.apply = lambda op: kinds.append(op) or apply(op)  # type: ignore[method-assign,func-returns-value]
+    second = world.submit(prompt=endless(1), max_tokens=20)
+    world.run()
+    assert Copy(0, 1, 4) in kinds
+    assert world.last(second).usage.cached_tokens >= 4
+    assert world.outcome(first) == world.alone(first)
+    assert world.outcome(second) == world.alone(second)
+
+
+def test_an_aborted_batch_keeps_what_was_decoded() -> None:
+    world = make_world(2, max_rows=16)
+    batches: list[Batch] = []
+    world.on_batch = batches.append
+    first = world.submit(prompt=tuple(A + n % 5 for n in range(12)), max_tokens=3)
+    world.step(Interruption(DecodeOutcome.ABORTED, 7))
+    assert world.context.held(0) == list(world.specs[first].prompt[:7])
+    world.run()
+    assert batches[1].chunks[0].start == 7
+    assert world.outcome(first) == world.alone(first)
+
+
+def test_an_abort_in_the_last_row_decodes_only_that_one_again() -> None:
+    world = make_world(1, max_rows=16)
+    batches: list[Batch] = []
+    world.on_batch = batches.append
+    uid = world.submit(prompt=(A, B, C), max_tokens=3)
+    world.step(Interruption(DecodeOutcome.ABORTED, 3))
+    world.run()
+    assert (batches[1].chunks[0].start, batches[1].chunks[0].tokens) == (2, (C,))
+    assert world.outcome(uid) == world.alone(uid)
+
+
+@pytest.mark.parametrize("outcome", [DecodeOutcome.INVALID, DecodeOutcome.FATAL, DecodeOutcome.NO_KV_SPACE])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_only_the_culprit_fails(outcome: DecodeOutcome, embedding: bool) -> None:
+    world = make_world(3)
+    others = [world.submit(prompt=endless(n), max_tokens=10) for n in range(2)]
+    culprit = world.submit(prompt=(A, B, C), max_tokens=10, embedding=embedding)
+    others += [world.submit(prompt=(A, C), embedding=True), world.submit(prompt=(C, C), max_tokens=10)]
+    world.poison[culprit] = outcome
+    world.run()
+    assert world.last(culprit).reason == "error"
+    assert isinstance(world.last(culprit).error, NativeError)
+    check_survivors(world)
+    assert all(world.events[uid][-1] != world.last(culprit) for uid in others)
+    world.check_idle()
+
+
+def test_no_space_gives_up_idle_slots_first_and_then_takes_fewer_rows() -> None:
+    world = make_world(2, max_rows=8)
+    world.submit(prompt=(A, B), max_tokens=1)
+    world.run()
+    batches: list[Batch] = []
+    world.on_batch = batches.append
+    uid = world.submit(prompt=(B,) * 16, max_tokens=2, cache_prompt=False)
+    no_space = Interruption(DecodeOutcome.NO_KV_SPACE)
+    world.step(no_space)
+    assert world.context.held(0) != []
+    world.step(no_space)
+    assert world.context.held(0) == []
+    world.step()
+    world.step()
+    assert [batch.n_rows for batch in batches] == [8, 8, 4, 8]
+    world.run()
+    assert world.outcome(uid) == world.alone(uid)
+
+
+@pytest.mark.parametrize("can_trim", [True, False])
+def test_a_refused_trim_starts_the_slot_again_from_nothing(can_trim: bool) -> None:
+    """A context may refuse a partial Trim that its limits had promised."""
+    world = make_world(1, max_rows=4)
+    world.submit(prompt=(A, B, A, B), max_tokens=1)
+    world.run()
+    uid = world.submit(prompt=(A, B, C, C), max_tokens=5, progress=True)
+    world.context.limits = Limits(n_slots=1, n_ctx=32, max_rows=4, can_trim=can_trim)
+    world.run()
+    assert world.last(uid).usage.cached_tokens == (2 if can_trim else 0)
+    assert world.outcome(uid) == world.alone(uid)
+    check_progress(world, uid)
+
+
+def test_a_paused_sequence_gets_no_rows_and_keeps_its_slot() -> None:
+    world = make_world(2)
+    paused, other = world.submit(prompt=endless(0), max_tokens=20), world.submit(prompt=endless(1), max_tokens=20)
+    world.step()
+    world.pause(paused)
+    world.run()
+    assert world.finished(other)
+    assert not world.finished(paused)
+    assert world.scheduler.statistics().n_paused == 1
+    world.resume(paused)
+    world.run()
+    assert world.outcome(paused) == world.alone(paused)
+
+
+def test_a_paused_suspect_gets_no_rows() -> None:
+    world = make_world(2)
+    first, second = world.submit(prompt=endless(0), max_tokens=20), world.submit(prompt=endless(1), max_tokens=20)
+    world.step(Interruption(DecodeOutcome.INVALID))
+    world.pause(first)
+    world.run()
+    assert world.finished(second)
+    world.resume(first)
+    world.run()
+    assert world.outcome(first) == world.alone(first)
+    assert world.outcome(second) == world.alone(second)
+
+
+def test_unknown_uids_are_ignored() -> None:
+    world = make_world(1)
+    for forget in (world.scheduler.cancel, world.scheduler.pause, world.scheduler.resume):
+        forget(17)
+    assert not world.step()
