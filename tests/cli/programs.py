@@ -44,6 +44,8 @@ if os.environ.get("TOY_ENDLESS"):
     testing.toy_next = lambda tokens: ord("a") + len(tokens) % 26
 trio_runner.engine.engine._loader = lambda model: testing.ToyLoader(on_load=on_load, on_decode=on_decode)
 
+sys.executable = os.environ.get("TOY_PYTHON", sys.executable)
+
 from trio_runner.cli import main
 sys.exit(main())
 """

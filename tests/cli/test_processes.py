@@ -210,7 +210,7 @@ async def test_run_prints_the_text_and_nothing_else(model: str) -> None:
     async with program("run", "hello", "--model", model, "-n", "12") as runner:
         assert await runner.ended() == 0
         assert runner.output.decode() == toy_text("hello", 12)
-        assert not runner.log
+        assert not runner.log.strip()
 
 
 async def test_run_reads_the_prompt_from_stdin(model: str) -> None:
@@ -226,7 +226,7 @@ async def test_run_stops_at_once(model: str, number: signal.Signals) -> None:
         await runner.printed(3)
         runner.process.send_signal(number)
         assert await runner.ended() == 128 + number
-        assert not runner.log
+        assert not runner.log.strip()
 
 
 async def test_run_stops_while_loading(model: str) -> None:
@@ -289,4 +289,25 @@ async def test_embed_prints_one_vector_a_line(model: str) -> None:
         assert len(vectors) == 4
         for vector in vectors:
             assert sum(number**2 for number in vector) == pytest.approx(1)
-        assert not runner.log
+        assert not runner.log.strip()
+
+
+# ---- fetch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_fetch_can_be_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    """Neither pip nor half a file outlives a fetch that a signal ends."""
+    fifo, python = tmp_path / "fifo", tmp_path / "python"
+    os.mkfifo(fifo)
+    python.write_text(f"#!/bin/sh\necho $$ > {fifo}\necho half > {tmp_path}/models/.*.fetch/a.whl\nexec sleep 1000\n")
+    python.chmod(0o755)
+    environment = {"TOY_PYTHON": str(python), "TRIO_RUNNER_CACHE": str(tmp_path)}
+    async with program("fetch", environment=environment) as runner:
+        pid = int(await trio.to_thread.run_sync(fifo.read_text, abandon_on_cancel=True))
+        runner.process.send_signal(number)
+        assert await runner.ended() == 128 + number
+        assert not runner.log.strip()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
