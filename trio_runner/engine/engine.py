@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -140,6 +140,8 @@ class Engine:
             if "stop" in options:
                 stop = options["stop"]
                 options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            if sampling and "sampling" in options:
+                raise TypeError(f"give either sampling or its fields by name: {', '.join(sorted(sampling))}")
             if sampling:
                 options["sampling"] = SamplingParams(**sampling)
             request = GenerateRequest(prompt=as_prompt(request), **options)
@@ -314,6 +316,9 @@ class Engine:
         with trio.CancelScope(shield=True):
             while self._n_helping:
                 await self._none_helping.wait()
+        if self._loop is not None:
+            # What was submitted between the end of the decode thread and the news of it.
+            self._loop.refuse_mail()
         self._runtime = self._loop = None
         runtime.context.close()
         runtime.model.close()
@@ -426,6 +431,7 @@ async def open_engine(
         raise TypeError("give either config or its fields by name")
     engine = Engine(_loader(model), config or EngineConfig(**options))
     own: BaseException | None = None
+    errors: list[BaseException] = []
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.live)
@@ -435,20 +441,36 @@ async def open_engine(
                 yield engine
             except BaseException as error:
                 own = error
-                raise
+                # A cancellation is for trio to sort out. Any other error goes around the nursery, which takes groups
+                # apart: who wrote `raise X` in the block expects this very X to come out of it.
+                if any(isinstance(leaf, trio.Cancelled) for leaf in _leaves(error)):
+                    raise
+                errors.append(error)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        # A nursery wraps even a lone exception; who wrote `raise X` in the block expects X to come out of it.
-        raise _unwrap(group, own) from None
+        errors += _leaves(group, own)
+    if errors:
+        raise _one_of(errors, own)
 
 
-def _unwrap(group: BaseExceptionGroup[BaseException], own: BaseException | None) -> BaseException:
-    """The one error in `group`, cancellations aside, or the group; never the inside of `own`, the caller's."""
-    _, errors = group.split(lambda error: isinstance(error, trio.Cancelled) and error is not own)
-    error: BaseException = errors if errors is not None else group
-    while error is not own and isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+def _one_of(errors: list[BaseException], own: BaseException | None) -> BaseException:
+    """The one that matters, or a group where several do; `own` is the caller's."""
+    failures = [error for error in errors if not isinstance(error, trio.Cancelled)]
+    if not failures:
+        return errors[0]
+    if len(failures) > 1 and own in failures and all(isinstance(leaf, EngineBroken) for leaf in _leaves(own)):
+        # A reader in the block has raised what the engine raises, too: that is one piece of news.
+        failures.remove(own)
+    return failures[0] if len(failures) == 1 else BaseExceptionGroup("the engine and the block failed", failures)
+
+
+def _leaves(error: BaseException | None, whole: BaseException | None = None) -> Iterator[BaseException]:
+    """The errors in `error`, which may be a group in groups; `whole` is not looked into."""
+    if isinstance(error, BaseExceptionGroup) and error is not whole:
+        for inside in error.exceptions:
+            yield from _leaves(inside, whole)
+    elif error is not None:
+        yield error
 
 
 def _loader(model: str | os.PathLike[str] | ModelConfig | Loader) -> Loader:
