@@ -53,7 +53,7 @@ KILLERS = {
     "CONNECT": (b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "Content-Length and Transfer-Encoding": (
         b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n"
-        b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b'Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{"content":"a"}\r\n0\r\n\r\n',
         400,
     ),
     "two Content-Lengths": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from functools import partial
 from typing import Any, cast
@@ -60,6 +61,23 @@ async def test_given_listeners() -> None:
         server.shutdown.set()
         await server.stopped.wait()
         assert listener.fileno() == -1
+
+
+async def test_running_out_of_descriptors_passes() -> None:
+    class Exhausted(socket.socket):
+        n_failures = 3
+
+        def accept(self) -> Any:
+            if self.n_failures:
+                self.n_failures -= 1
+                raise OSError(errno.EMFILE, "too many open files")
+            return super().accept()
+
+    [listener] = await open_listeners("127.0.0.1", 0)
+    exhausted = Exhausted(fileno=listener.detach())
+    async with serving(FakeEngine(), listeners=[exhausted]) as server:
+        assert (await server.ask(request("GET", "/health"))).status == 200
+        assert exhausted.n_failures == 0
 
 
 async def test_running_answers_finish_while_health_answers() -> None:

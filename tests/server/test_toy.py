@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
 import trio
 
-from tests.server.client import Client, Server, post, request, serving, until
+from tests.server.client import DEADLINE, Client, Server, post, request, serving, until
 from trio_runner.core.batch import Batch
 from trio_runner.engine.engine import open_engine
-from trio_runner.errors import LoadError
+from trio_runner.errors import EngineBroken, LoadError
+from trio_runner.server import serve
 from trio_runner.testing import ToyLoader, toy_text
 
 
@@ -103,6 +105,24 @@ async def test_shutdown_in_the_middle() -> None:
             assert "error" in await last_line(running)
             assert "error" in await last_line(waiting)
             await server.stopped.wait()
+
+
+async def test_a_dead_decode_thread_tells_every_client() -> None:
+    def die(batch: Batch) -> None:
+        raise RuntimeError("out of luck")
+
+    async def run(*, task_status: trio.TaskStatus[list[tuple[str, int]]]) -> None:
+        with pytest.raises(EngineBroken):
+            async with open_engine(ToyLoader(on_decode=die)) as engine:
+                await serve(engine, port=0, task_status=task_status)
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            [(host, port)] = await nursery.start(run)
+            client = Client(await trio.open_tcp_stream(host, port))
+            answer = await client.ask(post("/completion", {"prompt": "x"}))
+            assert "out of luck" in answer.lines[-1]["error"]
+            await client.stream.aclose()
 
 
 async def last_line(client: Client) -> str:
