@@ -1,4 +1,4 @@
-"""The command line: `trio-runner serve | run | embed | info | fetch`, and the door to the drop-in mode.
+"""The command line: `trio-runner serve | run | embed | info | bench | fetch`, and the door to the drop-in mode.
 
 What was asked for goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure that one line on stderr
 explains, 2 for a wrong command line, 128 plus the signal's number for a command that a signal ended; `serve` ends with
@@ -573,6 +573,31 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
         },
         "library": {"trio-runner": __version__, "binding ABI": library.ABI, "system": library.system_info()},
     }
+
+
+@cli.command()
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of each prompt.")
+@click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Tokens per stream.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The median is reported.")
+@engine_options
+def bench(options: EngineOptions, /, prompt_tokens: int, max_tokens: int, rounds: int) -> int:
+    """Measure prefill and decoding in tokens per second, beside a bare llama.cpp loop in the same process."""
+    set_up_logging(options.verbose)
+    configs = options.configs(slots=EngineConfig().slots)
+
+    from trio_runner.bench import run_bench
+    from trio_runner.service import run_to_exit_code, until_signal
+
+    async def measure() -> None:
+        measured = await run_bench(*configs, n_prompt=prompt_tokens, n_tokens=max_tokens, rounds=rounds)
+        click.echo(f"{'tokens per second':<20} {'engine':>10} {'bare loop':>10} {'ratio':>7}")
+        for row in measured:
+            click.echo(f"{row.name:<20} {row.engine:>10.1f} {row.bare:>10.1f} {row.ratio:>7.3f}")
+
+    async def interruptible() -> int:
+        return await until_signal(measure)
+
+    return run_to_exit_code(interruptible)
 
 
 @cli.command()
