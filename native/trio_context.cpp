@@ -95,7 +95,7 @@ struct trio_context {
     bool shift_pending = false; // trio_seq_add was called; the next decode carries it out
     uint64_t step = 0;
     std::vector<int8_t> outputs; // of the last batch
-    std::vector<int8_t> seq_in_batch;
+    std::vector<int32_t> last_positions; // of each sequence in the batch being checked; -1: not in it
     std::vector<int32_t> tokens, positions, n_seq_ids;
     std::vector<llama_seq_id> seqs;
     std::vector<llama_seq_id *> seq_pointers;
@@ -170,6 +170,7 @@ void validate(const trio_model &model, const trio_context_params &params) {
     check(params.n_batch >= 1 && params.n_batch <= MAX_BATCH, "n_batch is out of range");
     check(params.n_ubatch >= 1 && params.n_ubatch <= params.n_batch, "n_ubatch must be between 1 and n_batch");
     check(params.n_seq_max >= 1 && params.n_seq_max <= llama_max_parallel_sequences(), "n_seq_max is out of range");
+    check(params.n_ubatch >= params.n_seq_max, "n_ubatch must not be less than n_seq_max");
     check(params.n_threads >= 1 && params.n_threads <= MAX_THREADS, "n_threads must be between 1 and 512");
     check(params.n_threads_batch >= 1 && params.n_threads_batch <= MAX_THREADS,
           "n_threads_batch must be between 1 and 512");
@@ -252,7 +253,7 @@ void sample_one(trio_context &context, int32_t index, const trio_sample_request 
 
 // ---- decoding ------------------------------------------------------------------------------------------------------
 
-void check_batch(const trio_context &context, const trio_batch &batch) {
+void check_batch(trio_context &context, const trio_batch &batch) {
     const trio_context_info &info = context.info;
     check(batch.n_rows >= 1 && batch.n_rows <= info.n_batch, "n_rows must be between 1 and n_batch");
     check((info.has_memory && info.causal) || batch.n_rows <= context.n_ubatch,
@@ -262,6 +263,7 @@ void check_batch(const trio_context &context, const trio_batch &batch) {
     check_pointer(batch.positions, "positions");
     check_pointer(batch.seqs, "seqs");
     check_pointer(batch.outputs, "outputs");
+    std::fill(context.last_positions.begin(), context.last_positions.end(), -1);
     for (int32_t row = 0; row < batch.n_rows; ++row) {
         context.model->check_token(batch.tokens[row]);
         context.check_seq(batch.seqs[row]);
@@ -270,6 +272,10 @@ void check_batch(const trio_context &context, const trio_batch &batch) {
             throw Refused("position " + std::to_string(position) + " is outside the context of " +
                           std::to_string(info.n_positions));
         }
+        // llama.cpp itself would take the same position twice.
+        int32_t &last_position = context.last_positions[size_t(batch.seqs[row])];
+        check(last_position < 0 || position == last_position + 1, "positions of a sequence must follow one another");
+        last_position = position;
         check(batch.outputs[row] == 0 || batch.outputs[row] == 1, "outputs must be 0 or 1");
     }
 }
@@ -331,11 +337,7 @@ int32_t decode(trio_context &context, const trio_batch &batch) {
 // A recurrent state has been overwritten by the micro-batch that did not finish: nothing of these sequences is left.
 void forget_recurrent(trio_context &context, const trio_batch &batch) {
     if (!context.is_recurrent) return;
-    std::fill(context.seq_in_batch.begin(), context.seq_in_batch.end(), int8_t(0));
-    for (int32_t row = 0; row < batch.n_rows; ++row) context.seq_in_batch[size_t(batch.seqs[row])] = 1;
-    for (int32_t seq = 0; seq < context.info.n_seq_max; ++seq) {
-        if (context.seq_in_batch[size_t(seq)]) llama_memory_seq_rm(context.memory, seq, -1, -1);
-    }
+    for (int32_t row = 0; row < batch.n_rows; ++row) llama_memory_seq_rm(context.memory, batch.seqs[row], -1, -1);
 }
 
 int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t code) {
@@ -428,7 +430,7 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         opened->n_seq_ids.assign(n_batch, 1);
         opened->seq_pointers.resize(n_batch + 1, nullptr); // llama.cpp's own batches end with NULL
         for (size_t row = 0; row < n_batch; ++row) opened->seq_pointers[row] = &opened->seqs[row];
-        opened->seq_in_batch.resize(size_t(info.n_seq_max));
+        opened->last_positions.resize(size_t(info.n_seq_max));
         *context = opened.release();
         return TRIO_OK;
     });

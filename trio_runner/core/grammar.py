@@ -362,10 +362,7 @@ def _check_beginnings(grammar: _Grammar) -> None:
                 times = item.maximum or 1 if item.rule in empty else 1
                 beginnings[name] += times * (1 if item.rule is None else beginnings[item.rule])
             # Alternatives do not multiply, only what follows one another does.
-            live: _Loops = {}
-            for live in _live_loops(beginning, empty, first, loops):
-                continue  # to the last, which is the one before the first item
-            for bit, count in live.items():
+            for bit, count in _live_loops(beginning, empty, first, loops)[-1].items():
                 loops[name][bit] = max(count, loops[name].get(bit, 0))
         if beginnings[name] > MAX_BEGINNINGS:
             raise InvalidGrammar(f"{_title(name)} can begin in more than {MAX_BEGINNINGS} ways")
@@ -382,11 +379,10 @@ _Loops: TypeAlias = dict[int, int]
 """For a character (its bit), how many unbounded repetitions could take it next."""
 
 
-def _live_loops(
-    sequence: _Sequence, empty: set[str], first: dict[str, int], loops: dict[str, _Loops]
-) -> Iterator[_Loops]:
-    """The loops that can be reached before each item of the sequence, from the last item to the first."""
+def _live_loops(sequence: _Sequence, empty: set[str], first: dict[str, int], loops: dict[str, _Loops]) -> list[_Loops]:
+    """The loops that can be reached from behind the sequence, then from before each of its items, last item first."""
     live: _Loops = {}
+    lives = [live]
     for item in reversed(sequence):
         live = dict(live) if _is_empty(item, empty) else {}
         if item.rule is not None:
@@ -397,7 +393,8 @@ def _live_loops(
             for bit in range(_OTHER + 1):
                 if mask >> bit & 1:
                     live[bit] = live.get(bit, 0) + 1
-        yield live
+        lives.append(live)
+    return lives
 
 
 def _inner_first(grammar: _Grammar, empty: set[str]) -> list[str]:

@@ -85,12 +85,13 @@ class Context:
         n_ctx = config.context_length or min(max(model.info.n_ctx_train, 1), DEFAULT_CONTEXT_LENGTH)
         n_threads = config.threads or default_threads()
         pooling = _POOLINGS.get(config.pooling, model.native_info.pooling_type)
+        n_batch = max(config.batch_size, config.slots)  # llama.cpp plans for an output of every sequence
         params = self._ffi.new(
             "trio_context_params *",
             {
                 "n_ctx": n_ctx * config.slots,
-                "n_batch": config.batch_size,
-                "n_ubatch": config.batch_size,
+                "n_batch": n_batch,
+                "n_ubatch": n_batch,
                 "n_seq_max": config.slots,
                 "n_threads": n_threads,
                 "n_threads_batch": n_threads,

@@ -1,0 +1,82 @@
+"""Running a context by hand, without a scheduler: what the tests of the native rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.memory import Trim
+from trio_runner.llama import Context, LlamaLoader, Model, Sampler
+from trio_runner.request import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0)
+PROMPT = "hello world, the model and the answer"
+
+
+class Running:
+    """A loaded model with its context."""
+
+    def __init__(self, path: Path, *, adapters: tuple[AdapterConfig, ...] = (), **config: object) -> None:
+        settings = {"slots": 2, "context_length": 256, "batch_size": 64, "threads": 1, "kv_type": "f32"} | config
+        loader = LlamaLoader(ModelConfig(path=str(path), adapters=adapters))
+        runtime = loader(EngineConfig(**settings), progress=lambda _: None, cancelled=lambda: False)  # type: ignore[arg-type]
+        assert isinstance(runtime.model, Model)
+        assert isinstance(runtime.context, Context)
+        self.model = runtime.model
+        self.context = runtime.context
+        self.limits = runtime.context.limits
+
+    def tokens(self, text: str = PROMPT) -> list[int]:
+        return self.model.tokenize(text, add_special=True, parse_special=True)
+
+    def sampler(self, params: SamplingParams = GREEDY, prompt: Sequence[int] = ()) -> Sampler:
+        return self.model.sampler(params, prompt)
+
+    def step(self, *chunks: Chunk, samplers: dict[int, Sampler] | None = None, embeddings: bool = False) -> StepResult:
+        return self.context.decode(Batch(chunks, embeddings), samplers or {})
+
+    def prefill(self, tokens: Sequence[int], *, slot: int = 0, start: int = 0, rows: int = 64) -> int:
+        """Decode tokens without output, `rows` at a time. Returns the position after them."""
+        for begin in range(0, len(tokens), rows):
+            part = tuple(tokens[begin : begin + rows])
+            assert self.step(Chunk(0, slot, start + begin, part, output=False)).outcome is DecodeOutcome.OK
+        return start + len(tokens)
+
+    def go_on(
+        self, token: int, position: int, n_tokens: int, *, slot: int = 0, params: SamplingParams = GREEDY
+    ) -> list[Sampled]:
+        """Decode `token` at `position`, sample, decode what was sampled, and so on."""
+        sampler = self.sampler(params)
+        result: list[Sampled] = []
+        for _ in range(n_tokens):
+            step = self.step(Chunk(0, slot, position, (token,), output=True), samplers={0: sampler})
+            assert step.outcome is DecodeOutcome.OK, step.message
+            result.append(step.sampled[0])
+            if result[-1].is_end or result[-1].error is not None:
+                break
+            token = result[-1].token
+            position += 1
+        return result
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] = PROMPT,
+        n_tokens: int = 12,
+        *,
+        slot: int = 0,
+        params: SamplingParams = GREEDY,
+    ) -> list[Sampled]:
+        """From an empty slot."""
+        tokens = self.tokens(prompt) if isinstance(prompt, str) else list(prompt)
+        assert self.context.apply(Trim(slot, 0))
+        position = self.prefill(tokens[:-1], slot=slot)
+        return self.go_on(tokens[-1], position, n_tokens, slot=slot, params=params)
+
+    def text(self, prompt: str = PROMPT, n_tokens: int = 24, params: SamplingParams = GREEDY) -> str:
+        return b"".join(sampled.piece for sampled in self.generate(prompt, n_tokens, params=params)).decode()
+
+
+def tokens_of(result: Sequence[Sampled]) -> list[int]:
+    return [sampled.token for sampled in result]

@@ -1,0 +1,376 @@
+"""Everything known to abort, hang or corrupt llama.cpp, sent through the shim: an error, and the context works on."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.llama.running import GREEDY, Running, tokens_of
+from trio_runner.core.batch import Chunk, DecodeOutcome
+from trio_runner.core.memory import Copy, Slide, Trim
+from trio_runner.errors import InvalidRequest, NativeError
+from trio_runner.llama.library import LIBRARY_DIRECTORY, last_error, native
+
+Models = Callable[[str], Path]
+
+
+class Shim:
+    """The raw functions, on the context of a tiny model."""
+
+    def __init__(self, path: Path) -> None:
+        loaded = native()
+        self.ffi, self.lib = loaded.ffi, loaded.lib
+        self.running = Running(path)
+        self.model = self.running.model.handle
+        self.context = self.running.context.handle
+        self.expected = tokens_of(self.running.generate("the model"))
+
+    def check_alive(self) -> None:
+        assert tokens_of(self.running.generate("the model")) == self.expected
+
+    def refused(self, function: str, *arguments: object) -> None:
+        assert getattr(self.lib, function)(*arguments) == self.lib.TRIO_E_INVALID, function
+        assert last_error()
+
+    def batch(self, *, embeddings: int = 0, n_rows: int | None = None, **arrays: Any) -> Any:
+        values = {"tokens": [5], "positions": [0], "seqs": [0], "outputs": [1]} | arrays
+        self.keep = {
+            name: self.ffi.NULL
+            if value is None
+            else self.ffi.new("int8_t[]" if name == "outputs" else "int32_t[]", value)
+            for name, value in values.items()
+        }
+        rows = len(values["tokens"] or [0]) if n_rows is None else n_rows
+        return self.ffi.new("trio_batch *", {**self.keep, "n_rows": rows, "embeddings": embeddings})
+
+    def request(self, rows: list[int], samplers: list[Any]) -> tuple[Any, Any]:
+        ffi = self.ffi
+        self.kept = [
+            ffi.new("int32_t[]", rows),
+            ffi.new("trio_sampler *[]", samplers),
+            ffi.new("trio_sampled[]", len(rows)),
+            ffi.new("char[]", 512),
+        ]
+        rows_, samplers_, sampled, pieces = self.kept
+        request = ffi.new("trio_sample_request *", {"n_samples": len(rows), "rows": rows_, "samplers": samplers_})
+        result = ffi.new("trio_sample_result *", {"sampled": sampled, "pieces": pieces, "pieces_size": 512})
+        return request, result
+
+
+@pytest.fixture
+def shim(models: Models) -> Shim:
+    return Shim(models("llama"))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"tokens": [-1]},
+        {"tokens": [2**30]},
+        {"positions": [-1]},
+        {"positions": [-(2**31)]},
+        {"positions": [2**31 - 1]},
+        {"positions": [512]},
+        {"seqs": [-1]},
+        {"seqs": [2]},
+        {"outputs": [2]},
+        {"outputs": [-1]},
+        {"n_rows": 0},
+        {"n_rows": -1},
+        {"n_rows": 2**31 - 1},
+        {"tokens": [5] * 65, "positions": list(range(65)), "seqs": [0] * 65, "outputs": [0] * 65},
+        {"tokens": None},
+        {"positions": None},
+        {"seqs": None},
+        {"outputs": None},
+        {"tokens": [5, 5], "positions": [0, 0], "seqs": [0, 0], "outputs": [0, 1]},
+        {"tokens": [5, 5], "positions": [0, 2], "seqs": [0, 0], "outputs": [0, 1]},
+        {"tokens": [5, 5], "positions": [1, 0], "seqs": [0, 0], "outputs": [0, 1]},
+    ],
+)
+def test_batches(shim: Shim, arrays: dict[str, Any]) -> None:
+    assert shim.running.context.apply(Trim(0, 0))
+    shim.refused("trio_step", shim.context, shim.batch(**arrays), shim.ffi.NULL, shim.ffi.NULL)
+    shim.check_alive()
+
+
+def test_sample_requests(shim: Shim, models: Models) -> None:
+    ffi = shim.ffi
+    assert shim.running.context.apply(Trim(0, 0))
+    sampler = shim.running.sampler().handle
+    foreign = Running(models("chain")).sampler().handle
+    two = shim.batch(tokens=[5, 6], positions=[0, 1], seqs=[0, 0], outputs=[0, 1])
+    for rows, samplers in (
+        ([0], [sampler]),  # no output there
+        ([2], [sampler]),
+        ([-1], [sampler]),
+        ([1], [ffi.NULL]),
+        ([1], [foreign]),
+        ([1, 1], [sampler, sampler]),
+        ([1, 1, 1], [sampler] * 3),
+    ):
+        shim.refused("trio_step", shim.context, two, *shim.request(rows, samplers))
+    request, result = shim.request([1], [sampler])
+    shim.refused("trio_step", shim.context, two, request, ffi.NULL)
+    vectors = shim.batch(tokens=[5, 6], positions=[0, 1], seqs=[0, 0], outputs=[0, 1], embeddings=1)
+    shim.refused("trio_step", shim.context, vectors, request, result)
+    top = shim.running.sampler(replace(GREEDY, logprobs=5)).handle
+    shim.refused("trio_step", shim.context, two, *shim.request([1], [top]))
+    shim.check_alive()
+
+
+def test_memory(shim: Shim) -> None:
+    for seq in (-1, 2, 300, 2**31 - 1, -(2**31)):
+        shim.refused("trio_seq_remove", shim.context, seq, 0, -1)
+        shim.refused("trio_seq_copy", shim.context, seq, 0, 0, -1)
+        shim.refused("trio_seq_copy", shim.context, 0, seq, 0, -1)
+        shim.refused("trio_seq_add", shim.context, seq, 0, -1, -1)
+        first, last = shim.ffi.new("int32_t *"), shim.ffi.new("int32_t *")
+        shim.refused("trio_seq_range", shim.context, seq, first, last)
+    for start, end in ((-1, -1), (0, -2), (5, 3), (513, -1), (0, 513), (2**31 - 1, 2**31 - 1)):
+        shim.refused("trio_seq_remove", shim.context, 0, start, end)
+        shim.refused("trio_seq_add", shim.context, 0, start, end, 0)
+    shim.refused("trio_seq_copy", shim.context, 0, 0, 0, -1)
+    shim.refused("trio_seq_add", shim.context, 0, 2, -1, -3)
+    shim.refused("trio_seq_add", shim.context, 0, 2, 10, 2**31 - 1)
+    shim.refused("trio_seq_add", shim.context, 0, 2, 10, -(2**31))
+    shim.refused("trio_seq_range", shim.context, 0, shim.ffi.NULL, shim.ffi.NULL)
+    shim.check_alive()
+
+
+@pytest.mark.parametrize("name", ["mrope", "bert"])
+def test_renumbering_where_it_is_impossible(models: Models, name: str) -> None:
+    running = Running(models(name))
+    with pytest.raises(NativeError):
+        running.context.apply(Slide(0, 2, 4, -1))
+    if name == "bert":
+        with pytest.raises(NativeError):
+            running.context.apply(Copy(0, 1, 2))
+        assert running.context.apply(Trim(0, 0))
+        assert running.context.length(0) == 0
+
+
+def test_positions_beyond_a_trained_table(models: Models) -> None:
+    running = Running(models("bert"), context_length=4096, batch_size=600)
+    assert running.limits.n_ctx == 512
+    assert running.step(Chunk(0, 0, 512, (5,), True), embeddings=True).outcome is DecodeOutcome.INVALID
+    assert running.step(Chunk(0, 0, 0, (5,) * 513, True), embeddings=True).outcome is DecodeOutcome.INVALID
+    assert running.step(Chunk(0, 0, 0, (5,) * 512, True), embeddings=True).outcome is DecodeOutcome.OK
+
+
+def test_vocabulary(shim: Shim) -> None:
+    ffi, buffer = shim.ffi, shim.ffi.new("char[]", 64)
+    tokens = ffi.new("int32_t[]", 64)
+    for token in (-1, 2**30, 2**31 - 1, shim.running.model.info.n_vocab):
+        shim.refused("trio_token_bytes", shim.model, token, buffer, 64)
+        shim.refused("trio_token_is_end", shim.model, token)
+        shim.refused("trio_detokenize", shim.model, ffi.new("int32_t[]", [5, token]), 2, buffer, 64)
+        with pytest.raises(InvalidRequest):
+            shim.running.model.piece(token)
+        with pytest.raises(InvalidRequest):
+            shim.running.model.detokenize([5, token])
+    shim.refused("trio_tokenize", shim.model, b"hello", -1, 1, 1, tokens, 64)
+    shim.refused("trio_tokenize", shim.model, ffi.NULL, 5, 1, 1, tokens, 64)
+    shim.refused("trio_tokenize", shim.model, b"hello", 5, 1, 1, ffi.NULL, 64)
+    shim.refused("trio_detokenize", shim.model, tokens, -1, buffer, 64)
+    beyond_unicode = b"\xf4\x90\x80\x80"
+    assert shim.lib.trio_tokenize(shim.model, beyond_unicode, 4, 1, 1, tokens, 64) == shim.lib.TRIO_E_NATIVE
+    assert "codepoint" in last_error()
+    shim.check_alive()
+
+
+def test_every_pointer_may_be_null(shim: Shim) -> None:
+    null = shim.ffi.NULL
+    for function, n_numbers in (
+        ("trio_model_get_info", 0),
+        ("trio_context_get_info", 0),
+        ("trio_sampler_open", 0),
+        ("trio_context_open", 0),
+    ):
+        n_pointers = 3 if function.endswith("open") else 2
+        shim.refused(function, *[null] * n_pointers, *[0] * n_numbers)
+    shim.refused("trio_model_open", null, null, null, null)
+    shim.refused("trio_adapter_open", null, null, null)
+    shim.refused("trio_context_set_adapters", null, null, null, 0)
+    shim.refused("trio_context_set_adapters", shim.context, null, null, 1)
+    shim.refused("trio_step", null, null, null, null)
+    shim.refused("trio_step", shim.context, null, null, null)
+    shim.refused("trio_embedding", null, 0, 0, null, 0)
+    shim.refused("trio_embedding", shim.context, 0, 0, null, 0)
+    shim.refused("trio_seq_remove", null, 0, 0, 0)
+    shim.refused("trio_sampler_accept_prompt", null, null, 0)
+    shim.refused("trio_device_get", -1, shim.ffi.new("trio_device *"))
+    shim.refused("trio_model_meta_key", shim.model, 10**6, shim.ffi.new("char[]", 8), 8)
+    shim.lib.trio_abort(null, 1)
+    for free in ("trio_model_free", "trio_context_free", "trio_sampler_free", "trio_load_free"):
+        getattr(shim.lib, free)(null)
+    shim.check_alive()
+
+
+def test_vectors_that_are_not_there(shim: Shim) -> None:
+    values = shim.ffi.new("float[]", 64)
+    shim.refused("trio_embedding", shim.context, 0, 0, values, 64)  # the last step was for text
+    assert shim.running.context.apply(Trim(0, 0))
+    step = shim.running.step(Chunk(0, 0, 0, (5, 6), True), embeddings=True)
+    assert step.outcome is DecodeOutcome.OK
+    for seq in (-1, 1, 7):
+        shim.refused("trio_embedding", shim.context, seq, 0, values, 64)
+    assert shim.lib.trio_embedding(shim.context, 0, 1, values, 64) == 64
+    shim.check_alive()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_ctx": 0},
+        {"n_ctx": 2**32 - 1},
+        {"n_batch": 0},
+        {"n_batch": 2**32 - 1},
+        {"n_ubatch": 0},
+        {"n_ubatch": 128},
+        {"n_seq_max": 0},
+        {"n_seq_max": 257},
+        {"n_threads": 0},
+        {"n_threads": -1},
+        {"n_threads": 10000},
+        {"n_threads_batch": 10000},
+        {"flash_attention": 7},
+        {"type_k": 16},
+        {"type_v": 99},
+        {"type_k": -1},
+        {"pooling_type": 99},
+        {"pooling_type": 4},
+        {"pooling_type": -2},
+        {"rope_freq_base": math.nan},
+        {"rope_freq_scale": -1.0},
+        {"rope_freq_base": math.inf},
+    ],
+)
+def test_context_parameters(shim: Shim, change: dict[str, Any]) -> None:
+    params = {"n_ctx": 256, "n_batch": 64, "n_ubatch": 64, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}
+    params |= {"flash_attention": -1, "type_k": 1, "type_v": 1, "pooling_type": -1, "offload_kqv": 1, "swa_full": 1}
+    out = shim.ffi.new("trio_context **")
+    shim.refused("trio_context_open", shim.model, shim.ffi.new("trio_context_params *", params | change), out)
+    assert out[0] == shim.ffi.NULL
+    shim.check_alive()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": math.nan},
+        {"top_p": math.inf},
+        {"min_p": -0.1},
+        {"typical_p": math.nan},
+        {"tfs_z": math.nan},
+        {"xtc_probability": 2.0},
+        {"repeat_last_n": -2},
+        {"repeat_penalty": 0.0},
+        {"frequency_penalty": math.nan},
+        {"dry_base": math.nan},
+        {"dry_penalty_last_n": -5},
+        {"mirostat": 3},
+        {"mirostat_tau": math.nan},
+        {"n_bias": 1},
+        {"n_bias": -1},
+        {"n_dry_breakers": 1},
+        {"n_top": 10**6},
+        {"n_top": -2},
+    ],
+)
+def test_sampler_parameters(shim: Shim, change: dict[str, Any]) -> None:
+    params = {"temperature": 1.0, "repeat_penalty": 1.0, "dry_base": 1.75, "n_top": -1}
+    out = shim.ffi.new("trio_sampler **")
+    shim.refused("trio_sampler_open", shim.model, shim.ffi.new("trio_sampler_params *", params | change), out)
+    shim.check_alive()
+
+
+def test_huge_windows_cost_nothing(shim: Shim) -> None:
+    params = {"temperature": 0.0, "repeat_penalty": 1.5, "repeat_last_n": 2**31 - 1, "n_top": -1}
+    params |= {"dry_multiplier": 1.0, "dry_base": 1.75, "dry_penalty_last_n": 2**31 - 1, "dry_allowed_length": 2}
+    out = shim.ffi.new("trio_sampler **")
+    assert shim.lib.trio_sampler_open(shim.model, shim.ffi.new("trio_sampler_params *", params), out) == 0
+    shim.lib.trio_sampler_free(out[0])
+
+
+def test_long_text_does_not_exhaust_the_stack(models: Models) -> None:
+    model = Running(models("llama")).model
+    result: list[int] = []
+
+    def tokenize() -> None:
+        result.append(len(model.tokenize("A" * 300_000, add_special=True, parse_special=True)))
+
+    threading.stack_size(256 * 1024)
+    try:
+        thread = threading.Thread(target=tokenize)
+        thread.start()
+    finally:
+        threading.stack_size(0)
+    thread.join()
+    assert result == [300_000]
+
+
+def test_text_of_special_tokens_is_refused_when_it_would_take_for_ever(models: Models) -> None:
+    model = Running(models("llama")).model
+    text = "<|im_end|>" * 20_000
+    with pytest.raises(InvalidRequest, match="special tokens"):
+        model.tokenize(text, add_special=True, parse_special=True)
+    assert model.tokenize(text[:10_000], add_special=False, parse_special=True) == [2] * 1000
+    assert len(model.tokenize(text, add_special=False, parse_special=False)) > 100_000
+
+
+def test_text_must_be_unicode_and_bounded(models: Models) -> None:
+    model = Running(models("llama")).model
+    with pytest.raises(InvalidRequest) as surrogate:
+        model.tokenize("\ud800", add_special=True, parse_special=True)
+    assert surrogate.value.param == "prompt"
+    with pytest.raises(InvalidRequest):
+        model.tokenize("a" * (5 << 20), add_special=True, parse_special=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "spm"])
+@pytest.mark.parametrize("text", ["", " ", "hello world", "na\u00efve \u4f60\u597d \U0001f642\n\ttab", "a\0b"])
+def test_text_survives_the_vocabulary(models: Models, name: str, text: str) -> None:
+    model = Running(models(name)).model
+    tokens = model.tokenize(text, add_special=False, parse_special=False)
+    again = b"".join(model.piece(token) for token in tokens).decode()
+    assert again == (f" {text}" if name == "spm" and text else text)  # SentencePiece begins every text with a space
+
+
+def test_library_can_be_used_from_any_language(models: Models) -> None:
+    """In a process of its own: ctypes, the header's declarations, and nothing of this package."""
+    program = f"""
+import ctypes
+lib = ctypes.CDLL({str(LIBRARY_DIRECTORY / "libtrio_llama.so")!r})
+assert lib.trio_abi_version() == 1
+assert lib.trio_init({str(LIBRARY_DIRECTORY).encode()!r}, 4) == 0
+class Params(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in
+                ("n_gpu_layers", "main_gpu", "use_mmap", "use_mlock", "check_tensors", "vocab_only")]
+    _fields_ += [("tensor_split", ctypes.POINTER(ctypes.c_float)), ("n_tensor_split", ctypes.c_int32)]
+model = ctypes.c_void_p()
+params = Params(use_mmap=1)
+assert lib.trio_model_open({str(models("chain")).encode()!r}, ctypes.byref(params), None, ctypes.byref(model)) == 0
+tokens = (ctypes.c_int32 * 16)()
+text = b" one two"
+assert lib.trio_tokenize(model, text, len(text), 1, 1, tokens, 16) == 2
+print(list(tokens[:2]))
+assert lib.trio_tokenize(model, text, -1, 1, 1, tokens, 16) == -1
+message = ctypes.create_string_buffer(256)
+assert lib.trio_last_error(message, 256) > 0
+print(message.value.decode())
+lib.trio_model_free(model)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    tokens, message = done.stdout.splitlines()
+    assert tokens == str(Running(models("chain")).tokens(" one two"))
+    assert message == "length is negative"

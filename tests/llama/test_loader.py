@@ -1,0 +1,133 @@
+"""Loading: progress, cancellation, and errors that name the file."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.errors import EngineClosed, LoadError, NativeError
+from trio_runner.llama import LlamaLoader, Model, devices, drain_log, system_info
+from trio_runner.llama import loader as loader_module
+from trio_runner.llama.library import check, logger, native
+from trio_runner.llama.model import LoadProgress
+
+Models = Callable[[str], Path]
+
+SMALL = EngineConfig(slots=1, context_length=64, batch_size=16, threads=1)
+
+
+def load(loader: LlamaLoader, cancelled: Callable[[], bool] = lambda: False) -> list[float]:
+    seen: list[float] = []
+    runtime = loader(SMALL, progress=seen.append, cancelled=cancelled)
+    runtime.context.close()
+    runtime.model.close()
+    return seen
+
+
+def test_progress_ends_at_one(models: Models) -> None:
+    seen = load(LlamaLoader(ModelConfig(path=str(models("llama")))))
+    assert seen[-1] == 1.0
+    assert seen == sorted(seen)
+
+
+def test_info_comes_from_the_file(models: Models) -> None:
+    info = Model(ModelConfig(path=str(models("llama")))).info
+    assert (info.name, info.architecture, info.n_layer, info.n_embd, info.n_ctx_train) == (
+        "tiny-llama",
+        "llama",
+        2,
+        64,
+        2048,
+    )
+    assert not info.adds_bos
+    assert info.causal
+    assert info.chat_template is not None
+    assert info.chat_template.startswith("{% for message")
+    assert info.metadata["general.architecture"] == "llama"
+    assert info.size > 400_000
+    assert not Model(ModelConfig(path=str(models("bert")))).info.causal
+    assert Model(ModelConfig(path=str(models("spm")))).info.adds_bos
+
+
+def test_cancelled_before_it_begins(models: Models) -> None:
+    with pytest.raises(EngineClosed):
+        load(LlamaLoader(ModelConfig(path=str(models("llama")))), cancelled=lambda: True)
+
+
+def test_native_load_stops_when_cancelled(models: Models) -> None:
+    progress = LoadProgress()
+    progress.cancel()
+    with pytest.raises(EngineClosed):
+        Model(ModelConfig(path=str(models("llama"))), progress)
+
+
+def test_watcher_cancels_a_load_that_runs(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The load waits, as a long one would, until the watching thread has seen the cancellation."""
+    monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.001)
+    cancelled_native = threading.Event()
+
+    class Progress(LoadProgress):
+        def cancel(self) -> None:
+            super().cancel()
+            cancelled_native.set()
+
+    class SlowModel(Model):
+        def __init__(self, config: ModelConfig, progress: LoadProgress | None = None) -> None:
+            wanted.set()
+            assert cancelled_native.wait(10)
+            super().__init__(config, progress)
+
+    wanted = threading.Event()
+    monkeypatch.setattr(loader_module, "LoadProgress", Progress)
+    monkeypatch.setattr(loader_module, "Model", SlowModel)
+    with pytest.raises(EngineClosed):
+        load(LlamaLoader(ModelConfig(path=str(models("llama")))), cancelled=wanted.is_set)
+
+
+def test_errors_name_the_file(models: Models, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.gguf")
+    with pytest.raises(LoadError, match="no such file") as error:
+        load(LlamaLoader(ModelConfig(path=missing)))
+    assert error.value.path == missing
+    with pytest.raises(LoadError, match="no such file") as error:
+        load(LlamaLoader(ModelConfig(path=str(models("llama")), adapters=(AdapterConfig(missing),))))
+    assert error.value.path == missing
+    with pytest.raises(LoadError, match="is for llama") as error:
+        load(LlamaLoader(ModelConfig(path=str(models("mamba")), adapters=(AdapterConfig(str(models("lora"))),))))
+    assert error.value.path == str(models("lora"))
+    with pytest.raises(LoadError):
+        load(LlamaLoader(ModelConfig(path=str(models("lora")))))
+
+
+def test_native_errors_of_a_load_come_with_llama_cpps_words(models: Models, tmp_path: Path) -> None:
+    data = models("llama").read_bytes().replace(b"blk.0.attn_norm.weight", b"blk.0.attn_morn.weight")
+    path = tmp_path / "renamed.gguf"
+    path.write_bytes(data)
+    with pytest.raises(LoadError, match=r"blk\.0\.attn_norm\.weight"):
+        load(LlamaLoader(ModelConfig(path=str(path))))
+
+
+def test_log_goes_to_the_logger(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger.name), pytest.raises(LoadError):
+        load(LlamaLoader(ModelConfig(path=str(models("lora")))))
+    drain_log()
+    assert any(record.name == logger.name for record in caplog.records)
+
+
+def test_library_knows_the_machine() -> None:
+    assert any(device.type == "CPU" for device in devices())
+    assert "CPU" in system_info()
+
+
+def test_codes_become_errors() -> None:
+    assert check("anything", 3) == 3
+    with pytest.raises(NativeError) as error:
+        check("trio_seq_remove", native().lib.trio_seq_remove(native().ffi.NULL, 0, 0, 0))
+    assert error.value.function == "trio_seq_remove"
+    assert error.value.code == native().lib.TRIO_E_INVALID
+    assert error.value.message == "context is NULL"
