@@ -151,7 +151,8 @@ class Connection:
     def _abort(self) -> None:
         """Close, and drop what the client has not taken instead of leaving it to the kernel."""
         if not self._closed:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close()
 
     def _write_some(self, data: memoryview) -> int:

@@ -107,7 +107,7 @@ class Http1(H11Protocol):
 
     async def _maybe_recycle(self) -> None:
         if self._closed:
-            return
+            return  # an answer that was complete just as the connection was given up
         await super()._maybe_recycle()
         if self._paused and self.connection.our_state is h11.IDLE:
             self._paused = False

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from trio_runner.engine.engine import Engine
 
-log = logging.getLogger(__name__)
-
 MAX_CONNECTIONS = 512
 KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 1.0
@@ -73,37 +71,19 @@ async def serve(
             origins=frozenset(origin.lower() for origin in allowed_origins),
         )
         server = _Server(create_app(engine, access=access), write_timeout, max_connections)
-        async with trio.open_nursery() as nursery:
-            over = trio.Event()
-            connections = await nursery.start(_hold_connections, over)
-            grace = 0.0
-            try:
-                async with trio.open_nursery() as accepting:
-                    for listener in listeners:
-                        accepting.start_soon(accept, listener, lambda sock: server.admit(sock, connections))
-                    task_status.started(addresses(listeners))
-                    await shutdown.wait()
-                    await engine.drain(drain_timeout)
-                    accepting.cancel_scope.cancel()
-                close_all(listeners)
-                await server.wind_down()
-                grace = FLUSH_SECONDS
-            finally:
-                if engine.status == "broken":
-                    grace = FLUSH_SECONDS
-                connections.cancel_scope.deadline = trio.current_time() + grace
-                over.set()
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(accept, listener, lambda sock: server.admit(sock, connections))
+                task_status.started(addresses(listeners))
+                await shutdown.wait()
+                await engine.drain(drain_timeout)
+                accepting.cancel_scope.cancel()
+            close_all(listeners)
+            await server.wind_down()
+            connections.cancel_scope.deadline = trio.current_time() + FLUSH_SECONDS
     finally:
         close_all(listeners)
-
-
-async def _hold_connections(over: trio.Event, *, task_status: trio.TaskStatus[trio.Nursery]) -> None:
-    """A nursery that stays open until `over`, and that only its own deadline cancels: should the engine die, and take
-    the server with it, every client still learns why its answer ends."""
-    async with trio.open_nursery() as connections:
-        connections.cancel_scope.shield = True
-        task_status.started(connections)
-        await over.wait()
 
 
 class _Server:
