@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from trio_runner.errors import InvalidRequest
 
@@ -30,15 +31,20 @@ RANDOM_SEED = 0xFFFFFFFF
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequest(f"{name} must be a number, not {type(value).__name__}", param=name)
-    if not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {value:g}", param=name)
+    if not low <= value <= high:  # NaN is in no range
+        raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {_shown(value)}", param=name)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name} must be an integer, not {type(value).__name__}", param=name)
     if not low <= value <= high:
-        raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}", param=name)
+        raise InvalidRequest(f"{name} must be between {low} and {high}, not {_shown(value)}", param=name)
+
+
+def _shown(value: float) -> str:
+    """`value` for a message: Python refuses to print integers of some thousand digits."""
+    return "a huge number" if isinstance(value, int) and value.bit_length() > 64 else str(value)
 
 
 def _check_bool(name: str, value: object) -> None:
@@ -55,6 +61,14 @@ def _check_text(name: str, value: object, max_bytes: int | None = None) -> None:
         raise InvalidRequest(f"{name} contains half of a surrogate pair, which is no character", param=name) from None
     if max_bytes is not None and n_bytes > max_bytes:
         raise InvalidRequest(f"{name} has {n_bytes} bytes, but at most {max_bytes} are allowed", param=name)
+
+
+def _check_list(name: str, value: object, max_items: int) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise InvalidRequest(f"{name} must be a list, not {type(value).__name__}", param=name)
+    if len(value) > max_items:
+        raise InvalidRequest(f"{name} may have at most {max_items} entries, not {len(value)}", param=name)
+    return tuple(value)
 
 
 def _check_prompt(name: str, value: object) -> None:
@@ -149,17 +163,21 @@ class SamplingParams:
         _check_text("grammar", self.grammar, MAX_GRAMMAR_BYTES)
         if "\0" in self.grammar:
             raise InvalidRequest("grammar must not contain a NUL character", param="grammar")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidRequest(f"logit_bias may name at most {MAX_LOGIT_BIAS} tokens", param="logit_bias")
-        for token, bias in self.logit_bias:
+        # Lists are taken as tuples: a frozen value does not change when the caller's list does.
+        pairs = [
+            _check_list("logit_bias", pair, 2) for pair in _check_list("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+        ]
+        object.__setattr__(self, "logit_bias", tuple(pairs))
+        for pair in pairs:
+            if len(pair) != 2:
+                raise InvalidRequest("logit_bias must be a list of (token, bias)", param="logit_bias")
+            token, bias = pair
             _check_int("logit_bias", token, 0, 2**31 - 1)
             if bias != -math.inf:
                 _check_number("logit_bias", bias, -1e6, 1e6)
-        if len(self.dry_sequence_breakers) > MAX_DRY_BREAKERS:
-            raise InvalidRequest(
-                f"dry_sequence_breakers may have at most {MAX_DRY_BREAKERS} entries", param="dry_sequence_breakers"
-            )
-        for breaker in self.dry_sequence_breakers:
+        breakers = _check_list("dry_sequence_breakers", self.dry_sequence_breakers, MAX_DRY_BREAKERS)
+        object.__setattr__(self, "dry_sequence_breakers", breakers)
+        for breaker in breakers:
             _check_text("dry_sequence_breakers", breaker, MAX_DRY_BREAKER_BYTES)
             if not breaker or "\0" in breaker:
                 raise InvalidRequest(
@@ -197,8 +215,7 @@ class GenerateRequest:
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_int("n_keep", self.n_keep, -(2**31), 2**31 - 1)
-        if isinstance(self.stop, str) or len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"stop must be a list of at most {MAX_STOP_STRINGS} strings", param="stop")
+        object.__setattr__(self, "stop", _check_list("stop", self.stop, MAX_STOP_STRINGS))
         for stop in self.stop:
             _check_text("stop", stop, MAX_STOP_BYTES)
         for name in ("cache_prompt", "shift", "truncate", "parse_special", "progress"):

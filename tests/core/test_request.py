@@ -1,0 +1,200 @@
+"""Every field of every request: a bad value is an InvalidRequest that names the field, a good one never raises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_runner.errors import InvalidRequest
+from trio_runner.request import (
+    MAX_DRY_BREAKER_BYTES,
+    MAX_DRY_BREAKERS,
+    MAX_GRAMMAR_BYTES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_BYTES,
+    MAX_STOP_STRINGS,
+    MAX_WINDOW,
+    RANDOM_SEED,
+    EmbedRequest,
+    GenerateRequest,
+    SamplingParams,
+    as_prompt,
+)
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+HUGE = 10**5000
+"""More digits than Python is willing to print, and more than a float can hold."""
+SURROGATE = "\ud800"
+
+NUMBERS: dict[str, tuple[float, float]] = {
+    "temperature": (-1e6, 1e6),
+    "dynatemp_range": (0, 1e6),
+    "dynatemp_exponent": (0, 1e3),
+    "top_p": (0, 1e6),
+    "min_p": (0, 1),
+    "typical_p": (0, 1e6),
+    "tfs_z": (0, 1e6),
+    "top_n_sigma": (-1, 1e6),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 1),
+    "repeat_penalty": (1e-3, 1e3),
+    "frequency_penalty": (-1e3, 1e3),
+    "presence_penalty": (-1e3, 1e3),
+    "dry_multiplier": (0, 1e3),
+    "dry_base": (1, 1e3),
+    "mirostat_tau": (0, 1e3),
+    "mirostat_eta": (0, 1e3),
+}
+INTEGERS: dict[str, tuple[int, int]] = {
+    "top_k": (INT_MIN, INT_MAX),
+    "repeat_last_n": (-1, MAX_WINDOW),
+    "dry_allowed_length": (1, MAX_WINDOW),
+    "dry_penalty_last_n": (-1, MAX_WINDOW),
+    "mirostat": (0, 2),
+    "seed": (0, RANDOM_SEED),
+    "logprobs": (-1, MAX_LOGPROBS),
+}
+
+NOT_NUMBERS: list[Any] = [None, True, "1", (1.0,), 1j, math.nan, math.inf, -math.inf, HUGE, -HUGE]
+NOT_INTEGERS: list[Any] = [None, True, False, "1", 1.0, math.nan, (1,), HUGE, -HUGE]
+NOT_BOOLS: list[Any] = [None, 0, 1, "true", 1.0]
+NOT_TEXTS: list[Any] = [None, 1, b"a", ("a",), SURROGATE]
+NOT_LISTS: list[Any] = [None, 1, "ab", {"a": 1}, b"ab"]
+PROMPTS: list[Any] = [None, 1, b"a", SURROGATE, (1, 2.0), (True,), (-1,), (INT_MAX + 1,), ("a",), (None,), {1}, (HUGE,)]
+
+BAD_SAMPLING: dict[str, list[Any]] = {
+    **{name: [*NOT_NUMBERS, low - 1, high * 2] for name, (low, high) in NUMBERS.items()},
+    **{name: [*NOT_INTEGERS, low - 1, high + 1] for name, (low, high) in INTEGERS.items()},
+    "penalize_nl": NOT_BOOLS,
+    "grammar": [*NOT_TEXTS, "root ::= \0", "a" * (MAX_GRAMMAR_BYTES + 1), "é" * (MAX_GRAMMAR_BYTES // 2 + 1)],
+    "logit_bias": [
+        *NOT_LISTS,
+        (1,),
+        ((1,),),
+        ((1, 2.0, 3),),
+        ("ab",),
+        (None,),
+        *[((token, 1.0),) for token in (*NOT_INTEGERS, -1, INT_MAX + 1)],
+        *[((1, bias),) for bias in (None, True, "1", math.nan, math.inf, 1e7, -1e7, HUGE)],
+        ((1, 1.0),) * (MAX_LOGIT_BIAS + 1),
+    ],
+    "dry_sequence_breakers": [
+        *NOT_LISTS,
+        *[(breaker,) for breaker in (*NOT_TEXTS, "", "a\0", "a" * (MAX_DRY_BREAKER_BYTES + 1))],
+        ("a",) * (MAX_DRY_BREAKERS + 1),
+    ],
+}
+BAD_GENERATE: dict[str, list[Any]] = {
+    "prompt": PROMPTS,
+    "max_tokens": [0, -1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]],
+    "stop": [
+        *NOT_LISTS,
+        *[(stop,) for stop in (*NOT_TEXTS, "a" * (MAX_STOP_BYTES + 1), "é" * (MAX_STOP_BYTES // 2 + 1))],
+        ("a",) * (MAX_STOP_STRINGS + 1),
+    ],
+    "sampling": [None, {}, 1],
+    "n_keep": [*NOT_INTEGERS, INT_MIN - 1, INT_MAX + 1],
+    **dict.fromkeys(["cache_prompt", "shift", "truncate", "parse_special", "progress"], NOT_BOOLS),
+}
+BAD_EMBED: dict[str, list[Any]] = {"content": PROMPTS, "normalize": NOT_BOOLS}
+
+
+def cases(table: dict[str, list[Any]]) -> list[Any]:
+    return [
+        pytest.param(name, value, id=f"{name}-{n}") for name, values in table.items() for n, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_SAMPLING))
+def test_sampling_params_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_GENERATE))
+def test_generate_request_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        GenerateRequest(**{"prompt": "a", name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_EMBED))
+def test_embed_request_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        EmbedRequest(**{"content": "a", name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("request_type", "table"),
+    [(SamplingParams, BAD_SAMPLING), (GenerateRequest, BAD_GENERATE), (EmbedRequest, BAD_EMBED)],
+)
+def test_no_field_is_forgotten_here(request_type: Any, table: dict[str, list[Any]]) -> None:
+    assert {field.name for field in fields(request_type)} == set(table)
+
+
+@pytest.mark.parametrize(("name", "ends"), [*NUMBERS.items(), *INTEGERS.items()])
+def test_both_ends_of_a_range_are_in_it(name: str, ends: tuple[float, float]) -> None:
+    for value in ends:
+        assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TOKEN = st.integers(0, INT_MAX)
+PROMPT = TEXT | st.lists(TOKEN, max_size=5).map(tuple)
+SAMPLING = st.builds(
+    SamplingParams,
+    **{name: st.floats(low, high) | st.just(int(high)) for name, (low, high) in NUMBERS.items()},
+    **{name: st.integers(low, high) for name, (low, high) in INTEGERS.items()},
+    penalize_nl=st.booleans(),
+    grammar=TEXT.map(lambda text: text.replace("\0", "")),
+    logit_bias=st.lists(st.tuples(TOKEN, st.floats(-1e6, 1e6) | st.just(-math.inf)), max_size=3).map(tuple),
+    dry_sequence_breakers=st.lists(
+        TEXT.map(lambda text: text.replace("\0", "")[:16]).filter(bool), max_size=MAX_DRY_BREAKERS
+    ).map(tuple),
+)
+
+
+@given(
+    st.builds(
+        GenerateRequest,
+        prompt=PROMPT,
+        max_tokens=st.none() | st.integers(1, INT_MAX),
+        stop=st.lists(TEXT, max_size=MAX_STOP_STRINGS).map(tuple),
+        sampling=SAMPLING,
+        cache_prompt=st.booleans(),
+        n_keep=st.integers(INT_MIN, INT_MAX),
+        shift=st.booleans(),
+        truncate=st.booleans(),
+        parse_special=st.booleans(),
+        progress=st.booleans(),
+    )
+)
+def test_whatever_is_in_range_is_taken_as_it_is(request: GenerateRequest) -> None:
+    hash(request)  # frozen through and through
+
+
+@given(PROMPT, st.booleans())
+def test_embed_request(content: str | tuple[int, ...], normalize: bool) -> None:
+    assert EmbedRequest(content=content, normalize=normalize).content == content
+
+
+def test_lists_are_taken_as_tuples() -> None:
+    """A frozen value must not change when a list of the caller does."""
+    request = GenerateRequest(prompt="a", stop=["b"])  # type: ignore[arg-type]
+    assert request.stop == ("b",)
+    params = SamplingParams(logit_bias=[[1, 2.0]], dry_sequence_breakers=["\n"])  # type: ignore[arg-type, list-item]
+    assert params.logit_bias == ((1, 2.0),)
+    assert params.dry_sequence_breakers == ("\n",)
+
+
+def test_as_prompt() -> None:
+    assert as_prompt("ab") == "ab"
+    assert as_prompt([1, 2]) == (1, 2)
