@@ -254,7 +254,12 @@ class Compilers:
 def _compiler(variable: str, *names: str) -> tuple[str, ...]:
     if chosen := os.environ.get(variable):
         return tuple(shlex.split(chosen))
-    return (find_tool(*names) or names[0],)
+    found = find_tool(*names)
+    if found is None:
+        return names[:1]
+    # One compiler reached through several directories, such as /bin and /usr/bin, must not make two builds.
+    home = os.path.join(os.path.dirname(os.path.realpath(found)), os.path.basename(found))
+    return (home if os.path.exists(home) and os.path.samefile(home, found) else found,)
 
 
 def require_space(directory: Path, gigabytes: float) -> None:
