@@ -190,7 +190,7 @@ def test_lists_are_taken_as_tuples() -> None:
     """A frozen value must not change when a list of the caller does."""
     request = GenerateRequest(prompt="a", stop=["b"])  # type: ignore[arg-type]
     assert request.stop == ("b",)
-    params = SamplingParams(logit_bias=[[1, 2.0]], dry_sequence_breakers=["\n"])  # type: ignore[arg-type, list-item]
+    params = SamplingParams(logit_bias=[[1, 2.0]], dry_sequence_breakers=["\n"])  # type: ignore[arg-type]
     assert params.logit_bias == ((1, 2.0),)
     assert params.dry_sequence_breakers == ("\n",)
 

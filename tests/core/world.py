@@ -9,8 +9,10 @@ from itertools import count
 from trio_runner.config import CachePolicy
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.core.limits import Limits
+from trio_runner.core.memory import MemoryOp
 from trio_runner.core.scheduler import Scheduler
 from trio_runner.core.sequence import SequenceSpec
+from trio_runner.engine.runtime import Sampler
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.request import SamplingParams
 from trio_runner.testing import END, Interruption, ToyContext, ToySampler, toy_next
@@ -108,12 +110,11 @@ class World:
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits, cache_policy=self.policy)
         self.context = ToyContext(self.limits, on_decode=lambda batch: self._interruption)
-        self.samplers = {}
+        self.samplers: dict[int, Sampler] = {}
+        self.ops: list[MemoryOp] = []
         self.paused: set[int] = set()
         self.sampled: set[int] = set()
         self._interruption: Interruption | None = None
-
-    samplers: dict[int, ToySampler] = field(init=False)
 
     def submit(self, **fields: object) -> int:
         uid = len(self.specs)
@@ -150,6 +151,7 @@ class World:
         assert step.memory_ops or step.batch.chunks, "an empty step"
         trims_held = True
         for op in step.memory_ops:
+            self.ops.append(op)
             if not self.context.apply(op):
                 self.scheduler.trim_failed(op)
                 trims_held = False
