@@ -130,6 +130,11 @@ def test_values_that_llama_cpp_would_abort_on(tmp_path: Path, keys: list[tuple[s
     assert error.value.path == str(path)
 
 
+def test_odd_but_sound_values_pass(tmp_path: Path) -> None:
+    keys = [ARCHITECTURE, ("tokenizer.ggml.tokens", ["a", "", ""]), ("llama.logit_scale", math.inf)]
+    check_gguf(write(tmp_path / "model.gguf", keys, (("scalar", (), 0, 0),), n_data=64))
+
+
 @pytest.mark.parametrize(
     ("tensors", "match"),
     [
@@ -137,7 +142,7 @@ def test_values_that_llama_cpp_would_abort_on(tmp_path: Path, keys: list[tuple[s
         ((("a", (8, 1), 0, 0), ("a", (8, 1), 0, 32)), "twice"),
         ((("a", (8, 0), 0, 0),), "shape"),
         ((("a", (2**40, 2**40), 0, 0),), "shape"),
-        ((("a", (1, 1, 1, 1, 1), 0, 0),), "dimensions"),
+        ((("a", (1, 1, 1, 1, 1), 0, 0),), "5 dimensions"),
         ((("a", (8, 1), 77, 0),), "unknown type 77"),
         ((("a", (8, 1), 2, 0),), "blocks"),
         ((("a", (8, 1), 0, 3),), "aligned"),

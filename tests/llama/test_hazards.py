@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 
 from tests.llama.running import GREEDY, Running, tokens_of
+from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
-from trio_runner.errors import InvalidRequest, NativeError
+from trio_runner.errors import InvalidRequest, LoadError, NativeError
+from trio_runner.llama import Context, Model
 from trio_runner.llama.library import LIBRARY_DIRECTORY, last_error, native
 
 Models = Callable[[str], Path]
@@ -31,6 +34,7 @@ class Shim:
         self.running = Running(path)
         self.model = self.running.model.handle
         self.context = self.running.context.handle
+        self.kept: list[Any] = []  # what structures point to: cffi frees it with the last Python reference
         self.expected = tokens_of(self.running.generate("the model"))
 
     def check_alive(self) -> None:
@@ -42,24 +46,21 @@ class Shim:
 
     def batch(self, *, embeddings: int = 0, n_rows: int | None = None, **arrays: Any) -> Any:
         values = {"tokens": [5], "positions": [0], "seqs": [0], "outputs": [1]} | arrays
-        self.keep = {
+        fields = {
             name: self.ffi.NULL
             if value is None
             else self.ffi.new("int8_t[]" if name == "outputs" else "int32_t[]", value)
             for name, value in values.items()
         }
         rows = len(values["tokens"] or [0]) if n_rows is None else n_rows
-        return self.ffi.new("trio_batch *", {**self.keep, "n_rows": rows, "embeddings": embeddings})
+        self.kept += fields.values()
+        return self.ffi.new("trio_batch *", {**fields, "n_rows": rows, "embeddings": embeddings})
 
     def request(self, rows: list[int], samplers: list[Any]) -> tuple[Any, Any]:
         ffi = self.ffi
-        self.kept = [
-            ffi.new("int32_t[]", rows),
-            ffi.new("trio_sampler *[]", samplers),
-            ffi.new("trio_sampled[]", len(rows)),
-            ffi.new("char[]", 512),
-        ]
-        rows_, samplers_, sampled, pieces = self.kept
+        rows_, samplers_ = ffi.new("int32_t[]", rows), ffi.new("trio_sampler *[]", samplers)
+        sampled, pieces = ffi.new("trio_sampled[]", len(rows)), ffi.new("char[]", 512)
+        self.kept += [rows_, samplers_, sampled, pieces]
         request = ffi.new("trio_sample_request *", {"n_samples": len(rows), "rows": rows_, "samplers": samplers_})
         result = ffi.new("trio_sample_result *", {"sampled": sampled, "pieces": pieces, "pieces_size": 512})
         return request, result
@@ -299,6 +300,28 @@ def test_huge_windows_cost_nothing(shim: Shim) -> None:
     out = shim.ffi.new("trio_sampler **")
     assert shim.lib.trio_sampler_open(shim.model, shim.ffi.new("trio_sampler_params *", params), out) == 0
     shim.lib.trio_sampler_free(out[0])
+
+
+def test_asserts_of_llama_cpp_are_errors(models: Models, tmp_path: Path) -> None:
+    """Past the check of the header, which would refuse these files, straight into asserts of llama.cpp and ggml."""
+    shim = Shim(models("llama"))
+    data = models("llama").read_bytes()
+    epsilon = b"llama.attention.layer_norm_rms_epsilon" + struct.pack("<I", 6)
+    token_a, token_b = struct.pack("<Q", 1) + b"A", struct.pack("<Q", 1) + b"B"
+    path = tmp_path / "bad.gguf"
+
+    path.write_bytes(data.replace(token_b, token_a, 1))
+    with pytest.raises(LoadError, match="GGML_ASSERT"):
+        Model(ModelConfig(path=str(path)))
+
+    path.write_bytes(data.replace(epsilon + struct.pack("<f", 1e-5), epsilon + struct.pack("<f", -1.0)))
+    model = Model(ModelConfig(path=str(path)))
+    with pytest.raises(LoadError, match="GGML_ASSERT") as error:
+        Context(model, EngineConfig(slots=1, context_length=64, batch_size=16, threads=1))
+    assert error.value.path == str(path)
+    assert isinstance(error.value.__cause__, NativeError)
+    assert error.value.__cause__.code == shim.lib.TRIO_E_ASSERT
+    shim.check_alive()
 
 
 def test_long_text_does_not_exhaust_the_stack(models: Models) -> None:

@@ -105,11 +105,10 @@ class Context:
             },
         )
         out = self._ffi.new("trio_context **")
-        path = model.info.name
         try:
             check("trio_context_open", self._lib.trio_context_open(model.handle, params, out))
         except NativeError as failure:
-            raise LoadError(f"no context could be created: {failure.message}", path=path) from failure
+            raise LoadError(f"no context could be created: {failure.message}", path=model.path) from failure
         finally:
             drain_log()
         self._handle: Any = self._ffi.gc(out[0], self._lib.trio_context_free)
@@ -126,7 +125,7 @@ class Context:
         try:
             can_trim = self._warm_up(can_generate)
         except RunnerError as failure:
-            raise LoadError(f"the model does not work: {failure}", path=path) from failure
+            raise LoadError(f"the model does not work: {failure}", path=model.path) from failure
         finally:
             drain_log()
         self._limits = Limits(

@@ -252,8 +252,10 @@ class _Reader:
                 strings.append(data[at : at + n_bytes])
             at += n_bytes
         self._at = at
-        if key == "tokenizer.ggml.tokens" and len(set(strings)) != length:
-            raise _Damaged("damaged: the vocabulary has the same token twice")
+        if key == "tokenizer.ggml.tokens":
+            named = [text for text in strings if text]  # llama.cpp gives empty ones names of their own
+            if len(set(named)) != len(named):
+                raise _Damaged("damaged: the vocabulary has the same token twice")
         short = length <= SHORT_ARRAY_LENGTH
         return GgufArray("s", length, tuple(text.decode(errors="replace") for text in strings) if short else None)
 
@@ -268,7 +270,7 @@ class _Reader:
                 raise _Damaged(f"damaged: the tensor {name} appears twice")
             names.add(name)
             n_dimensions = self._integer("I")
-            if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+            if n_dimensions > MAX_DIMENSIONS:
                 raise _Damaged(f"damaged: the tensor {name} has {n_dimensions} dimensions")
             shape = tuple(self._integer("Q") for _ in range(n_dimensions))
             kind, offset = self._integer("I"), self._integer("Q")
@@ -278,7 +280,7 @@ class _Reader:
             n_elements = math.prod(shape)
             if not 0 < n_elements < 2**62:
                 raise _Damaged(f"damaged: the tensor {name} has the shape {shape}")
-            if shape[0] % block:
+            if shape and shape[0] % block:
                 raise _Damaged(f"damaged: rows of the tensor {name} are no whole blocks of {type_name}")
             if offset % alignment:
                 raise _Damaged(f"damaged: the tensor {name} is not aligned to {alignment} bytes")
@@ -317,16 +319,16 @@ def _check_values(header: GgufHeader) -> None:
 
     def whole(key: str, low: int, high: int) -> int | None:
         value = metadata.get(f"{architecture}.{key}")
-        values = value.values or () if isinstance(value, GgufArray) else (value,)
-        for one in values:
-            if one is not None and (not isinstance(one, int) or not low <= one <= high):
-                raise _Damaged(f"{architecture}.{key} is {one}, but must be between {low} and {high}")
-        return value if isinstance(value, int) else None
+        if value is None or isinstance(value, GgufArray):  # one per layer: a layer may well have none
+            return None
+        if not isinstance(value, int) or not low <= value <= high:
+            raise _Damaged(f"{architecture}.{key} is {value}, but must be between {low} and {high}")
+        return value
 
     whole("block_count", 1, MAX_BLOCKS)
     whole("context_length", 1, 2**31 - 1)
     whole("embedding_length", 1, 2**24)
-    # Layers without attention say 0: all of them in a recurrent model, some in a hybrid one.
+    # A recurrent model says that it has no heads.
     has_state = any(".ssm." in key or ".wkv." in key or ".shortconv." in key for key in metadata)
     least = 0 if has_state or "rwkv" in architecture else 1
     n_head = whole("attention.head_count", least, 2**16)
@@ -336,9 +338,10 @@ def _check_values(header: GgufHeader) -> None:
     for key, value in metadata.items():
         if not isinstance(value, float) or not key.startswith(architecture + "."):
             continue
-        if not math.isfinite(value):
+        is_epsilon, is_rope = key.endswith("epsilon"), ".rope." in key
+        if math.isnan(value) or (math.isinf(value) and (is_epsilon or is_rope)):
             raise _Damaged(f"{key} is {value}")
-        if value < 0 and key.endswith("epsilon"):
+        if value < 0 and is_epsilon:
             raise _Damaged(f"{key} is {value}, but must not be negative")
         if value <= 0 and "rope.freq_base" in key:
             raise _Damaged(f"{key} is {value}, but must be more than 0")

@@ -71,9 +71,10 @@ class Model:
         # Freed with the last reference: a thread in the middle of a call keeps it alive through close().
         self._handle: Any = self._ffi.gc(out[0], self._lib.trio_model_free)
         drain_log()
+        self.path = config.path
         self.native_info = self._ffi.new("trio_model_info *")
         check("trio_model_get_info", self._lib.trio_model_get_info(self._handle, self.native_info))
-        self._info = self._describe(config.path)
+        self._info = self._describe()
         self._pieces: dict[int, bytes] = {}
 
     @property
@@ -87,7 +88,7 @@ class Model:
             raise EngineClosed("the model has been closed")
         return self._handle
 
-    def _describe(self, path: str) -> ModelInfo:
+    def _describe(self) -> ModelInfo:
         raw = self.native_info
         metadata: dict[str, str] = {}
         for index in range(check("trio_model_meta_count", self._lib.trio_model_meta_count(self._handle))):
@@ -95,7 +96,7 @@ class Model:
             value = read_text("trio_model_meta_value", self._handle, index)
             metadata[key.decode(errors="replace")] = value.decode(errors="replace")
         return ModelInfo(
-            name=metadata.get("general.name") or Path(path).stem,
+            name=metadata.get("general.name") or Path(self.path).stem,
             architecture=metadata.get("general.architecture", ""),
             description=read_text("trio_model_description", self._handle).decode(errors="replace"),
             n_vocab=raw.n_vocab,
