@@ -155,19 +155,27 @@ class Engine:
         if isinstance(texts, str):
             raise TypeError("embed takes a list of texts")
         requests = [EmbedRequest(content=text, normalize=normalize) for text in texts]
+        await self.wait_ready()
         vectors: list[NDArray[np.float32]] = []
         in_flight: deque[Embedding] = deque()
         # A window, so that a long list neither fills the queue nor starves the requests of others.
-        window = max(1, min(2 * self.config.slots, self.config.slots + (self.config.max_queue or self.config.slots)))
+        slots, max_queue = self.config.slots, self.config.max_queue
+        window = 2 * slots if max_queue is None else slots + min(slots, max_queue)
+
+        async def take_first() -> None:
+            embedded = await in_flight[0].result()
+            in_flight.popleft()
+            vectors.append(_vector(embedded, normalize))
+
         try:
             for request in requests:
                 if len(in_flight) == window:
-                    vectors.append(_vector((await in_flight.popleft().result()), normalize))
+                    await take_first()
                 embedding = Embedding(self, partial(prepare_embedding, request))
                 await embedding.start()
                 in_flight.append(embedding)
             while in_flight:
-                vectors.append(_vector((await in_flight.popleft().result()), normalize))
+                await take_first()
         finally:
             for embedding in in_flight:
                 embedding.close()

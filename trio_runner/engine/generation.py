@@ -97,8 +97,9 @@ class Generation:
         self._closed = True
         if self._uid is not None and not self._ended:
             self._desk.cancel(self._uid)
-        self._send.close()
+        # In this order: a task that is reading hears that it was closed, not that the text was complete.
         self._receive.close()
+        self._send.close()
 
     async def __aenter__(self) -> Generation:
         await self.start()
