@@ -1,0 +1,136 @@
+"""Vectors, alone and among generations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import trio
+
+from tests.engine.toys import Toy, is_idle, prompts, until_idle
+from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.engine.engine import Engine
+from trio_runner.errors import InvalidRequest, NativeError, PromptTooLong, Unsupported
+from trio_runner.request import EmbedRequest
+from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
+
+
+async def test_one_row_for_each_text(toy: Toy) -> None:
+    texts = ["one", "two", "three"]
+    async with toy.engine() as engine:
+        vectors = await engine.embed(texts)
+    assert vectors.shape == (3, N_EMBD)
+    assert vectors.dtype == np.float32
+    for text, vector in zip(texts, vectors, strict=True):
+        np.testing.assert_array_equal(vector, toy_vector(list(text.encode())))
+
+
+async def test_normalised(toy: Toy) -> None:
+    async with toy.engine() as engine:
+        plain, unit = await engine.embed(["one"]), await engine.embed(["one"], normalize=True)
+    assert unit.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(unit, plain / np.linalg.norm(plain), rtol=1e-6)
+
+
+async def test_no_text(toy: Toy) -> None:
+    async with toy.engine(wait=False) as engine:
+        vectors = await engine.embed([])
+    assert vectors.shape == (0, N_EMBD)
+    assert vectors.dtype == np.float32
+
+
+@pytest.mark.parametrize("max_queue", [None, 0, 1, 100])
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_many_texts_over_few_slots(toy: Toy, slots: int, max_queue: int | None) -> None:
+    texts = [f"text {n}" for n in range(40)]
+    async with toy.engine(slots=slots, max_queue=max_queue) as engine:
+        vectors = await engine.embed(texts)
+        np.testing.assert_array_equal(vectors, [toy_vector(list(text.encode())) for text in texts])
+        assert is_idle(engine) or engine.statistics().generations == 0
+
+
+async def test_one_request(toy: Toy) -> None:
+    async with toy.engine() as engine:
+        embedded = await engine.embed_request(EmbedRequest(content="hello"))
+        unit = await engine.embed_request(EmbedRequest(content=tuple(b"hello"), normalize=True))
+    vector = np.asarray(embedded.vector)
+    assert vector.shape == (N_EMBD,)
+    assert vector.dtype == np.float32
+    np.testing.assert_array_equal(vector, toy_vector(list(b"hello")))
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(unit.vector)), 1, rtol=1e-6)
+    assert embedded.usage.prompt_tokens == 5
+    assert embedded.usage.completion_tokens == 0
+
+
+async def test_among_generations(toy: Toy) -> None:
+    """One batch is either about tokens or about vectors; both get their turn."""
+    texts: dict[str, str] = {}
+    requests = prompts(6, 60)
+
+    async def read(engine: Engine, prompt: str) -> None:
+        texts[prompt] = await engine.generate(prompt, max_tokens=60).collect()
+
+    async with toy.engine(slots=3) as engine, trio.open_nursery() as nursery:
+        for prompt in requests:
+            nursery.start_soon(read, engine, prompt)
+        for n in range(10):
+            (vector,) = await engine.embed([f"text {n}"])
+            np.testing.assert_array_equal(vector, toy_vector(list(f"text {n}".encode())))
+    assert texts == {prompt: toy_text(prompt, 60) for prompt in requests}
+    assert {batch.embeddings for batch in toy.context.batches} == {False, True}
+
+
+async def test_a_slot_that_made_a_vector_can_generate(toy: Toy) -> None:
+    async with toy.engine(slots=1) as engine:
+        for _ in range(3):
+            await engine.embed(["hello"])
+            assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
+
+
+@pytest.mark.parametrize(
+    ("texts", "error"),
+    [(["one", "x" * 100], PromptTooLong), (["one", ""], InvalidRequest), (["one", 2], InvalidRequest)],
+)
+async def test_one_wrong_text_fails_the_list(toy: Toy, texts: list[str], error: type[Exception]) -> None:
+    async with toy.engine(context_length=64) as engine:
+        with pytest.raises(error) as caught:
+            await engine.embed(texts)
+        assert getattr(caught.value, "param", None) == "content"
+        assert engine.statistics().generations == 0
+        await until_idle(engine)
+
+
+async def test_a_text_must_fit_into_one_batch(toy: Toy) -> None:
+    async with toy.engine(batch_size=16) as engine:
+        with pytest.raises(PromptTooLong):
+            await engine.embed(["x" * 17])
+        assert (await engine.embed(["x" * 16])).shape == (1, N_EMBD)
+
+
+async def test_a_text_is_not_a_list_of_texts(toy: Toy) -> None:
+    async with toy.engine() as engine:
+        with pytest.raises(TypeError):
+            await engine.embed("hello")
+
+
+async def test_a_model_that_only_embeds(toy: Toy) -> None:
+    toy.limits = {"can_generate": False, "has_memory": False}
+    async with toy.engine() as engine:
+        with pytest.raises(Unsupported):
+            await engine.generate("hello").start()
+        vectors = await engine.embed(["one", "two"])
+        np.testing.assert_array_equal(vectors, [toy_vector(list(text)) for text in (b"one", b"two")])
+
+
+async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
+    def refuse(batch: Batch) -> Interruption | None:
+        return Interruption(DecodeOutcome.INVALID) if batch.embeddings else None
+
+    toy.on_decode = refuse
+    async with toy.engine() as engine:
+        with pytest.raises(NativeError):
+            await engine.embed(["one", "two"])
+        with pytest.raises(NativeError):
+            await engine.embed_request(EmbedRequest(content="one"))
+        assert engine.statistics().generations == 0
+        assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
