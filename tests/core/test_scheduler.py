@@ -15,8 +15,9 @@ from trio_runner.config import CachePolicy
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, Slide, Trim
-from trio_runner.errors import NativeError
+from trio_runner.errors import InvalidGrammar, NativeError
 from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
+from trio_runner.request import SamplingParams
 from trio_runner.testing import Interruption, toy_continuation, toy_vector
 
 A, B, C = 97, 98, 99
@@ -154,7 +155,7 @@ def check_progress(world: World, uid: int) -> None:
         assert progress[-1].n_decoded == progress[-1].n_prompt
 
 
-@settings(max_examples=1200)
+@settings(max_examples=600)
 @given(limits(), st.sampled_from(["longest", "best"]), MOVES)
 def test_the_same_text_alone_or_in_company(
     limits: Limits, policy: Literal["longest", "best"], moves: list[Move]
@@ -382,6 +383,38 @@ def test_only_the_culprit_fails(outcome: DecodeOutcome, embedding: bool) -> None
     check_survivors(world)
     assert all(world.events[uid][-1] != world.last(culprit) for uid in others)
     world.check_idle()
+
+
+def test_a_sampler_that_fails_ends_its_own_sequence_only() -> None:
+    world = make_world(3)
+    before = world.submit(prompt=endless(0), max_tokens=20)
+    broken = world.submit(SamplingParams(grammar="z"), prompt=endless(1), max_tokens=20)
+    after = world.submit(prompt=endless(2), max_tokens=20)
+    world.run()
+    assert isinstance(world.last(broken).error, InvalidGrammar)
+    assert world.last(broken).reason == "error"
+    assert world.text(broken) == ""
+    for other in (before, after):
+        assert world.outcome(other) == world.alone(other)
+    # What was decoded is sound: only sampling failed.
+    retry = world.submit(prompt=endless(1), max_tokens=20)
+    world.run()
+    assert world.last(retry).usage.cached_tokens == len(endless(1)) - 1
+    world.check_idle()
+
+
+def test_seconds_are_those_of_the_steps_with_own_rows() -> None:
+    world = make_world(2, max_rows=4)  # the toy takes a millisecond for each row of a batch
+    first = world.submit(prompt=endless(0), max_tokens=5)
+    world.run()
+    second = world.submit(prompt=endless(0), max_tokens=1)
+    world.run()
+    usage = world.last(first).usage
+    assert usage.prompt_seconds == pytest.approx(0.006)
+    assert usage.completion_seconds == pytest.approx(0.004)
+    usage = world.last(second).usage
+    assert usage.prompt_seconds == pytest.approx(0.001)
+    assert usage.completion_seconds == 0.0
 
 
 def test_no_space_gives_up_idle_slots_first_and_then_takes_fewer_rows() -> None:

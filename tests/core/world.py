@@ -116,13 +116,13 @@ class World:
         self.sampled: set[int] = set()
         self._interruption: Interruption | None = None
 
-    def submit(self, **fields: object) -> int:
+    def submit(self, sampling: SamplingParams | None = None, **fields: object) -> int:
         uid = len(self.specs)
         spec = SequenceSpec(uid=uid, **fields)  # type: ignore[arg-type]
         self.specs[uid] = spec
         self.events[uid] = []
         self.n_prefilled[uid] = 0
-        self.samplers[uid] = ToySampler(SamplingParams())
+        self.samplers[uid] = ToySampler(sampling or SamplingParams())
         self.scheduler.submit(spec)
         return uid
 
