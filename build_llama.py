@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import importlib.metadata
@@ -221,16 +222,30 @@ def find_build_tool(name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class BuildTools:
+    """Paths and versions of CMake and Ninja."""
+
     cmake: str
+    cmake_version: str
     ninja: str
-    identity: str
+    ninja_version: str
 
     @classmethod
-    def find(cls) -> BuildTools:
+    def find(cls, remembered: Path) -> BuildTools:
+        """The tools a build directory was made with if they are still there, else those of this machine.
+
+        Others would do, but compile everything again: one version of Ninja does not read the log of another, and one
+        version of CMake does not write the commands of another. pip's isolated builds bring newer ones all the time.
+        """
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            tools = cls(**json.loads(remembered.read_text("utf-8"))["tools"])
+            if tools.cmake_version == tool_version([tools.cmake]) and tools.ninja_version == tool_version(
+                [tools.ninja]
+            ):
+                return tools
         found = {name: tool for name in BUILD_TOOLS if (tool := find_build_tool(name))}
-        if missing := " ".join(BUILD_TOOLS.keys() - found.keys()):
+        if missing := " ".join(name for name in BUILD_TOOLS if name not in found):
             raise BuildError(f"no {missing} new enough: run `{sys.executable} -m pip install --upgrade {missing}`")
-        return cls(found["cmake"][0], found["ninja"][0], found["cmake"][1])
+        return cls(*found["cmake"], *found["ninja"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,7 +543,7 @@ def build(selection: Selection, package: Path | None = None) -> list[Path]:
             state = tree / "built.json"
             if source is not None or not state.exists() or state.read_text("utf-8") != inputs:
                 state.unlink(missing_ok=True)
-                tools = BuildTools.find()
+                tools = BuildTools.find(tree / "configured.json")
                 compile_libraries(tree, source or ensure_source(pin, log), pin, selection, compilers, tools, log)
                 state.write_text(inputs, "utf-8")
             binding = build_binding(tree, compilers, log)
@@ -592,16 +607,16 @@ def compile_libraries(
     command = [tools.cmake, "-S", str(tree / "native"), "-B", str(build_directory), "-G", "Ninja"]
     command += [f"-D{name}={value}" for name, value in options.items()]
     command += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-    configured = build_directory / "configured.json"
-    arguments = digest(command, tools.identity)
-    if local_source() is not None or not configured.exists() or configured.read_text("utf-8") != arguments:
+    configured = tree / "configured.json"
+    state = json.dumps({"tools": dataclasses.asdict(tools), "command": command})
+    if local_source() is not None or not configured.exists() or configured.read_text("utf-8") != state:
         configured.unlink(missing_ok=True)
         env = os.environ | {"CC": shlex.join(compilers.c), "CXX": shlex.join(compilers.cxx)}
         status, output = run(command, log, Progress("configuring"), env)
         if status != 0:
             (build_directory / "CMakeCache.txt").unlink(missing_ok=True)  # it remembers what it did not find
             raise explain("configuring", output, log)
-        configured.write_text(arguments, "utf-8")
+        configured.write_text(state, "utf-8")
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(default_jobs())
     command = [tools.ninja, "-C", str(build_directory), f"-j{jobs}", *selection.targets]
     status, output = run(command, log, Progress("compiling"), os.environ | {"NINJA_STATUS": "[%f/%t] "})
