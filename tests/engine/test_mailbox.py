@@ -95,3 +95,43 @@ def test_two_writers_lose_nothing_and_each_keeps_its_order() -> None:
     for first in (0, n_letters):
         mine = [uid for uid in received if first <= uid < first + n_letters]
         assert mine == sorted(mine)
+
+
+def take_in_a_thread(mailbox: Mailbox) -> tuple[threading.Thread, list[Mail]]:
+    taken: list[Mail] = []
+    thread = threading.Thread(target=lambda: taken.extend(mailbox.take(wait=True)), daemon=True)
+    thread.start()
+    return thread, taken
+
+
+def test_mail_whose_wake_up_was_taken_with_the_mail_before_it() -> None:
+    """It is put between the reader's look into the box and its clearing of the wake-ups."""
+    mailbox = Mailbox()
+
+    class PutInBetween(threading.Semaphore):
+        has_put = False
+
+        def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+            if not blocking and not self.has_put:
+                self.has_put = True
+                mailbox.put(Cancel(2))
+            return super().acquire(blocking, timeout)
+
+    mailbox._arrived = PutInBetween(0)
+    mailbox.put(Cancel(1))
+    assert mailbox.take() == [Cancel(1)]
+    thread, taken = take_in_a_thread(mailbox)
+    thread.join(PATIENCE)
+    assert taken == [Cancel(2)]
+
+
+def test_mail_that_was_taken_before_its_wake_up_came() -> None:
+    """The reader looked between the two halves of a put: what is left wakes it up for nothing."""
+    mailbox = Mailbox()
+    mailbox._mail.append(Cancel(1))
+    assert mailbox.take(wait=True) == [Cancel(1)]
+    mailbox._arrived.release()
+    thread, taken = take_in_a_thread(mailbox)
+    mailbox.put(Cancel(2))
+    thread.join(PATIENCE)
+    assert taken == [Cancel(2)]
