@@ -17,9 +17,9 @@ constexpr int32_t MAX_THREADS = 512; // beyond about this, creating threads fail
 constexpr uint32_t MAX_BATCH = 1 << 16;
 constexpr int32_t N_POOLING_TYPES = 5;
 
-// How long ggml's threads spin for the next graph before they sleep, from 0 to 100. Its default, 50, keeps every core busy
-// for tens of milliseconds after each step, just when the event loop has the step's tokens to deliver. Waking them costs
-// tens of microseconds.
+// How long ggml's threads spin for the next graph before they sleep, from 0 to 100. Its default, 50, keeps every core
+// busy for tens of milliseconds after each step, just when the event loop has the step's tokens to deliver. Waking them
+// costs tens of microseconds.
 constexpr uint32_t THREADPOOL_POLL = 0;
 
 bool is_kv_type(int32_t type) {
@@ -44,10 +44,9 @@ bool is_kv_type(int32_t type) {
 class Threadpool {
 public:
     explicit Threadpool(int32_t n_threads, bool paused) {
-        ggml_backend_reg_t cpu =
-            ggml_backend_dev_backend_reg(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
-        const auto make =
-            reinterpret_cast<decltype(ggml_threadpool_new) *>(ggml_backend_reg_get_proc_address(cpu, "ggml_threadpool_new"));
+        ggml_backend_reg_t cpu = ggml_backend_dev_backend_reg(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+        const auto make = reinterpret_cast<decltype(ggml_threadpool_new) *>(
+            ggml_backend_reg_get_proc_address(cpu, "ggml_threadpool_new"));
         free_ = reinterpret_cast<decltype(ggml_threadpool_free) *>(
             ggml_backend_reg_get_proc_address(cpu, "ggml_threadpool_free"));
         if (make == nullptr || free_ == nullptr) return;
@@ -89,12 +88,12 @@ struct trio_context {
     bool swa_full = false;
     bool is_recurrent = false; // state that cannot be taken back to an earlier position
 
-    std::string poison; // why nothing but free is possible any more
+    std::string poison;         // why nothing but free is possible any more
     bool embeddings = false;    // what llama.cpp was last told to compute
     bool has_vectors = false;   // the last step computed vectors
     bool shift_pending = false; // trio_seq_add was called; the next decode carries it out
     uint64_t step = 0;
-    std::vector<int8_t> outputs; // of the last batch
+    std::vector<int8_t> outputs;         // of the last batch
     std::vector<int32_t> last_positions; // of each sequence in the batch being checked; -1: not in it
     std::vector<int32_t> tokens, positions, n_seq_ids;
     std::vector<llama_seq_id> seqs;
@@ -186,11 +185,12 @@ void validate(const trio_model &model, const trio_context_params &params) {
 // ---- sampling ------------------------------------------------------------------------------------------------------
 
 // Log-probabilities of the model itself: the chosen token's, and the n most probable alternatives.
-void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, trio_sampled &sampled, int32_t *top_tokens,
-                          float *top_logprobs) {
+void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, trio_sampled &sampled,
+                          int32_t *top_tokens, float *top_logprobs) {
     const float highest = *std::max_element(logits, logits + n_vocab);
     double sum = 0.0;
-    for (int32_t token = 0; token < n_vocab; ++token) sum += std::exp(logits[token] - highest);
+    for (int32_t token = 0; token < n_vocab; ++token)
+        sum += std::exp(logits[token] - highest);
     const double log_sum = highest + std::log(sum);
     const auto logprob = [&](int32_t token) { return float(logits[token] - log_sum); };
     sampled.logprob = logprob(sampled.token);
@@ -199,7 +199,9 @@ void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, t
     // A heap of the best so far, its root the worst of them. Equal logits: the lower token wins.
     std::vector<int32_t> best;
     best.reserve(size_t(n_top) + 1);
-    const auto better = [&](int32_t a, int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
+    const auto better = [&](int32_t a, int32_t b) {
+        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    };
     for (int32_t token = 0; token < n_vocab; ++token) {
         if (best.size() == size_t(n_top) && !better(token, best.front())) continue;
         best.push_back(token);
@@ -337,7 +339,8 @@ int32_t decode(trio_context &context, const trio_batch &batch) {
 // A recurrent state has been overwritten by the micro-batch that did not finish: nothing of these sequences is left.
 void forget_recurrent(trio_context &context, const trio_batch &batch) {
     if (!context.is_recurrent) return;
-    for (int32_t row = 0; row < batch.n_rows; ++row) llama_memory_seq_rm(context.memory, batch.seqs[row], -1, -1);
+    for (int32_t row = 0; row < batch.n_rows; ++row)
+        llama_memory_seq_rm(context.memory, batch.seqs[row], -1, -1);
 }
 
 int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t code) {
@@ -361,7 +364,8 @@ int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t co
     }
 }
 
-// Positions that learned tables do not have would be read from beyond the table by a worker thread, which nothing catches.
+// Positions that learned tables do not have would be read from beyond the table by a worker thread, which nothing
+// catches.
 int32_t max_positions(const trio_model &model, bool has_memory, int32_t n_ctx) {
     const bool is_encoder = !has_memory;
     const bool has_rope = llama_model_rope_type(model.native) != LLAMA_ROPE_TYPE_NONE;
@@ -419,7 +423,7 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         info.causal = llama_get_causal_attn(native);
         info.n_positions = max_positions(*model, info.has_memory != 0, info.n_ctx);
         info.n_embd_out = info.pooling_type == LLAMA_POOLING_TYPE_RANK ? int32_t(llama_model_n_cls_out(model->native))
-                                                                        : llama_model_n_embd_out(model->native);
+                                                                       : llama_model_n_embd_out(model->native);
 
         const auto n_batch = size_t(info.n_batch);
         opened->tokens.resize(n_batch);
@@ -429,7 +433,8 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         opened->outputs.reserve(n_batch);
         opened->n_seq_ids.assign(n_batch, 1);
         opened->seq_pointers.resize(n_batch + 1, nullptr); // llama.cpp's own batches end with NULL
-        for (size_t row = 0; row < n_batch; ++row) opened->seq_pointers[row] = &opened->seqs[row];
+        for (size_t row = 0; row < n_batch; ++row)
+            opened->seq_pointers[row] = &opened->seqs[row];
         opened->last_positions.resize(size_t(info.n_seq_max));
         *context = opened.release();
         return TRIO_OK;
@@ -460,7 +465,8 @@ int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *ad
         for (int32_t i = 0; i < n_adapters; ++i) {
             const trio_adapter *adapter = check_pointer(check_pointer(adapters, "adapters")[i], "an adapter");
             check(adapter->model == context->model.get(), "an adapter belongs to another model");
-            check(std::find(native.begin(), native.end(), adapter->native) == native.end(), "an adapter is named twice");
+            check(std::find(native.begin(), native.end(), adapter->native) == native.end(),
+                  "an adapter is named twice");
             native.push_back(adapter->native);
             native_scales.push_back(check_pointer(scales, "scales")[i]);
             check(std::isfinite(native_scales.back()), "a scale is not finite");
@@ -482,7 +488,8 @@ int32_t trio_seq_remove(trio_context *context, int32_t seq, int32_t start, int32
         context->check_seq(seq);
         context->check_range(start, end);
         if (!context->info.has_memory || start == end) return 1;
-        // A sliding window may have forgotten what the next token after the cut needs to see; llama.cpp does not say so.
+        // A sliding window may have forgotten what the next token after the cut needs to see; llama.cpp does not say
+        // so.
         const int32_t n_swa = context->model->info.n_swa;
         if (n_swa > 0 && !context->swa_full && start > 0 &&
             llama_memory_seq_pos_min(context->memory, seq) > std::max(0, start - n_swa)) {
@@ -556,7 +563,8 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
         context->outputs.assign(batch->outputs, batch->outputs + batch->n_rows);
         context->has_vectors = batch->embeddings != 0;
         const int32_t n_samples = request != nullptr ? request->n_samples : 0;
-        for (int32_t index = 0; index < n_samples; ++index) sample_one(*context, index, *request, *result);
+        for (int32_t index = 0; index < n_samples; ++index)
+            sample_one(*context, index, *request, *result);
         return TRIO_OK;
     });
 }
@@ -578,7 +586,8 @@ int32_t trio_embedding(trio_context *context, int32_t seq, int32_t row, float *v
         check(vector != nullptr, "the sequence has no vector");
         const int32_t n = context->info.n_embd_out;
         for (int32_t i = 0; i < n; ++i) {
-            if (!std::isfinite(vector[i])) throw Failure(TRIO_E_NATIVE, "the model computed a vector that is not numbers");
+            if (!std::isfinite(vector[i]))
+                throw Failure(TRIO_E_NATIVE, "the model computed a vector that is not numbers");
         }
         std::copy_n(vector, std::min(n, std::max(size, 0)), values);
         return n;

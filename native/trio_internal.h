@@ -42,8 +42,8 @@ template <class T> T *check_pointer(T *pointer, const char *name) {
     return pointer;
 }
 
-// While a Scope is alive on a thread, asserts on it throw `Assert` instead of ending the process, and error lines of the
-// log are kept. Scopes nest.
+// While a Scope is alive on a thread, asserts on it throw `Assert` instead of ending the process, and error lines of
+// the log are kept. Scopes nest.
 class Scope {
 public:
     Scope();
@@ -54,8 +54,8 @@ public:
     static std::string errors(); // what llama.cpp logged as an error on this thread since the outermost Scope began
 };
 
-// While alive, what llama.cpp logs on this thread as a warning counts as information: for warnings about what the shim does
-// on purpose.
+// While alive, what llama.cpp logs on this thread as a warning counts as information: for warnings about what the shim
+// does on purpose.
 class ExpectWarnings {
 public:
     ExpectWarnings();
@@ -78,8 +78,8 @@ template <class Body> int32_t guard(Body &&body) noexcept {
     }
 }
 
-// Runs `work` on a thread of its own, with a stack that recursion over `n_bytes` of input does not exhaust, and rethrows
-// what it throws. Throws Failure where such a thread cannot be had.
+// Runs `work` on a thread of its own, with a stack that recursion over `n_bytes` of input does not exhaust, and
+// rethrows what it throws. Throws Failure where such a thread cannot be had.
 void on_big_stack(size_t n_bytes, const std::function<void()> &work);
 
 // Copies text to a caller's buffer, cut to size and NUL-terminated. Returns the full length.
@@ -90,9 +90,12 @@ struct SamplerDeleter {
 };
 using SamplerPtr = std::unique_ptr<llama_sampler, SamplerDeleter>;
 
-inline double milliseconds(double seconds) { return seconds * 1e3; }
+inline double milliseconds(double seconds) {
+    return seconds * 1e3;
+}
 
-// CPU seconds of this thread where the platform counts them, so that a crowded machine does not make a grammar look slow.
+// CPU seconds of this thread where the platform counts them, so that a crowded machine does not make a grammar look
+// slow.
 double thread_seconds();
 
 } // namespace trio
@@ -145,9 +148,7 @@ class Penalties {
 public:
     Penalties(int32_t window, float repeat, float frequency, float presence, int32_t exempt_token)
         : window_(window), repeat_(repeat), frequency_(frequency), presence_(presence), exempt_token_(exempt_token) {}
-    bool enabled() const {
-        return window_ > 0 && (repeat_ != 1.0f || frequency_ != 0.0f || presence_ != 0.0f);
-    }
+    bool enabled() const { return window_ > 0 && (repeat_ != 1.0f || frequency_ != 0.0f || presence_ != 0.0f); }
     void accept(int32_t token);
     void apply(llama_token_data *candidates) const; // candidates[token].id == token
 

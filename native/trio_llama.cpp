@@ -41,8 +41,8 @@ thread_local std::string scope_errors;
 thread_local int warnings_expected = 0;
 thread_local std::string last_error;
 
-// ggml calls abort() when this returns. Throwing instead is sound where every frame between here and the guard can unwind
-// (the C files are built with -fexceptions), and only on a thread that has a guard: worker threads have none.
+// ggml calls abort() when this returns. Throwing instead is sound where every frame between here and the guard can
+// unwind (the C files are built with -fexceptions), and only on a thread that has a guard: worker threads have none.
 void on_ggml_abort(const char *message) {
     if (scope_depth > 0) {
         scope_assert_fired = true;
@@ -64,17 +64,29 @@ Scope::Scope() {
     }
 }
 
-Scope::~Scope() { --scope_depth; }
+Scope::~Scope() {
+    --scope_depth;
+}
 
-bool Scope::assert_fired() { return scope_assert_fired; }
+bool Scope::assert_fired() {
+    return scope_assert_fired;
+}
 
-std::string Scope::errors() { return scope_errors; }
+std::string Scope::errors() {
+    return scope_errors;
+}
 
-ExpectWarnings::ExpectWarnings() { ++warnings_expected; }
+ExpectWarnings::ExpectWarnings() {
+    ++warnings_expected;
+}
 
-ExpectWarnings::~ExpectWarnings() { --warnings_expected; }
+ExpectWarnings::~ExpectWarnings() {
+    --warnings_expected;
+}
 
-void set_last_error(const std::string &message) { last_error = message; }
+void set_last_error(const std::string &message) {
+    last_error = message;
+}
 
 int32_t translate_exception() noexcept {
     try {
@@ -271,9 +283,13 @@ using namespace trio;
 
 extern "C" {
 
-int32_t trio_abi_version(void) { return TRIO_LLAMA_ABI; }
+int32_t trio_abi_version(void) {
+    return TRIO_LLAMA_ABI;
+}
 
-int32_t trio_last_error(char *buffer, int32_t size) { return copy_text(last_error, buffer, size); }
+int32_t trio_last_error(char *buffer, int32_t size) {
+    return copy_text(last_error, buffer, size);
+}
 
 int32_t trio_init(const char *plugin_dir, int32_t log_level) {
     return guard([&] {
@@ -295,7 +311,8 @@ int32_t trio_init(const char *plugin_dir, int32_t log_level) {
         ggml_backend_load_all_from_path(plugin_dir);
         llama_backend_init();
         if (ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU) == nullptr) {
-            throw Failure(TRIO_E_LOAD, std::string("no CPU backend found in ") + (plugin_dir ? plugin_dir : "(default)"));
+            throw Failure(TRIO_E_LOAD,
+                          std::string("no CPU backend found in ") + (plugin_dir ? plugin_dir : "(default)"));
         }
         done = true;
         return TRIO_OK;

@@ -29,7 +29,7 @@ extern "C" {
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
 #define TRIO_ABORTED 2      /* trio_abort() was seen; whole micro-batches may have been kept: ask trio_seq_range() */
 #define TRIO_E_INVALID -1   /* an argument was refused; nothing was changed */
-#define TRIO_E_NATIVE -2    /* a C++ exception, memory exhaustion included; if in trio_step, poisoned as below */
+#define TRIO_E_NATIVE -2    /* a C++ exception, memory exhaustion included; out of trio_step: poisoned as below */
 #define TRIO_E_ASSERT -3    /* an assert of llama.cpp fired: the context (if any) is poisoned and refuses all but free */
 #define TRIO_E_FATAL -4     /* llama.cpp could not compute; micro-batches already done stay in the cache */
 #define TRIO_E_CANCELLED -5 /* loading was cancelled */

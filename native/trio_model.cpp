@@ -137,9 +137,8 @@ void trio_model::check_token(int32_t token) const {
 
 std::string trio_model::piece(int32_t token) const {
     std::string text(size_t(info.max_piece), '\0');
-    const int32_t n = info.has_vocab
-                          ? llama_token_to_piece(vocab, token, text.data(), int32_t(text.size()), 0, true)
-                          : 0;
+    const int32_t n =
+        info.has_vocab ? llama_token_to_piece(vocab, token, text.data(), int32_t(text.size()), 0, true) : 0;
     if (n < 0) throw Failure(TRIO_E_NATIVE, "the token's piece does not fit");
     text.resize(size_t(n));
     return text;
@@ -147,7 +146,9 @@ std::string trio_model::piece(int32_t token) const {
 
 extern "C" {
 
-trio_load *trio_load_new(void) { return new (std::nothrow) trio_load; }
+trio_load *trio_load_new(void) {
+    return new (std::nothrow) trio_load;
+}
 
 float trio_load_progress(const trio_load *load) {
     return load ? load->progress.load(std::memory_order_relaxed) : 0.0f;
@@ -157,7 +158,9 @@ void trio_load_cancel(trio_load *load) {
     if (load) load->cancelled.store(true, std::memory_order_relaxed);
 }
 
-void trio_load_free(trio_load *load) { delete load; }
+void trio_load_free(trio_load *load) {
+    delete load;
+}
 
 int32_t trio_model_open(const char *path, const trio_model_params *params, trio_load *load, trio_model **model) {
     return guard([&] {
@@ -172,7 +175,8 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         std::vector<float> split(llama_max_devices(), 0.0f);
         for (int32_t i = 0; i < params->n_tensor_split; ++i) {
             split[size_t(i)] = check_pointer(params->tensor_split, "tensor_split")[i];
-            check(std::isfinite(split[size_t(i)]) && split[size_t(i)] >= 0.0f, "tensor_split must be finite, 0 or more");
+            check(std::isfinite(split[size_t(i)]) && split[size_t(i)] >= 0.0f,
+                  "tensor_split must be finite, 0 or more");
         }
 
         llama_model_params native_params = llama_model_default_params();
@@ -287,7 +291,8 @@ int32_t trio_detokenize(const trio_model *model, const int32_t *tokens, int32_t 
         check(tokens != nullptr || n_tokens == 0, "tokens is NULL");
         check(buffer != nullptr || size == 0, "buffer is NULL");
         check(model->info.has_vocab != 0, "the model has no vocabulary");
-        for (int32_t i = 0; i < n_tokens; ++i) model->check_token(tokens[i]);
+        for (int32_t i = 0; i < n_tokens; ++i)
+            model->check_token(tokens[i]);
         if (n_tokens == 0) return 0;
         const int32_t n = llama_detokenize(model->vocab, tokens, n_tokens, buffer, size, false, true);
         return n < 0 ? -n : n;

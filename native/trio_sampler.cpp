@@ -1,8 +1,9 @@
 // Samplers: from one row of logits to one token.
 //
-// The order is the original runner's: biases, penalties, DRY; then the truncating samplers; then temperature and the draw.
-// A grammar is asked last: the token is chosen without it, checked against it alone, and only if it is refused are all
-// candidates checked and the choice made anew. That keeps a grammar's cost near zero while the model obeys it by itself.
+// The order is the original runner's: biases, penalties, DRY; then the truncating samplers; then temperature and the
+// draw. A grammar is asked last: the token is chosen without it, checked against it alone, and only if it is refused
+// are all candidates checked and the choice made anew. That keeps a grammar's cost near zero while the model obeys it
+// by itself.
 
 #include "trio_internal.h"
 
@@ -16,7 +17,7 @@ using namespace trio;
 
 namespace {
 
-constexpr int32_t MAX_WINDOW = 1 << 20; // DRY allocates its window at once
+constexpr int32_t MAX_WINDOW = 1 << 20;  // DRY allocates its window at once
 constexpr float MIN_TEMPERATURE = 1e-6f; // keeps logit / temperature finite
 constexpr size_t MIN_KEEP = 1;
 constexpr int32_t MIROSTAT_M = 100; // the paper's value
@@ -30,11 +31,14 @@ constexpr int32_t MAX_SLOW_GRAMMAR_STEPS = 3;
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-bool is_finite_in_range(float value, float low, float high) { return std::isfinite(value) && value >= low && value <= high; }
+bool is_finite_in_range(float value, float low, float high) {
+    return std::isfinite(value) && value >= low && value <= high;
+}
 
 // ---- tail-free sampling --------------------------------------------------------------------------------------------
-// Removed from llama.cpp, still in the original runner's protocol. Sorted by probability, the curve of the candidates bends
-// where the tail begins: keep them until the absolute second derivative, normalised to sum 1, has accumulated to z.
+// Removed from llama.cpp, still in the original runner's protocol. Sorted by probability, the curve of the candidates
+// bends where the tail begins: keep them until the absolute second derivative, normalised to sum 1, has accumulated to
+// z.
 
 struct TailFree {
     float z;
@@ -54,7 +58,8 @@ void tail_free_apply(llama_sampler *sampler, llama_token_data_array *array) {
         array->data[i].p = std::exp(array->data[i].logit - array->data[0].logit);
         sum += array->data[i].p;
     }
-    for (size_t i = 0; i < array->size; ++i) array->data[i].p = float(array->data[i].p / sum);
+    for (size_t i = 0; i < array->size; ++i)
+        array->data[i].p = float(array->data[i].p / sum);
 
     std::vector<float> &bend = self->bend;
     bend.resize(array->size - 2);
@@ -119,7 +124,8 @@ void validate(const trio_model &model, const trio_sampler_params &params) {
     for (int32_t i = 0; i < params.n_bias; ++i) {
         model.check_token(check_pointer(params.bias_tokens, "bias_tokens")[i]);
         const float value = check_pointer(params.bias_values, "bias_values")[i];
-        check(value == NEVER || is_finite_in_range(value, -1e9f, 1e9f), "a bias is neither finite nor negative infinity");
+        check(value == NEVER || is_finite_in_range(value, -1e9f, 1e9f),
+              "a bias is neither finite nor negative infinity");
     }
 }
 
@@ -130,7 +136,8 @@ int32_t window_of(int32_t last_n, const trio_model &model) {
 
 std::vector<llama_logit_bias> biases(const trio_sampler_params &params) {
     std::vector<llama_logit_bias> bias(static_cast<size_t>(params.n_bias));
-    for (size_t i = 0; i < bias.size(); ++i) bias[i] = {params.bias_tokens[i], params.bias_values[i]};
+    for (size_t i = 0; i < bias.size(); ++i)
+        bias[i] = {params.bias_tokens[i], params.bias_values[i]};
     return bias;
 }
 
@@ -213,8 +220,7 @@ trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
             const std::string errors = Scope::errors();
             throw Failure(TRIO_E_GRAMMAR, errors.empty() ? "the grammar does not parse" : errors);
         }
-        grammar_soft_limit =
-            std::max(GRAMMAR_SECONDS, GRAMMAR_SECONDS_PER_TOKEN_OF_VOCABULARY * owner->info.n_vocab);
+        grammar_soft_limit = std::max(GRAMMAR_SECONDS, GRAMMAR_SECONDS_PER_TOKEN_OF_VOCABULARY * owner->info.n_vocab);
     }
 }
 
@@ -230,7 +236,8 @@ void trio_sampler::penalise(const float *logits, std::vector<llama_token_data> &
     for (size_t token = 0; token < candidates.size(); ++token) {
         candidates[token] = {int32_t(token), logits[token], 0.0f};
     }
-    for (const llama_logit_bias &entry : bias) candidates[size_t(entry.token)].logit += entry.bias;
+    for (const llama_logit_bias &entry : bias)
+        candidates[size_t(entry.token)].logit += entry.bias;
     penalties.apply(candidates.data());
     if (dry) {
         llama_token_data_array array{candidates.data(), candidates.size(), -1, false};
@@ -238,18 +245,20 @@ void trio_sampler::penalise(const float *logits, std::vector<llama_token_data> &
     }
 }
 
-// Forbidden candidates are dropped first: some samplers count them, others divide by their probability. -1: none is left.
+// Forbidden candidates are dropped first: some samplers count them, others divide by their probability. -1: none is
+// left.
 int32_t trio_sampler::choose(llama_token_data_array &array) {
     llama_token_data *end = std::remove_if(array.data, array.data + array.size,
                                            [](const llama_token_data &candidate) { return candidate.logit == NEVER; });
     array.size = size_t(end - array.data);
     if (array.size == 0) return -1;
     if (chain.empty()) {
-        return std::max_element(array.data, end, [](const llama_token_data &a, const llama_token_data &b) {
-                   return a.logit < b.logit;
-               })->id;
+        return std::max_element(array.data, end,
+                                [](const llama_token_data &a, const llama_token_data &b) { return a.logit < b.logit; })
+            ->id;
     }
-    for (const SamplerPtr &sampler : chain) llama_sampler_apply(sampler.get(), &array);
+    for (const SamplerPtr &sampler : chain)
+        llama_sampler_apply(sampler.get(), &array);
     if (array.selected < 0 || size_t(array.selected) >= array.size) {
         throw Failure(TRIO_E_NATIVE, "the samplers chose no token");
     }
@@ -324,7 +333,8 @@ int32_t trio_sampler_accept_prompt(trio_sampler *sampler, const int32_t *tokens,
         check_pointer(sampler, "sampler");
         check(n_tokens >= 0, "n_tokens is negative");
         check(tokens != nullptr || n_tokens == 0, "tokens is NULL");
-        for (int32_t i = 0; i < n_tokens; ++i) sampler->model->check_token(tokens[i]);
+        for (int32_t i = 0; i < n_tokens; ++i)
+            sampler->model->check_token(tokens[i]);
         sampler->accept_prompt(tokens, n_tokens);
         return TRIO_OK;
     });
