@@ -30,7 +30,7 @@ extern "C" {
 #define TRIO_ABORTED 2      /* trio_abort() was seen; whole micro-batches may have been kept: ask trio_seq_range() */
 #define TRIO_E_INVALID -1   /* an argument was refused; nothing was changed */
 #define TRIO_E_NATIVE -2    /* a C++ exception, memory exhaustion included; out of trio_step: poisoned as below */
-#define TRIO_E_ASSERT -3    /* an assert of llama.cpp fired: the context (if any) is poisoned and refuses all but free */
+#define TRIO_E_ASSERT -3    /* an assert of llama.cpp fired: the context (if any) is poisoned: it can only be freed */
 #define TRIO_E_FATAL -4     /* llama.cpp could not compute; micro-batches already done stay in the cache */
 #define TRIO_E_CANCELLED -5 /* loading was cancelled */
 #define TRIO_E_LOAD -6      /* the file could not be loaded; trio_last_error() has llama.cpp's own words */
