@@ -10,23 +10,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.world import World
+from tests.core.world import World, alone
 from trio_runner.config import CachePolicy
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, Slide, Trim
+from trio_runner.core.sequence import SequenceSpec
 from trio_runner.errors import InvalidGrammar, NativeError
 from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
 from trio_runner.request import SamplingParams
 from trio_runner.testing import Interruption, toy_continuation, toy_vector
 
 A, B, C = 97, 98, 99
+COMMON = (A, A, B, A, B, B, A, A, A, B) * 4
+"""What prompts begin with, so that they share long prefixes."""
 
 # --- any workload ----------------------------------------------------------------------------------------------------
 
 Move: TypeAlias = tuple[str, Any, Any]
 
-STOPS = st.lists(st.text("abcdefgh é\ufffd", max_size=2), max_size=2).map(tuple)
+STOPS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 4), st.sampled_from(["", "", "z"])),
+    max_size=3,
+)
+"""(start, length, what follows) of a part of what the sequence says alone; the toy never says z."""
 FAILURES = st.sampled_from([DecodeOutcome.INVALID, DecodeOutcome.FATAL, DecodeOutcome.NO_KV_SPACE])
 
 
@@ -46,7 +53,7 @@ def limits(draw: st.DrawFn) -> Limits:
 def submission(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of a SequenceSpec; World.submit makes them fit the context."""
     return {
-        "prompt": tuple(draw(st.lists(st.sampled_from([A, A, B]), min_size=1, max_size=40))),
+        "prompt": COMMON[: draw(st.integers(0, 40))] + tuple(draw(st.lists(st.sampled_from([A, B]), min_size=1))),
         "n_keep": draw(st.integers(0, 12)),
         "max_tokens": draw(st.integers(1, 60)),
         "stop": draw(STOPS),
@@ -73,7 +80,8 @@ MOVES = st.lists(
         st.tuples(st.just("fail"), FAILURES, st.integers(0, 16)),
         st.tuples(st.just("poison"), FAILURES, st.integers(0, 9)),
     ),
-    max_size=30,
+    min_size=5,
+    max_size=40,
 )
 
 
@@ -87,8 +95,11 @@ def play(world: World, moves: list[Move]) -> None:
         match name:
             case "submit":
                 longest = min(n_ctx, world.limits.max_rows) if what["embedding"] else n_ctx
-                n_keep = min(what["n_keep"], n_ctx - 1)
-                world.submit(**what | {"prompt": what["prompt"][:longest], "n_keep": n_keep})
+                fits = {"prompt": what["prompt"][:longest], "n_keep": min(what["n_keep"], n_ctx - 1)}
+                fields = what | fits | {"stop": ()}
+                said = alone(SequenceSpec(uid=0, **fields), n_ctx).text
+                stop = tuple(said[start : start + length] + after for start, length, after in what["stop"])
+                world.submit(**fields | {"stop": stop})
             case "steps":
                 for _ in range(what):
                     world.step()
@@ -155,7 +166,7 @@ def check_progress(world: World, uid: int) -> None:
         assert progress[-1].n_decoded == progress[-1].n_prompt
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(limits(), st.sampled_from(["longest", "best"]), MOVES)
 def test_the_same_text_alone_or_in_company(
     limits: Limits, policy: Literal["longest", "best"], moves: list[Move]
@@ -285,6 +296,19 @@ def test_a_retry_after_a_cancelled_generation_decodes_one_token_of_the_prompt() 
     assert world.outcome(second) == world.alone(second)
 
 
+def test_text_that_is_held_back_comes_out_at_the_limit() -> None:
+    world = make_world(1)
+    said = world.submit(prompt=endless(0), max_tokens=6)
+    world.run()
+    held = world.submit(prompt=endless(0), max_tokens=6, stop=(world.text(said)[-2:] + "z",))
+    world.run()
+    assert world.outcome(held) == world.outcome(said)
+    *_, piece, last = world.events[held]
+    assert isinstance(last, Finished)
+    assert isinstance(piece, TextPiece)
+    assert len(piece.text) == 2
+
+
 def test_the_conversation_goes_on_from_what_was_said() -> None:
     """After a stop string the slot holds what the client has seen, and nothing of what was cut off."""
     prompt = endless(0)
@@ -301,17 +325,32 @@ def test_the_conversation_goes_on_from_what_was_said() -> None:
     assert world.last(second).usage.cached_tokens == len(prompt) + 6
 
 
-def test_a_shift_leaves_cells_alone_that_another_slot_shares() -> None:
+@pytest.mark.parametrize("which_shifts", ["source", "fork"])
+@pytest.mark.parametrize("n_keep", [0, 3])
+@pytest.mark.parametrize("n_shared", range(4, 12))
+def test_a_shift_leaves_cells_alone_that_another_slot_shares(n_shared: int, n_keep: int, which_shifts: str) -> None:
     """A forked slot has the same cells as its source: to renumber them in one is to renumber them in the other."""
+    common = (A, B) * 6
     world = make_world(2, n_ctx=16, max_rows=16, policy="best")
-    prompt = endless(0)
-    source = world.submit(prompt=prompt, max_tokens=60, n_keep=0)
+    source = world.submit(prompt=lasting(common, n_keep), n_keep=n_keep, max_tokens=20, shift=which_shifts == "source")
     world.step()
-    fork = world.submit(prompt=(*prompt, B, B), max_tokens=30, n_keep=0, shift=False)
+    prompt = lasting(common[:n_shared], n_keep)
+    fork = world.submit(prompt=prompt, n_keep=n_keep, max_tokens=20, shift=which_shifts == "fork")
+    world.step()
+    assert Copy(0, 1, n_shared) in world.ops
     world.run()
-    assert world.last(fork).usage.cached_tokens == len(prompt)
     assert world.outcome(source) == world.alone(source)
     assert world.outcome(fork) == world.alone(fork)
+    assert world.last(source if which_shifts == "source" else fork).usage.completion_tokens == 20
+
+
+def lasting(start: tuple[int, ...], n_keep: int) -> tuple[int, ...]:
+    """`start` and two more tokens, after which the toy generates 20."""
+    for number in range(100, 200):
+        spec = SequenceSpec(uid=0, prompt=(*start, C + len(start), number), n_keep=n_keep, max_tokens=20)
+        if alone(spec, 16).n_sampled == 20:
+            return spec.prompt
+    raise AssertionError("no such prompt")
 
 
 @pytest.mark.parametrize("can_shift", [True, False])
@@ -367,6 +406,18 @@ def test_an_abort_in_the_last_row_decodes_only_that_one_again() -> None:
     world.run()
     assert (batches[1].chunks[0].start, batches[1].chunks[0].tokens) == (2, (C,))
     assert world.outcome(uid) == world.alone(uid)
+
+
+def test_after_a_failure_each_is_tried_alone_and_then_all_together_again() -> None:
+    world = make_world(3, max_rows=32)
+    for n in range(3):
+        world.submit(prompt=endless(n), max_tokens=5)
+    batches: list[list[int]] = []
+    world.on_batch = lambda batch: batches.append(sorted(chunk.uid for chunk in batch.chunks))
+    world.step(Interruption(DecodeOutcome.INVALID))
+    world.run()
+    assert batches[:5] == [[0, 1, 2], [0], [1], [2], [0, 1, 2]]
+    check_survivors(world)
 
 
 @pytest.mark.parametrize("outcome", [DecodeOutcome.INVALID, DecodeOutcome.FATAL, DecodeOutcome.NO_KV_SPACE])

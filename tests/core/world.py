@@ -164,7 +164,8 @@ class World:
         uids = [chunk.uid for chunk in step.batch.chunks]
         for uid in uids:
             if uid in self.poison:
-                interruption = Interruption(self.poison[uid])
+                outcome = self.poison[uid]
+                interruption = Interruption(outcome, 3 if outcome is DecodeOutcome.FATAL else 0)
         if interruption is not None and len(uids) == 1 and interruption.outcome is not DecodeOutcome.ABORTED:
             self.may_fail.update(uids)
         if interruption is None:
