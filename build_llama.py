@@ -238,9 +238,7 @@ class BuildTools:
         """
         with contextlib.suppress(OSError, ValueError, TypeError):
             tools = cls(**json.loads(remembered.read_text("utf-8"))["tools"])
-            if tools.cmake_version == tool_version([tools.cmake]) and tools.ninja_version == tool_version(
-                [tools.ninja]
-            ):
+            if (tools.cmake_version, tools.ninja_version) == (tool_version([tools.cmake]), tool_version([tools.ninja])):
                 return tools
         found = {name: tool for name in BUILD_TOOLS if (tool := find_build_tool(name))}
         if missing := " ".join(name for name in BUILD_TOOLS if name not in found):
@@ -398,7 +396,7 @@ def explain(what: str, output: str, log: Path) -> BuildError:
     if re.search(r"Killed signal|out of memory|memory exhausted|cannot allocate memory", output, re.IGNORECASE):
         return BuildError(f"out of memory while {what}; try again with CMAKE_BUILD_PARALLEL_LEVEL=1")
     lines = output.splitlines()
-    errors = [n for n, line in enumerate(lines) if re.search(r"\b[Ee]rror\b|undefined reference|^FAILED", line)]
+    errors = [n for n, line in enumerate(lines) if re.search(r"error:|CMake Error|undefined reference", line)]
     shown = lines[errors[0] : errors[0] + 15] if errors else lines[-15:]
     return BuildError("\n  ".join([f"failed while {what}; the whole log is {log}", *shown]))
 
