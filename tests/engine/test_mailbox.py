@@ -129,7 +129,7 @@ def test_mail_that_was_taken_before_its_wake_up_came() -> None:
     """The reader looked between the two halves of a put: what is left wakes it up for nothing."""
     mailbox = Mailbox()
     mailbox._mail.append(Cancel(1))
-    assert mailbox.take(wait=True) == [Cancel(1)]
+    assert mailbox.take() == [Cancel(1)]
     mailbox._arrived.release()
     thread, taken = take_in_a_thread(mailbox)
     mailbox.put(Cancel(2))

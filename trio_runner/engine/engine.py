@@ -203,7 +203,7 @@ class Engine:
         data = await self._help(partial(self._ready_runtime().model.detokenize, tokens))
         return data.decode(errors="replace")
 
-    async def drain(self, timeout: float) -> None:
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - running out of time is no error
         """Take no more requests and wait until those in flight are done, at most `timeout` seconds; then end what is
         left with `EngineClosed`."""
         if self._status in ("loading", "ready"):
