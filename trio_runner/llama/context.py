@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -272,7 +273,8 @@ class Context:
             raise NativeError("trio_step", code, "unknown code")
         if outcome is not DecodeOutcome.OK:
             message = last_error()
-            drain_log()
+            # llama.cpp calls it an error when a batch is broken off; to us it is what was asked for.
+            drain_log(at_most=logging.DEBUG if outcome is DecodeOutcome.ABORTED else logging.CRITICAL)
             keeps_part = outcome in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL)
             kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks} if keeps_part else {}
             return StepResult(outcome, {}, {}, kept, time.perf_counter() - started, message)

@@ -113,17 +113,17 @@ def _translate(loaded: Native, function: str, code: int) -> RunnerError:
     return NativeError(function, code, message)
 
 
-def drain_log() -> None:
-    """Hand what llama.cpp has logged to the logger `trio_runner.llama`. From any thread."""
-    _drain(native())
+def drain_log(*, at_most: int = logging.CRITICAL) -> None:
+    """Hand what llama.cpp has logged to the logger `trio_runner.llama`, at levels up to `at_most`. From any thread."""
+    _drain(native(), at_most)
 
 
-def _drain(loaded: Native) -> None:
+def _drain(loaded: Native, at_most: int = logging.CRITICAL) -> None:
     buffer = loaded.ffi.new("char[]", _MAX_LINE_BYTES)
     level = loaded.ffi.new("int32_t *")
     while loaded.lib.trio_log_next(buffer, _MAX_LINE_BYTES, level) > 0:
         line: bytes = loaded.ffi.string(buffer)
-        logger.log(_LOG_LEVELS.get(level[0], logging.INFO), "%s", line.decode(errors="replace").rstrip())
+        logger.log(min(_LOG_LEVELS.get(level[0], logging.INFO), at_most), "%s", line.decode(errors="replace").rstrip())
 
 
 def read_text(function: str, *arguments: object) -> bytes:
