@@ -33,7 +33,7 @@ from trio_runner.core.scheduler import Emission, SchedulerStatistics
 from trio_runner.engine.decode_loop import DecodeLoop
 from trio_runner.engine.generation import Embedding, Generation, Reader
 from trio_runner.engine.mailbox import Cancel, Close, Mailbox, Pause, Resume, Submit
-from trio_runner.engine.prepare import prepare_embedding, prepare_generation
+from trio_runner.engine.prepare import prepare_embedding, prepare_generation, tokenize
 from trio_runner.engine.runtime import Loader, ModelInfo, Runtime
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, LoadError, ReaderStalled, RunnerError
 from trio_runner.events import Embedded, Finished
@@ -109,12 +109,12 @@ class Engine:
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model. Raises as `wait_ready` while there is none."""
+        """Facts about the model. While there is none, raises as `wait_ready`, or `EngineBusy` if it is loading."""
         return self._ready_runtime().model.info
 
     @property
     def limits(self) -> Limits:
-        """What the context can do. Raises as `wait_ready` while there is none."""
+        """What the context can do. Raises as `info`."""
         return self._ready_runtime().context.limits
 
     def statistics(self) -> EngineStatistics:
@@ -195,7 +195,8 @@ class Engine:
         """The tokens of `text`. Raises `InvalidRequest`, and as `wait_ready`."""
         await self.wait_ready()
         model = self._ready_runtime().model
-        return await self._help(partial(model.tokenize, text, add_special=add_special, parse_special=parse_special))
+        call = partial(tokenize, model, text, param="content", add_special=add_special, parse_special=parse_special)
+        return await self._help(call)
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; bytes that are no characters become U+FFFD. Raises as `tokenize`."""
@@ -290,7 +291,7 @@ class Engine:
         except EngineClosed:
             return None
         except Exception as failure:
-            logger.error("loading failed: %s", failure)
+            logger.info("loading failed: %s", failure)
             self._break(failure)
             return None
         self._progress = 1.0

@@ -1,7 +1,8 @@
 """The reader's side of a request: where its events arrive, and how it is let go.
 
 Rule 1: letting go is synchronous. `close` awaits nothing, takes no lock and starts no task, so that it works in a
-`finally`, under cancellation and in a garbage collector alike.
+`finally` and under cancellation alike. It is never done for you outside of a block: whoever iterates without one may
+give up on one event, by a deadline say, and go on with the next.
 Rule 2: the reader's pace is the reader's problem. Events are put down here without waiting; a reader that falls too
 far behind has its sequence paused, and only that one.
 """

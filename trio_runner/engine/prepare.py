@@ -51,9 +51,17 @@ def prepare_embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Subm
     return Submit(SequenceSpec(uid=uid, prompt=fitted.items, embedding=True), None)
 
 
+def tokenize(model: Model, text: str, *, param: str, add_special: bool, parse_special: bool) -> list[int]:
+    """The tokens of `text`. Raises `InvalidRequest` that names the field `param`."""
+    try:
+        return model.tokenize(text, add_special=add_special, parse_special=parse_special)
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param=param) from error
+
+
 def _tokens(model: Model, prompt: str | tuple[int, ...], *, param: str, parse_special: bool) -> list[int]:
     if isinstance(prompt, str):
-        return model.tokenize(prompt, add_special=True, parse_special=parse_special)
+        return tokenize(model, prompt, param=param, add_special=True, parse_special=parse_special)
     last = model.info.n_vocab - 1
     for token in prompt:
         if not 0 <= token <= last:

@@ -48,7 +48,7 @@ class Model(Protocol):
     def info(self) -> ModelInfo: ...
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """The tokens of `text`. Raises `InvalidRequest` for text that the vocabulary cannot take."""
+        """The tokens of `text`. Raises `InvalidRequest`, its `param` of no meaning, for text that cannot be taken."""
 
     def detokenize(self, tokens: Sequence[int]) -> bytes:
         """The text of `tokens`. Raises `InvalidRequest` for a token outside the vocabulary."""
