@@ -435,6 +435,19 @@ def test_only_the_culprit_fails(outcome: DecodeOutcome, embedding: bool) -> None
     world.check_idle()
 
 
+def test_the_slot_of_a_culprit_is_emptied() -> None:
+    """Nobody knows what a failure has left in it."""
+    world = make_world(1, max_rows=4)
+    culprit = world.submit(prompt=endless(0), max_tokens=5)
+    world.step()
+    world.step(Interruption(DecodeOutcome.FATAL, 1))
+    assert world.last(culprit).reason == "error"
+    retry = world.submit(prompt=endless(0), max_tokens=5)
+    world.run()
+    assert world.last(retry).usage.cached_tokens == 0
+    assert world.outcome(retry) == world.alone(retry)
+
+
 def test_a_sampler_that_fails_ends_its_own_sequence_only() -> None:
     world = make_world(3)
     before = world.submit(prompt=endless(0), max_tokens=20)
