@@ -25,6 +25,9 @@ from trio_runner.errors import PromptTooLong
 from trio_runner.events import Finished, TextPiece
 from trio_runner.request import GenerateRequest, SamplingParams
 
+N_SHORT_PROMPT = 16
+"""Tokens before the streams whose decoding is measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -46,20 +49,20 @@ async def run_bench(
     from trio_runner.llama.loader import LlamaLoader
 
     async with open_engine(model, replace(config, max_queue=None)) as engine:
-        if n_prompt + n_tokens > engine.limits.n_ctx:
-            raise PromptTooLong(n_prompt + n_tokens, engine.limits.n_ctx, param="prompt-tokens + max-tokens")
+        if max(n_prompt, N_SHORT_PROMPT + n_tokens) >= engine.limits.n_ctx:
+            raise PromptTooLong(max(n_prompt, N_SHORT_PROMPT + n_tokens), engine.limits.n_ctx - 1)
         load = partial(LlamaLoader(model), config, progress=lambda _: None, cancelled=lambda: False)
         bare = await trio.to_thread.run_sync(load)
         sampling = _endless(engine)
         try:
-            cases: list[tuple[str, int, int]] = [
-                ("prefill", 1, 0),
-                ("decode, 1 stream", 1, n_tokens),
-                (f"decode, {config.slots} streams", config.slots, n_tokens),
+            cases: list[tuple[str, int, int, int]] = [
+                ("prefill", n_prompt, 1, 0),
+                ("decode, 1 stream", N_SHORT_PROMPT, 1, n_tokens),
+                (f"decode, {config.slots} streams", N_SHORT_PROMPT, config.slots, n_tokens),
             ]
             return [
-                await _measure(name, engine, bare.model, bare.context, sampling, n_prompt, n_streams, n_decode, rounds)
-                for name, n_streams, n_decode in cases
+                await _measure(name, engine, bare.model, bare.context, sampling, n_given, n_streams, n_decode, rounds)
+                for name, n_given, n_streams, n_decode in cases
             ]
         finally:
             bare.context.close()
