@@ -15,6 +15,7 @@ namespace {
 
 constexpr int32_t MAX_THREADS = 512; // beyond about this, creating threads fails, which ggml answers with an abort
 constexpr uint32_t MAX_BATCH = 1 << 16;
+constexpr int32_t FEW_ROWS = 16; // up to here an operation costs about as much as waiting for all threads
 constexpr int32_t N_POOLING_TYPES = 5;
 
 // How long ggml's threads spin for the next graph before they sleep, from 0 to 100. Its default, 50, keeps every core
@@ -43,7 +44,7 @@ bool is_kv_type(int32_t type) {
 // the CPU plugin, which is not linked.
 class Threadpool {
 public:
-    explicit Threadpool(int32_t n_threads, bool paused) {
+    explicit Threadpool(int32_t n_threads) {
         ggml_backend_reg_t cpu = ggml_backend_dev_backend_reg(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
         const auto make = reinterpret_cast<decltype(ggml_threadpool_new) *>(
             ggml_backend_reg_get_proc_address(cpu, "ggml_threadpool_new"));
@@ -52,7 +53,7 @@ public:
         if (make == nullptr || free_ == nullptr) return;
         ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
         params.poll = THREADPOOL_POLL;
-        params.paused = paused;
+        params.paused = true; // until the first graph
         native_ = make(&params);
     }
     ~Threadpool() {
@@ -78,7 +79,9 @@ struct trio_context {
 
     ModelReference model;
     // Before `native`, which uses them until it is freed.
-    std::unique_ptr<Threadpool> threadpool, threadpool_batch;
+    std::unique_ptr<Threadpool> threadpool, threadpool_batch; // for steps of few rows, and of many
+    int32_t n_threads = 1, n_threads_batch = 1;
+    bool few_rows = false; // which of the two is attached
     std::atomic<bool> abort{false};
     bool abort_armed = true; // false while an interrupted graph would leave the KV cache wrong
     std::unique_ptr<llama_context, ContextDeleter> native;
@@ -88,7 +91,7 @@ struct trio_context {
     bool swa_full = false;
     bool is_recurrent = false; // state that cannot be taken back to an earlier position
 
-    std::string poison;         // why nothing but free is possible any more
+    char poison[512] = "";      // why nothing but free is possible any more; no string, as memory may be what ran out
     bool embeddings = false;    // what llama.cpp was last told to compute
     bool has_vectors = false;   // the last step computed vectors
     bool shift_pending = false; // trio_seq_add was called; the next decode carries it out
@@ -102,7 +105,7 @@ struct trio_context {
     std::vector<llama_token_data> candidates;
 
     void check_alive() const {
-        if (!poison.empty()) throw Failure(TRIO_E_ASSERT, "the context is poisoned: " + poison);
+        if (poison[0] != '\0') throw Failure(TRIO_E_ASSERT, std::string("the context is poisoned: ") + poison);
     }
     void check_seq(int32_t seq) const {
         if (seq < 0 || seq >= info.n_seq_max) throw Refused("sequence " + std::to_string(seq) + " does not exist");
@@ -122,16 +125,15 @@ bool on_abort_query(void *data) {
 
 // For calls into llama.cpp that change the context: whatever is thrown in the middle of one leaves it in a state nobody
 // knows.
-template <class Body> int32_t guard_context(trio_context *context, Body &&body) {
+template <class Body> int32_t guard_context(trio_context *context, Body &&body) noexcept {
     Scope scope;
     try {
         return body();
     } catch (...) {
         const int32_t code = translate_exception();
-        if (code != TRIO_E_INVALID && context != nullptr && context->poison.empty()) {
-            char reason[512];
-            trio_last_error(reason, sizeof reason);
-            context->poison = reason;
+        if (code != TRIO_E_INVALID && context != nullptr && context->poison[0] == '\0') {
+            std::strcpy(context->poison, "an earlier failure");
+            trio_last_error(context->poison, sizeof context->poison);
         }
         return code;
     }
@@ -306,6 +308,18 @@ void check_request(trio_context &context, const trio_batch &batch, const trio_sa
     }
 }
 
+// llama.cpp itself takes every batch of more than one row for a prefill. Its threads wait for each other after every
+// operation, by spinning; where the operations are short, one core that is busy with anything else stalls them all. So
+// steps of few rows, however many sequences they belong to, run on the threads meant for that.
+void attach_threads(trio_context &context, bool few_rows) {
+    const auto &pool = few_rows ? context.threadpool : context.threadpool_batch;
+    const int32_t n_threads = few_rows ? context.n_threads : context.n_threads_batch;
+    ggml_threadpool *native = pool ? pool->native() : nullptr;
+    llama_attach_threadpool(context.native.get(), native, native);
+    llama_set_n_threads(context.native.get(), n_threads, n_threads);
+    context.few_rows = few_rows;
+}
+
 int32_t decode(trio_context &context, const trio_batch &batch) {
     const auto n_rows = size_t(batch.n_rows);
     std::copy_n(batch.tokens, n_rows, context.tokens.begin());
@@ -324,6 +338,8 @@ int32_t decode(trio_context &context, const trio_batch &batch) {
     native.n_seq_id = context.n_seq_ids.data();
     native.seq_id = context.seq_pointers.data();
     native.logits = context.native_outputs.data();
+    const bool few_rows = batch.n_rows <= FEW_ROWS;
+    if (context.few_rows != few_rows) attach_threads(context, few_rows);
     if (context.embeddings != (batch.embeddings != 0)) {
         llama_set_embeddings(context.native.get(), batch.embeddings != 0);
         context.embeddings = batch.embeddings != 0;
@@ -396,16 +412,13 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
             throw Failure(code, errors.empty() ? "llama.cpp could not create the context" : errors);
         }
         llama_context *native = opened->native.get();
+        opened->n_threads = params->n_threads;
+        opened->n_threads_batch = params->n_threads_batch;
+        if (params->n_threads > 1) opened->threadpool = std::make_unique<Threadpool>(params->n_threads);
         if (params->n_threads_batch > 1) {
-            opened->threadpool_batch = std::make_unique<Threadpool>(params->n_threads_batch, false);
+            opened->threadpool_batch = std::make_unique<Threadpool>(params->n_threads_batch);
         }
-        if (params->n_threads > 1 && params->n_threads != params->n_threads_batch) {
-            opened->threadpool = std::make_unique<Threadpool>(params->n_threads, true);
-        }
-        ggml_threadpool *batch_pool = opened->threadpool_batch ? opened->threadpool_batch->native() : nullptr;
-        ggml_threadpool *pool = opened->threadpool ? opened->threadpool->native() : nullptr;
-        if (params->n_threads == params->n_threads_batch) pool = batch_pool;
-        if (pool != nullptr || batch_pool != nullptr) llama_attach_threadpool(native, pool, batch_pool);
+        attach_threads(*opened, true);
 
         opened->memory = llama_get_memory(native);
         opened->n_ubatch = int32_t(llama_n_ubatch(native));
@@ -416,7 +429,7 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         info.n_batch = int32_t(llama_n_batch(native));
         info.n_ubatch = opened->n_ubatch;
         info.n_seq_max = int32_t(llama_n_seq_max(native));
-        info.n_threads = llama_n_threads(native);
+        info.n_threads = opened->n_threads;
         info.pooling_type = int32_t(llama_pooling_type(native));
         info.has_memory = opened->memory != nullptr;
         info.can_shift = opened->memory != nullptr && llama_memory_can_shift(opened->memory);

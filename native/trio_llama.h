@@ -128,8 +128,8 @@ typedef struct trio_context_params {
     uint32_t n_batch;
     uint32_t n_ubatch;
     uint32_t n_seq_max;
-    int32_t n_threads;       /* for steps of few rows */
-    int32_t n_threads_batch; /* for prefill */
+    int32_t n_threads;       /* for steps of few rows, at most 16 */
+    int32_t n_threads_batch; /* for all others: prefill */
     int32_t flash_attention; /* -1 auto, 0 off, 1 on */
     int32_t type_k, type_v;  /* ggml_type of the KV cache */
     int32_t pooling_type;    /* -1: as the model says */

@@ -71,7 +71,7 @@ class EngineConfig:
     batch_size: int = 512
     """Rows of one step, and of one micro-batch: the longest stretch of work that nothing interrupts on a GPU."""
     threads: int | None = None
-    """Threads that compute; None leaves room for the event loop."""
+    """Threads that compute; None: a core fewer than there are for decoding, all of them for prefill."""
     flash_attention: FlashAttention = "auto"
     kv_type: KvType = "f16"
     """Element type of the KV cache; quantised types need flash attention for the V half."""
@@ -92,6 +92,8 @@ class EngineConfig:
             raise ValueError(f"slots must be between 1 and {MAX_SLOTS}")
         if self.context_length is not None and not 4 <= self.context_length <= 2**26:
             raise ValueError("context_length must be between 4 and 67108864")
+        if self.context_length is not None and self.slots * self.context_length >= 2**31:
+            raise ValueError("slots and context_length must multiply to less than 2147483648")
         if not 1 <= self.batch_size <= 2**16:
             raise ValueError("batch_size must be between 1 and 65536")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:

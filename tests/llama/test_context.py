@@ -342,4 +342,6 @@ def test_closing_is_idempotent_and_final(models: Models) -> None:
 
 
 def test_default_threads_leave_something() -> None:
-    assert 1 <= default_threads() <= 512
+    decoding, prefill = default_threads()
+    assert 1 <= decoding <= prefill <= 512
+    assert prefill == 1 or decoding < prefill

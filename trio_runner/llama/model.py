@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +132,7 @@ class Model:
                 raise InvalidRequest(last_error(), param="prompt")
             n_tokens = check("trio_tokenize", code)
             if n_tokens <= size:
-                return [int(token) for token in tokens[:n_tokens].tolist()]
+                return cast(list[int], tokens[:n_tokens].tolist())
             size = n_tokens
 
     def detokenize(self, tokens: Sequence[int]) -> bytes:
