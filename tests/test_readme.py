@@ -27,6 +27,10 @@ def test_the_embedded_example_runs(tmp_path: Path) -> None:
     assert len(done.stdout) > 64
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README.read_text(encoding="utf-8")
+
+
 def test_every_example_is_python() -> None:
     assert len(PYTHON) == 2
     for example in PYTHON:

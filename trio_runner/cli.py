@@ -173,7 +173,7 @@ _ENGINE_OPTIONS = (
     click.option("--slots", type=int, help="Requests that run at once.  [default: 4; run and info: 1]"),
     click.option("--context-length", type=int, help="Tokens per slot.  [default: the model's, at most 4096]"),
     click.option("--batch-size", type=int, help="Rows of one step.  [default: 512]"),
-    click.option("--threads", type=int, help="Threads that compute.  [default: leave room for the event loop]"),
+    click.option("--threads", type=int, help="Threads that compute.  [default: one per core, one fewer to decode]"),
     click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers to put on GPUs; -1 all."),
     click.option("--main-gpu", type=int, default=0, show_default=True, help="The GPU for what is not split."),
     click.option("--tensor-split", type=read_proportions, metavar="A,B,...", help="Proportion of the model per GPU."),

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.core.batch import Batch, Wanting, plan_batch
+from trio_runner.core.batch import PREFILL_ROWS_BESIDE_DECODING, Batch, Wanting, plan_batch
 
 
 @st.composite
@@ -71,3 +71,14 @@ def test_shares() -> None:
     assert shares(100, 2, max_rows=8) == [6, 2]
     assert shares(1, 100, 100, max_rows=9) == [1, 4, 4]
     assert shares(3, 3, max_rows=8) == [3, 3]
+
+
+def test_a_prompt_beside_streams_gets_less_at_a_time() -> None:
+    prompt = Wanting(0, 0, 0, [0] * 5000, decoding=False)
+    stream = Wanting(1, 1, 7, [0], decoding=True)
+    assert rows(plan_batch([prompt], 512)) == {0: 512}
+    assert rows(plan_batch([prompt, stream], 512)) == {0: PREFILL_ROWS_BESIDE_DECODING, 1: 1}
+    assert rows(plan_batch([prompt, stream], 64)) == {0: 63, 1: 1}
+    # Even then nobody is left out.
+    prompts = [Wanting(10 + i, i, 0, [0] * 2, decoding=False) for i in range(200)]
+    assert set(rows(plan_batch([stream, *prompts], 512)).values()) == {1}

@@ -63,7 +63,7 @@ def test_adapter_scale(scale: float) -> None:
 @given(
     st.builds(
         EngineConfig,
-        slots=st.integers(1, MAX_SLOTS),
+        slots=st.integers(1, 31),
         context_length=st.none() | st.integers(4, 2**26),
         batch_size=st.integers(1, 2**16),
         threads=st.none() | st.integers(1, MAX_THREADS),
@@ -78,6 +78,12 @@ def test_adapter_scale(scale: float) -> None:
 )
 def test_whatever_is_in_range_is_taken(config: EngineConfig) -> None:
     hash(config)
+
+
+def test_all_slots_together_have_a_bound() -> None:
+    EngineConfig(slots=31, context_length=2**26)
+    with pytest.raises(ValueError, match="slots and context_length"):
+        EngineConfig(slots=32, context_length=2**26)
 
 
 def test_a_path_becomes_text() -> None:

@@ -226,7 +226,7 @@ class World:
         """Rule 1, once all edits are done. And first come, first served."""
         for slot in self.scheduler._pool.slots:
             assert slot.tokens == self.context.held(slot.id), f"slot {slot.id} is not what the KV cache holds"
-        waiting = [spec.uid for spec in self.scheduler._waiting]
+        waiting = [spec.uid for spec in self.scheduler._waiting.values()]
         assert waiting == sorted(waiting)
         assert not waiting or max(self.running, default=-1) < waiting[0], "somebody jumped the queue"
         assert not waiting or len(self.running) == self.limits.n_slots, "a slot is free while somebody waits"

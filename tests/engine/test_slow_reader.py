@@ -156,6 +156,21 @@ async def test_whoever_reads_again_has_no_deadline_any_more(toy: Toy) -> None:
     await until_idle(engine)
 
 
+async def test_every_event_that_a_slow_reader_takes_gives_it_more_time(toy: Toy) -> None:
+    (prompt,) = prompts(1, N_TOKENS)
+    gate = Gate(toy)
+    toy.on_decode = gate
+    async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
+        await until_paused(engine, generation, gate)
+        (before,) = engine._paused_until.values()
+        await until(lambda: trio.current_time() > before - engine.config.stall_timeout)
+        await anext(generation)
+        assert generation._paused
+        (after,) = engine._paused_until.values()
+        assert after > before
+    await until_idle(engine)
+
+
 async def test_a_paused_reader_that_leaves_has_no_deadline_any_more(toy: Toy) -> None:
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)

@@ -17,7 +17,6 @@ Rule 3: whatever happens to one sequence, the others only ever lose time.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -61,7 +60,7 @@ class Scheduler:
     def __init__(self, limits: Limits, *, cache_policy: CachePolicy = "longest") -> None:
         self._limits = limits
         self._pool = SlotPool(limits, cache_policy)
-        self._waiting: deque[SequenceSpec] = deque()
+        self._waiting: dict[int, SequenceSpec] = {}  # in the order they came
         self._running: dict[int, Sequence] = {}
         self._ops: list[MemoryOp] = []
         self._turn = 0
@@ -72,7 +71,7 @@ class Scheduler:
 
     def submit(self, spec: SequenceSpec) -> None:
         """Queue a sequence: first come, first served."""
-        self._waiting.append(spec)
+        self._waiting[spec.uid] = spec
 
     def cancel(self, uid: int) -> None:
         """Forget a sequence, whatever it is doing; nothing more is said about it. Its slot keeps what was decoded,
@@ -80,7 +79,7 @@ class Scheduler:
         if uid in self._running:
             self._release(self._running[uid])
         else:
-            self._waiting = deque(spec for spec in self._waiting if spec.uid != uid)
+            self._waiting.pop(uid, None)
 
     def pause(self, uid: int) -> None:
         """Give a sequence no more rows; it keeps its slot. A uid that is not running is ignored."""
@@ -135,11 +134,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting:
-            spec = self._waiting[0]
+            spec = next(iter(self._waiting.values()))
             acquired = self._pool.acquire(spec.prompt, cache_prompt=spec.cache_prompt and not spec.embedding)
             if acquired is None:
                 return
-            self._waiting.popleft()
+            del self._waiting[spec.uid]
             slot, ops = acquired
             self._ops += ops
             n_cached = len(slot.tokens)

@@ -19,11 +19,12 @@ class StopMatcher:
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._automata = [_Automaton(stop) for stop in dict.fromkeys(stops) if stop]
+        self._beginnings = {automaton.stop[0] for automaton in self._automata}
         self._held = ""
 
     def push(self, text: str) -> str:
         """The text that is certain now: no stop string can reach back into it."""
-        if not self._automata:
+        if not self._held and self._beginnings.isdisjoint(text):
             return text
         self._held += text
         for n_seen, char in enumerate(text, start=len(self._held) - len(text) + 1):

@@ -32,8 +32,8 @@ from trio_runner.core.pooling import normalize as normalize_vector
 from trio_runner.core.scheduler import Emission, SchedulerStatistics
 from trio_runner.engine.decode_loop import DecodeLoop
 from trio_runner.engine.generation import Embedding, Generation, Reader
-from trio_runner.engine.mailbox import Cancel, Close, Mailbox, Pause, Resume, Submit
-from trio_runner.engine.prepare import prepare_embedding, prepare_generation, tokenize
+from trio_runner.engine.mailbox import Cancel, Close, Mailbox, Pause, Resume
+from trio_runner.engine.prepare import prepare, tokenize
 from trio_runner.engine.runtime import Loader, ModelInfo, Runtime
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, LoadError, ReaderStalled, RunnerError
 from trio_runner.events import Embedded, Finished
@@ -48,6 +48,9 @@ _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 
 MAX_HELPERS = 2
 """Prompts that are tokenised at the same time: more would only take the cores from the decode thread."""
+LONG_TEXT = 1 << 16
+"""Characters of a text that takes long to tokenise, about a tenth of a second and more: one at a time, so that short
+ones never wait behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class Engine:
         self._paused_changed = trio.Event()
         self._idle = trio.Event()
         self._helpers = trio.CapacityLimiter(MAX_HELPERS)
+        self._long_helper = trio.CapacityLimiter(1)
         self._n_helping = 0
         self._none_helping = trio.Event()
 
@@ -147,7 +151,7 @@ class Engine:
             request = GenerateRequest(prompt=as_prompt(request), **options)
         elif options:
             raise TypeError("options go into the request")
-        return Generation(self, request, partial(prepare_generation, request))
+        return Generation(self, request)
 
     async def embed(self, texts: Sequence[str], *, normalize: bool = False) -> NDArray[np.float32]:
         """One vector per text, shape (len(texts), n_embd). Raises as `Generation.start`; then no vector is lost, for
@@ -171,7 +175,7 @@ class Engine:
             for request in requests:
                 if len(in_flight) == window:
                     await take_first()
-                embedding = Embedding(self, partial(prepare_embedding, request))
+                embedding = Embedding(self, request)
                 await embedding.start()
                 in_flight.append(embedding)
             while in_flight:
@@ -183,7 +187,7 @@ class Engine:
 
     async def embed_request(self, request: EmbedRequest) -> Embedded:
         """The vector of one request, float32, shape (n_embd,), and what it cost. Raises as `Generation.start`."""
-        embedding = Embedding(self, partial(prepare_embedding, request))
+        embedding = Embedding(self, request)
         try:
             await embedding.start()
             embedded = await embedding.result()
@@ -196,12 +200,12 @@ class Engine:
         await self.wait_ready()
         model = self._ready_runtime().model
         call = partial(tokenize, model, text, param="content", add_special=add_special, parse_special=parse_special)
-        return await self._help(call)
+        return await self._help(call, len(text))
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; bytes that are no characters become U+FFFD. Raises as `tokenize`."""
         await self.wait_ready()
-        data = await self._help(partial(self._ready_runtime().model.detokenize, tokens))
+        data = await self._help(partial(self._ready_runtime().model.detokenize, tokens), len(tokens))
         return data.decode(errors="replace")
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - running out of time is no error
@@ -222,12 +226,13 @@ class Engine:
     def max_backlog(self) -> int:
         return self.config.max_backlog
 
-    async def submit(self, reader: Reader, prepare: Callable[[Runtime, int], Submit]) -> int:
+    async def submit(self, reader: Reader, request: GenerateRequest | EmbedRequest) -> int:
         """Prepare a sequence on a helper thread and queue it. Returns its uid."""
         await self.wait_ready()
         self._refuse_if_full()
         uid = next(self._uids)
-        mail = await self._help(partial(prepare, self._ready_runtime(), uid))
+        text = request.prompt if isinstance(request, GenerateRequest) else request.content
+        mail = await self._help(partial(prepare, request, self._ready_runtime(), uid), len(text))
         # No checkpoint from here to the return: a sequence that is queued has a reader that knows its uid.
         try:
             self._ready_runtime()
@@ -254,8 +259,12 @@ class Engine:
 
     def pause(self, uid: int) -> None:
         self._mailbox.put(Pause(uid))
-        self._paused_until[uid] = trio.current_time() + self.config.stall_timeout
+        self.still_reading(uid)
         self._paused_changed.set()
+
+    def still_reading(self, uid: int) -> None:
+        """Its reader is slow, not gone."""
+        self._paused_until[uid] = trio.current_time() + self.config.stall_timeout
 
     def resume(self, uid: int) -> None:
         self._paused_until.pop(uid, None)
@@ -408,11 +417,12 @@ class Engine:
             self._forget(uid)
             reader.fail(error())
 
-    async def _help(self, call: Callable[[], T]) -> T:
-        """Run `call` on a helper thread, to its end: the model must outlive it."""
+    async def _help(self, call: Callable[[], T], size: int) -> T:
+        """Run `call`, about a text of `size`, on a helper thread, to its end: the model must outlive it."""
         self._n_helping += 1
         try:
-            return await trio.to_thread.run_sync(call, limiter=self._helpers)
+            limiter = self._helpers if size < LONG_TEXT else self._long_helper
+            return await trio.to_thread.run_sync(call, limiter=limiter)
         finally:
             self._n_helping -= 1
             if not self._n_helping:

@@ -10,18 +10,13 @@ far behind has its sequence paused, and only that one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 
-from trio_runner.engine.mailbox import Submit
-from trio_runner.engine.runtime import Runtime
 from trio_runner.events import Embedded, Event, Finished, Usage
-
-if TYPE_CHECKING:
-    from trio_runner.request import GenerateRequest
+from trio_runner.request import EmbedRequest, GenerateRequest
 
 
 class Reader(Protocol):
@@ -39,11 +34,13 @@ class Desk(Protocol):
     @property
     def max_backlog(self) -> int: ...
 
-    async def submit(self, reader: Reader, prepare: Callable[[Runtime, int], Submit]) -> int: ...
+    async def submit(self, reader: Reader, request: GenerateRequest | EmbedRequest) -> int: ...
 
     def cancel(self, uid: int) -> None: ...
 
     def pause(self, uid: int) -> None: ...
+
+    def still_reading(self, uid: int) -> None: ...
 
     def resume(self, uid: int) -> None: ...
 
@@ -62,11 +59,10 @@ class Generation:
     usage: Usage | None = None
     """What it cost, once `Finished` was read."""
 
-    def __init__(self, desk: Desk, request: GenerateRequest, prepare: Callable[[Runtime, int], Submit]) -> None:
+    def __init__(self, desk: Desk, request: GenerateRequest) -> None:
         """Not to be called: `Engine.generate` does."""
         self.request = request
         self._desk = desk
-        self._prepare = prepare
         self._uid: int | None = None
         self._started = self._closed = self._paused = self._ended = False
         self._error: Exception | None = None
@@ -83,7 +79,7 @@ class Generation:
             return
         self._started = True
         try:
-            self._uid = await self._desk.submit(self, self._prepare)
+            self._uid = await self._desk.submit(self, self.request)
         except BaseException:
             self.close()
             raise
@@ -175,10 +171,14 @@ class Generation:
         return self._receive.statistics().current_buffer_used
 
     def _catch_up(self) -> None:
+        if not self._paused or self._ended or self._uid is None:
+            return
         # Resuming far below the bound, rather than at it, keeps a slow reader from flapping.
-        if self._paused and not self._ended and self._n_unread <= self._desk.max_backlog // 4 and self._uid is not None:
+        if self._n_unread <= self._desk.max_backlog // 4:
             self._paused = False
             self._desk.resume(self._uid)
+        else:
+            self._desk.still_reading(self._uid)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -189,16 +189,16 @@ class Generation:
 class Embedding:
     """One vector on its way. Same rules; there is one event, or an error."""
 
-    def __init__(self, desk: Desk, prepare: Callable[[Runtime, int], Submit]) -> None:
+    def __init__(self, desk: Desk, request: EmbedRequest) -> None:
+        self.request = request
         self._desk = desk
-        self._prepare = prepare
         self._uid: int | None = None
         self._result: Embedded | Exception | None = None
         self._arrived = trio.Event()
 
     async def start(self) -> None:
         """As `Generation.start`."""
-        self._uid = await self._desk.submit(self, self._prepare)
+        self._uid = await self._desk.submit(self, self.request)
 
     async def result(self) -> Embedded:
         """Wait for the vector. Raises as a generation does."""

@@ -11,8 +11,14 @@ from trio_runner.errors import InvalidRequest, Unsupported
 from trio_runner.request import EmbedRequest, GenerateRequest
 
 
-def prepare_generation(request: GenerateRequest, runtime: Runtime, uid: int) -> Submit:
-    """The sequence that continues the request's prompt, with its sampler. Raises `RequestError`."""
+def prepare(request: GenerateRequest | EmbedRequest, runtime: Runtime, uid: int) -> Submit:
+    """The sequence that the request asks for, ready to run. Raises `RequestError`."""
+    if isinstance(request, GenerateRequest):
+        return _prepare_generation(request, runtime, uid)
+    return _prepare_embedding(request, runtime, uid)
+
+
+def _prepare_generation(request: GenerateRequest, runtime: Runtime, uid: int) -> Submit:
     model, limits = runtime.model, runtime.context.limits
     if not limits.can_generate:
         raise Unsupported("generation", "this model makes embeddings, it cannot generate text")
@@ -37,8 +43,7 @@ def prepare_generation(request: GenerateRequest, runtime: Runtime, uid: int) -> 
     return Submit(spec, model.sampler(request.sampling, fitted.items))
 
 
-def prepare_embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Submit:
-    """The sequence that makes the content's vector. Raises `RequestError`."""
+def _prepare_embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Submit:
     model, limits = runtime.model, runtime.context.limits
     fitted = fit_prompt(
         _tokens(model, request.content, param="content", parse_special=True),

@@ -51,8 +51,8 @@ def default_threads() -> tuple[int, int]:
 
     Prefill: one per physical core that this process may use. Decoding, one fewer: its threads meet after every short
     operation and wait by spinning, so one core that is taken away, be it by our own event loop, stalls the others. On
-    two cores, decoding of four streams was measured at 1.3 times the speed with two threads on an idle machine, and
-    at a quarter of it beside another busy process. A CPU quota of the container counts.
+    two cores, two threads decoded four streams 1.25 times as fast as one on an idle machine, and not half as fast
+    beside another busy process. A CPU quota of the container counts.
     """
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     cores = set()
