@@ -11,8 +11,6 @@ import pytest
 from tests.cli.programs import exchange, program, request
 from tests.tiny_models import CHAIN_TEXT, tiny_model
 
-pytest.importorskip("trio_runner._native", reason="the native library is not built")
-
 ONE_THREAD = ["--threads", "1"]
 
 
@@ -118,3 +116,20 @@ async def test_requirements() -> None:
         facts = json.loads(runner.output)
     assert list(facts) == ["cpu_features", "system_info", "version"]
     assert all(isinstance(value, str) and value for value in facts.values())
+
+
+async def test_bench(models: Path) -> None:
+    options = ["--slots", "2", "--rounds", "1", "--prompt-tokens", "40", "-n", "4", "--context-length", "64"]
+    async with program("bench", "-m", str(tiny_model("llama", models)), *options, *ONE_THREAD, toy=False) as runner:
+        assert await runner.ended() == 0, runner.log
+        head, *rows = runner.output.decode().splitlines()
+        assert head.split() == ["tokens", "per", "second", "engine", "bare", "loop", "ratio"]
+        assert [row[:20].strip() for row in rows] == ["prefill", "decode, 1 stream", "decode, 2 streams"]
+        assert all(float(figure) > 0 for row in rows for figure in row[20:].split())
+
+
+async def test_bench_of_more_than_fits(models: Path) -> None:
+    options = ["--prompt-tokens", "100", "--context-length", "64"]
+    async with program("bench", "-m", str(tiny_model("llama", models)), *options, *ONE_THREAD, toy=False) as runner:
+        assert await runner.ended() == 1
+        assert "error: prompt has 100 tokens, but at most 63 fit" in runner.log
