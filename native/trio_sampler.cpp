@@ -29,10 +29,33 @@ constexpr double GRAMMAR_SECONDS_PER_TOKEN_OF_VOCABULARY = 1e-6;
 constexpr double GRAMMAR_HARD_FACTOR = 5.0;
 constexpr int32_t MAX_SLOW_GRAMMAR_STEPS = 3;
 
+// So many candidates are checked between two looks at the clock: twice as many after a quick slice, half after a slow
+// one. Each slice walks through the grammar anew, so that one slice for all would be the cheapest.
+constexpr size_t FIRST_GRAMMAR_SLICE = 64;
+constexpr size_t MIN_GRAMMAR_SLICE = 8;
+constexpr double QUICK_GRAMMAR_SLICE = 0.01; // seconds
+constexpr double SLOW_GRAMMAR_SLICE = 0.05;
+
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 bool is_finite_in_range(float value, float low, float high) {
     return std::isfinite(value) && value >= low && value <= high;
+}
+
+// Every candidate is judged for itself, so this does what one call for all does, unless it takes longer than `limit`:
+// then it stops. Adds the seconds to `spent`.
+void apply_in_slices(llama_sampler *grammar, llama_token_data_array &array, double limit, double &spent) {
+    size_t slice = FIRST_GRAMMAR_SLICE;
+    for (size_t begin = 0; begin < array.size && spent <= limit;) {
+        llama_token_data_array part{array.data + begin, std::min(slice, array.size - begin), -1, false};
+        const double started = thread_seconds();
+        llama_sampler_apply(grammar, &part);
+        const double seconds = thread_seconds() - started;
+        spent += seconds;
+        begin += part.size;
+        if (seconds < QUICK_GRAMMAR_SLICE) slice *= 2;
+        if (seconds > SLOW_GRAMMAR_SLICE) slice = std::max(slice / 2, MIN_GRAMMAR_SLICE);
+    }
 }
 
 // ---- tail-free sampling --------------------------------------------------------------------------------------------
@@ -289,21 +312,20 @@ int32_t trio_sampler::sample(const float *logits, std::vector<llama_token_data> 
     if (token < 0) throw Failure(TRIO_E_NATIVE, "every token is forbidden");
 
     if (grammar) {
-        double started = thread_seconds();
+        const double limit = grammar_soft_limit * GRAMMAR_HARD_FACTOR;
+        double spent = 0.0;
         llama_token_data alone{token, 0.0f, 0.0f};
         llama_token_data_array single{&alone, 1, -1, false};
-        llama_sampler_apply(grammar.get(), &single);
-        double spent = thread_seconds() - started;
+        apply_in_slices(grammar.get(), single, limit, spent);
         if (alone.logit == NEVER) {
             penalise(logits, candidates);
             array = {candidates.data(), candidates.size(), -1, false};
-            started = thread_seconds();
-            llama_sampler_apply(grammar.get(), &array);
-            spent += thread_seconds() - started;
+            apply_in_slices(grammar.get(), array, limit, spent);
+            if (spent > limit) charge_grammar(spent); // throws
             token = choose(array);
             if (token < 0) throw Failure(TRIO_E_GRAMMAR, "no token can satisfy the grammar here");
         }
-        started = thread_seconds();
+        const double started = thread_seconds();
         llama_sampler_accept(grammar.get(), token);
         charge_grammar(spent + thread_seconds() - started);
     }

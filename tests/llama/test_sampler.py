@@ -295,13 +295,31 @@ def test_dead_end_is_that_sequences_error_alone(running: Running) -> None:
 
 
 def test_growing_grammar_is_stopped_by_the_clock(running: Running) -> None:
-    """Every "a" doubles what the grammar has to remember; no token may be the one too many."""
-    grammar = 'root ::= "a" root "x" | "a" root "y" | ""'
-    letter = running.tokens("a")[-1]
-    params = replace(GREEDY, grammar=grammar, logit_bias=((letter, 1000.0),))
+    """Every "ab" doubles what the grammar has to remember; no token may be the one too many."""
+    grammar = 'root ::= "ab" root "x" | "ab" root "y" | ""'
+    bias = tuple((running.tokens(letter)[-1], 1000.0) for letter in "ab")
+    params = replace(GREEDY, grammar=grammar, logit_bias=bias)
     result = running.generate(n_tokens=64, params=params)
     assert isinstance(result[-1].error, InvalidGrammar)
     assert "too complex" in str(result[-1].error)
+
+
+def test_costly_grammar_is_stopped_between_candidates(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the scanner overlooks; the neighbour in the batch goes on."""
+    monkeypatch.setattr("trio_runner.llama.sampler.check_grammar", lambda text: None)
+    expected = tokens_of(running.generate("the model", 1))
+    tokens = running.tokens("the model")
+    for slot in (0, 1):
+        running.generate("the model", 1, slot=slot)
+        running.context.apply(Trim(slot, len(tokens) - 1))
+    alternatives = " | ".join(f'"{chr(0x4E00 + index)}"' for index in range(500))
+    grammar = f"root ::= item{{5}}\nitem ::= {alternatives}"
+    samplers = {1: running.sampler(replace(GREEDY, grammar=grammar)), 2: running.sampler()}
+    chunks = [Chunk(1, 0, len(tokens) - 1, (tokens[-1],), True), Chunk(2, 1, len(tokens) - 1, (tokens[-1],), True)]
+    result = running.step(*chunks, samplers=samplers)
+    assert isinstance(result.sampled[1].error, InvalidGrammar)
+    assert "too complex" in str(result.sampled[1].error)
+    assert result.sampled[2].token == expected[0]
 
 
 def test_closed_sampler(running: Running) -> None:

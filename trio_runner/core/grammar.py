@@ -11,16 +11,23 @@ read here first, by the same rules, and refused when one of these is out of boun
     elements      characters, classes and references after repetitions are written out
     beginnings    ways in which the next character of one rule can be derived
     loops         unbounded repetitions side by side that the same character can continue
+    derivations   steps to try every way of deriving the characters of one token
+    items         literals, classes and references before repetitions are written out
+    positions     places in the grammar, times the characters that it tells apart
 
 What is refused is far outside ordinary grammars: JSON, programming languages, forms with hundreds of alternatives. What
-passes can still be ambiguous in ways that only show while it runs; the shim stops those by the clock.
+passes can still be costly over a whole vocabulary or in the long run; the shim stops that by the clock, which it reads
+between candidates. That is why the cost of one candidate is bounded here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trio_runner.errors import InvalidGrammar
 from trio_runner.request import MAX_GRAMMAR_BYTES
@@ -32,6 +39,9 @@ MAX_REPETITION: Final = 2000  # llama.cpp's own bound
 MAX_ELEMENTS: Final = 200_000
 MAX_BEGINNINGS: Final = 1024
 MAX_LOOPS: Final = 6
+MAX_DERIVATIONS: Final = 120_000  # something like 30 ms
+MAX_ITEMS: Final = 10_000
+MAX_POSITIONS: Final = 1_200_000
 
 _NAME: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
 _DIGITS: Final = frozenset("0123456789")
@@ -40,7 +50,8 @@ _HEX_DIGITS: Final = {"x": 2, "u": 4, "U": 8}
 
 # Sets of characters as bits: one per ASCII character, one for all others together.
 _OTHER: Final = 128
-_ANY: Final = (1 << (_OTHER + 1)) - 1
+_N_CHARACTERS: Final = _OTHER + 1
+_ANY: Final = (1 << _N_CHARACTERS) - 1
 
 
 def check_grammar(text: str) -> None:
@@ -50,7 +61,10 @@ def check_grammar(text: str) -> None:
         raise InvalidGrammar(f"the grammar has {n_bytes} bytes, but at most {MAX_GRAMMAR_BYTES} are allowed")
     grammar = _Scanner(text).scan()
     _check_references(grammar)
-    _check_beginnings(grammar)
+    empty = _find_empty(grammar)
+    inner_first = _inner_first(grammar, empty)
+    _check_beginnings(grammar, empty, inner_first)
+    _check_derivations(_with_own_copies(grammar))
 
 
 @dataclass(slots=True)
@@ -60,7 +74,13 @@ class _Item:
     size: int = 0
     """Elements, before repetition."""
     first: int = 0
-    """The characters that a literal can begin with."""
+    """The characters that it can begin with, if it refers to no rule."""
+    ranges: tuple[tuple[int, int], ...] = ()
+    """The same by code points, without the last."""
+    inverted: bool = False
+    """All characters but those in the ranges."""
+    later: bytearray = field(default_factory=bytearray)
+    """The other characters of a literal, each as the number of its bit."""
     rule: str | None = None
     weight: int = 1
     """Rules that one more repetition would multiply, as llama.cpp counts them."""
@@ -165,7 +185,7 @@ class _Scanner:
                 sequence.append(self._scan_group())
             elif character == ".":
                 self._at += 1
-                sequence.append(_Item(1, _ANY))
+                sequence.append(_Item(1, _ANY, inverted=True))
             elif character in "*+?{":
                 if not sequence:
                     raise self._fail(f"nothing to repeat before {character}")
@@ -208,8 +228,12 @@ class _Scanner:
         item = _Item()
         while self._peek() != '"':
             character = self._scan_character()
+            number = min(ord(character), _OTHER)
             if item.size == 0:
-                item.first = 1 << min(ord(character), _OTHER)
+                item.first = 1 << number
+                item.ranges = ((ord(character), ord(character) + 1),)
+            else:
+                item.later.append(number)
             item.size += 1
         self._at += 1
         return item
@@ -219,17 +243,20 @@ class _Scanner:
         inverted = self._peek() == "^"
         if inverted:
             self._at += 1
-        item = _Item()
+        item = _Item(inverted=inverted)
+        ranges: list[tuple[int, int]] = []
         while self._peek() != "]":
-            low = high = min(ord(self._scan_character()), _OTHER)
+            low = high = ord(self._scan_character())
             item.size += 1
             if self._peek() == "-" and self._peek(1) != "]":
                 self._at += 1
-                high = min(ord(self._scan_character()), _OTHER)
+                high = ord(self._scan_character())
                 item.size += 1
             if low <= high:
-                item.first |= (1 << (high + 1)) - (1 << low)
+                ranges.append((low, high + 1))
+                item.first |= (1 << (min(high, _OTHER) + 1)) - (1 << min(low, _OTHER))
         self._at += 1
+        item.ranges = tuple(ranges)
         if inverted:
             item.first = (_ANY & ~item.first) | (1 << _OTHER) if item.size else 0
         return item
@@ -248,7 +275,7 @@ class _Scanner:
         if len(name) > 256:
             raise self._fail("no token has so long a name")
         self._at = end + 1
-        return _Item(1, _ANY)
+        return _Item(1, _ANY, inverted=True)
 
     def _scan_group(self) -> _Item:
         if self._nesting == MAX_NESTING:
@@ -346,14 +373,13 @@ def _beginning(sequence: _Sequence, empty: set[str]) -> Iterator[_Item]:
             return
 
 
-def _check_beginnings(grammar: _Grammar) -> None:
-    empty = _find_empty(grammar)
+def _check_beginnings(grammar: _Grammar, empty: set[str], inner_first: list[str]) -> None:
     first: dict[str, int] = {}
     beginnings: dict[str, int] = {}
     loops: dict[str, _Loops] = {}
-    for name in _inner_first(grammar, empty):
+    for name in inner_first:
         first[name] = 0
-        beginnings[name] = 1 if name in empty else 0
+        beginnings[name] = sum(all(_is_empty(item, empty) for item in items) for items in grammar.rules[name])
         loops[name] = {}
         for sequence in grammar.rules[name]:
             beginning = list(_beginning(sequence, empty))
@@ -433,5 +459,302 @@ def _inner_rules(grammar: _Grammar, name: str, empty: set[str]) -> Iterator[str]
                 yield item.rule
 
 
+# ---- derivations ----------------------------------------------------------------------------------------------------
+# llama.cpp rejects a candidate only after it has followed every way of deriving its characters, one way after another:
+# what two ways have in common is walked twice. The number of steps is computed backwards, from strings of one character
+# to strings of _N_STEPS, for every place in the grammar and every first character. It is an upper bound, because each
+# branch may go on with the character that is worst for itself, and in the worst of the contexts that its rule has.
+#
+# With arbitrary strings of that length even JSON would look dangerous: every number in "1,1,1,1,1,1,1,1" can be read in
+# two ways. Vocabularies have no such tokens. Theirs are words, runs of blanks, and runs of punctuation, all possibly
+# behind one other character, and mixtures that are short.
+
+_MAX_COPIED: Final = 24
+"""Items and alternatives of a rule that is looked at separately wherever it is used."""
+_COMPARISONS_PER_STEP: Final = 32
+_MAX_COPIES: Final = 1000
+_MAX_UNMERGED: Final = 20_000_000
+_ROUNDS: Final = 2
+"""How often a rule may end where another use of itself ends: recursion beyond that is left to the clock."""
+
+_TOO_MANY_POSITIONS: Final = (
+    f"the grammar has more than {MAX_POSITIONS} positions (its items times the characters that it tells apart)"
+)
+
+_Counts: TypeAlias = NDArray[np.float32]
+
+_WORD: Final = np.array([chr(number).isalnum() or number == _OTHER for number in range(_N_CHARACTERS)])
+_BLANK: Final = np.array([chr(number).isspace() for number in range(_N_CHARACTERS)])
+_KINDS: Final = np.stack([_WORD, _BLANK, ~(_WORD | _BLANK), np.ones_like(_WORD)])
+"""The characters that may come second and later in a string of each kind: words, blanks, punctuation, mixtures."""
+_N_KINDS: Final = len(_KINDS)
+_LENGTHS: Final = np.array([16, 16, 12, 8])
+"""The longest string of each kind that is looked at."""
+_N_STEPS: Final = int(_LENGTHS.max())
+
+
+@dataclass(slots=True)
+class _Place:
+    """An item of a sequence, and what stands behind it."""
+
+    item: _Item
+    owner: str
+    rest_is_empty: bool
+    """The rule that it stands in may end behind it."""
+
+
+def _check_derivations(grammar: _Grammar) -> None:
+    empty = _find_empty(grammar)
+    inner_first = _inner_first(grammar, empty)
+    rows = {name: row for row, name in enumerate(inner_first)}
+    places: list[_Place] = []
+    sequences: list[tuple[int, int, int]] = []  # a rule, its first place, the place behind its last
+    for name in inner_first:
+        for sequence in grammar.rules[name]:
+            begin = len(places)
+            rest_is_empty = True
+            for item in reversed(sequence):
+                places.append(_Place(item, name, rest_is_empty))
+                rest_is_empty = rest_is_empty and _is_empty(item, empty)
+            places[begin:] = reversed(places[begin:])
+            sequences.append((rows[name], begin, len(places)))
+    if len(places) > MAX_ITEMS:
+        raise InvalidGrammar(f"the grammar has more than {MAX_ITEMS} items")
+    masks, kinds = _characters_of([place.item for place in places])
+    _Derivations(places, sequences, rows, masks, kinds, empty, _owners_first(places, rows)).check()
+
+
+def _with_own_copies(grammar: _Grammar) -> _Grammar:
+    """The same grammar with a copy of each small rule for each of its uses.
+
+    What follows a rule is counted for the worst of its uses, after every character anew; for the one `ws` that stands
+    everywhere that would be far too much.
+    """
+    copies = _Grammar()
+    names: list[tuple[str, str, dict[str, str]]] = [("root", "root", {})]
+    sizes: dict[str, int] = {}
+    shared = {"root"}
+    n_copies = 0
+    while names:
+        name, copy, outer = names.pop()
+        outer = outer | {name: copy} if outer or name not in shared else {}
+        alternatives: list[_Sequence] = []
+        for sequence in grammar.rules[name]:
+            items: _Sequence = []
+            for item in sequence:
+                if item.rule is not None:
+                    if item.rule in outer:
+                        target = outer[item.rule]
+                    elif (
+                        item.rule not in shared
+                        and (outer or n_copies < _MAX_COPIES)
+                        and _size(grammar, item.rule, sizes) <= _MAX_COPIED
+                    ):
+                        n_copies += 1
+                        target = f"{item.rule}\n{n_copies}"  # no name that a rule can have
+                        names.append((item.rule, target, outer))
+                    else:
+                        target = item.rule
+                        if target not in shared:
+                            shared.add(target)
+                            names.append((target, target, {}))
+                    item = replace(item, rule=target)
+                items.append(item)
+            alternatives.append(items)
+        copies.rules[copy] = alternatives
+    return copies
+
+
+def _size(grammar: _Grammar, name: str, sizes: dict[str, int]) -> int:
+    """The items and alternatives of a rule and of all that it refers to, counted only as far as it matters."""
+    if name not in sizes:
+        size = 0
+        pending = [(name, frozenset((name,)))]
+        while pending and size <= _MAX_COPIED:
+            inner, outer = pending.pop()
+            for sequence in grammar.rules[inner]:
+                size += 1 + len(sequence)
+                if size > _MAX_COPIED:
+                    break
+                pending += [
+                    (item.rule, outer | {item.rule})
+                    for item in sequence
+                    if item.rule is not None and item.rule not in outer
+                ]
+        sizes[name] = size
+    return sizes[name]
+
+
+def _characters_of(items: list[_Item]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of the characters that the grammar tells apart each item can begin with, and which are in each kind."""
+    ends = {end for item in items for low_high in item.ranges for end in low_high}
+    bounds = sorted(ends | set(range(_OTHER + 1)))  # every ASCII character, then stretches of the others
+    columns = {bound: column for column, bound in enumerate(bounds)}
+    if len(items) * len(bounds) > _MAX_UNMERGED:
+        raise InvalidGrammar(_TOO_MANY_POSITIONS)
+    masks = np.zeros((len(items), len(bounds)), np.bool_)
+    for row, item in zip(masks, items, strict=True):
+        for low, high in item.ranges:
+            row[columns[low] : columns[high]] = True
+        if item.inverted and item.first:
+            np.logical_not(row, out=row)
+    # Characters that stand in the same items are counted as one.
+    classes: dict[bytes, int] = {}
+    numbers = [classes.setdefault(column.tobytes(), len(classes)) for column in np.ascontiguousarray(masks.T)]
+    kinds = np.zeros((_N_KINDS, len(classes)), np.bool_)
+    merged = np.zeros((len(items), len(classes)), np.bool_)
+    for column, number in enumerate(numbers):
+        kinds[:, number] |= _KINDS[:, min(bounds[column], _OTHER)]
+        merged[:, number] = masks[:, column]
+    if merged.size > MAX_POSITIONS:
+        raise InvalidGrammar(_TOO_MANY_POSITIONS)
+    return merged, kinds
+
+
+def _owners_first(places: list[_Place], rows: dict[str, int]) -> list[int]:
+    """All rules, each behind those that can end where it ends, as far as recursion leaves such an order."""
+    owners: list[list[int]] = [[] for _ in rows]
+    for place in places:
+        if place.item.rule is not None and place.rest_is_empty:
+            owners[rows[place.item.rule]].append(rows[place.owner])
+    order: list[int] = []
+    seen: set[int] = set()
+    for start in range(len(rows)):
+        pending = [(start, iter(owners[start]))] if start not in seen else []
+        seen.add(start)
+        while pending:
+            row, left = pending[-1]
+            owner = next((owner for owner in left if owner not in seen), None)
+            if owner is None:
+                order.append(row)
+                pending.pop()
+            else:
+                seen.add(owner)
+                pending.append((owner, iter(owners[owner])))
+    return order
+
+
+class _Derivations:
+    """The steps for strings of each length, [kind of string, first character] for each rule and place."""
+
+    def __init__(
+        self,
+        places: list[_Place],
+        sequences: list[tuple[int, int, int]],
+        rows: dict[str, int],
+        masks: NDArray[np.bool_],
+        kinds: NDArray[np.bool_],
+        empty: set[str],
+        owners_first: list[int],
+    ) -> None:
+        self._places = places
+        self._sequences = sequences
+        self._owners_first = owners_first
+        self._masks = masks[:, None, :].astype(np.float32)
+        self._kinds = kinds
+        self._targets = [-1 if place.item.rule is None else rows[place.item.rule] for place in places]
+        self._owners = np.array([rows[place.owner] for place in places], np.intp)
+        self._rest_is_empty = np.array([place.rest_is_empty for place in places], np.bool_)
+        self._is_empty = [_is_empty(place.item, empty) for place in places]
+        # What may be empty stands at the beginning as often as it is repeated.
+        self._times = [place.item.maximum or 1 if place.item.rule in empty else 1 for place in places]
+        self._callers: list[list[int]] = [[] for _ in rows]
+        for index, target in enumerate(self._targets):
+            if target >= 0:
+                self._callers[target].append(index)
+        self._lengths = np.array([[1 + len(place.item.later)] * _N_KINDS for place in places])
+        self._derivable = np.array([_lengths_in_kinds(place.item.later) for place in places])
+        # What a string of each length costs behind each place: [length, place, kind].
+        self._after = np.zeros((_N_STEPS + 1, len(places), _N_KINDS), np.float32)
+        self._begin = self._follow = np.zeros((0, 0, 0), np.float32)
+
+    def check(self) -> None:
+        # llama.cpp prepares what comes behind each possible item before it knows whether the item matches at all, and
+        # compares everything that it has prepared with everything else.
+        ones = self._masks.max(axis=2, keepdims=True)
+        n_behind = self._sum_behind(ones)
+        work = self._sum_behind(ones * (1 + n_behind + n_behind**2 / _COMPARISONS_PER_STEP))[:, :, 0]
+        for n_steps in range(1, _N_STEPS + 1):
+            cost = self._cost_of_literals(n_steps, work)
+            behind = self._sum_behind(self._masks * cost[:, :, None])
+            self._after[n_steps] = (behind * self._kinds).max(axis=2)
+            worst = np.maximum(behind.max(axis=2), self._begin[self._owners].max(axis=2))
+            worst *= n_steps <= _LENGTHS
+            if worst.max() > MAX_DERIVATIONS:
+                owner = self._places[int(worst.max(axis=1).argmax())].owner
+                raise InvalidGrammar(
+                    f"{_title(owner)} can derive {n_steps} characters in more than "
+                    f"{MAX_DERIVATIONS} steps: too many alternatives or repetitions match the same characters"
+                )
+
+    def _sum_behind(self, items: _Counts) -> _Counts:
+        """The sum over the items that can come behind each place. Fills in those of places that refer to rules."""
+        self._compute_begin(items)
+        rest = self._compute_rest(items)
+        self._compute_follow(rest)
+        rest += self._follow[self._owners] * self._rest_is_empty[:, None, None]
+        return rest
+
+    def _cost_of_literals(self, n_steps: int, work: _Counts) -> _Counts:
+        """[place, kind]"""
+        lengths = self._lengths
+        left = np.maximum(n_steps - lengths, 0)
+        after = np.take_along_axis(self._after, left[None], axis=0)[0]
+        whole = (self._derivable == lengths) & (lengths <= n_steps)
+        cost: _Counts = np.where(whole, lengths + work + after, np.minimum(self._derivable, n_steps)).astype(np.float32)
+        return cost
+
+    def _compute_begin(self, items: _Counts) -> None:
+        """Fills in what rules begin with, and the items that refer to rules at beginnings."""
+        self._begin = np.zeros((len(self._callers), *items.shape[1:]), np.float32)
+        for rule, begin, end in self._sequences:  # inner rules come first
+            for index in range(begin, end):
+                target = self._targets[index]
+                if target >= 0:
+                    np.multiply(self._begin[target], self._times[index], out=items[index])
+                self._begin[rule] += items[index]
+                if not self._is_empty[index]:
+                    break
+
+    def _compute_rest(self, items: _Counts) -> _Counts:
+        """What can come behind each place before its rule ends."""
+        rest = np.zeros_like(items)
+        for _, begin, end in self._sequences:
+            suffix: _Counts | None = None
+            for index in range(end - 1, begin - 1, -1):
+                target = self._targets[index]
+                if target >= 0:
+                    np.multiply(self._begin[target], self._times[index], out=items[index])
+                if suffix is not None:
+                    rest[index] = suffix
+                item = self._places[index].item
+                if item.maximum != 1:
+                    if item.minimum == item.maximum:
+                        np.maximum(rest[index], items[index], out=rest[index])
+                    else:
+                        rest[index] += items[index]
+                suffix = items[index] if suffix is None or not self._is_empty[index] else suffix + items[index]
+        return rest
+
+    def _compute_follow(self, rest: _Counts) -> None:
+        """What can come behind each rule: the worst of its uses."""
+        self._follow = np.zeros_like(self._begin)
+        for _ in range(_ROUNDS):
+            for rule in self._owners_first:
+                for index in self._callers[rule]:
+                    behind = rest[index]
+                    if self._rest_is_empty[index]:
+                        behind = behind + self._follow[self._owners[index]]
+                    np.maximum(self._follow[rule], behind, out=self._follow[rule])
+
+
+def _lengths_in_kinds(later: bytearray) -> list[int]:
+    """How much of a literal is a string of each kind."""
+    if not later:
+        return [1] * _N_KINDS
+    inside = _KINDS[:, np.frombuffer(later, np.uint8)]
+    return [1 + (len(later) if row.all() else int(row.argmin())) for row in inside]
+
+
 def _title(name: str) -> str:
-    return "a group in brackets" if name.startswith("(") else f"the rule {name}"
+    return "a group in brackets" if name.startswith("(") else f"the rule {name.partition(chr(10))[0]}"
