@@ -1,8 +1,9 @@
 """How fast the engine is, and how much of the bare llama.cpp loop's speed it gives up.
 
 Each round measures the engine and, over a second context of the same model in the same process, a loop that does
-nothing but decode and sample. The two take turns, so that whatever else the machine does falls on both; what is
-reported is the median of the rounds and of the rounds' ratios. Absolute figures belong to the machine, ratios travel.
+nothing but decode and sample. The two take turns, also at being first, so that whatever else the machine does falls on
+both; what is reported is the median of the rounds and of the rounds' ratios. Absolute figures belong to the machine,
+ratios travel.
 """
 
 from __future__ import annotations
@@ -83,11 +84,16 @@ async def _measure(
     with_engine, without = [], []
     for number in range(rounds + 1):  # the first one warms up
         prompts = [_prompt(n_prompt, number * n_streams + stream, engine.info.n_vocab) for stream in range(n_streams)]
-        a = await _engine_rate(engine, sampling, prompts, n_decode)
-        b = await trio.to_thread.run_sync(partial(_bare_rate, model, context, sampling, prompts, n_decode))
+        rates: dict[bool, float] = {}
+        for is_engine in (number % 2 == 0, number % 2 == 1):  # whoever comes second finds the machine warmer
+            if is_engine:
+                rates[is_engine] = await _engine_rate(engine, sampling, prompts, n_decode)
+            else:
+                measure = partial(_bare_rate, model, context, sampling, prompts, n_decode)
+                rates[is_engine] = await trio.to_thread.run_sync(measure)
         if number:
-            with_engine.append(a)
-            without.append(b)
+            with_engine.append(rates[True])
+            without.append(rates[False])
     ratios = [a / b for a, b in zip(with_engine, without, strict=True)]
     return Measured(name, statistics.median(with_engine), statistics.median(without), statistics.median(ratios))
 
