@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import fspath
 from typing import Literal, TypeAlias
 
 KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -112,6 +112,3 @@ class EngineConfig:
             raise ValueError("max_backlog must be 1 or more")
         if not self.stall_timeout > 0:
             raise ValueError("stall_timeout must be more than 0 seconds")
-
-
-PathLikeStr: TypeAlias = "str | PathLike[str]"

@@ -14,6 +14,8 @@ from typing import Any
 
 from trio_runner.errors import InvalidRequest
 
+MAX_TEXT_BYTES = 4 << 20
+"""Bytes of one prompt or content, which are refused before they are tokenised: that takes seconds per megabyte."""
 MAX_STOP_STRINGS = 64
 MAX_STOP_BYTES = 1024
 MAX_LOGIT_BIAS = 1024

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import trio
 
 from trio_runner.config import EngineConfig, ModelConfig
-from trio_runner.engine.engine import open_engine
+from trio_runner.engine.engine import leaves, open_engine
 from trio_runner.errors import EngineClosed, LoadError, RunnerError
 from trio_runner.server.serve import serve
 
@@ -153,7 +153,7 @@ def run_to_exit_code(main: Callable[[], Awaitable[int | None]], *, load_error: s
     try:
         code = trio.run(main)
     except* (RunnerError, ListenError) as group:
-        failures.extend(_leaves(group))
+        failures.extend(leaves(group))
     except* BrokenPipeError:
         code = 128 + signal.SIGPIPE  # what the shell reports of a program that has no opinion
     except* KeyboardInterrupt:
@@ -173,10 +173,3 @@ def explain(error: BaseException) -> str:
     if cause is not None and not isinstance(error, (LoadError, ListenError)) and str(cause) not in message:
         message += f": {explain(cause)}"
     return " ".join(message.split())
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    return leaves

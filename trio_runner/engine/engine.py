@@ -462,12 +462,12 @@ async def open_engine(
                 own = error
                 # A cancellation is for trio to sort out. Any other error goes around the nursery, which takes groups
                 # apart: who wrote `raise X` in the block expects this very X to come out of it.
-                if any(isinstance(leaf, trio.Cancelled) for leaf in _leaves(error)):
+                if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(error)):
                     raise
                 errors.append(error)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        errors += _leaves(group, own)
+        errors += leaves(group, own)
     if errors:
         raise _one_of(errors, own)
 
@@ -477,17 +477,17 @@ def _one_of(errors: list[BaseException], own: BaseException | None) -> BaseExcep
     failures = [error for error in errors if not isinstance(error, trio.Cancelled)]
     if not failures:
         return errors[0]
-    if len(failures) > 1 and own in failures and all(isinstance(leaf, EngineBroken) for leaf in _leaves(own)):
+    if len(failures) > 1 and own in failures and all(isinstance(leaf, EngineBroken) for leaf in leaves(own)):
         # A reader in the block has raised what the engine raises, too: that is one piece of news.
         failures.remove(own)
     return failures[0] if len(failures) == 1 else BaseExceptionGroup("the engine and the block failed", failures)
 
 
-def _leaves(error: BaseException | None, whole: BaseException | None = None) -> Iterator[BaseException]:
+def leaves(error: BaseException | None, whole: BaseException | None = None) -> Iterator[BaseException]:
     """The errors in `error`, which may be a group in groups; `whole` is not looked into."""
     if isinstance(error, BaseExceptionGroup) and error is not whole:
         for inside in error.exceptions:
-            yield from _leaves(inside, whole)
+            yield from leaves(inside, whole)
     elif error is not None:
         yield error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,7 @@ from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
 from trio_runner.llama.library import check, drain_log, last_error, native, read_text
 from trio_runner.llama.sampler import Sampler
-from trio_runner.request import SamplingParams
-
-MAX_TEXT_BYTES: Final = 4 << 20
-"""Text longer than this is refused before it is tokenised, which takes seconds per megabyte."""
+from trio_runner.request import MAX_TEXT_BYTES, SamplingParams
 
 
 class LoadProgress:

@@ -22,11 +22,8 @@ import numpy as np
 
 from trio_runner.errors import EngineBusy, InvalidRequest, RequestError, RunnerError, Unsupported
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.request import MAX_LOGPROBS, EmbedRequest, GenerateRequest, SamplingParams
+from trio_runner.request import MAX_LOGPROBS, MAX_TEXT_BYTES, EmbedRequest, GenerateRequest, SamplingParams
 from trio_runner.server.problems import Problem, problem, problem_text
-
-MAX_TEXT_BYTES = 4 << 20
-"""Bytes of one prompt; tokenising more would keep a core busy for longer than anybody waits."""
 
 NO_SEQUENCE = "Failed to create new sequence: "
 NO_SLOT = "Failed to load cache: no available cache slots"
