@@ -11,7 +11,7 @@ Everything happens in a cache outside the checkout, under one lock::
 
     <cache>/build/source/<sha256>/   llama.cpp, unpacked
     <cache>/build/<key>/native/      our native/ directory, copied, so that the path of the checkout does not matter
-    <cache>/build/<key>/cmake/       the CMake build directory
+    <cache>/build/<key>/cmake/       the CMake build directory; in its bin/ llama-server, if it was asked for
     <cache>/build/<key>/lib/         the finished libraries, stripped
     <cache>/build/<key>/log.txt      what pip, CMake, Ninja and the compilers said
     <cache>/build/<key>/binding-*/   the cffi module
@@ -65,6 +65,14 @@ SOURCE_PARTS = (
     "tools/mtmd/",
     "vendor/",
     "licenses/",
+)
+SERVER_PARTS = (  # what llama-server needs besides; of its web page the empty template only
+    "common/",
+    "tools/server/",
+    "tools/ui/CMakeLists.txt",
+    "tools/ui/ui.cpp.in",
+    "tools/ui/ui.h.in",
+    "scripts/ui-assets.cmake",
 )
 STABLE_ABI = 0x030B0000  # Python 3.11, the oldest we support
 
@@ -416,15 +424,17 @@ def local_source() -> Path | None:
     return tree
 
 
-def ensure_source(pin: Pin, log: Path) -> Path:
-    """The pinned llama.cpp tree, fetched and unpacked if it is not there yet."""
+def ensure_source(pin: Pin, log: Path, parts: Sequence[str] = SOURCE_PARTS) -> Path:
+    """The pinned llama.cpp tree. Those of the parts that it has not got yet are fetched and put into it, each whole."""
     tree = cache_directory() / "build" / "source" / pin.sha256[:16]
-    if not tree.is_dir():
-        tree.parent.mkdir(parents=True, exist_ok=True)
+    if missing := [part for part in parts if not (tree / part).exists()]:
+        tree.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=tree.parent) as scratch:
-            archive = fetch(pin, Path(scratch), log)
-            unpack(archive, pin, Path(scratch) / "llama.cpp")
-            os.replace(Path(scratch) / "llama.cpp", tree)
+            unpacked = Path(scratch) / "llama.cpp"
+            unpack(fetch(pin, Path(scratch), log), pin, unpacked, missing)
+            for part in missing:
+                (tree / part).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(unpacked / part, tree / part)
     return tree
 
 
@@ -492,8 +502,8 @@ def fetch_error(pin: Pin, output: str, log: Path) -> BuildError:
     return BuildError(f"pip could not fetch {what}: {errors[-1]}; mend that, {instead}")
 
 
-def unpack(archive: Path, pin: Pin, target: Path) -> None:
-    """Checks the archive's hash and unpacks the part of llama.cpp the build needs. File times stay as they were."""
+def unpack(archive: Path, pin: Pin, target: Path, parts: Sequence[str] = SOURCE_PARTS) -> None:
+    """Checks the archive's hash and unpacks those parts of llama.cpp. File times stay as they were."""
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != pin.sha256:
@@ -501,7 +511,7 @@ def unpack(archive: Path, pin: Pin, target: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             _, _, name = member.name.partition("/vendor/llama.cpp/")
-            if not member.isfile() or not name.startswith(SOURCE_PARTS) or ".." in name.split("/"):
+            if not member.isfile() or not name.startswith(tuple(parts)) or ".." in name.split("/"):
                 continue
             content = tar.extractfile(member)
             assert content is not None
@@ -515,10 +525,11 @@ def unpack(archive: Path, pin: Pin, target: Path) -> None:
 # ---- libraries -------------------------------------------------------------------------------------------------------
 
 
-def build(selection: Selection, package: Path | None = None) -> list[Path]:
+def build(selection: Selection, package: Path | None = None, *, llama_server: bool = False) -> list[Path]:
     """Brings the libraries and the binding up to date in the cache and, if a package directory is given, in there.
 
-    Returns the files of the package directory that it answers for. Raises BuildError.
+    `llama_server` builds that program too, in the cache only. Returns the files of the package directory that it
+    answers for. Raises BuildError.
     """
     if os.name != "posix":
         raise BuildError("building is supported on Linux and macOS; on Windows, build inside WSL")
@@ -539,10 +550,12 @@ def build(selection: Selection, package: Path | None = None) -> list[Path]:
             sync(NATIVE, tree / "native", ("*.h", "*.cpp", "CMakeLists.txt"))
             inputs = digest(directory_state(tree / "native"), selection.options, selection.targets, str(source))
             state = tree / "built.json"
-            if source is not None or not state.exists() or state.read_text("utf-8") != inputs:
+            if llama_server or source is not None or not state.exists() or state.read_text("utf-8") != inputs:
                 state.unlink(missing_ok=True)
                 tools = BuildTools.find(tree / "configured.json")
-                compile_libraries(tree, source or ensure_source(pin, log), pin, selection, compilers, tools, log)
+                parts = SOURCE_PARTS + SERVER_PARTS * llama_server
+                tree_source = source or ensure_source(pin, log, parts)
+                compile_libraries(tree, tree_source, pin, selection, compilers, tools, log, llama_server=llama_server)
                 state.write_text(inputs, "utf-8")
             binding = build_binding(tree, compilers, log)
             return install(tree, selection, binding, package) if package else []
@@ -552,6 +565,11 @@ def build(selection: Selection, package: Path | None = None) -> list[Path]:
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise BuildError(f"cannot write {error.filename}: set TRIO_RUNNER_CACHE to a place you may") from error
         raise
+
+
+def where() -> Path:
+    """The directory that holds this build."""
+    return cache_directory() / "build" / tree_key(Pin.read(), local_source(), Compilers.find())
 
 
 def tree_key(pin: Pin, source: Path | None, compilers: Compilers) -> str:
@@ -591,7 +609,15 @@ def sync(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
 
 def compile_libraries(
-    tree: Path, source: Path, pin: Pin, selection: Selection, compilers: Compilers, tools: BuildTools, log: Path
+    tree: Path,
+    source: Path,
+    pin: Pin,
+    selection: Selection,
+    compilers: Compilers,
+    tools: BuildTools,
+    log: Path,
+    *,
+    llama_server: bool,
 ) -> None:
     """Runs CMake if its arguments changed, then Ninja, then puts stripped copies into the tree's lib directory."""
     build_directory = tree / "cmake"
@@ -603,6 +629,8 @@ def compile_libraries(
         "CMAKE_MAKE_PROGRAM": tools.ninja,
     }
     command = [tools.cmake, "-S", str(tree / "native"), "-B", str(build_directory), "-G", "Ninja"]
+    if llama_server:  # never OFF: once there, CMake keeps it, and a build without it leaves what is compiled alone
+        options["TRIO_LLAMA_SERVER"] = "ON"
     command += [f"-D{name}={value}" for name, value in options.items()]
     command += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     configured = tree / "configured.json"
@@ -617,6 +645,7 @@ def compile_libraries(
         configured.write_text(state, "utf-8")
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(default_jobs())
     command = [tools.ninja, "-C", str(build_directory), f"-j{jobs}", *selection.targets]
+    command += ["llama-server"] * llama_server
     status, output = run(command, log, Progress("compiling"), os.environ | {"NINJA_STATUS": "[%f/%t] "})
     if status != 0:
         raise explain("compiling", output, log)
@@ -650,6 +679,11 @@ def stage(tree: Path, source: Path, selection: Selection) -> None:
     text = "".join(f"==== {notice.relative_to(source)} ====\n\n{notice.read_text('utf-8')}\n" for notice in notices)
     if not (lib / "LICENSES").exists() or (lib / "LICENSES").read_text("utf-8") != text:
         (lib / "LICENSES").write_text(text, "utf-8")
+
+
+def llama_server_path(tree: Path) -> Path:
+    """Where the program is built: beside the libraries and plugins it loads, which are those that `stage` copies."""
+    return tree / "cmake" / "bin" / "llama-server"
 
 
 def library(directory: Path, name: str) -> Path:
@@ -854,6 +888,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--inplace", action="store_true", help="copy the result into trio_runner/, to run from the checkout"
     )
+    parser.add_argument(
+        "--llama-server",
+        action="store_true",
+        help="also build llama.cpp's own server on these very libraries, to compare with, and print its path; "
+        "it stays in the cache",
+    )
     parser.add_argument("--fetch-only", action="store_true", help="only fetch and unpack llama.cpp")
     parser.add_argument("--where", action="store_true", help="print the directory that holds this build, build nothing")
     options = parser.parse_args(arguments)
@@ -863,15 +903,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         selection = selection_from_environment()
         cache = cache_directory() / "build"
         if options.where:
-            print(cache / tree_key(Pin.read(), local_source(), Compilers.find()))
+            print(where())
         elif options.fetch_only:
             with locked(cache / "lock"):
                 require_space(cache, 0.3)
-                print(local_source() or ensure_source(Pin.read(), cache / "fetch.txt"))
+                parts = SOURCE_PARTS + SERVER_PARTS * options.llama_server
+                print(local_source() or ensure_source(Pin.read(), cache / "fetch.txt", parts))
         else:
             started = time.monotonic()
-            build(selection, PACKAGE if options.inplace else None)
+            build(selection, PACKAGE if options.inplace else None, llama_server=options.llama_server)
             say(f"up to date after {time.monotonic() - started:.1f} s")
+            if options.llama_server:
+                print(llama_server_path(where()))
     except BuildError as error:
         say(str(error))
         return 1

@@ -125,7 +125,8 @@ def test_a_hook_ends_with_the_line_and_no_traceback() -> None:
 
 def test_the_help_names_every_option() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
-    for word in ("--backends", "--cpu-variants", "--inplace", "--fetch-only", "--where", "vulkan", "TRIO_RUNNER_CACHE"):
+    options = ("--backends", "--cpu-variants", "--inplace", "--llama-server", "--fetch-only", "--where")
+    for word in (*options, "vulkan", "TRIO_RUNNER_CACHE"):
         assert word in done.stdout
 
 
@@ -230,7 +231,8 @@ def archive(path: Path, files: dict[str, bytes]) -> Pin:
     return Pin("some-package", "1.0", sha256, "abc", "their_backend.build")
 
 
-def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("server", [False, True])
+def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(tmp_path: Path, server: bool) -> None:
     top = "some_package-1.0/vendor/llama.cpp/"
     pin = archive(
         tmp_path / "some_package-1.0.tar.gz",
@@ -238,14 +240,18 @@ def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(tmp_path: Pat
             top + "include/llama.h": b"yes",
             top + "tools/mtmd/mtmd.h": b"yes",
             top + "models/vocabulary.gguf": b"no",
-            top + "tools/server/server.cpp": b"no",
+            top + "tools/server/server.cpp": b"only for the server",
+            top + "tools/ui/ui.cpp.in": b"only for the server",
+            top + "tools/ui/src/app.html": b"no",
             top + "src/../../../../escaped": b"no",
             "some_package-1.0/src/other.c": b"no",
         },
     )
-    build_llama.unpack(tmp_path / "some_package-1.0.tar.gz", pin, tmp_path / "out")
-    files = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert files == {Path("include/llama.h"), Path("tools/mtmd/mtmd.h")}
+    parts = build_llama.SOURCE_PARTS + build_llama.SERVER_PARTS * server
+    build_llama.unpack(tmp_path / "some_package-1.0.tar.gz", pin, tmp_path / "out", parts)
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    of_server = {"tools/server/server.cpp", "tools/ui/ui.cpp.in"} if server else set()
+    assert files == {"include/llama.h", "tools/mtmd/mtmd.h"} | of_server
     assert (tmp_path / "out/include/llama.h").stat().st_mtime == 1_000_000_000
     assert not (tmp_path / "escaped").exists()
 
@@ -280,6 +286,25 @@ def test_pip_hands_over_the_archive_and_runs_nothing_of_it(index: Path, tmp_path
     pin = archive(index / "some_package-1.0.tar.gz", files)
     fetched = build_llama.fetch(pin, tmp_path, tmp_path / "log.txt")
     assert fetched.read_bytes() == (index / "some_package-1.0.tar.gz").read_bytes()
+
+
+def test_only_missing_parts_are_fetched(index: Path, tmp_path: Path) -> None:
+    top = "some_package-1.0/vendor/llama.cpp/"
+    files = {"some_package-1.0/pyproject.toml": BACKEND_THAT_MUST_NOT_RUN, "some_package-1.0/PKG-INFO": b""}
+    files |= {top + name: b"" for name in ("LICENSE", "tools/mtmd/mtmd.h", "tools/server/server.cpp")}
+    pin = archive(index / "some_package-1.0.tar.gz", files)
+    log = tmp_path / "log.txt"
+    library = ("LICENSE", "tools/mtmd/")
+    tree = build_llama.ensure_source(pin, log, library)
+    assert not (tree / "tools/server").exists()
+    kept = (tree / "tools/mtmd/mtmd.h").stat().st_ino
+    assert build_llama.ensure_source(pin, log, (*library, "tools/server/")) == tree
+    assert (tree / "tools/server/server.cpp").is_file()
+    assert (tree / "tools/mtmd/mtmd.h").stat().st_ino == kept
+    (index / "some_package-1.0.tar.gz").unlink()
+    for parts in (library, (*library, "tools/server/")):
+        assert build_llama.ensure_source(pin, log, parts) == tree
+    assert list(tree.parent.iterdir()) == [tree]
 
 
 def test_pip_refuses_another_hash(index: Path, tmp_path: Path) -> None:
@@ -319,6 +344,15 @@ def test_pip_fails(complaint: str, line: str, tmp_path: Path, monkeypatch: pytes
 # ---- libraries -------------------------------------------------------------------------------------------------------
 
 
+def fake_tools(directory: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Puts compilers, a CMake that makes its build directory and a Ninja first on PATH; `scripts` replace what the
+    latter two do."""
+    for name, text in {"cc": "1.0", "c++": "1.0", "cmake": "cmake version 3.25.1", "ninja": "1.11.1"}.items():
+        script = scripts.get(name, 'while [ "$1" != -B ]; do shift; done; mkdir -p "$2"')
+        program(directory / name, f'if [ "$1" = --version ]; then echo {text}; exit 0; fi; {script}')
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+
 @pytest.mark.parametrize(
     ("tool", "script", "line"),
     [
@@ -329,16 +363,29 @@ def test_pip_fails(complaint: str, line: str, tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_a_failing_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, script: str, line: str) -> None:
-    for name, text in {"cc": "1.0", "c++": "1.0", "cmake": "cmake version 3.25.1", "ninja": "1.11.1"}.items():
-        run = script if name == tool else 'while [ "$1" != -B ]; do shift; done; mkdir -p "$2"'
-        program(tmp_path / "bin" / name, f'if [ "$1" = --version ]; then echo {text}; exit 0; fi; {run}')
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    fake_tools(tmp_path / "bin", monkeypatch, **{tool: script})
     monkeypatch.setenv("TRIO_RUNNER_LLAMA_SOURCE", str(source_tree(tmp_path / "source")))
     with pytest.raises(BuildError, match=line) as caught:
         build_llama.build(Selection.parse())
     if "failed" in str(caught.value):
         log = Path(str(caught.value).partition("the whole log is ")[2].partition("\n")[0])
         assert script.split("'")[1] in log.read_text()
+
+
+def test_llama_server_is_one_more_target_in_the_tree_of_the_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tools(tmp_path / "bin", monkeypatch, ninja="exit 1")
+    monkeypatch.setenv("TRIO_RUNNER_LLAMA_SOURCE", str(source_tree(tmp_path / "source")))
+    log = build_llama.where() / "log.txt"
+    for llama_server in (True, False):
+        with pytest.raises(BuildError, match="failed while compiling"):
+            build_llama.build(Selection.parse(), llama_server=llama_server)
+        cmake, ninja = (line.split() for line in log.read_text().splitlines() if line.startswith("$ "))
+        assert ("-DTRIO_LLAMA_SERVER=ON" in cmake) == llama_server
+        assert ("llama-server" in ninja) == llama_server
+        log.unlink()
+    assert build_llama.llama_server_path(build_llama.where()).parent == log.parent / "cmake" / "bin"
 
 
 def test_the_key_covers_what_goes_into_every_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
