@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "error"]
+FinishReason: TypeAlias = Literal["stop", "length", "deadline", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ class Finished:
     """The last event of every generation that was not closed by its reader.
 
     `reason` is "stop" (end token or stop string), "length" (max_tokens, or a full context that may not shift),
-    or "error", in which case `error` says why and iteration raises it. `stop` is the stop string that matched.
+    "deadline" (the request's own has passed), or "error", in which case `error` says why and iteration raises it.
+    `stop` is the stop string that matched.
     """
 
     reason: FinishReason

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from trio_runner.errors import InvalidRequest
 
@@ -25,6 +25,10 @@ MAX_DRY_BREAKER_BYTES = 64
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_WINDOW = 1 << 20
 """Tokens a repetition penalty may look back; llama.cpp allocates the window at once."""
+
+MAX_DEADLINE = 86400 * 365.0
+"""Seconds."""
+Priority: TypeAlias = Literal["interactive", "background"]
 
 RANDOM_SEED = 0xFFFFFFFF
 """The seed that means "choose one", as in llama.cpp."""
@@ -209,6 +213,11 @@ class GenerateRequest:
     """Read special tokens such as <|im_end|> in the prompt's text as what they are."""
     progress: bool = False
     """Send `PromptProgress` events."""
+    priority: Priority = "interactive"
+    """"background": interactive requests go first in the queue, and may take its slot; it goes on later, and loses
+    nothing of its text."""
+    deadline: float | None = None
+    """Seconds from the start of the request, waiting included, after which it ends with the text it has."""
 
     def __post_init__(self) -> None:
         _check_prompt("prompt", self.prompt)
@@ -222,6 +231,10 @@ class GenerateRequest:
             _check_text("stop", stop, MAX_STOP_BYTES)
         for name in ("cache_prompt", "shift", "truncate", "parse_special", "progress"):
             _check_bool(name, getattr(self, name))
+        if self.priority not in ("interactive", "background"):
+            raise InvalidRequest('priority must be "interactive" or "background"', param="priority")
+        if self.deadline is not None:
+            _check_number("deadline", self.deadline, 0.001, MAX_DEADLINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,8 @@ class Batch:
 
     chunks: tuple[Chunk, ...]
     embeddings: bool = False
+    number: int = 0
+    """Its name to whoever wants to break it off; no two batches of a context that are not empty share one."""
 
     @property
     def n_rows(self) -> int:

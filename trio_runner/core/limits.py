@@ -14,6 +14,12 @@ class Limits:
     """Positions one slot can hold."""
     max_rows: int
     """Rows of one batch."""
+    n_embed_slots: int = 0
+    """Further slots, numbered from `n_slots` on, that only embeddings use: they wait for no generation and push nothing
+    out of the prompt cache. All of them together hold `max_rows` positions."""
+    embeds_last_row: bool = False
+    """The vector of a text is that of its last row: the rows before it may go in any batches. False: all rows of a text
+    must be in the one batch that makes its vector."""
     has_memory: bool = True
     """False: nothing stays in the KV cache between steps, as in BERT; only embeddings are possible."""
     can_trim: bool = True

@@ -24,6 +24,8 @@ class SequenceSpec:
     shift: bool = True
     embedding: bool = False
     """Wanted is the vector of the prompt, not a continuation."""
+    background: bool = False
+    """Others go first, and may take its slot for a while."""
     progress: bool = False
     logprobs: bool = False
 

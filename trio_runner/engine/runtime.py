@@ -61,7 +61,7 @@ class Model(Protocol):
 
 
 class Context(Protocol):
-    """The KV cache and what computes on it. Belongs to one thread, except `raise_abort`."""
+    """The KV cache and what computes on it. Belongs to one thread, except `abort`."""
 
     @property
     def limits(self) -> Limits: ...
@@ -76,10 +76,9 @@ class Context(Protocol):
         """Run one batch and sample its outputs with the samplers of their uids. Raises `NativeError` when the
         context cannot be used any more; everything else is an outcome."""
 
-    def raise_abort(self) -> None:
-        """Make the running `decode`, or the next, return ABORTED soon. From any thread; never blocks."""
-
-    def lower_abort(self) -> None: ...
+    def abort(self, number: int) -> None:
+        """Make `decode` of the batch of this number, running or yet to start, return ABORTED soon; a batch of any other
+        number is not touched. Only the latest call counts. From any thread; never blocks."""
 
     def close(self) -> None:
         """Free it. Idempotent."""

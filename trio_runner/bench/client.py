@@ -1,0 +1,273 @@
+"""One request on one socket: what is sent, when the client leaves and how, and when each byte came.
+
+Moments are `time.perf_counter()`, taken before anything is parsed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+import h11
+import trio
+
+from trio_runner.bench.dialects import Ask, Choice, Dialect, Message, Total
+
+Farewell: TypeAlias = Literal["fin", "reset"]
+
+_RECEIVE_SIZE = 1 << 16
+
+
+class Refused(Exception):
+    """The server answered `status` instead of what was asked for."""
+
+    def __init__(self, status: int, text: str, retry_after: str | None) -> None:
+        super().__init__(f"{status}: {' '.join(text.split())[:200]}")
+        self.status = status
+        self.retry_after = retry_after
+
+
+class CutShort(Exception):
+    """The answer ended in an error or too early."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    status: int
+    headers: dict[str, str]
+
+
+class Connection:
+    """A connection to a server, for one request after the other. Use it as a context manager, or `close` it."""
+
+    def __init__(self, sock: trio.socket.SocketType, address: Address) -> None:
+        self._sock = sock
+        self._host = str(address)
+        self._http = h11.Connection(h11.CLIENT)
+
+    @classmethod
+    async def open(cls, address: Address, *, receive_buffer: int | None = None) -> Connection:
+        """Connect; a small `receive_buffer` makes the server feel soon that nobody reads. Raises OSError."""
+        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, target = found[0]
+        sock = trio.socket.socket(family, kind, protocol)
+        try:
+            if receive_buffer is not None:  # before connecting, for the window to be small from the start
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await sock.connect(target)
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock, address)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def encode(self, method: str, path: str, fields: Mapping[str, Any] | None = None) -> bytes:
+        """The bytes of the next request, for `send`, whole or in part."""
+        if self._http.our_state is h11.DONE:
+            self._http.start_next_cycle()
+        body = b"" if fields is None else json.dumps(fields).encode()
+        headers = [("Host", self._host), ("Accept", "*/*")]
+        if fields is not None:
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        events = h11.Request(method=method, target=path, headers=headers), h11.Data(data=body), h11.EndOfMessage()
+        return b"".join(self._http.send(event) or b"" for event in events)
+
+    async def send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[await self._sock.send(view) :]
+
+    async def head(self) -> Head:
+        """The head of the answer. Raises `CutShort` if there is none."""
+        while True:
+            event = self._http.next_event()
+            if isinstance(event, h11.Response):
+                headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in event.headers}
+                return Head(event.status_code, headers)
+            if event is h11.NEED_DATA:
+                await self._receive()
+            elif isinstance(event, h11.ConnectionClosed):
+                raise CutShort("no answer")
+
+    async def body(self) -> tuple[float, bytes] | None:
+        """All that came with the next receive, and its moment; None at the end of the answer. Raises `CutShort`."""
+        moment, parts = time.perf_counter(), list[bytes]()
+        while self._http.their_state is h11.SEND_BODY:
+            try:
+                event = self._http.next_event()
+            except h11.RemoteProtocolError as error:
+                raise CutShort(str(error)) from error
+            if isinstance(event, h11.Data):
+                parts.append(bytes(event.data))
+            elif event is h11.NEED_DATA:
+                if parts:
+                    break
+                moment = await self._receive()
+        return (moment, b"".join(parts)) if parts else None
+
+    async def read(self) -> bytes:
+        """The rest of the answer."""
+        parts = []
+        while (part := await self.body()) is not None:
+            parts.append(part[1])
+        return b"".join(parts)
+
+    def leave(self, how: Farewell = "fin") -> float:
+        """Close, as a client does that goes away, and say when."""
+        if how == "reset":
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            self._drain()  # or the kernel turns the FIN into a RST
+        moment = time.perf_counter()
+        self._sock.close()
+        return moment
+
+    def close(self) -> None:
+        self._sock.close()
+
+    async def _receive(self) -> float:
+        try:
+            data = await self._sock.recv(_RECEIVE_SIZE)
+        except ConnectionError as error:
+            raise CutShort(str(error)) from error
+        moment = time.perf_counter()
+        try:
+            self._http.receive_data(data)
+        except h11.RemoteProtocolError as error:
+            raise CutShort(str(error)) from error
+        return moment
+
+    def _drain(self) -> None:
+        # trio's sockets cannot be read without waiting, but another one for the same connection can.
+        with socket.socket(fileno=os.dup(self._sock.fileno())) as same, contextlib.suppress(OSError):
+            while same.recv(_RECEIVE_SIZE, socket.MSG_DONTWAIT):
+                pass
+
+
+async def fetch(connection: Connection, method: str, path: str, fields: Mapping[str, Any] | None = None) -> Any:
+    """One exchange of JSON. Raises `Refused`, `CutShort`, and ValueError for an answer that is no JSON."""
+    await connection.send(connection.encode(method, path, fields))
+    head = await connection.head()
+    body = await connection.read()
+    if head.status != 200:
+        raise Refused(head.status, body.decode(errors="replace"), head.headers.get("retry-after"))
+    return json.loads(body)
+
+
+class Stream:
+    """A completion that was asked for: what came of it so far, and when."""
+
+    def __init__(self, connection: Connection, dialect: Dialect, ask: Ask) -> None:
+        self.asked = 0.0
+        """When the last byte of the request was about to be sent."""
+        self.moments: list[float] = []
+        """One for each piece of text."""
+        self.pieces: list[str] = []
+        self.choices: list[Choice] = []
+        self.total: Total | None = None
+        self._connection = connection
+        self._dialect = dialect
+        self._ask = ask
+        self._decoder = dialect.decoder()
+        self._answered = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from the request to the first piece. Raises IndexError before it."""
+        return self.moments[0] - self.asked
+
+    @property
+    def tokens_per_piece(self) -> float:
+        """More than 1 where the server held bytes back or sent several tokens at once; 1 if it does not say."""
+        if self.total is None or not self.total.completion_tokens or not self.pieces:
+            return 1.0
+        return self.total.completion_tokens / len(self.pieces)
+
+    async def send(self) -> None:
+        request = self._connection.encode("POST", self._dialect.path, self._dialect.body(self._ask))
+        self.asked = time.perf_counter()
+        await self._connection.send(request)
+
+    async def step(self) -> bool:
+        """Read what comes next; False at the end. Raises `Refused` and `CutShort`."""
+        if not self._answered:
+            head = await self._connection.head()
+            self._answered = True
+            if head.status != 200:
+                text = (await self._connection.read()).decode(errors="replace")
+                raise Refused(head.status, text, head.headers.get("retry-after"))
+        part = await self._connection.body()
+        if part is None:
+            self._take(time.perf_counter(), self._decoder.flush())
+            return False
+        moment, data = part
+        self._take(moment, self._decoder.push(data))
+        return True
+
+    async def read(self, n_pieces: int) -> None:
+        """Until there are so many pieces. Raises `CutShort` if the answer ends before."""
+        while len(self.pieces) < n_pieces:
+            if not await self.step() and len(self.pieces) < n_pieces:
+                raise CutShort(f"the stream ended after {len(self.pieces)} of {n_pieces} pieces")
+
+    async def finish(self) -> Stream:
+        """Until the end. Raises `CutShort` if it has no last message."""
+        while await self.step():
+            pass
+        if self.total is None and not self.pieces:
+            raise CutShort("the answer is empty")
+        return self
+
+    def leave(self, how: Farewell = "fin") -> float:
+        return self._connection.leave(how)
+
+    def _take(self, moment: float, messages: list[Message]) -> None:
+        for message in messages:
+            if message.error is not None:
+                raise CutShort(message.error)
+            if message.text:
+                self.pieces.append(message.text)
+                self.moments.append(moment)
+            self.choices += message.choices
+            if message.total is not None:
+                self.total = message.total
+
+
+@contextlib.asynccontextmanager
+async def asking(
+    address: Address, dialect: Dialect, ask: Ask, *, receive_buffer: int | None = None
+) -> AsyncIterator[Stream]:
+    """A completion on a connection of its own, asked for when the block begins, abandoned when it ends."""
+    with await Connection.open(address, receive_buffer=receive_buffer) as connection:
+        stream = Stream(connection, dialect, ask)
+        await stream.send()
+        yield stream

@@ -1,0 +1,63 @@
+"""Prompts with an exact number of tokens, all different from their first words on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from random import Random
+from typing import Final
+
+_WORDS: Final = (
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work government number night point home water room mother "
+    "area money story fact month lot right study book eye job word business issue side kind head house service friend "
+    "father power hour game line end member law car city community name president team minute idea body information "
+    "back parent face others level office door health person art war history party result change morning reason "
+    "research girl guy moment air teacher force education"
+).split()
+"""Common enough to be a token each, with the space before it, in nearly every large vocabulary."""
+
+_FILLERS: Final = (" a", " the", ".", "a", "!", " ", "0", "\n")
+"""For the last tokens, where a word would be too many."""
+
+Counter = Callable[[str], Awaitable[int]]
+"""The number of tokens that a server makes of a text."""
+
+
+class Prompts:
+    """Makes prompts; the same `random` gives the same ones to servers with the same vocabulary."""
+
+    def __init__(self, random: Random, count: Counter | None) -> None:
+        """Without `count`, a word counts as a token."""
+        self._random = random
+        self._count = count
+
+    async def make(self, n_tokens: int, *, prefix: str = "") -> str:
+        """A text of exactly `n_tokens` tokens that begins with `prefix`.
+
+        Raises ValueError if that cannot be had: the prefix is longer, or the vocabulary has no token short enough.
+        """
+        if self._count is None:
+            return prefix + self._words(n_tokens - len(prefix.split()))
+        n_prefix = await self._count(prefix) if prefix else 0
+        words = [f" {self._random.choice(_WORDS)}" for _ in range(n_tokens - n_prefix)]
+        while words and (n := await self._count(prefix + "".join(words))) > n_tokens:
+            n_excess = (n - n_tokens) * len(words) // max(n - n_prefix, 1)
+            del words[len(words) - max(n_excess, 1) :]
+        return await self._fill(prefix + "".join(words), n_tokens, self._count)
+
+    def _words(self, n_words: int) -> str:
+        return "".join(f" {self._random.choice(_WORDS)}" for _ in range(n_words))
+
+    async def _fill(self, text: str, n_tokens: int, count: Counter) -> str:
+        n = await count(text) if text else 0
+        while n < n_tokens:
+            for filler in _FILLERS:
+                n_longer = await count(text + filler)
+                if n < n_longer <= n_tokens:
+                    text, n = text + filler, n_longer
+                    break
+            else:
+                raise ValueError(f"no prompt of {n_tokens} tokens: stuck at {n}")
+        if n > n_tokens:
+            raise ValueError(f"no prompt of {n_tokens} tokens: its beginning has {n}")
+        return text

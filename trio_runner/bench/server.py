@@ -1,0 +1,230 @@
+"""A server that is measured: what it is, how it is asked, and what it says about itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias
+from urllib.parse import urlsplit
+
+import trio
+
+from trio_runner.bench.client import Address, Connection, CutShort, Refused, Stream, asking, fetch
+from trio_runner.bench.dialects import DIALECTS, Ask, Dialect, DialectName, Runner
+from trio_runner.bench.processes import listener
+
+Statistics: TypeAlias = Mapping[str, Any]
+
+DEFAULT_SLOTS: Final = 4
+POLL_SECONDS: Final = 0.002
+READY_SECONDS: Final = 120.0
+QUIET_SECONDS: Final = 60.0
+
+_ENDS: Final = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<end_of_turn>",
+    "<eos>",
+    "</s>",
+    "<|end|>",
+    "<|return|>",
+)
+"""What ends a text in one vocabulary or another."""
+
+
+class Unavailable(Exception):
+    """The server cannot do what a scenario needs; the message says what, for the reader of the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """`slots` requests run at once; `pid` is its process, if that is on this machine and known."""
+
+    url: str
+    address: Address
+    dialect: Dialect
+    slots: int
+    pid: int | None = None
+
+    def asking(self, ask: Ask, *, receive_buffer: int | None = None) -> AbstractAsyncContextManager[Stream]:
+        return asking(self.address, self.dialect, ask, receive_buffer=receive_buffer)
+
+    async def complete(self, ask: Ask) -> Stream:
+        """The whole answer."""
+        async with self.asking(ask) as stream:
+            return await stream.finish()
+
+    async def get(self, path: str) -> Any:
+        """Raises as `fetch`, and OSError."""
+        with await Connection.open(self.address) as connection:
+            return await fetch(connection, "GET", path)
+
+    async def post(self, path: str, fields: Mapping[str, Any]) -> Any:
+        """Raises as `fetch`, and OSError."""
+        with await Connection.open(self.address) as connection:
+            return await fetch(connection, "POST", path, fields)
+
+    async def count_tokens(self, text: str) -> int:
+        return len((await self.post("/tokenize", {"content": text, "add_special": True}))["tokens"])
+
+    async def quiet(self) -> None:
+        """Wait until nothing runs and nothing waits, as far as the server can tell.
+
+        Raises `Unavailable` if that takes a minute.
+        """
+        with trio.move_on_after(QUIET_SECONDS):
+            if isinstance(self.dialect, Runner):
+                async with watching(self) as watch:
+                    if await watch.look() is not None:
+                        await watch.until(_is_quiet)
+                        return
+            elif await _try(self.get, "/slots") is not None:
+                while any(slot["is_processing"] for slot in await self.get("/slots")):  # noqa: ASYNC110
+                    await trio.sleep(10 * POLL_SECONDS)
+                return
+            # It does not tell: as many requests as there are slots get through when there is nothing before them.
+            async with trio.open_nursery() as nursery:
+                for _ in range(self.slots):
+                    nursery.start_soon(self.complete, Ask(prompt=" the", max_tokens=1))
+            return
+        raise Unavailable(f"still busy after {QUIET_SECONDS:g} s")
+
+
+def _is_quiet(statistics: Statistics) -> bool:
+    return not statistics["running"] and not statistics["waiting"] and not statistics.get("generations")
+
+
+class Watch:
+    """Looks at /statistics over one connection, again and again."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._connection: Connection | None = None
+
+    async def look(self) -> Statistics | None:
+        """None if the server has no such thing."""
+        for _ in range(2):  # the server may have closed a connection that was idle
+            if self._connection is None:
+                self._connection = await Connection.open(self._address)
+            try:
+                statistics: Statistics = await fetch(self._connection, "GET", "/statistics")
+            except Refused:
+                return None
+            except (CutShort, OSError):
+                self.close()
+            else:
+                return statistics
+        return None
+
+    async def until(self, condition: Callable[[Statistics], bool]) -> float:
+        """The moment at which the server was first seen in a state that meets `condition`.
+
+        Raises `Unavailable` if there are no statistics, or after `QUIET_SECONDS`.
+        """
+        with trio.move_on_after(QUIET_SECONDS):
+            while (statistics := await self.look()) is not None:
+                moment = time.perf_counter()
+                if condition(statistics):
+                    return moment
+                await trio.sleep(POLL_SECONDS)
+            raise Unavailable("no /statistics")
+        raise Unavailable(f"not within {QUIET_SECONDS:g} s")
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+@asynccontextmanager
+async def watching(server: Server) -> AsyncIterator[Watch]:
+    watch = Watch(server.address)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+# ---- getting acquainted ----------------------------------------------------------------------------------------------
+
+
+async def meet(
+    url: str, dialect: DialectName | None = None, *, slots: int | None = None, pid: int | None = None
+) -> Server:
+    """The server at `url`, once it is ready; what is not given is found out by asking.
+
+    Raises ValueError for a URL that is none, and `Unavailable` if nothing answers there or it is not recognised.
+    """
+    parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"{url}: expected http://HOST:PORT")
+    address = Address(parts.hostname, parts.port or 80)
+    server = Server(f"http://{address}", address, DIALECTS[dialect or "openai"](), slots or DEFAULT_SLOTS, pid)
+    await _wait_ready(server)
+    props = await _try(server.get, "/props")
+    health = await _try(server.get, "/health")
+    models = await _try(server.get, "/v1/models")
+    if dialect is None:
+        if isinstance(props, dict) and "total_slots" in props:
+            dialect = "llama"
+        elif isinstance(health, dict) and "progress" in health:
+            dialect = "runner"
+        elif isinstance(models, dict) and "data" in models:
+            dialect = "openai"
+        else:
+            raise Unavailable(f"{url}: what it speaks is not recognised: name the dialect")
+    if slots is None:
+        statistics = await _try(server.get, "/statistics") or {}
+        told = statistics.get("slots") or (props or {}).get("total_slots")
+        slots = told if isinstance(told, int) else DEFAULT_SLOTS
+    model = str(models["data"][0]["id"]) if isinstance(models, dict) and models.get("data") else ""
+    forbidden = await _ends(server) if dialect == "runner" else ()
+    return replace(
+        server,
+        dialect=DIALECTS[dialect](forbidden=forbidden, model=model),
+        slots=slots,
+        pid=pid if pid is not None else await trio.to_thread.run_sync(listener, address.host, address.port),
+    )
+
+
+async def _wait_ready(server: Server) -> None:
+    """Until /health is not 503 and does not say that the model is loading."""
+    with trio.move_on_after(READY_SECONDS):
+        while True:
+            try:
+                health = await server.get("/health")
+            except Refused as refusal:
+                if refusal.status != 503:
+                    return
+            except ValueError:
+                return  # answers, if not in JSON
+            except (OSError, CutShort) as error:
+                raise Unavailable(f"{server.url}: {error}") from error
+            else:
+                if not isinstance(health, dict) or health.get("status") != "loading model":
+                    return
+            await trio.sleep(0.05)
+    raise Unavailable(f"{server.url}: not ready within {READY_SECONDS:g} s")
+
+
+async def _try(ask: Callable[..., Any], *arguments: object) -> Any:
+    """The answer, or None if it was not a good one."""
+    try:
+        return await ask(*arguments)
+    except (Refused, CutShort, ValueError):
+        return None
+
+
+async def _ends(server: Server) -> tuple[int, ...]:
+    """The tokens that end a text, of those texts that are one token."""
+    ends = set()
+    for text in _ENDS:
+        answer = await _try(server.post, "/tokenize", {"content": text, "add_special": False, "parse_special": True})
+        if answer and len(answer["tokens"]) == 1:
+            ends.add(answer["tokens"][0])
+    return tuple(sorted(ends))

@@ -1,0 +1,97 @@
+"""How soon and how fast: throughput, time to the first token, and gaps between tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from trio_runner.bench.client import Stream
+from trio_runner.bench.dialects import Ask
+from trio_runner.bench.figures import Measured, Metric, figures
+from trio_runner.bench.scenarios import MS, N_SHORT, Turn, complete_all, first_token, grown, running
+
+N_CLIENTS = 4
+"""Of those that share a prefix."""
+N_SUFFIX = 32
+
+
+async def throughput(turn: Turn) -> Measured:
+    """Tokens per second of all streams together, while all of them decode."""
+    measured = Measured()
+    for n_streams in turn.load.streams:
+        if n_streams > turn.server.slots:
+            measured.note(f"{n_streams} streams: the server has {turn.server.slots} slots")
+            continue
+        asks = [await turn.ask(N_SHORT, turn.load.tokens) for _ in range(n_streams)]
+        streams = await complete_all(turn.server, asks)
+        measured.add(Metric(f"{n_streams} streams" if n_streams > 1 else "1 stream", "tokens/s"), rate(streams))
+    return measured
+
+
+async def ttft(turn: Turn) -> Measured:
+    """Of an idle server: for prompts it has never seen, and for one it has just answered."""
+    measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
+    for n_prompt in (N_SHORT, n_long):
+        seconds = await first_token(server, await turn.ask(n_prompt, 1))
+        measured.add(Metric(f"cold, {n_prompt:,} tokens", "ms"), seconds * MS)
+    ask = await turn.ask(n_long, 1, reuse=True)
+    await server.complete(ask)
+    measured.add(Metric(f"warm, {n_long:,} tokens", "ms"), await first_token(server, ask) * MS)
+    return measured
+
+
+async def shared_prefix(turn: Turn) -> Measured:
+    """Several clients at once, whose prompts begin alike: who decodes the beginning?"""
+    measured, n_prefix = Measured(), turn.load.prefix
+    prefix = await turn.prompts.make(n_prefix)
+    prompts = [await turn.prompts.make(n_prefix + N_SUFFIX, prefix=prefix) for _ in range(N_CLIENTS)]
+    streams = await complete_all(turn.server, [Ask(prompt=prompt, max_tokens=1, reuse=True) for prompt in prompts])
+    title = f"{N_CLIENTS} clients, {n_prefix:,} of {n_prefix + N_SUFFIX:,} tokens shared"
+    measured.add(Metric(title, "ms"), *(stream.ttft * MS for stream in streams))
+    decoded = [stream.total.decoded_tokens for stream in streams if stream.total is not None]
+    if len(known := [n for n in decoded if n is not None]) == N_CLIENTS:
+        measured.add(Metric("prompt tokens decoded, in all", "tokens"), sum(known))
+    else:
+        measured.note("the server does not say how much of a prompt it found in its cache")
+    return measured
+
+
+async def gaps(turn: Turn) -> Measured:
+    """Between the tokens of running streams, undisturbed and while a long prompt arrives beside them."""
+    measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
+    n_streams = turn.beside(1)
+    alone = await first_token(server, await turn.ask(n_long, 1))
+    ask = await turn.ask(n_long, 1)
+    async with running(turn, n_streams) as streams:
+        started = max(stream.moments[-1] for stream in streams)
+        await grown(streams, turn.load.tokens)
+        undisturbed = list(_gaps(streams, started, min(stream.moments[-1] for stream in streams)))
+        long = await server.complete(ask)
+        await grown(streams, 1)
+        beside = list(_gaps(streams, long.asked, long.moments[0]))
+    calm = f"{n_streams} streams"
+    measured.add(Metric(f"{calm}, undisturbed", "ms"), *(gap * MS for gap in undisturbed))
+    measured.add(Metric(f"{calm}, beside a prompt of {n_long:,}", "ms"), *(gap * MS for gap in beside))
+    slowdown = figures(beside).p99 / figures(undisturbed).median
+    measured.add(Metric("p99 beside it / undisturbed median", "x"), slowdown)
+    measured.add(Metric("the prompt's first token, idle server", "ms"), alone * MS)
+    measured.add(Metric(f"the prompt's first token, beside {calm}", "ms"), long.ttft * MS)
+    measured.add(Metric("the prompt's first token, beside / idle", "x"), long.ttft / alone)
+    return measured
+
+
+def rate(streams: Sequence[Stream], started: float | None = None, ended: float | None = None) -> float:
+    """Tokens per second of all streams together, from when the last one began to when the first one ended, or between
+    the moments given."""
+    started = max(stream.moments[0] for stream in streams) if started is None else started
+    ended = min(stream.moments[-1] for stream in streams) if ended is None else ended
+    n_tokens = sum(
+        stream.tokens_per_piece * sum(started < moment <= ended for moment in stream.moments) for stream in streams
+    )
+    return n_tokens / (ended - started) if ended > started else 0.0
+
+
+def _gaps(streams: Sequence[Stream], started: float, ended: float) -> Iterator[float]:
+    """Those that end after `started` and begin before `ended`."""
+    for stream in streams:
+        yield from (after - before for before, after in pairwise(stream.moments) if after > started and before < ended)
