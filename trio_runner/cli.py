@@ -10,19 +10,21 @@ Heavy modules are imported where they are used, so that `--help` is quick and wo
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from trio_runner import __version__
 from trio_runner.config import KV_TYPES, POOLINGS, AdapterConfig, EngineConfig, ModelConfig
@@ -33,6 +35,7 @@ from trio_runner.request import GenerateRequest, SamplingParams
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from trio_runner.bench.dialects import DialectName
     from trio_runner.config import CachePolicy, FlashAttention, KvType, Pooling
     from trio_runner.engine.engine import Engine
 
@@ -576,20 +579,135 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
 
 
 @cli.command()
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of each prompt.")
+@click.option("--url", "urls", multiple=True, help="A server to drive; may be repeated. Without it, one is started.")
+@click.option(
+    "--dialect",
+    "dialects",
+    multiple=True,
+    type=click.Choice(["runner", "llama", "openai"]),
+    help="What the server speaks; one for each URL.  [default: found out]",
+)
+@click.option("--pid", "pids", type=int, multiple=True, help="Its process; one for each URL.  [default: found out]")
+@click.option("--scenario", "scenarios", multiple=True, help='May be repeated; "list" lists them.  [default: all]')
+@click.option("--repeat", "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds of each.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of a long prompt.  [default: 1900; --bare: 512]")
 @click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Tokens per stream.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="The median is reported.")
+@click.option("--storm", type=click.IntRange(1), default=300, show_default=True, help="Connections of a storm.")
+@click.option(
+    "--cancellations", type=click.IntRange(1), default=100, show_default=True, help="Beside those that must not notice."
+)
+@click.option("--clients", type=click.IntRange(1), default=200, show_default=True, help="At once, in the overload.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write JSON; - for stdout.")
+@click.option("--markdown", "markdown_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a table.")
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw a picture.")
+@click.option("--bare", is_flag=True, help="Instead: the engine beside a bare llama.cpp loop, in this process.")
 @engine_options
-def bench(options: EngineOptions, /, prompt_tokens: int, max_tokens: int, rounds: int) -> int:
-    """Measure prefill and decoding in tokens per second, beside a bare llama.cpp loop in the same process."""
+def bench(
+    options: EngineOptions,
+    /,
+    urls: tuple[str, ...],
+    dialects: tuple[DialectName, ...],
+    pids: tuple[int, ...],
+    scenarios: tuple[str, ...],
+    repeat: int,
+    prompt_tokens: int | None,
+    max_tokens: int,
+    storm: int,
+    cancellations: int,
+    clients: int,
+    seed: int,
+    json_file: str | None,
+    markdown_file: Path | None,
+    plot_file: Path | None,
+    bare: bool,
+) -> int:
+    """Measure what the clients of a server feel: how soon, how fast, and what happens when they go away.
+
+    Each scenario is repeated; of two servers, the rounds alternate, and the last column is first over second. Without
+    --url, a server with the options of `serve` is started for the time of the measurement.
+    """
     set_up_logging(options.verbose)
+    if bare:
+        return _bench_bare(options, n_prompt=prompt_tokens or 512, n_tokens=max_tokens, rounds=repeat)
+
+    from rich.console import Console
+
+    from trio_runner.bench import peers, report
+    from trio_runner.bench.rounds import SCENARIOS, Outcome, run_rounds
+    from trio_runner.bench.scenarios import Load
+    from trio_runner.bench.server import meet, parse_url
+    from trio_runner.service import run_to_exit_code, until_signal
+
+    if scenarios == ("list",):
+        for name, scenario in SCENARIOS.items():
+            summary = " ".join((scenario.__doc__ or "").split())
+            click.echo(f"{name:<16}{summary}")
+        return 0
+    if unknown := set(scenarios) - set(SCENARIOS):
+        raise click.UsageError(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    for given, of_each in ((dialects, "--dialect"), (pids, "--pid")):
+        if given and len(given) != len(urls):
+            raise click.UsageError(f"{of_each} must be given once for each --url, or not at all")
+    try:
+        for url in urls:
+            parse_url(url)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException(report.NO_MATPLOTLIB)
+    arguments = [] if urls else _serve_arguments(options)
+    load = Load(tokens=max_tokens, storm=storm, cancellations=cancellations, clients=clients)
+    if prompt_tokens is not None:
+        load = dataclasses.replace(load, long_prompt=prompt_tokens, prefix=max(prompt_tokens * 15 // 19, 1))
+    errors = Console(stderr=True)
+
+    def tell(outcomes: list[Outcome]) -> None:
+        if json_file is not None:
+            document = report.document(outcomes, seed=seed, repeat=repeat, load=load)
+            with click.open_file(json_file, "w") as file:
+                json.dump(document, file, indent=1)
+                file.write("\n")
+        if markdown_file is not None:
+            markdown_file.write_text(report.markdown(outcomes))
+        if plot_file is not None:
+            report.plot(outcomes, plot_file)
+        if json_file != "-":
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            console.print(report.table(outcomes))
+            for remark in report.remarks(outcomes):
+                console.print(remark, markup=False, highlight=False, soft_wrap=True)
+            console.print(f"seed {seed}", highlight=False)
+
+    async def measure() -> None:
+        async with AsyncExitStack() as stack:
+            asked: list[tuple[str, DialectName | None, int | None]] = [
+                (url, dialects[i] if dialects else None, pids[i] if pids else None) for i, url in enumerate(urls)
+            ]
+            with errors.status("starting") as status:
+                if not urls:
+                    url, pid = await stack.enter_async_context(peers.own_server(arguments))
+                    asked = [(url, "runner", pid)]
+                servers = [await meet(url, dialect, slots=options.slots, pid=pid) for url, dialect, pid in asked]
+                outcomes = await run_rounds(
+                    servers, scenarios or list(SCENARIOS), repeat=repeat, seed=seed, load=load, progress=status.update
+                )
+        tell(outcomes)
+
+    async def interruptible() -> int:
+        return await until_signal(measure)
+
+    return run_to_exit_code(interruptible)
+
+
+def _bench_bare(options: EngineOptions, *, n_prompt: int, n_tokens: int, rounds: int) -> int:
     configs = options.configs(slots=EngineConfig().slots)
 
-    from trio_runner.bench import run_bench
+    from trio_runner.bench.bare import run_bench
     from trio_runner.service import run_to_exit_code, until_signal
 
     async def measure() -> None:
-        measured = await run_bench(*configs, n_prompt=prompt_tokens, n_tokens=max_tokens, rounds=rounds)
+        measured = await run_bench(*configs, n_prompt=n_prompt, n_tokens=n_tokens, rounds=rounds)
         click.echo(f"{'tokens per second':<20} {'engine':>10} {'bare loop':>10} {'ratio':>7}")
         for row in measured:
             click.echo(f"{row.name:<20} {row.engine:>10.1f} {row.bare:>10.1f} {row.ratio:>7.3f}")
@@ -598,6 +716,26 @@ def bench(options: EngineOptions, /, prompt_tokens: int, max_tokens: int, rounds
         return await until_signal(measure)
 
     return run_to_exit_code(interruptible)
+
+
+def _serve_arguments(options: EngineOptions) -> list[str]:
+    """What was asked of the engine, for the command line of `serve`; the model as a path. Raises as `configs`."""
+    model, _ = options.configs(slots=EngineConfig().slots)
+    arguments = [f"--model={model.path}"]
+    context = click.get_current_context()
+    fields = {field.name for field in dataclasses.fields(EngineOptions)} - {"model", "offline", "verbose"}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in fields or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        flag, value = parameter.opts[0], getattr(options, name)
+        if isinstance(value, bool):
+            arguments.append(flag if value else parameter.secondary_opts[0])
+        elif name == "lora":
+            arguments += [f"{flag}={adapter.path}:{adapter.scale}" for adapter in value]
+        else:
+            arguments.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return arguments
 
 
 @cli.command()

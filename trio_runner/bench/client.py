@@ -184,7 +184,8 @@ class Stream:
 
     def __init__(self, connection: Connection, dialect: Dialect, ask: Ask) -> None:
         self.asked = 0.0
-        """When the last byte of the request was about to be sent."""
+        """When the request was about to be sent."""
+        self.ended: float | None = None
         self.moments: list[float] = []
         """One for each piece of text."""
         self.pieces: list[str] = []
@@ -201,9 +202,18 @@ class Stream:
         return "".join(self.pieces)
 
     @property
+    def first(self) -> float:
+        """The moment of the first piece; of the end, if all that was sampled is half a character. Raises `CutShort`."""
+        if self.moments:
+            return self.moments[0]
+        if self.ended is None:
+            raise CutShort("no text came")
+        return self.ended
+
+    @property
     def ttft(self) -> float:
-        """Seconds from the request to the first piece. Raises IndexError before it."""
-        return self.moments[0] - self.asked
+        """Seconds from the request to the first piece. Raises `CutShort` if there is none."""
+        return self.first - self.asked
 
     @property
     def tokens_per_piece(self) -> float:
@@ -227,7 +237,8 @@ class Stream:
                 raise Refused(head.status, text, head.headers.get("retry-after"))
         part = await self._connection.body()
         if part is None:
-            self._take(time.perf_counter(), self._decoder.flush())
+            self.ended = time.perf_counter()
+            self._take(self.ended, self._decoder.flush())
             return False
         moment, data = part
         self._take(moment, self._decoder.push(data))

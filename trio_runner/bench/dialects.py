@@ -99,7 +99,7 @@ class Dialect(ABC):
 
     name: ClassVar[DialectName]
     path: ClassVar[str]
-    streams_only: ClassVar[bool] = False
+    embedding_path: ClassVar[str] = "/embedding"
 
     def __init__(self, *, forbidden: Sequence[int] = (), model: str = "") -> None:
         self.forbidden = tuple(forbidden)
@@ -113,6 +113,10 @@ class Dialect(ABC):
     def message(self, fields: Mapping[str, Any]) -> Message:
         """One JSON object of the answer."""
 
+    def embedding_body(self, text: str) -> dict[str, Any]:
+        """The fields of the request to `embedding_path`."""
+        return {"content": text}
+
     def decoder(self) -> Decoder:
         return Decoder(self)
 
@@ -120,7 +124,6 @@ class Dialect(ABC):
 class Runner(Dialect):
     name = "runner"
     path = "/completion"
-    streams_only = True
 
     def body(self, ask: Ask) -> dict[str, Any]:
         return {
@@ -174,6 +177,7 @@ class Llama(Dialect):
 class OpenAI(Dialect):
     name = "openai"
     path = "/v1/completions"
+    embedding_path = "/v1/embeddings"
 
     def body(self, ask: Ask) -> dict[str, Any]:
         return {
@@ -202,6 +206,9 @@ class OpenAI(Dialect):
             decoded = prompt - cached if prompt is not None and cached is not None else None
             total = Total(prompt, decoded, usage.get("completion_tokens"))
         return Message(choices[0].get("text") or "", _openai_choices(choices[0].get("logprobs")), total)
+
+    def embedding_body(self, text: str) -> dict[str, Any]:
+        return {"model": self.model, "input": text}
 
 
 DIALECTS: Final[dict[DialectName, type[Dialect]]] = {kind.name: kind for kind in (Runner, Llama, OpenAI)}

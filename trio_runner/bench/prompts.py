@@ -6,14 +6,15 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Final
 
-_WORDS: Final = (
+_NOUNS: Final = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work government number night point home water room mother "
     "area money story fact month lot right study book eye job word business issue side kind head house service friend "
     "father power hour game line end member law car city community name president team minute idea body information "
     "back parent face others level office door health person art war history party result change morning reason "
     "research girl guy moment air teacher force education"
-).split()
+)
+_WORDS: Final = _NOUNS.split()
 """Common enough to be a token each, with the space before it, in nearly every large vocabulary."""
 
 _FILLERS: Final = (" a", " the", ".", "a", "!", " ", "0", "\n")

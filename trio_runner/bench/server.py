@@ -14,6 +14,7 @@ import trio
 from trio_runner.bench.client import Address, Connection, CutShort, Refused, Stream, asking, fetch
 from trio_runner.bench.dialects import DIALECTS, Ask, Dialect, DialectName, Runner
 from trio_runner.bench.processes import listener
+from trio_runner.errors import RunnerError
 
 Statistics: TypeAlias = Mapping[str, Any]
 
@@ -37,8 +38,8 @@ _ENDS: Final = (
 """What ends a text in one vocabulary or another."""
 
 
-class Unavailable(Exception):
-    """The server cannot do what a scenario needs; the message says what, for the reader of the table."""
+class Unavailable(RunnerError):
+    """A server that is measured cannot do what is needed; the message says what, for the reader of the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Server:
     dialect: Dialect
     slots: int
     pid: int | None = None
+    tokenizes: bool = True
+    """Whether it has /tokenize."""
 
     def asking(self, ask: Ask, *, receive_buffer: int | None = None) -> AbstractAsyncContextManager[Stream]:
         return asking(self.address, self.dialect, ask, receive_buffer=receive_buffer)
@@ -153,17 +156,22 @@ async def watching(server: Server) -> AsyncIterator[Watch]:
 # ---- getting acquainted ----------------------------------------------------------------------------------------------
 
 
+def parse_url(url: str) -> Address:
+    """Raises ValueError if `url` is not http://HOST:PORT."""
+    parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"{url} is not http://HOST:PORT")
+    return Address(parts.hostname, parts.port or 80)
+
+
 async def meet(
     url: str, dialect: DialectName | None = None, *, slots: int | None = None, pid: int | None = None
 ) -> Server:
     """The server at `url`, once it is ready; what is not given is found out by asking.
 
-    Raises ValueError for a URL that is none, and `Unavailable` if nothing answers there or it is not recognised.
+    Raises as `parse_url`, and `Unavailable` if nothing answers there or it is not recognised.
     """
-    parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
-        raise ValueError(f"{url}: expected http://HOST:PORT")
-    address = Address(parts.hostname, parts.port or 80)
+    address = parse_url(url)
     server = Server(f"http://{address}", address, DIALECTS[dialect or "openai"](), slots or DEFAULT_SLOTS, pid)
     await _wait_ready(server)
     props = await _try(server.get, "/props")
@@ -184,11 +192,13 @@ async def meet(
         slots = told if isinstance(told, int) else DEFAULT_SLOTS
     model = str(models["data"][0]["id"]) if isinstance(models, dict) and models.get("data") else ""
     forbidden = await _ends(server) if dialect == "runner" else ()
+    tokenized = await _try(server.post, "/tokenize", {"content": "a"})
     return replace(
         server,
         dialect=DIALECTS[dialect](forbidden=forbidden, model=model),
         slots=slots,
         pid=pid if pid is not None else await trio.to_thread.run_sync(listener, address.host, address.port),
+        tokenizes=isinstance(tokenized, dict) and "tokens" in tokenized,
     )
 
 

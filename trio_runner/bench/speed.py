@@ -68,7 +68,7 @@ async def gaps(turn: Turn) -> Measured:
         undisturbed = list(_gaps(streams, started, min(stream.moments[-1] for stream in streams)))
         long = await server.complete(ask)
         await grown(streams, 1)
-        beside = list(_gaps(streams, long.asked, long.moments[0]))
+        beside = list(_gaps(streams, long.asked, long.first))
     calm = f"{n_streams} streams"
     measured.add(Metric(f"{calm}, undisturbed", "ms"), *(gap * MS for gap in undisturbed))
     measured.add(Metric(f"{calm}, beside a prompt of {n_long:,}", "ms"), *(gap * MS for gap in beside))

@@ -1,0 +1,73 @@
+"""A server of our own, as a child that does not outlive us."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from trio_runner.bench.server import Unavailable
+
+KILL_SECONDS: Final = 5.0
+
+_LISTENING: Final = re.compile(rb"listening on (http://\S+)")
+
+
+@asynccontextmanager
+async def own_server(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]:
+    """`trio-runner serve` with these arguments on a free port: its URL and process. Raises `Unavailable` if it ends.
+
+    It is in a session of its own, so that Ctrl-C reaches us first.
+    """
+    command = [sys.executable, "-m", "trio_runner", "serve", "--port", "0", "--drain-timeout", "0", *arguments]
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert process.stderr is not None
+        log = _Log(process.stderr)
+        url = await log.url()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(log.swallow)
+            yield url, process.pid
+            nursery.cancel_scope.cancel()
+    finally:
+        await _end(process)
+
+
+class _Log:
+    """What the child says; somebody has to listen, or it blocks."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+
+    async def url(self) -> str:
+        said = b""
+        async for data in self._stream:
+            said += data
+            if (found := _LISTENING.search(said)) and said.endswith(b"\n"):
+                return found[1].decode()
+        lines = deque(said.decode(errors="replace").splitlines(), maxlen=1)
+        raise Unavailable("the server did not start: " + (lines[0] if lines else "it said nothing"))
+
+    async def swallow(self) -> None:
+        async for _ in self._stream:
+            pass
+
+
+async def _end(process: trio.Process) -> None:
+    with trio.CancelScope(shield=True):
+        process.terminate()
+        with trio.move_on_after(KILL_SECONDS):
+            await process.wait()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        if process.stderr is not None:
+            await process.stderr.aclose()
