@@ -94,30 +94,25 @@ class Wanting:
     pending: Sequence[int]
     decoding: bool
     """The prompt is done: the one pending token is the one sampled last."""
+    output: bool = True
+    """The last pending row is to be sampled."""
 
 
-PREFILL_ROWS_BESIDE_DECODING = 128
-"""Rows of prompts in a batch that also decodes: every stream's next token waits for the whole batch. Fewer rows make
-prefill slower by little (3 % from 512 to 128 on a CPU), and the streams smoother by much (three times)."""
-
-
-def plan_batch(wanting: Iterable[Wanting], max_rows: int) -> Batch:
-    """Fill one batch of at most `max_rows` rows.
+def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int, number: int = 0) -> Batch:
+    """Fill one batch of at most `max_rows` rows, `prompt_rows` of them for prompts.
 
     Sequences that decode come first, one row each, so that no prompt of another delays their next token by more than
-    this one step, which is kept short for them. What is left of the batch is dealt to the prompts in equal shares, in
-    the order given; what a short prompt leaves of its share goes to the others. Where sequences outnumber rows the
-    first ones get a row each, whatever they do: whoever gives the order in turns starves nobody. `wanting` is not
-    mutated.
+    this one step. What is left is dealt to the prompts in equal shares, in the order given; what a short prompt leaves
+    of its share goes to the others. Where sequences outnumber rows the first ones get a row each: whoever gives the
+    order in turns starves nobody. `wanting` is not mutated.
     """
     decoding: list[Wanting] = []
     prefilling: list[Wanting] = []
     for want in islice(wanting, max_rows):
         (decoding if want.decoding else prefilling).append(want)
     chunks = [_chunk(want, 1) for want in decoding]
-    remain = max_rows - len(chunks)
-    if decoding:
-        remain = min(remain, max(PREFILL_ROWS_BESIDE_DECODING, len(prefilling)))
+    remain = min(max_rows - len(chunks), prompt_rows)
+    del prefilling[remain:]
     # Shortest first, so that one pass settles what each leaves over; the batch itself keeps the given order.
     shares: dict[int, int] = {}
     for n_served, want in enumerate(sorted(prefilling, key=lambda want: len(want.pending))):
@@ -125,9 +120,9 @@ def plan_batch(wanting: Iterable[Wanting], max_rows: int) -> Batch:
         shares[want.uid] = share
         remain -= share
     chunks += [_chunk(want, shares[want.uid]) for want in prefilling]
-    return Batch(tuple(chunks))
+    return Batch(tuple(chunks), number=number)
 
 
 def _chunk(want: Wanting, n_rows: int) -> Chunk:
     tokens = tuple(want.pending[:n_rows])
-    return Chunk(want.uid, want.slot, want.start, tokens, output=n_rows == len(want.pending))
+    return Chunk(want.uid, want.slot, want.start, tokens, output=want.output and n_rows == len(want.pending))

@@ -14,7 +14,7 @@ class Limits:
     """Positions one slot can hold."""
     max_rows: int
     """Rows of one batch."""
-    n_embed_slots: int = 0
+    n_embed_slots: int = 1
     """Further slots, numbered from `n_slots` on, that only embeddings use: they wait for no generation and push nothing
     out of the prompt cache. All of them together hold `max_rows` positions."""
     embeds_last_row: bool = False

@@ -7,6 +7,10 @@ The scheduler never sees a context. `next_step` returns a value; whoever has a c
     result = context.decode(step.batch, ...)
     events = scheduler.commit(step.batch, result)
 
+A sequence waits, runs in a slot, and ends. Running, it is given rows in every batch, except while its reader is behind
+(paused), while another one decodes the start of the same prompt (it follows), or while work of another kind has its
+turn. A background sequence may be put back to wait, with all it has, when an interactive one needs its slot.
+
 Edits count as done once `next_step` returned them. Rows count only once they are committed: a batch may be thrown away
 instead, and planned anew.
 
@@ -21,13 +25,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from trio_runner.config import CachePolicy
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult, Wanting, plan_batch
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp, Trim
+from trio_runner.core.pace import Pace
+from trio_runner.core.prompt import common_prefix
 from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason
 from trio_runner.core.shift import n_discard, shift_ops
-from trio_runner.core.slots import SlotPool
+from trio_runner.core.slots import Slot, SlotPool
 from trio_runner.errors import NativeError
 from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
 
@@ -45,33 +50,51 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStatistics:
-    """How full the scheduler is, for people and metrics."""
+    """How full the scheduler is, and what it has done so far, for people and metrics."""
 
     n_waiting: int = 0
     n_running: int = 0
     n_paused: int = 0
+    n_preempted: int = 0
+    """Waiting, but have been running before."""
     n_cached_tokens: int = 0
     """Positions of all slots that hold something, in use or kept for the next prompt."""
+    n_batches: int = 0
+    n_aborted: int = 0
+    """Batches that were broken off."""
+    n_prompt_rows: int = 0
+    """Rows of prompts that were decoded."""
+    n_sampled: int = 0
+
+
+MIN_FOLLOW = 32
+"""Tokens that another sequence must spare a prompt to be worth waiting for."""
 
 
 class Scheduler:
     """Continuous batching over the slots of one context. Not thread-safe; knows no clock."""
 
-    def __init__(self, limits: Limits, *, cache_policy: CachePolicy = "longest") -> None:
+    def __init__(self, limits: Limits, step_target: float | None = None) -> None:
+        """`step_target`: see `EngineConfig.step_target`."""
         self._limits = limits
-        self._pool = SlotPool(limits, cache_policy)
-        self._waiting: dict[int, SequenceSpec] = {}  # in the order they came
-        self._running: dict[int, Sequence] = {}
+        self._pool = SlotPool(limits)
+        self._pace = Pace(limits.max_rows, step_target)
+        self._waiting: dict[int, Sequence] = {}
+        self._running: dict[int, Sequence] = {}  # in the order in which they got their slots
         self._ops: list[MemoryOp] = []
         self._turn = 0
         self._embeddings_turn = False
-        # Rows and sequences that the next batch may have; fewer only while a batch that failed is being cut down.
+        self._was_aborted = False
+        # Rows that the next batch may have; fewer only while a batch that failed is being cut down.
         self._max_rows = limits.max_rows
+        self._crowded = False  # the KV cache was full: nobody gets a slot before somebody ends
         self._suspects: list[int] = []
+        self._n_batches = self._n_planned = self._n_aborted = self._n_prompt_rows = self._n_sampled = 0
 
     def submit(self, spec: SequenceSpec) -> None:
-        """Queue a sequence: first come, first served."""
-        self._waiting[spec.uid] = spec
+        """Queue a sequence. Interactive ones go before background ones, else first come, first served; embeddings
+        have slots of their own. Uids must rise."""
+        self._waiting[spec.uid] = Sequence(spec)
 
     def cancel(self, uid: int) -> None:
         """Forget a sequence, whatever it is doing; nothing more is said about it. Its slot keeps what was decoded,
@@ -81,22 +104,38 @@ class Scheduler:
         else:
             self._waiting.pop(uid, None)
 
+    def expire(self, uid: int) -> list[Emission]:
+        """End a sequence with what it has: its time is up. A uid that is not known (any more) is ignored."""
+        sequence = self._running.get(uid) or self._waiting.pop(uid, None)
+        if sequence is None:
+            return []
+        rest = sequence.text.flush()
+        return [*([] if rest is None else [(uid, rest)]), self._finish(sequence, "deadline")]
+
     def pause(self, uid: int) -> None:
-        """Give a sequence no more rows; it keeps its slot. A uid that is not running is ignored."""
-        if uid in self._running:
-            self._running[uid].paused = True
+        """Give a sequence no more rows; it keeps its slot. A uid that is not known is ignored."""
+        self._set_paused(uid, True)
 
     def resume(self, uid: int) -> None:
         """Undo `pause`."""
-        if uid in self._running:
-            self._running[uid].paused = False
+        self._set_paused(uid, False)
+
+    def _set_paused(self, uid: int, paused: bool) -> None:
+        sequence = self._running.get(uid) or self._waiting.get(uid)
+        if sequence is not None:
+            sequence.paused = paused
 
     def statistics(self) -> SchedulerStatistics:
         return SchedulerStatistics(
             n_waiting=len(self._waiting),
             n_running=len(self._running),
             n_paused=sum(sequence.paused for sequence in self._running.values()),
+            n_preempted=sum(sequence.started for sequence in self._waiting.values()),
             n_cached_tokens=sum(len(slot.tokens) for slot in self._pool.slots),
+            n_batches=self._n_batches,
+            n_aborted=self._n_aborted,
+            n_prompt_rows=self._n_prompt_rows,
+            n_sampled=self._n_sampled,
         )
 
     def next_step(self) -> Step | None:
@@ -110,7 +149,7 @@ class Scheduler:
         """This Trim was refused: the slot is emptied instead, and what it should hold is decoded again. The edits
         of the step that come after the refused one must still be carried out."""
         assert isinstance(op, Trim)
-        slot = self._pool.slots[op.slot]
+        slot = self._pool[op.slot]
         for sequence in self._running.values():
             if sequence.slot is slot:
                 self._start_over(sequence)
@@ -119,92 +158,183 @@ class Scheduler:
 
     def commit(self, batch: Batch, result: StepResult) -> list[Emission]:
         """Take what came of a batch. The events are in the order in which readers should get them."""
+        self._was_aborted = result.outcome is DecodeOutcome.ABORTED
         if result.outcome is DecodeOutcome.OK:
+            self._n_batches += 1
             self._max_rows = self._limits.max_rows
+            self._measure(batch, result.seconds)
             return list(self._commit_rows(batch, result))
         if result.outcome in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
             self._keep_finished_rows(batch, result)
         if result.outcome is DecodeOutcome.ABORTED:
+            self._n_aborted += 1
             return []
         if result.outcome is DecodeOutcome.NO_KV_SPACE and self._make_space():
             return []
         return list(self._fail_or_suspect(batch, result))
 
-    # -- planning ---------------------------------------------------------------------------------------------------
+    # -- admission --------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self._waiting:
-            spec = next(iter(self._waiting.values()))
-            acquired = self._pool.acquire(spec.prompt, cache_prompt=spec.cache_prompt and not spec.embedding)
+        while (sequence := self._first_waiting(embedding=True)) is not None:
+            embed_slot = self._pool.acquire_for_embedding(len(sequence.pending))
+            if embed_slot is None:
+                break
+            self._start(sequence, embed_slot)
+        while not self._crowded and (sequence := self._first_waiting(embedding=False)) is not None:
+            # What it held itself is its own, whatever the request says about the prompts of others.
+            reuse = sequence.spec.cache_prompt or sequence.started
+            acquired = self._pool.acquire(sequence.pending, reuse=reuse)
+            if acquired is None and not sequence.spec.background and self._preempt_background():
+                acquired = self._pool.acquire(sequence.pending, reuse=reuse)
             if acquired is None:
                 return
-            del self._waiting[spec.uid]
             slot, ops = acquired
             self._ops += ops
-            n_cached = len(slot.tokens)
-            self._running[spec.uid] = Sequence(spec, slot, list(spec.prompt[n_cached:]), n_cached)
+            self._start(sequence, slot)
+            if reuse:
+                self._follow(sequence)
+
+    def _first_waiting(self, *, embedding: bool) -> Sequence | None:
+        candidates = (
+            (sequence.spec.background, sequence.spec.uid)
+            for sequence in self._waiting.values()
+            if sequence.spec.embedding == embedding and not sequence.paused
+        )
+        first = min(candidates, default=None)
+        return None if first is None else self._waiting[first[1]]
+
+    def _start(self, sequence: Sequence, slot: Slot) -> None:
+        del self._waiting[sequence.spec.uid]
+        self._running[sequence.spec.uid] = sequence
+        sequence.slot = slot
+        del sequence.pending[: len(slot.tokens)]
+        if not sequence.started:
+            sequence.n_cached = len(slot.tokens)
+        sequence.started = True
+
+    def _preempt_background(self) -> bool:
+        """Take the slot of the background sequence that came last; False when there is none."""
+        uids = [uid for uid, sequence in self._running.items() if sequence.spec.background]
+        if uids:
+            self._preempt(self._running[max(uids)])
+        return bool(uids)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Let a running sequence wait, with all it has; what its slot holds stays as long as nobody takes it."""
+        slot = sequence.slot
+        sequence.pending[:0] = slot.tokens
+        sequence.slot, sequence.leader = Slot(-1), None
+        self._ops += self._pool.release(slot)
+        del self._running[sequence.spec.uid]
+        self._waiting[sequence.spec.uid] = sequence
+
+    def _follow(self, sequence: Sequence) -> None:
+        """Find a running sequence that will soon hold more of the start of this prompt than its own slot does."""
+        tokens = sequence.tokens
+        n_best = len(sequence.slot.tokens) + MIN_FOLLOW - 1
+        for other in self._running.values():
+            if other is sequence:
+                return  # the ones after it may follow it themselves
+            if other.paused or other.spec.embedding or not self._limits.can_trim or len(other.pending) == 1:
+                continue
+            n_common = min(common_prefix(other.tokens, tokens), len(tokens) - 1)
+            if n_common > n_best:
+                n_best = n_common
+                sequence.leader, sequence.n_follow = other, n_common
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        leader = sequence.leader
+        if leader is None:
+            return False
+        runs = self._running.get(leader.spec.uid) is leader and not leader.paused
+        if runs and len(leader.slot.tokens) < sequence.n_follow:
+            return True
+        sequence.leader = None
+        tokens = sequence.tokens
+        self._ops += self._pool.extend(sequence.slot, tokens)
+        sequence.pending = tokens[len(sequence.slot.tokens) :]
+        if not sequence.prompt_done:
+            sequence.n_cached = len(sequence.slot.tokens)
+        self._follow(sequence)
+        return sequence.leader is not None
+
+    # -- planning ---------------------------------------------------------------------------------------------------
 
     def _plan(self) -> Batch:
         ready = self._in_turn()
         if not ready:
             return Batch(())
-        embed = [sequence for sequence in ready if sequence.spec.embedding]
-        generate = [sequence for sequence in ready if not sequence.spec.embedding]
+        embed = [sequence for sequence in ready if self._wants_vector(sequence)]
+        others = [sequence for sequence in ready if not self._wants_vector(sequence)]
         # One batch computes either logits or vectors: where both are wanted they take turns.
-        self._embeddings_turn = bool(embed) and (not generate or not self._embeddings_turn)
-        return self._plan_embeddings(embed) if self._embeddings_turn else self._plan_tokens(generate)
+        self._embeddings_turn = bool(embed) and (not others or not self._embeddings_turn)
+        self._n_planned += 1
+        batch = self._plan_embeddings(embed) if self._embeddings_turn else self._plan_tokens(others)
+        self._turn += 1
+        for chunk in batch.chunks:
+            self._running[chunk.uid].last_turn = self._turn
+        return batch
 
     def _in_turn(self) -> list[Sequence]:
-        """The sequences that want rows, starting with another one each time; one alone while a failure is traced."""
+        """The sequences that want rows, who waited longest first; one alone while a failure is traced."""
         self._suspects = [uid for uid in self._suspects if uid in self._running]
-        ready = [sequence for sequence in self._running.values() if not sequence.paused]
+        ready = [
+            sequence
+            for sequence in self._running.values()
+            if not sequence.paused and not self._waits_for_leader(sequence)
+        ]
         suspects = [sequence for sequence in ready if sequence.spec.uid in self._suspects]
-        if suspects:
-            return suspects[:1]
-        if ready:
-            self._turn = (self._turn + 1) % len(ready)
-        return ready[self._turn :] + ready[: self._turn]
+        return suspects[:1] or sorted(ready, key=lambda sequence: sequence.last_turn)
+
+    def _wants_vector(self, sequence: Sequence) -> bool:
+        """The next rows of this sequence belong in an embeddings batch."""
+        return sequence.spec.embedding and (not self._limits.embeds_last_row or len(sequence.pending) == 1)
 
     def _plan_tokens(self, sequences: list[Sequence]) -> Batch:
         for sequence in sequences:
             if len(sequence.slot.tokens) + len(sequence.pending) > self._limits.n_ctx:
                 self._shift(sequence)
-        return plan_batch(
-            (
-                Wanting(
-                    sequence.spec.uid,
-                    sequence.slot.id,
-                    len(sequence.slot.tokens),
-                    sequence.pending,
-                    sequence.decoding,
-                )
-                for sequence in sequences
-            ),
-            self._max_rows,
-        )
+        wanting = [
+            Wanting(
+                sequence.spec.uid,
+                sequence.slot.id,
+                len(sequence.slot.tokens),
+                sequence.pending[:-1] if sequence.spec.embedding else sequence.pending,
+                sequence.decoding,
+                output=not sequence.spec.embedding,
+            )
+            for sequence in sequences
+        ]
+        n_decoding = sum(want.decoding for want in wanting)
+        prompt_rows = self._pace.prompt_rows(n_decoding, short=self._was_aborted)
+        return plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows, number=self._n_planned)
 
     def _plan_embeddings(self, sequences: list[Sequence]) -> Batch:
-        """Whole prompts only: pooling needs all rows of a sequence in one micro-batch."""
+        """All rows that a text has left, of as many texts as fit."""
         chunks: list[Chunk] = []
         remain = self._limits.max_rows
         for sequence in sequences:
             if len(sequence.pending) <= remain:
                 remain -= len(sequence.pending)
+                start = len(sequence.slot.tokens)
                 chunks.append(
-                    Chunk(sequence.spec.uid, sequence.slot.id, 0, tuple(sequence.pending), output=True),
+                    Chunk(sequence.spec.uid, sequence.slot.id, start, tuple(sequence.pending), output=True),
                 )
-        return Batch(tuple(chunks), embeddings=True)
+        return Batch(tuple(chunks), embeddings=True, number=self._n_planned)
 
     def _shift(self, sequence: Sequence) -> None:
         slot = sequence.slot
         n_held, n_keep = len(slot.tokens), sequence.spec.n_keep
         discard = n_discard(n_held, n_ctx=self._limits.n_ctx, n_keep=n_keep)
+        can_slide = self._limits.can_shift and self._limits.can_trim
+        trims = self._pool.unshare(slot, n_keep + discard) if can_slide else None
         del slot.tokens[n_keep : n_keep + discard]
-        if self._limits.can_shift and self._limits.can_trim and slot.n_shared <= n_keep + discard:
-            self._ops += shift_ops(slot.id, n_held, n_keep=n_keep, discard=discard)
-            slot.n_shared = min(slot.n_shared, n_keep)
-        else:
+        if trims is None:
             self._start_over(sequence)
+        else:
+            self._ops += [*trims, *shift_ops(slot.id, n_held, n_keep=n_keep, discard=discard)]
+            slot.n_shared = min(slot.n_shared, n_keep)
 
     def _start_over(self, sequence: Sequence) -> None:
         """Empty the slot and decode again all that it should hold."""
@@ -214,6 +344,12 @@ class Scheduler:
         self._ops.append(sequence.slot.trim(0))
 
     # -- results ----------------------------------------------------------------------------------------------------
+
+    def _measure(self, batch: Batch, seconds: float) -> None:
+        if not batch.embeddings:
+            sequences = (self._running.get(chunk.uid) for chunk in batch.chunks)
+            n_decoding = sum(sequence is not None and sequence.decoding for sequence in sequences)
+            self._pace.measured(n_decoding, batch.n_rows, seconds)
 
     def _commit_rows(self, batch: Batch, result: StepResult) -> Iterator[Emission]:
         for chunk in batch.chunks:
@@ -227,6 +363,7 @@ class Scheduler:
                 sequence.completion_seconds += result.seconds
             else:
                 sequence.prompt_seconds += result.seconds
+                self._n_prompt_rows += len(chunk.tokens)
             self._hold(sequence, chunk.tokens)
             if sequence.spec.progress and not was_decoding:
                 n_done = len(sequence.spec.prompt) - len(sequence.pending)
@@ -238,6 +375,7 @@ class Scheduler:
                 self._release(sequence)
             else:
                 sequence.prompt_done = True
+                self._n_sampled += 1
                 yield from self._take(sequence, result.sampled[chunk.uid])
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Iterator[Emission]:
@@ -276,12 +414,13 @@ class Scheduler:
     def _keep_finished_rows(self, batch: Batch, result: StepResult) -> None:
         """Whole micro-batches of a batch that was broken off are in the KV cache: keep them, they cost time. A last
         row that was decoded but not sampled goes again, for its logits are gone."""
+        needs_all_rows = batch.embeddings and not self._limits.embeds_last_row
         for chunk in batch.chunks:
             sequence = self._running.get(chunk.uid)
             if sequence is None or not self._limits.has_memory:
                 continue
             n_held = result.kept.get(chunk.uid, 0)
-            if sequence.spec.embedding or not chunk.start <= n_held <= chunk.stop:
+            if needs_all_rows or not chunk.start <= n_held <= chunk.stop:
                 self._start_over(sequence)
                 continue
             self._hold(sequence, chunk.tokens[: n_held - chunk.start])
@@ -290,11 +429,19 @@ class Scheduler:
                 self._ops.append(sequence.slot.trim(n_held - 1))
 
     def _make_space(self) -> bool:
-        """The KV cache is full, which slots of fixed size should prevent: give up what idle slots hold, then try with
-        fewer rows. False when neither is left."""
+        """The KV cache is full, which slots of fixed size should prevent: give up what idle slots hold; then let one
+        sequence wait until another one ends; then try with fewer rows. False when none of it is left."""
         idle = [slot for slot in self._pool.slots if not slot.busy and slot.tokens]
         self._ops += [slot.trim(0) for slot in idle]
         if idle:
+            return True
+        generating = [sequence for sequence in self._running.values() if not sequence.spec.embedding]
+        if len(generating) > 1:
+            victim = max(generating, key=lambda sequence: (sequence.spec.background, sequence.spec.uid))
+            slot = victim.slot
+            self._preempt(victim)
+            self._ops.append(slot.trim(0))
+            self._crowded = True
             return True
         self._max_rows //= 2
         if self._max_rows:
@@ -320,5 +467,6 @@ class Scheduler:
         return sequence.spec.uid, finished
 
     def _release(self, sequence: Sequence) -> None:
-        del self._running[sequence.spec.uid]
-        self._pool.release(sequence.slot)
+        if self._running.pop(sequence.spec.uid, None) is not None:
+            self._ops += self._pool.release(sequence.slot)
+            self._crowded = False

@@ -30,27 +30,45 @@ class SequenceSpec:
     logprobs: bool = False
 
 
+def _no_slot() -> Slot:
+    return Slot(-1)
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The scheduler's side of a request. `slot` holds what is in the KV cache, `pending` what is to go there next."""
+    """The scheduler's side of a request. `slot` holds what is in the KV cache, `pending` what is to go there next; all
+    of it, while the sequence waits for a slot."""
 
     spec: SequenceSpec
-    slot: Slot
-    pending: list[int]
-    n_cached: int
+    pending: list[int] = field(init=False)
+    slot: Slot = field(default_factory=_no_slot)
+    n_cached: int = 0
+    started: bool = False
+    """It had a slot before."""
     prompt_done: bool = False
     paused: bool = False
+    leader: Sequence | None = None
+    """Another sequence that is decoding the start of the same prompt: this one waits for it to reach `n_follow`."""
+    n_follow: int = 0
+    last_turn: int = 0
+    """The step that last had rows of this sequence."""
     prompt_seconds: float = 0.0
     completion_seconds: float = 0.0
     text: GeneratedText = field(init=False)
 
     def __post_init__(self) -> None:
+        self.pending = list(self.spec.prompt)
         self.text = GeneratedText(self.spec.stop, keep_tokens=self.spec.logprobs)
 
     @property
     def decoding(self) -> bool:
         """The prompt is done and one sampled token waits to be decoded: the cheap, steady state."""
         return self.prompt_done and len(self.pending) == 1
+
+    @property
+    def tokens(self) -> list[int]:
+        """Everything that the next token depends on."""
+        return self.slot.tokens + self.pending
 
     @property
     def usage(self) -> Usage:

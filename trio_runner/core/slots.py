@@ -1,6 +1,7 @@
 """Slots: the lanes of the KV cache, and which of them a prompt takes so that least is decoded again.
 
-A slot remembers what its last sequence left in the KV cache. A prompt that starts the same way goes on from there.
+A slot remembers what its last sequence left in the KV cache. A prompt that starts the same way goes on from there: in
+that slot, or in another one that shares those positions, which costs no memory and no time.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trio_runner.config import CachePolicy
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Trim
 from trio_runner.core.prompt import common_prefix
@@ -35,69 +35,107 @@ class Slot:
 
 
 class SlotPool:
-    """All slots of one context. Policies as in `EngineConfig.cache_policy`."""
+    """All slots of one context."""
 
-    def __init__(self, limits: Limits, policy: CachePolicy = "longest") -> None:
+    def __init__(self, limits: Limits) -> None:
         self.slots = tuple(Slot(slot_id) for slot_id in range(limits.n_slots))
+        first = limits.n_slots
+        self.embed_slots = tuple(Slot(slot_id) for slot_id in range(first, first + limits.n_embed_slots))
         self._limits = limits
-        self._policy = policy
+        self._reserved: dict[int, int] = {}  # rows that each embedding slot in use may hold
         self._tick = 0
+
+    def __getitem__(self, slot_id: int) -> Slot:
+        return (*self.slots, *self.embed_slots)[slot_id]
 
     @property
     def n_busy(self) -> int:
-        return sum(slot.busy for slot in self.slots)
+        return sum(slot.busy for slot in (*self.slots, *self.embed_slots))
 
-    def acquire(self, prompt: Sequence[int], *, cache_prompt: bool) -> tuple[Slot, list[MemoryOp]] | None:
-        """Take a free slot for `prompt`; None when there is none.
+    def acquire(self, tokens: Sequence[int], *, reuse: bool) -> tuple[Slot, list[MemoryOp]] | None:
+        """Take a free slot for `tokens`; None when there is none. Without `reuse` it starts empty.
 
         Carrying out the returned edits makes the KV cache hold `slot.tokens`, which is now a proper prefix of
-        `prompt`: the last item is always left to decode, for without it there are no logits to sample from.
-        Mutates the slot taken, and of the one it is copied from `n_shared`.
+        `tokens`: the last one is always left to decode, for without it there are no logits to sample from.
+
+        The longest prefix that any slot holds, in use or not, is kept. A free slot that holds it is taken itself if
+        that forgets no more than giving up the slot left unused for longest would; else the latter forks the prefix.
         """
-        free = [slot for slot in self.slots if not slot.busy]
+        free = sorted((slot for slot in self.slots if not slot.busy), key=lambda slot: slot.last_used)
         if not free:
             return None
-        source, n_shared = self._longest(self.slots if self._forks else free, prompt) if cache_prompt else (None, 0)
-        if source is None:
-            slot = min(free, key=lambda slot: slot.last_used)
-        elif self._policy == "longest" or (not source.busy and n_shared == len(source.tokens)):
-            slot = source
-        else:
-            slot = min(free, key=lambda slot: slot.last_used)
-        n_kept = self._n_reusable(source, min(n_shared, len(prompt) - 1)) if source is not None else 0
-
+        n_kept = {slot: self._n_reusable(slot, tokens) if reuse else 0 for slot in self.slots}
+        slot = oldest = free[0]
+        source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
+        if not source.busy and n_kept[source] > 0:
+            n_lost, n_lost_oldest = (len(slot.tokens) - n_kept[slot] for slot in (source, oldest))
+            if n_lost <= n_lost_oldest or not self._limits.can_trim:
+                slot = source
         ops: list[MemoryOp] = []
-        n_own = n_kept if slot is source else 0
-        if n_own < len(slot.tokens):
-            ops.append(slot.trim(n_own))
-        if source is not None and n_own < n_kept:
-            ops.append(Copy(source.id, slot.id, n_kept))
-            slot.tokens = source.tokens[:n_kept]
-            slot.n_shared = n_kept
-            source.n_shared = max(source.n_shared, n_kept)
+        if n_kept[slot] < n_kept[source]:
+            ops += self._fork(source, slot, n_kept[source])
+        elif n_kept[slot] < len(slot.tokens):
+            ops.append(slot.trim(n_kept[slot]))
         slot.busy = True
         self._touch(slot)
         return slot, ops
 
-    def release(self, slot: Slot) -> None:
-        """Give a slot back. What it holds stays, for the next prompt that starts the same way."""
+    def extend(self, slot: Slot, tokens: Sequence[int]) -> list[MemoryOp]:
+        """Let a slot in use, which holds a prefix of `tokens`, hold the longest one that any other slot has now."""
+        n_kept, source = max(
+            ((self._n_reusable(other, tokens), other) for other in self.slots if other is not slot),
+            key=lambda pair: pair[0],
+            default=(0, slot),
+        )
+        return self._fork(source, slot, n_kept) if n_kept > len(slot.tokens) else []
+
+    def acquire_for_embedding(self, n_tokens: int) -> Slot | None:
+        """Take a slot for the embedding of a text; None while there is no slot, or no room, left."""
+        free = [slot for slot in self.embed_slots if not slot.busy]
+        if not free or sum(self._reserved.values()) + n_tokens > self._limits.max_rows:
+            return None
+        self._reserved[free[0].id] = n_tokens
+        free[0].busy = True
+        return free[0]
+
+    def release(self, slot: Slot) -> list[MemoryOp]:
+        """Give a slot back. What it holds stays, for the next prompt that starts the same way; except what was held
+        for an embedding."""
         slot.busy = False
         self._touch(slot)
+        if self._reserved.pop(slot.id, None) is None or not slot.tokens:
+            return []
+        return [slot.trim(0)]
 
-    @property
-    def _forks(self) -> bool:
-        return self._policy == "best" and self._limits.can_trim
+    def unshare(self, slot: Slot, start: int) -> list[MemoryOp] | None:
+        """Edits after which no other slot shares positions of `slot` from `start` on: slots that are free give them
+        up. None, and nothing changed, when a slot in use shares them."""
+        sharing = [
+            other
+            for other in self.slots
+            if other is not slot
+            and min(slot.n_shared, other.n_shared) > start
+            and common_prefix(slot.tokens, other.tokens) > start
+        ]
+        if any(other.busy for other in sharing):
+            return None
+        return [other.trim(start) for other in sharing]
 
-    def _longest(self, slots: Sequence[Slot], prompt: Sequence[int]) -> tuple[Slot, int]:
-        """The slot that shares the longest prefix; of equals the first, and a slot that need not be forked before
-        one that must."""
-        shared = [(common_prefix(slot.tokens, prompt), not slot.busy, -slot.id, slot) for slot in slots]
-        n_shared, _, _, slot = max(shared)
-        return slot, n_shared
+    def _n_reusable(self, slot: Slot, tokens: Sequence[int]) -> int:
+        """Recurrent state cannot go back to an earlier position, nor be copied in part: it can be used whole, in its
+        own slot, or not at all."""
+        n_kept = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
+        if self._limits.can_trim:
+            return n_kept
+        return n_kept if not slot.busy and n_kept == len(slot.tokens) else 0
 
-    def _n_reusable(self, source: Slot, n_kept: int) -> int:
-        """Recurrent state cannot go back to an earlier position: it can be used whole or not at all."""
-        return n_kept if self._limits.can_trim or n_kept == len(source.tokens) else 0
+    def _fork(self, source: Slot, target: Slot, n_tokens: int) -> list[MemoryOp]:
+        ops: list[MemoryOp] = [target.trim(0)] if target.tokens else []
+        ops.append(Copy(source.id, target.id, n_tokens))
+        target.tokens[:] = source.tokens[:n_tokens]
+        target.n_shared = n_tokens
+        source.n_shared = max(source.n_shared, n_tokens)
+        return ops
 
     def _touch(self, slot: Slot) -> None:
         self._tick += 1
