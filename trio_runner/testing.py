@@ -11,7 +11,6 @@ with an abort or with silent rubbish is an AssertionError here.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -125,16 +124,21 @@ class Interruption:
     n_rows: int = 0
 
 
+_BROKEN_OFF = frozenset({DecodeOutcome.ABORTED, DecodeOutcome.FATAL})
+
+
 class ToyContext:
-    """A KV cache of lists. `on_decode`, called before each batch, may wait, raise, or return an Interruption."""
+    """A KV cache of lists. `on_decode`, called before each batch, may wait, raise, or return an Interruption. A batch
+    whose number is, or meanwhile becomes, `aborted_number` is broken off before its first row, unless the hook knows
+    better."""
 
     def __init__(self, limits: Limits, *, on_decode: Callable[[Batch], Interruption | None] | None = None) -> None:
         self.limits = limits
         self.on_decode = on_decode
-        self.aborting = threading.Event()
+        self.aborted_number: int | None = None
         self.batches: list[Batch] = []
         self.closed = False
-        self._cells: list[list[_Cell]] = [[] for _ in range(limits.n_slots)]
+        self._cells: list[list[_Cell]] = [[] for _ in range(limits.n_slots + limits.n_embed_slots)]
 
     def held(self, slot: int) -> list[int]:
         """The tokens that `slot` holds. Raises AssertionError unless they are at positions 0, 1, 2, ..."""
@@ -157,6 +161,7 @@ class ToyContext:
             case Copy(source, target, end):
                 assert not self._cells[target], "the target of a copy must be empty"
                 assert end <= self.length(source), "a copy of what is not there"
+                assert max(source, target) < self.limits.n_slots, "nothing is shared with a lane for embeddings"
                 self._cells[target] = self._cells[source][:end]
             case Slide(slot, start, end, delta):
                 assert self.limits.can_shift, "this context cannot shift"
@@ -169,15 +174,14 @@ class ToyContext:
         assert not self.closed
         assert 0 < batch.n_rows <= self.limits.max_rows
         assert len({chunk.uid for chunk in batch.chunks}) == len(batch.chunks)
+        for chunk in batch.chunks:
+            self._check_lane(chunk, batch.embeddings)
         self.batches.append(batch)
         interruption = self.on_decode(batch) if self.on_decode else None
+        if interruption is None and batch.number == self.aborted_number:
+            interruption = Interruption(DecodeOutcome.ABORTED)
         if interruption is not None:
-            n_rows = interruption.n_rows
-            for chunk in batch.chunks:
-                self._hold(chunk, max(n_rows, 0))
-                n_rows -= len(chunk.tokens)
-            kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks}
-            return StepResult(interruption.outcome, {}, {}, kept)
+            return self._interrupt(batch, interruption)
         sampled: dict[int, Sampled] = {}
         vectors: dict[int, object] = {}
         for chunk in batch.chunks:
@@ -188,14 +192,28 @@ class ToyContext:
                 sampled[chunk.uid] = self._sample(tokens, samplers[chunk.uid])
         return StepResult(DecodeOutcome.OK, sampled, vectors, {}, seconds=0.001 * batch.n_rows)
 
-    def raise_abort(self) -> None:
-        self.aborting.set()
-
-    def lower_abort(self) -> None:
-        self.aborting.clear()
+    def abort(self, number: int) -> None:
+        self.aborted_number = number
 
     def close(self) -> None:
         self.closed = True
+
+    def _check_lane(self, chunk: Chunk, embeddings: bool) -> None:
+        if chunk.slot >= self.limits.n_slots:
+            assert embeddings == chunk.output, "a lane for embeddings makes vectors only, and only in their batches"
+        if embeddings:
+            assert chunk.output, "a batch of embeddings ends each of its texts"
+            assert self.limits.embeds_last_row or chunk.start == 0, "all rows of a text make its vector"
+
+    def _interrupt(self, batch: Batch, interruption: Interruption) -> StepResult:
+        n_rows = interruption.n_rows
+        for chunk in batch.chunks:
+            self._hold(chunk, max(n_rows, 0))
+            n_rows -= len(chunk.tokens)
+            if interruption.outcome in _BROKEN_OFF and not self.limits.can_trim:
+                self._cells[chunk.slot] = []  # recurrent state that was caught half-way is worth nothing
+        kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks}
+        return StepResult(interruption.outcome, {}, {}, kept)
 
     def _hold(self, chunk: Chunk, n_rows: int) -> list[int]:
         if not self.limits.has_memory:
@@ -203,6 +221,8 @@ class ToyContext:
         assert chunk.start == self.length(chunk.slot), "rows must follow what the slot holds"
         assert chunk.stop <= self.limits.n_ctx, "the slot is full"
         self._cells[chunk.slot] += [_Cell(chunk.start + i, token) for i, token in enumerate(chunk.tokens[:n_rows])]
+        n_embedding = sum(map(len, self._cells[self.limits.n_slots :]))
+        assert n_embedding <= self.limits.max_rows, "the lanes for embeddings are full"
         return self.held(chunk.slot)
 
     @staticmethod
@@ -245,7 +265,12 @@ class ToyLoader:
         if cancelled():
             raise EngineClosed("loading was cancelled")
         progress(1.0)
-        limits = Limits(n_slots=config.slots, n_ctx=config.context_length or 4096, max_rows=config.batch_size)
+        limits = Limits(
+            n_slots=config.slots,
+            n_ctx=config.context_length or 4096,
+            max_rows=config.batch_size,
+            n_embed_slots=config.slots,
+        )
         limits = replace(limits, **self.limits)  # type: ignore[arg-type]
         self.model = ToyModel()
         self.context = ToyContext(limits, on_decode=self.on_decode)

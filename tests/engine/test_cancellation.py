@@ -100,8 +100,8 @@ async def prefilling(toy: Toy) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def between_chunks(toy: Toy) -> AsyncIterator[Scene]:
-    """The chunk that runs is too small to be broken off; the next one must not come."""
-    async with _in_state(toy, {}, {"batch_size": 8}, keeps=16) as scene:
+    """The chunk that runs is small, but nobody else wants it; the next one must not come."""
+    async with _in_state(toy, {}, {"batch_size": 8}, keeps=16, is_broken_off=True) as scene:
         scene.gate.let()
         await scene.gate.reached(2)
         yield scene
@@ -109,7 +109,7 @@ async def between_chunks(toy: Toy) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def decoding(toy: Toy) -> AsyncIterator[Scene]:
-    async with _in_state(toy, {}, {}, keeps=N_PROMPT - 1) as scene:
+    async with _in_state(toy, {}, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
         scene.gate.let(5)
         await scene.gate.reached(6)
         yield scene
@@ -119,7 +119,7 @@ async def decoding(toy: Toy) -> AsyncIterator[Scene]:
 async def holding_back(toy: Toy) -> AsyncIterator[Scene]:
     """All its text so far may turn out to be the start of a stop string."""
     request = {"stop": toy_text(PROMPT, 10) + " and more"}
-    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1) as scene:
+    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
         scene.gate.let(5)
         await scene.gate.reached(6)
         assert scene.generation.receive_nowait() == []
@@ -141,7 +141,7 @@ async def paused(toy: Toy) -> AsyncIterator[Scene]:
 async def over(toy: Toy) -> AsyncIterator[Scene]:
     async with _in_state(toy, {"max_tokens": 5}, {}, keeps=N_PROMPT - 1) as scene:
         scene.gate.open()
-        await until(lambda: len(scene.gate.batches) == 5)
+        await until(lambda: len(scene.gate.batches) >= 5)
         await until_idle(scene.engine)
         yield scene
 
@@ -243,9 +243,9 @@ async def test_breaking_off_a_batch_changes_no_text_of_the_others(toy: Toy, n_ke
     one, other, third = prompts(3, 40)
 
     async def read(engine: Engine, prompt: str) -> None:
-        texts[prompt] = await engine.generate(prompt, max_tokens=40).collect()
+        texts[prompt] = await engine.generate(prompt, max_tokens=40, cache_prompt=False).collect()
 
-    async with toy.engine(slots=4) as engine, trio.open_nursery() as nursery:
+    async with toy.engine(slots=4, step_target=1) as engine, trio.open_nursery() as nursery:
         for prompt in (one, other):
             nursery.start_soon(read, engine, prompt)
         await until(lambda: engine.statistics().generations == 2)
@@ -395,16 +395,15 @@ async def test_a_list_of_embeddings_in_flight(toy: Toy, n_texts: int) -> None:
 # -- by chance --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache_policy", ["longest", "best"])
 @pytest.mark.parametrize("seed", range(12))
-async def test_who_stays_does_not_notice_who_goes(toy: Toy, seed: int, cache_policy: str) -> None:
+async def test_who_stays_does_not_notice_who_goes(toy: Toy, seed: int) -> None:
     """Readers come and go as a seed says, in a context that breaks off or refuses batches now and then."""
     chance = random.Random(seed)
     in_the_context = random.Random(seed)
 
     def interrupt(batch: Batch) -> Interruption | None:
         what = in_the_context.random()
-        if toy.context.aborting.is_set() or what < 0.1:
+        if toy.context.aborted_number == batch.number or what < 0.1:
             return Interruption(DecodeOutcome.ABORTED, in_the_context.randrange(batch.n_rows + 1))
         if what < 0.15:
             return Interruption(DecodeOutcome.NO_KV_SPACE)
@@ -430,7 +429,7 @@ async def test_who_stays_does_not_notice_who_goes(toy: Toy, seed: int, cache_pol
                     await trio.lowlevel.checkpoint()
                 scope.cancel()
 
-    async with toy.engine(slots=3, batch_size=32, cache_policy=cache_policy) as engine:
+    async with toy.engine(slots=3, batch_size=32) as engine:
         async with trio.open_nursery() as nursery:
             for prompt in stays:
                 nursery.start_soon(stay, engine, prompt)

@@ -150,9 +150,9 @@ async def test_whoever_reads_again_has_no_deadline_any_more(toy: Toy) -> None:
     toy.on_decode = gate
     async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         await until_paused(engine, generation, gate)
-        assert len(engine._paused_until) == 1
+        assert len(engine._stalled.moments) == 1
         generation.receive_nowait()
-        assert engine._paused_until == {}
+        assert engine._stalled.moments == {}
     await until_idle(engine)
 
 
@@ -162,11 +162,11 @@ async def test_every_event_that_a_slow_reader_takes_gives_it_more_time(toy: Toy)
     toy.on_decode = gate
     async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         await until_paused(engine, generation, gate)
-        (before,) = engine._paused_until.values()
+        (before,) = engine._stalled.moments.values()
         await until(lambda: trio.current_time() > before - engine.config.stall_timeout)
         await anext(generation)
         assert generation._paused
-        (after,) = engine._paused_until.values()
+        (after,) = engine._stalled.moments.values()
         assert after > before
     await until_idle(engine)
 
@@ -178,7 +178,7 @@ async def test_a_paused_reader_that_leaves_has_no_deadline_any_more(toy: Toy) ->
     async with toy.engine(max_backlog=8) as engine:
         async with engine.generate(prompt, max_tokens=N_TOKENS) as generation:
             await until_paused(engine, generation, gate)
-        assert engine._paused_until == {}
+        assert engine._stalled.moments == {}
         await until_idle(engine)
 
 
@@ -196,6 +196,6 @@ async def test_an_end_that_comes_while_it_is_paused_is_the_end(toy: Toy) -> None
             await until(lambda: generation._paused)
             gate.let()
             await until(lambda: engine.statistics().generations == 0)
-            assert engine._paused_until == {}
+            assert engine._stalled.moments == {}
             assert "".join([event.text async for event in generation]) == toy_text(prompt, 6)
         await until_idle(engine)

@@ -41,10 +41,10 @@ class Context(ToyContext):
     n_closed = 0
     n_aborts = 0
 
-    def raise_abort(self) -> None:
+    def abort(self, number: int) -> None:
         assert not self.closed
         self.n_aborts += 1
-        super().raise_abort()
+        super().abort(number)
 
     def close(self) -> None:
         super().close()
@@ -111,7 +111,7 @@ class Gate:
         self.batches.append(batch)
         deadline = time.monotonic() + PATIENCE
         while not self._is_open and not self._passes.acquire(timeout=0.002):
-            if self._toy.context.aborting.is_set():
+            if self._toy.context.aborted_number == batch.number:
                 self.n_aborted += 1
                 return Interruption(DecodeOutcome.ABORTED, self.n_kept)
             assert time.monotonic() < deadline, "nobody opened the gate"

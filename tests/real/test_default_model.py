@@ -169,7 +169,7 @@ async def test_vectors_tell_meanings_apart_and_are_the_same_alone_and_in_company
 async def test_a_forked_prefix_says_the_same_as_a_fresh_one(default_model: Path) -> None:
     greedy = SamplingParams(temperature=0)
     with trio.fail_after(DEADLINE):
-        async with open_engine(default_model, slots=2, context_length=512, threads=1, cache_policy="best") as engine:
+        async with open_engine(default_model, slots=2, context_length=512, threads=1) as engine:
             endings = [" The fisherman said:", " His wife said:"]
             fresh = [
                 await engine.generate(STORY + ending, max_tokens=8, cache_prompt=False, sampling=greedy).collect()

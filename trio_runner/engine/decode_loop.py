@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from trio_runner.config import CachePolicy
-from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.batch import DecodeOutcome
 from trio_runner.core.scheduler import Emission, Scheduler, SchedulerStatistics, Step
-from trio_runner.engine.mailbox import Cancel, Close, Mail, Mailbox, Pause, Resume, Submit
+from trio_runner.engine.mailbox import Cancel, Close, Expire, Mail, Mailbox, Pause, Resume, Submit
 from trio_runner.engine.runtime import Context, Sampler
 from trio_runner.events import Embedded, Finished
 
@@ -21,6 +21,17 @@ logger = logging.getLogger("trio_runner.engine")
 MIN_ROWS_TO_INTERRUPT = 16
 """Rows of a cancelled sequence that make it worth breaking off a batch, at the price of running the micro-batch again
 for its neighbours. One row of a sequence that decodes costs its neighbours next to nothing, a prompt a lot."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """The batch that runs, as the trio thread may know it. `rows` counts those of each sequence that still wants
+    them; once it is published, only the trio thread changes it."""
+
+    number: int
+    rows: dict[int, int]
+    is_breakable: bool
+    """For the sake of one sequence, at the price of running the rest again."""
 
 
 class DecodeLoop:
@@ -32,27 +43,39 @@ class DecodeLoop:
         mailbox: Mailbox,
         deliver: Callable[[list[Emission]], None],
         *,
-        cache_policy: CachePolicy,
+        step_target: float | None = None,
     ) -> None:
         self.statistics = SchedulerStatistics()
         """As of the last mail or step; replaced, never mutated, so that any thread may read it."""
         self._context = context
         self._mailbox = mailbox
         self._deliver = deliver
-        self._scheduler = Scheduler(context.limits, cache_policy=cache_policy)
+        self._scheduler = Scheduler(context.limits, step_target)
         self._samplers: dict[int, Sampler] = {}
-        self._in_flight: dict[int, int] = {}
-        self._interruptible = context.limits.can_trim
+        self._in_flight: _InFlight | None = None
+        # Recurrent state that is caught half-way is lost, and with it all that the others have decoded so far.
+        self._is_breakable = context.limits.can_trim
         self._closing = False
 
     def interrupt(self, uid: int) -> None:
-        """Break off the running batch if `uid`, which is being cancelled, makes up enough of it. From any thread.
+        """Break off the running batch if nobody else wants it, or if `uid`, which is being let go, makes up enough of
+        it. Only on the trio thread, after the mail that says so.
 
-        The batch may end, and another one start, between the look and the call: then a batch is run again for
-        nothing, which is all that can happen.
+        The batch may end, and another one start, between the look and the call; but a batch is broken off by its
+        number, so that the call comes too late and does nothing.
         """
-        if self._in_flight.get(uid, 0) >= MIN_ROWS_TO_INTERRUPT:
-            self._context.raise_abort()
+        running = self._in_flight
+        if running is None:
+            return
+        n_rows = running.rows.pop(uid, 0)
+        if n_rows and (not running.rows or (running.is_breakable and n_rows >= MIN_ROWS_TO_INTERRUPT)):
+            self._context.abort(running.number)
+
+    def interrupt_all(self) -> None:
+        """Break off whatever runs. Only on the trio thread, after the mail that says so."""
+        running = self._in_flight
+        if running is not None:
+            self._context.abort(running.number)
 
     def run(self) -> None:
         """Until a Close arrives. Raises what the context raises; every sampler is closed on the way out."""
@@ -87,6 +110,8 @@ class DecodeLoop:
             case Cancel(uid):
                 self._scheduler.cancel(uid)
                 self._drop_sampler(uid)
+            case Expire(uid):
+                self._hand_out(self._scheduler.expire(uid))
             case Pause(uid):
                 self._scheduler.pause(uid)
             case Resume(uid):
@@ -102,30 +127,31 @@ class DecodeLoop:
                 trims_held = False
         if not trims_held or not step.batch.chunks:
             return
-        # Lower the flag, say what is in flight, look for mail, and only then decode: whoever cancels later than that
-        # sees the sequence in flight and raises the flag, whoever cancelled earlier is found in the mailbox.
-        self._context.lower_abort()
-        self._in_flight = self._interruptible_rows(step.batch)
+        batch = step.batch
+        # Say what is in flight, look for mail, and only then decode: whoever lets go later than that sees the sequence
+        # in flight and breaks it off, whoever let go earlier is found in the mailbox.
+        rows = {chunk.uid: len(chunk.tokens) for chunk in batch.chunks}
+        self._in_flight = _InFlight(batch.number, rows, self._is_breakable)
         if self._mailbox:
-            self._in_flight = {}
+            self._in_flight = None
             return
-        result = self._context.decode(step.batch, self._samplers)
-        self._in_flight = {}
-        # The batch after one that was broken off always runs to its end: cancelling in a loop cannot stop the others.
-        self._interruptible = self._context.limits.can_trim and result.outcome is not DecodeOutcome.ABORTED
+        result = self._context.decode(batch, self._samplers)
+        self._in_flight = None
+        # The batch after one that was broken off runs to its end, for whoever wants it: cancelling in a loop cannot
+        # stop the others.
+        self._is_breakable = self._context.limits.can_trim and result.outcome is not DecodeOutcome.ABORTED
         if result.outcome not in (DecodeOutcome.OK, DecodeOutcome.ABORTED):
-            logger.warning("a batch of %d rows failed: %s", step.batch.n_rows, result.message or result.outcome.value)
-        emissions = self._scheduler.commit(step.batch, result)
+            logger.warning("a batch of %d rows failed: %s", batch.n_rows, result.message or result.outcome.value)
+        self._hand_out(self._scheduler.commit(batch, result))
+
+    def _hand_out(self, emissions: list[Emission]) -> None:
+        # Before the readers hear of it: who has read the last event finds the slot free.
+        self.statistics = self._scheduler.statistics()
         for uid, event in emissions:
             if isinstance(event, (Finished, Embedded)):
                 self._drop_sampler(uid)
-        # Before the readers hear of it: who has read the last event finds the slot free.
-        self.statistics = self._scheduler.statistics()
         if emissions:
             self._deliver(emissions)
-
-    def _interruptible_rows(self, batch: Batch) -> dict[int, int]:
-        return {chunk.uid: len(chunk.tokens) for chunk in batch.chunks} if self._interruptible else {}
 
     def _drop_sampler(self, uid: int) -> None:
         sampler = self._samplers.pop(uid, None)

@@ -3,7 +3,7 @@
     open_engine
       nursery
       |- _live        loads the model on a helper thread, runs the decode loop on its own, tears down in order
-      |- _watch_stalled   drops readers that were left paused for too long
+      |- Deadlines    one that drops readers that were left paused for too long, one that ends requests in time
       '- the caller's block
 
 All state below lives on the trio thread. The decode thread gets mail, and sends events back through one idempotent
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -30,13 +31,14 @@ from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.core.limits import Limits
 from trio_runner.core.pooling import normalize as normalize_vector
 from trio_runner.core.scheduler import Emission, SchedulerStatistics
+from trio_runner.engine.deadlines import Deadlines
 from trio_runner.engine.decode_loop import DecodeLoop
 from trio_runner.engine.generation import Embedding, Generation, Reader
-from trio_runner.engine.mailbox import Cancel, Close, Mailbox, Pause, Resume
+from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Submit
 from trio_runner.engine.prepare import prepare, tokenize
 from trio_runner.engine.runtime import Loader, ModelInfo, Runtime
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, LoadError, ReaderStalled, RunnerError
-from trio_runner.events import Embedded, Finished
+from trio_runner.events import Embedded, Finished, Usage
 from trio_runner.request import EmbedRequest, GenerateRequest, SamplingParams, as_prompt
 
 logger = logging.getLogger("trio_runner.engine")
@@ -51,6 +53,16 @@ MAX_HELPERS = 2
 LONG_TEXT = 1 << 16
 """Characters of a text that takes long to tokenise, about a tenth of a second and more: one at a time, so that short
 ones never wait behind it."""
+MAX_RETRY_AFTER = 60.0
+"""Seconds; an estimate beyond that is worth nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A request that was admitted: who reads it, and whether it waits in the queue for slots."""
+
+    reader: Reader
+    is_generation: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +102,11 @@ class Engine:
         self._loop: DecodeLoop | None = None
         self._mailbox = Mailbox()
         self._uids = itertools.count(1)
-        self._readers: dict[int, Reader] = {}
+        self._requests: dict[int, _InFlight] = {}
         self._emissions: deque[Emission] = deque()
-        self._paused_until: dict[int, float] = {}
-        self._paused_changed = trio.Event()
+        self._stalled = Deadlines(self._drop_stalled)
+        self._overdue = Deadlines(self._expire)
+        self._slot_seconds: float | None = None
         self._idle = trio.Event()
         self._helpers = trio.CapacityLimiter(MAX_HELPERS)
         self._long_helper = trio.CapacityLimiter(1)
@@ -123,7 +136,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         scheduler = self._loop.statistics if self._loop is not None else SchedulerStatistics()
-        return EngineStatistics(self._status, self.config.slots, len(self._readers), scheduler)
+        return EngineStatistics(self._status, self.config.slots, len(self._requests), scheduler)
 
     async def wait_ready(self) -> None:
         """Until the model is loaded. Raises `LoadError` if that failed, `EngineBroken` if the engine died,
@@ -215,9 +228,9 @@ class Engine:
             self._status = "closing"
             self._settled.set()
         with trio.move_on_after(timeout):
-            while self._readers:
+            while self._requests:
                 await self._idle.wait()
-        for uid in list(self._readers):
+        for uid in list(self._requests):
             self.cancel(uid, EngineClosed("the engine is shutting down"))
 
     # -- the desk: what Generation and Embedding use ------------------------------------------------------------------
@@ -227,47 +240,55 @@ class Engine:
         return self.config.max_backlog
 
     async def submit(self, reader: Reader, request: GenerateRequest | EmbedRequest) -> int:
-        """Prepare a sequence on a helper thread and queue it. Returns its uid."""
-        await self.wait_ready()
-        self._refuse_if_full()
+        """Prepare a sequence on a helper thread and queue it. Returns its uid. A deadline that passes before that ends
+        it here."""
         uid = next(self._uids)
-        text = request.prompt if isinstance(request, GenerateRequest) else request.content
-        mail = await self._help(partial(prepare, request, self._ready_runtime(), uid), len(text))
+        deadline = math.inf
+        if isinstance(request, GenerateRequest) and request.deadline is not None:
+            deadline = trio.current_time() + request.deadline
+        mail: Submit | None = None
+        with trio.CancelScope(deadline=deadline):
+            await self.wait_ready()
+            self._refuse_if_full(request)
+            text = request.prompt if isinstance(request, GenerateRequest) else request.content
+            mail = await self._help(partial(prepare, request, self._ready_runtime(), uid), len(text))
         # No checkpoint from here to the return: a sequence that is queued has a reader that knows its uid.
+        if mail is None or deadline <= trio.current_time():
+            _close_sampler(mail)
+            reader.deliver(Finished("deadline", Usage()))
+            return uid
         try:
             self._ready_runtime()
-            self._refuse_if_full()
+            self._refuse_if_full(request)
         except RunnerError:
-            if mail.sampler is not None:
-                mail.sampler.close()
+            _close_sampler(mail)
             raise
-        self._readers[uid] = reader
+        self._requests[uid] = _InFlight(reader, isinstance(request, GenerateRequest))
         self._mailbox.put(mail)
+        if deadline < math.inf:
+            self._overdue.set(uid, deadline)
         return uid
 
     def cancel(self, uid: int, error: Exception | None = None) -> None:
         """Let go of a sequence; with `error`, its reader is told. Ignores a uid that has ended."""
-        reader = self._readers.pop(uid, None)
-        if reader is None:
+        request = self._requests.pop(uid, None)
+        if request is None:
             return
         self._forget(uid)
-        self._mailbox.put(Cancel(uid))
-        if self._loop is not None:
-            self._loop.interrupt(uid)
+        self._tell(Cancel(uid))
         if error is not None:
-            reader.fail(error)
+            request.reader.fail(error)
 
     def pause(self, uid: int) -> None:
         self._mailbox.put(Pause(uid))
         self.still_reading(uid)
-        self._paused_changed.set()
 
     def still_reading(self, uid: int) -> None:
         """Its reader is slow, not gone."""
-        self._paused_until[uid] = trio.current_time() + self.config.stall_timeout
+        self._stalled.set(uid, trio.current_time() + self.config.stall_timeout)
 
     def resume(self, uid: int) -> None:
-        self._paused_until.pop(uid, None)
+        self._stalled.clear(uid)
         self._mailbox.put(Resume(uid))
 
     # -- its life -----------------------------------------------------------------------------------------------------
@@ -279,7 +300,8 @@ class Engine:
                 nursery.start_soon(self._stop_when_cancelled)
                 runtime = await self._load()
                 if runtime is not None:
-                    nursery.start_soon(self._watch_stalled)
+                    nursery.start_soon(self._stalled.watch)
+                    nursery.start_soon(self._overdue.watch)
                     try:
                         await self._run(runtime)
                     finally:
@@ -313,7 +335,7 @@ class Engine:
             self._emissions.extend(emissions)
             token.run_sync_soon(self._hand_over, idempotent=True)
 
-        loop = DecodeLoop(runtime.context, self._mailbox, deliver, cache_policy=self.config.cache_policy)
+        loop = DecodeLoop(runtime.context, self._mailbox, deliver, step_target=self.config.step_target)
         self._runtime, self._loop = runtime, loop
         if self._status == "loading":
             self._status = "ready"
@@ -348,18 +370,20 @@ class Engine:
             if self._status != "broken":
                 self._status = "closing"
             self._mailbox.put(Close())
-            if self._runtime is not None:
-                self._runtime.context.raise_abort()
+            if self._loop is not None:
+                self._loop.interrupt_all()
 
-    async def _watch_stalled(self) -> None:
-        while True:
-            await self._paused_changed.wait()
-            self._paused_changed = trio.Event()
-            while self._paused_until:
-                await trio.sleep_until(min(self._paused_until.values()))
-                for uid, deadline in list(self._paused_until.items()):
-                    if deadline <= trio.current_time():
-                        self.cancel(uid, ReaderStalled(f"nothing was read for {self.config.stall_timeout:g} seconds"))
+    def _drop_stalled(self, uid: int) -> None:
+        self.cancel(uid, ReaderStalled(f"nothing was read for {self.config.stall_timeout:g} seconds"))
+
+    def _expire(self, uid: int) -> None:
+        self._tell(Expire(uid))
+
+    def _tell(self, mail: Cancel | Expire) -> None:
+        """Tell the decode thread to let go of a sequence, and not to finish what it does for it alone."""
+        self._mailbox.put(mail)
+        if self._loop is not None:
+            self._loop.interrupt(mail.uid)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -388,34 +412,49 @@ class Engine:
         self._status = "broken"
         self._settled.set()
 
-    def _refuse_if_full(self) -> None:
-        max_queue = self.config.max_queue
-        if max_queue is not None and len(self._readers) >= self.config.slots + max_queue:
-            raise EngineBusy(f"{self.config.slots} requests are running and {max_queue} waiting")
+    def _refuse_if_full(self, request: GenerateRequest | EmbedRequest) -> None:
+        """Generations wait for slots, embeddings for lanes of their own: neither takes a place from the other."""
+        slots, max_queue = self.config.slots, self.config.max_queue
+        if max_queue is None:
+            return
+        is_generation = isinstance(request, GenerateRequest)
+        if isinstance(request, GenerateRequest) and request.priority == "background":
+            max_queue //= 2  # the other half is for those who are waited for
+        n_in_flight = sum(other.is_generation is is_generation for other in self._requests.values())
+        if n_in_flight >= slots + max_queue:
+            seconds = (self._slot_seconds or 0.0) * (n_in_flight - slots) / slots
+            message = f"{slots} requests are running and {n_in_flight - slots} waiting"
+            raise EngineBusy(message, retry_after=min(max(seconds, 1.0), MAX_RETRY_AFTER))
 
     def _hand_over(self) -> None:
         # Runs inside trio's own entry queue: an exception here would bring down trio itself.
         while self._emissions:
             uid, event = self._emissions.popleft()
-            reader = self._readers.get(uid)
-            if reader is None:
+            request = self._requests.get(uid)
+            if request is None:
                 continue
             if isinstance(event, (Finished, Embedded)):
-                del self._readers[uid]
+                del self._requests[uid]
                 self._forget(uid)
-            reader.deliver(event)
+            if isinstance(event, Finished) and event.error is None:
+                # A moving average over some ten requests.
+                seconds = event.usage.prompt_seconds + event.usage.completion_seconds
+                average = seconds if self._slot_seconds is None else self._slot_seconds
+                self._slot_seconds = average + 0.1 * (seconds - average)
+            request.reader.deliver(event)
 
     def _forget(self, uid: int) -> None:
-        self._paused_until.pop(uid, None)
-        if not self._readers:
+        self._stalled.clear(uid)
+        self._overdue.clear(uid)
+        if not self._requests:
             self._idle.set()
             self._idle = trio.Event()
 
     def _end_readers(self, error: Callable[[], Exception]) -> None:
-        while self._readers:
-            uid, reader = self._readers.popitem()
+        while self._requests:
+            uid, request = self._requests.popitem()
             self._forget(uid)
-            reader.fail(error())
+            request.reader.fail(error())
 
     async def _help(self, call: Callable[[], T], size: int) -> T:
         """Run `call`, about a text of `size`, on a helper thread, to its end: the model must outlive it."""
@@ -501,6 +540,11 @@ def _loader(model: str | os.PathLike[str] | ModelConfig | Loader) -> Loader:
 
         return LlamaLoader(model)
     return model
+
+
+def _close_sampler(mail: Submit | None) -> None:
+    if mail is not None and mail.sampler is not None:
+        mail.sampler.close()
 
 
 def _vector(embedded: Embedded, normalize: bool) -> NDArray[np.float32]:

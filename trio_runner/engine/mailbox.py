@@ -27,6 +27,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Expire:
+    """Its deadline has passed: end this sequence with what it has."""
+
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """Its reader has fallen behind: no more rows for this sequence."""
 
@@ -45,7 +52,7 @@ class Close:
     """Stop, whatever is running."""
 
 
-Mail: TypeAlias = Submit | Cancel | Pause | Resume | Close
+Mail: TypeAlias = Submit | Cancel | Expire | Pause | Resume | Close
 
 
 class Mailbox:

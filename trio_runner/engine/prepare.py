@@ -37,6 +37,7 @@ def _prepare_generation(request: GenerateRequest, runtime: Runtime, uid: int) ->
         stop=request.stop,
         cache_prompt=request.cache_prompt,
         shift=request.shift,
+        background=request.priority == "background",
         progress=request.progress,
         logprobs=request.sampling.logprobs >= 0,
     )

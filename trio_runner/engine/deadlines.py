@@ -1,0 +1,40 @@
+"""Moments that must not pass unnoticed, by uid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+import trio
+
+
+class Deadlines:
+    """Calls `passed(uid)` once for each deadline that comes before it is cleared. All on one trio thread; only `watch`
+    waits."""
+
+    def __init__(self, passed: Callable[[int], None]) -> None:
+        self._passed = passed
+        self.moments: dict[int, float] = {}
+        """Those that are set; only to be read."""
+        self._sleep = trio.CancelScope()
+
+    def set(self, uid: int, moment: float) -> None:
+        """The deadline of `uid`, in trio's time; replaces the one it has."""
+        self.moments[uid] = moment
+        # A later one than before needs no alarm of its own: the task looks again when the earlier moment comes.
+        self._sleep.deadline = min(self._sleep.deadline, moment)
+
+    def clear(self, uid: int) -> None:
+        """Ignores a uid that has none."""
+        self.moments.pop(uid, None)
+
+    async def watch(self) -> NoReturn:
+        """Until cancelled."""
+        while True:
+            with trio.CancelScope(deadline=min(self.moments.values(), default=math.inf)) as self._sleep:
+                await trio.sleep_forever()
+            for uid, moment in list(self.moments.items()):
+                if moment <= trio.current_time():
+                    del self.moments[uid]
+                    self._passed(uid)
