@@ -105,23 +105,18 @@ class Connection:
     async def head(self) -> Head:
         """The head of the answer. Raises `CutShort` if there is none."""
         while True:
-            event = self._http.next_event()
+            event = self._next_event()
             if isinstance(event, h11.Response):
                 headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in event.headers}
                 return Head(event.status_code, headers)
             if event is h11.NEED_DATA:
                 await self._receive()
-            elif isinstance(event, h11.ConnectionClosed):
-                raise CutShort("no answer")
 
     async def body(self) -> tuple[float, bytes] | None:
         """All that came with the next receive, and its moment; None at the end of the answer. Raises `CutShort`."""
         moment, parts = time.perf_counter(), list[bytes]()
         while self._http.their_state is h11.SEND_BODY:
-            try:
-                event = self._http.next_event()
-            except h11.RemoteProtocolError as error:
-                raise CutShort(str(error)) from error
+            event = self._next_event()
             if isinstance(event, h11.Data):
                 parts.append(bytes(event.data))
             elif event is h11.NEED_DATA:
@@ -150,16 +145,22 @@ class Connection:
     def close(self) -> None:
         self._sock.close()
 
+    def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        try:
+            event = self._http.next_event()
+        except h11.RemoteProtocolError as error:  # such as an answer that ends too early
+            raise CutShort(str(error)) from error
+        if isinstance(event, h11.ConnectionClosed):
+            raise CutShort("the server hung up")
+        return event
+
     async def _receive(self) -> float:
         try:
             data = await self._sock.recv(_RECEIVE_SIZE)
         except ConnectionError as error:
             raise CutShort(str(error)) from error
         moment = time.perf_counter()
-        try:
-            self._http.receive_data(data)
-        except h11.RemoteProtocolError as error:
-            raise CutShort(str(error)) from error
+        self._http.receive_data(data)
         return moment
 
     def _drain(self) -> None:

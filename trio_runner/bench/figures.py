@@ -59,14 +59,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def paired_ratio(first: Iterable[Sequence[float]], second: Iterable[Sequence[float]]) -> float | None:
-    """The median over the rounds of median(first) / median(second), of the rounds in which both measured something.
+    """The median over the rounds of median(first) / median(second), of the rounds where both are more than 0.
 
     Both servers of a round meet the same weather, so this is steadier than the ratio of the two medians.
     """
-    ratios = []
-    for ours, theirs in zip(first, second, strict=True):
-        if ours and theirs:
-            divisor = statistics.median(theirs)
-            if divisor:
-                ratios.append(statistics.median(ours) / divisor)
+    medians = (
+        (statistics.median(ours), statistics.median(theirs))
+        for ours, theirs in zip(first, second, strict=True)
+        if ours and theirs
+    )
+    ratios = [ours / theirs for ours, theirs in medians if ours > 0 and theirs > 0]
     return statistics.median(ratios) if ratios else None

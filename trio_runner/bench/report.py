@@ -17,6 +17,8 @@ from trio_runner.bench.scenarios import Load
 if TYPE_CHECKING:
     from rich.table import Table
 
+_COMPARED = {"tokens/s", "ms", "s", "tokens"}
+
 NO_MATPLOTLIB = "--plot needs matplotlib: pip install 'trio-runner[plot]'"
 
 
@@ -36,8 +38,8 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """First server over second, of the medians of each round."""
-        if len(self.samples) != 2:
+        """First server over second, of the medians of each round; None for what is a count or a ratio itself."""
+        if len(self.samples) != 2 or self.metric.unit not in _COMPARED:
             return None
         n_rounds = min(map(len, self.samples))
         return paired_ratio(self.samples[0][:n_rounds], self.samples[1][:n_rounds])
@@ -67,9 +69,11 @@ def remarks(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    if value == int(value) and abs(value) < 1e9:
+    """At least two digits, and all before the point."""
+    if value == int(value):
         return f"{int(value):,}"
+    if abs(value) < 1:
+        return f"{value:.2g}"
     return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
 
 
@@ -92,11 +96,11 @@ def _names(outcomes: Sequence[Outcome]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{'ABCDEFGH'[i % 8]} {name}" for i, name in enumerate(names)]
 
 
-def _header(outcomes: Sequence[Outcome]) -> list[str]:
+def _header(outcomes: Sequence[Outcome], joint: str = " ") -> list[str]:
     names = _names(outcomes)
     figures_of = ["median", "p99", "max", "n"]
     ratio = [f"{names[0]} / {names[1]}"] if len(names) == 2 else []
-    return ["scenario", "measure", *(f"{name} {title}" for name in names for title in figures_of), *ratio]
+    return ["scenario", "measure", *(f"{name}{joint}{title}" for name in names for title in figures_of), *ratio]
 
 
 def _missing(outcomes: Sequence[Outcome]) -> list[str]:
@@ -108,11 +112,11 @@ def _missing(outcomes: Sequence[Outcome]) -> list[str]:
 def table(outcomes: Sequence[Outcome]) -> Table:
     from rich.table import Table
 
-    header = _header(outcomes)
+    header = _header(outcomes, "\n")
     built = Table(title=None, header_style="bold", pad_edge=False)
     for title in header:
         figure = title not in ("scenario", "measure")
-        built.add_column(title, justify="right" if figure else "left", no_wrap=title == "scenario")
+        built.add_column(title, justify="right" if figure else "left", no_wrap=title != "measure")
     before = None
     for row in rows(outcomes):
         if before not in (None, row.scenario):

@@ -7,6 +7,7 @@ so that whatever else the machine does falls on all of them alike.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -40,6 +41,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
 
 ROUND_SECONDS: Final = 3600.0
 """After which a round is given up: much longer than any should take."""
+SWITCH_SECONDS: Final = 0.001
+"""After which a thread that times something gets the interpreter."""
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ async def run_rounds(
     for server in servers:
         progress(f"warming up {server.url}")
         await _round(_warm_up, _turn(server, load, Random(seed)))
+    sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # what is here stays, and need not be looked through while a stream is timed
     outcomes = []

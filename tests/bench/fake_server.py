@@ -1,0 +1,232 @@
+"""A server that speaks each of the three dialects over real sockets, and generates words at a steady pace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import trio
+
+from trio_runner.bench.client import Address
+from trio_runner.bench.dialects import DIALECTS, DialectName
+from trio_runner.bench.server import Server
+
+DEADLINE = 30.0
+"""Seconds any one test may take before it has failed."""
+END_TOKEN = 7
+
+Fields = dict[str, Any]
+
+
+class FakeServer:
+    """A word is a token. One prompt is remembered, as far as it was decoded."""
+
+    def __init__(self, dialect: DialectName, *, slots: int = 4, max_queue: int = 1000) -> None:
+        self.dialect = dialect
+        self.n_slots = slots
+        self.slots = trio.CapacityLimiter(slots)
+        self.max_queue = max_queue
+        self.step = 0.0005
+        self.prefill_step = 0.00001
+        self.generations = 0
+        self.left = 0
+        """Clients that hung up on a generation."""
+        self.cached: list[str] = []
+        self.asked: list[Fields] = []
+        self.texts_break = False
+        """Whether a cancellation changes the others' texts, as a bug would."""
+        self.leaks = False
+        """Whether a generation that was abandoned is counted for ever."""
+        self.embeds = dialect != "llama"
+        self.has_statistics = dialect == "runner"
+
+    @property
+    def waiting(self) -> int:
+        return self.slots.statistics().tasks_waiting
+
+    # ---- HTTP
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async with stream:
+                buffer = b""
+                while True:
+                    while b"\r\n\r\n" not in buffer:
+                        if not (data := await stream.receive_some()):
+                            return
+                        buffer += data
+                    head, _, buffer = buffer.partition(b"\r\n\r\n")
+                    request, *lines = head.decode().split("\r\n")
+                    headers = {
+                        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+                    }
+                    n_body = int(headers.get("content-length", 0))
+                    while len(buffer) < n_body:
+                        if not (data := await stream.receive_some()):
+                            return
+                        buffer += data
+                    body, buffer = buffer[:n_body], buffer[n_body:]
+                    await self._answer(stream, request.split()[1], json.loads(body) if body else {})
+
+    async def _answer(self, stream: trio.SocketStream, path: str, fields: Fields) -> None:
+        if path == DIALECTS[self.dialect].path:
+            await self._completion(stream, fields)
+            return
+        status, answer = self._other(path, fields)
+        await _respond(stream, status, json.dumps(answer).encode())
+
+    def _other(self, path: str, fields: Fields) -> tuple[int, object]:
+        match path:
+            case "/health":
+                return 200, {"status": "ok"} | ({"progress": 1} if self.dialect == "runner" else {})
+            case "/tokenize" if self.dialect != "openai":
+                words = fields["content"].split()
+                return 200, {"tokens": [END_TOKEN if word == "</s>" else 1 for word in words]}
+            case "/statistics" if self.has_statistics:
+                running, cached = self.slots.borrowed_tokens, len(self.cached)
+                counts = {"running": running, "waiting": self.waiting, "generations": self.generations}
+                return 200, {
+                    "status": "ready",
+                    "slots": int(self.slots.total_tokens),
+                    "cached_tokens": cached,
+                    **counts,
+                }
+            case "/props" if self.dialect == "llama":
+                return 200, {"total_slots": self.n_slots}
+            case "/slots" if self.dialect == "llama":
+                return 200, [
+                    {"is_processing": i < self.slots.borrowed_tokens} for i in range(int(self.slots.total_tokens))
+                ]
+            case "/v1/models" if self.dialect == "openai":
+                return 200, {"data": [{"id": "fake"}]}
+            case "/embedding" | "/v1/embeddings" if self.embeds:
+                return 200, {"embedding": [1.0]}
+            case "/embedding" | "/v1/embeddings":
+                return 501, {"error": {"message": "not here"}}
+            case _:
+                return 404, {"error": {"message": "no such path"}}
+
+    # ---- completions
+
+    async def _completion(self, stream: trio.SocketStream, fields: Fields) -> None:
+        self.asked.append(fields)
+        if self.waiting >= self.max_queue:
+            await _respond(stream, 503, b"full", "Retry-After: 1")
+            return
+        self.generations += 1
+        gone = trio.CancelScope()
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                with suppress(trio.BrokenResourceError):
+                    await stream.receive_some()
+                gone.cancel()
+
+            nursery.start_soon(watch)
+            with gone:
+                try:
+                    async with self.slots:
+                        await self._generate(stream, fields)
+                except trio.BrokenResourceError:  # seen first by whoever writes
+                    gone.cancel()
+                    await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        self.left += gone.cancelled_caught
+        if not (gone.cancelled_caught and self.leaks):
+            self.generations -= 1
+        if gone.cancelled_caught:
+            await stream.aclose()
+
+    async def _generate(self, stream: trio.SocketStream, fields: Fields) -> None:
+        words = fields["prompt"].split()
+        n_cached = min(_n_same(words, self.cached), len(words) - 1) if fields["cache_prompt"] else 0
+        for n_decoded in range(n_cached + 1, len(words) + 1, 16):
+            self.cached = words[:n_decoded]
+            await trio.sleep(16 * self.prefill_step)
+        self.cached = words
+        n_predict: int = fields["max_tokens" if self.dialect == "openai" else "n_predict"]
+        streamed = fields.get("stream", True)
+        pieces = []
+        if streamed:
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for number in range(n_predict):
+            await trio.sleep(self.step)
+            word = f" {len(words)}:{number}" + ("!" if self.texts_break and self.left and number > 2 else "")
+            pieces.append(word)
+            if streamed:
+                for line in self._piece(word, bool(fields.get("n_probs") or fields.get("logprobs"))):
+                    await stream.send_all(b"%x\r\n%b\r\n" % (len(line), line))
+        last = self._last(len(words), n_cached, n_predict, "" if streamed else "".join(pieces))
+        if streamed:
+            for line in last:
+                await stream.send_all(b"%x\r\n%b\r\n" % (len(line), line))
+            await stream.send_all(b"0\r\n\r\n")
+        else:
+            await _respond(stream, 200, last[0].removeprefix(b"data: ").strip())
+
+    def _piece(self, word: str, n_top: bool) -> Iterator[bytes]:
+        top = [{"logprob": -0.1}, {"logprob": -1.0}]
+        entry = {"completion_probabilities": [{"bytes": list(word.encode()), "top_logprobs": top}]} if n_top else {}
+        if self.dialect == "runner":
+            yield _line({"content": word, "stop": False, **entry})
+        elif self.dialect == "llama":
+            yield b": a comment\n\n"
+            yield _event({"content": word, "stop": False, **entry})
+        else:
+            logprobs = {"tokens": [word], "top_logprobs": [{word: -0.1, "else": -1.0}]} if n_top else None
+            yield _event({"choices": [{"text": word, "finish_reason": None, "logprobs": logprobs}]})
+
+    def _last(self, n_prompt: int, n_cached: int, n_predicted: int, text: str) -> list[bytes]:
+        timings = {"predicted_n": n_predicted, "prompt_n": n_prompt, "cache_n": n_cached}
+        match self.dialect:
+            case "runner":
+                return [_line({"content": "", "stop": True, "timings": timings})]
+            case "llama":
+                timings["prompt_n"] -= n_cached
+                return [_event({"content": text, "stop": True, "timings": timings})]
+            case "openai":
+                usage = {"prompt_tokens": n_prompt, "completion_tokens": n_predicted}
+                usage["prompt_tokens_details"] = {"cached_tokens": n_cached}  # type: ignore[assignment]
+                choice = {"text": text, "finish_reason": "length"}
+                return [_event({"choices": [choice], "usage": usage}), b"data: [DONE]\n\n"]
+
+
+def _n_same(words: list[str], others: list[str]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(words, others, strict=False)) if a != b), min(len(words), len(others))
+    )
+
+
+def _line(fields: Fields) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+def _event(fields: Fields) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+async def _respond(stream: trio.SocketStream, status: int, body: bytes, *headers: str) -> None:
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
+    await stream.send_all("\r\n".join([*lines, "", ""]).encode() + body)
+
+
+@asynccontextmanager
+async def listening(handler: Any) -> AsyncIterator[Address]:
+    """`handler` gets the connections to this address, for at most `DEADLINE` seconds."""
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            [listener] = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
+            yield Address("127.0.0.1", listener.socket.getsockname()[1])
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def fake_server(dialect: DialectName, **options: Any) -> AsyncIterator[tuple[FakeServer, Server]]:
+    """The server, and what the load generator knows of it."""
+    fake = FakeServer(dialect, **options)
+    async with listening(fake.serve) as address:
+        kind = DIALECTS[dialect](model="fake")
+        yield fake, Server(f"http://{address}", address, kind, fake.n_slots, tokenizes=dialect != "openai")

@@ -1,0 +1,125 @@
+"""`trio-runner bench` as its users meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.cli.programs import program
+from tests.tiny_models import tiny_model
+from trio_runner import cli
+
+SMALL = ["--repeat", "2", "--prompt-tokens", "60", "-n", "6"]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> str:
+    path = tmp_path / "toy.gguf"
+    path.write_bytes(b"")
+    return str(path)
+
+
+async def test_two_servers(toy: str, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "plot.svg")}
+    options = ["--json", str(files["json"]), "--markdown", str(files["markdown"]), "--plot", str(files["plot.svg"])]
+    serve = ["serve", "--model", toy, "--port", "0", "--slots", "2"]
+    async with program(*serve) as one, program(*serve) as other:
+        urls = [f"http://127.0.0.1:{await server.listening()}" for server in (one, other)]
+        command = ["bench", "--url", urls[0], "--url", urls[1], "--scenario", "ttft", "--scenario", "gaps"]
+        async with program(*command, *SMALL, *options, toy=False) as bench:
+            assert await bench.ended() == 0, bench.log
+    table = bench.output.decode()
+    assert "cold, 60 tokens (ms)" in table
+    assert "A runner / B runner" in " ".join(table.split())
+    assert table.endswith("seed 0\n")
+    document = json.loads(files["json"].read_text())
+    assert [server["url"] for server in document["servers"]] == urls
+    assert [server["slots"] for server in document["servers"]] == [2, 2]
+    assert {result["scenario"] for result in document["results"]} == {"ttft", "gaps"}
+    assert all(result["servers"][0]["n"] >= 2 for result in document["results"]), document
+    assert files["markdown"].read_text().startswith("| scenario | measure | A runner median |")
+    assert "<svg" in files["plot.svg"].read_text()
+
+
+async def test_a_server_of_its_own(tmp_path: Path) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    command = ["bench", "-m", model, "--slots", "2", "--threads", "1", "--context-length", "256", "--no-mmap"]
+    async with program(*command, *SMALL, "--scenario", "ttft", "--json", "-", toy=False) as bench:
+        assert await bench.ended() == 0, bench.log
+    document = json.loads(bench.output)
+    [server] = document["servers"]
+    assert server["slots"] == 2
+    assert not document["remarks"]
+    assert len(document["results"]) == 3
+
+
+async def test_a_server_that_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"no model")
+    async with program("bench", "-m", str(tmp_path / "bad.gguf"), toy=False) as bench:
+        assert await bench.ended() == 1
+    assert "bad.gguf" in bench.log
+    assert "Traceback" not in bench.log
+
+
+async def test_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    endless = ["--scenario", "storm", "--storm", "1000000", "--context-length", "512", "--threads", "1"]
+    async with program("bench", "-m", model, "--prompt-tokens", "60", *endless, toy=False) as bench:
+        while not (child := _child(bench.process.pid)):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        bench.interrupt()
+        assert await bench.ended() == 130
+        assert "Traceback" not in bench.log
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def _child(pid: int) -> int:
+    """A process that this one has started; 0 if there is none."""
+    listed = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return next((int(child) for children in listed for child in children), 0)
+
+
+async def test_nobody_at_the_url() -> None:
+    async with program("bench", "--url", "127.0.0.1:1", toy=False) as bench:
+        assert await bench.ended() == 1
+    assert bench.log.startswith("error: http://127.0.0.1:1: ")
+    assert bench.log.endswith("Connection refused\n")
+
+
+def test_the_list_of_scenarios(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
+    assert cli.main(["bench", "--scenario", "list"]) == 0
+    assert "cancel-prefill  The client goes away at a random moment of a long prefill.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--scenario nothing", "no scenario nothing; there are throughput, ttft,"),
+        ("--url https://x", "https://x is not http://HOST:PORT"),
+        ("--url x --dialect llama --dialect llama", "--dialect must be given once for each --url"),
+        ("--pid 1", "--pid must be given once for each --url"),
+        ("--dialect latin", "'latin' is not one of"),
+        ("--repeat 0", "0 is not in the range"),
+    ],
+)
+def test_wrong_command_lines(
+    options: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
+    assert cli.main(["bench", *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in " ".join(err.split())
+
+
+def test_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["bench", "--url", "x", "--plot", "x.png"]) == 1
+    assert "pip install 'trio-runner[plot]'" in capsys.readouterr().err

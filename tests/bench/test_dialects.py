@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_runner.bench.dialects import DIALECTS, Ask, Choice, DialectName, Message, Total
+
+TOP = {"bytes": [32, 97], "top_logprobs": [{"logprob": -2.5}, {"logprob": -0.5}]}
+
+ANSWERS: list[tuple[DialectName, bytes, list[Message]]] = [
+    (
+        "runner",
+        b'{"content":" a","stop":false,"timings":{"predicted_n":0}}\n'
+        b'{"content":"","stop":true,"timings":{"predicted_n":1,"prompt_n":9,"cache_n":4}}\n',
+        [Message(" a"), Message(total=Total(9, 5, 1))],
+    ),
+    ("runner", b'{"content":"","stop":true,"timings":{"prompt_n":9}}\n', [Message(total=Total(9, None, None))]),
+    ("runner", b'{"error":"broken","content":"","stop":true}\n', [Message(error="broken")]),
+    (
+        "runner",
+        json.dumps({"content": " a", "completion_probabilities": [TOP]}).encode() + b"\n",
+        [Message(" a", (Choice(b" a", (-0.5, -2.5)),))],
+    ),
+    (
+        "llama",
+        b': a comment\n\ndata: {"content":" a","stop":false}\n\n'
+        b'data: {"content":"","stop":true,"timings":{"prompt_n":5,"cache_n":4,"predicted_n":1}}\r\n\r\n',
+        [Message(" a"), Message(total=Total(9, 5, 1))],
+    ),
+    ("llama", b'{"content":" a b","stop":true,"timings":{}}', [Message(" a b", total=Total(None, None, None))]),
+    ("llama", b'data: {"error":{"code":500,"message":"broken"}}\n\n', [Message(error="broken")]),
+    (
+        "openai",
+        b'event: x\ndata: {"choices":[{"text":" a","finish_reason":null}],"usage":null}\n\n'
+        b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1,"prompt_tokens_details":null}}\n\n'
+        b"data: [DONE]\n\n",
+        [Message(" a"), Message(total=Total(9, None, 1))],
+    ),
+    (
+        "openai",
+        b'data: {"choices":[{"text":"","finish_reason":"length"}],"timings":{"prompt_n":5,"cache_n":4}}\n\n',
+        [Message(total=Total(9, 5, None))],
+    ),
+    (
+        "openai",
+        b'{"choices":[{"text":" a","finish_reason":"stop","logprobs":'
+        b'{"tokens":[" a"],"top_logprobs":[{" a":-1,"b":-3}]}}]}',
+        [Message(" a", (Choice(b" a", (-1.0, -3.0)),))],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "body", "messages"), ANSWERS)
+@given(data=st.data())
+def test_an_answer_reads_alike_however_it_arrives(
+    name: DialectName, body: bytes, messages: list[Message], data: st.DataObject
+) -> None:
+    decoder = DIALECTS[name]().decoder()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=8)))
+    parts = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+    assert [message for part in parts for message in decoder.push(part)] + decoder.flush() == messages
+
+
+@pytest.mark.parametrize("name", list(DIALECTS))
+def test_every_request_is_greedy_and_says_how_long(name: DialectName) -> None:
+    fields = DIALECTS[name](model="m").body(Ask(prompt="p", max_tokens=5, reuse=True))
+    assert fields["prompt"] == "p"
+    assert fields["temperature"] == 0
+    assert fields["cache_prompt"] is True
+    assert fields.get("n_predict", fields.get("max_tokens")) == 5
+
+
+def test_what_would_end_a_stream_is_forbidden() -> None:
+    ask = Ask(prompt="p", max_tokens=5)
+    assert DIALECTS["runner"](forbidden=(2, 7)).body(ask)["logit_bias"] == [[2, False], [7, False]]
+    assert DIALECTS["llama"]().body(ask)["ignore_eos"] is True

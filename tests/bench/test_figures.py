@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from trio_runner.bench.figures import Figures, figures, paired_ratio, percentile
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [
+        ([5], 99, 5),
+        ([5], 0, 5),
+        ([2, 1], 50, 1),
+        ([2, 1], 51, 2),
+        (range(1, 101), 99, 99),
+        (range(1, 201), 99, 198),
+        ([3, 1, 2], 100, 3),
+    ],
+)
+def test_percentiles_are_values_that_were_measured(values: list[float], percent: float, expected: float) -> None:
+    assert percentile(values, percent) == expected
+
+
+def test_figures() -> None:
+    assert figures([4.0, 1.0, 2.0, 3.0]) == Figures(n=4, median=2.5, p99=4.0, minimum=1.0, maximum=4.0)
+    with pytest.raises(ValueError, match="no values"):
+        figures([])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([[2.0], [9.0]], [[1.0], [3.0]], 2.5),
+        ([[2.0], []], [[4.0], [3.0]], 0.5),
+        ([[2.0]], [[0.0]], None),
+        ([[-2.0]], [[1.0]], None),
+        ([], [], None),
+    ],
+)
+def test_ratios_pair_the_rounds(first: list[list[float]], second: list[list[float]], expected: float | None) -> None:
+    assert paired_ratio(first, second) == expected
