@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import trio
 
+from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineClosed
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
 from trio_runner.request import EmbedRequest, GenerateRequest
@@ -69,6 +70,7 @@ class FakeEngine:
         self.admitting = trio.Event()
         self.admitting.set()
         self.refusal: Exception | None = None
+        self.snapshot: EngineStatistics | None = None
         self.generations: list[FakeGeneration] = []
         self.calls: list[object] = []
         self.cancelled = trio.Event()
@@ -90,6 +92,10 @@ class FakeEngine:
             raise
         if self.refusal is not None:
             raise self.refusal
+
+    def statistics(self) -> EngineStatistics:
+        assert self.snapshot is not None
+        return self.snapshot
 
     def generate(self, request: GenerateRequest) -> FakeGeneration:
         self.calls.append(request)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 Case = tuple[str, bytes, str]
 """(path, body, what the answer must contain)"""
 
-TEXTS = ["prompt", "grammar"]
+TEXTS = ["prompt", "grammar", "priority"]
 INTEGERS = [
     *["n_predict", "n_keep", "seed", "top_k", "repeat_last_n", "mirostat", "n_probs", "logprobs"],
     *["dry_allowed_length", "dry_penalty_last_n", "num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"],
@@ -16,7 +16,7 @@ INTEGERS = [
 NUMBERS = [
     *["temperature", "top_p", "min_p", "tfs_z", "typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold"],
     *["repeat_penalty", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base"],
-    *["dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta"],
+    *["dynatemp_range", "dynatemp_exponent", "mirostat_tau", "mirostat_eta", "deadline"],
 ]
 BOOLEANS = [
     *["cache_prompt", "penalize_nl", "shift", "truncate", "low_vram", "f16_kv", "logits_all", "vocab_only"],
@@ -51,6 +51,8 @@ OUT_OF_RANGE = {
     "mirostat_tau": ["-1"],
     "mirostat_eta": ["-1"],
     "temperature": ["1e7", "-1e7"],
+    "priority": ['"urgent"', '""', '"Background"'],
+    "deadline": ["0", "-1", "0.0001", "1e9"],
     "logit_bias": [
         *["[[-1, 1]]", "[[1, 1e400]]", "[[1, 1e9]]", "[[4294967296, 1]]", "[[1]]", "[1]", '{"x": 1}'],
         *['{"1": "2"}', "[[1, true]]", "[[true, 1]]", "[[1.5, 1]]", json.dumps([[i, 1] for i in range(1025)])],

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from tests.server.client import post, request, serving
 from tests.server.fake_engine import DONE, FakeEngine
 from tests.server.malformed import malformed
+from trio_runner.core.scheduler import SchedulerStatistics
+from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
 from trio_runner.events import PromptProgress
+from trio_runner.server import intake
 
 PIECE = b'"stop":false,"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":0,"prompt_ms":0}}\n'
-END = b'{"content":"","stop":true,"timings":{"predicted_n":5,"predicted_ms":250,"prompt_n":3,"prompt_ms":12}}\n'
+END = (
+    b'{"content":"","stop":true,'
+    b'"timings":{"predicted_n":5,"predicted_ms":250,"prompt_n":3,"prompt_ms":12,"cache_n":1}}\n'
+)
 
 
 async def test_completion_streams_one_line_per_piece() -> None:
@@ -127,6 +134,70 @@ async def test_other_methods_are_not_allowed(path: str) -> None:
             assert (answer.status, answer.body, answer.headers["allow"]) == (405, b"Method Not Allowed\n", "POST")
         assert (await server.ask(request("OPTIONS", path))).headers["allow"].split(", ") != []
         assert engine.calls == []
+
+
+async def test_statistics() -> None:
+    engine = FakeEngine()
+    engine.snapshot = EngineStatistics(
+        "ready", 4, 9, SchedulerStatistics(3, 2, 1, 5, 700, n_batches=80, n_aborted=6, n_prompt_rows=900, n_sampled=60)
+    )
+    async with serving(engine) as server:
+        answer = await server.ask(request("GET", "/statistics"))
+        assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+        assert answer.body == (
+            b'{"status":"ok","slots":4,"running":2,"waiting":3,"paused":1,"preempted":5,"cached_tokens":700,'
+            b'"generations":9,"batches":80,"aborted":6,"prompt_rows":900,"sampled":60}\n'
+        )
+        refused = await server.ask(request("PUT", "/statistics"))
+        assert (refused.status, refused.headers["allow"]) == (405, "GET")
+    async with serving(engine, api_key="s3cret") as server:
+        assert (await server.ask(request("GET", "/statistics"))).status == 401
+
+
+async def test_bodies_share_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is small enough, all together are too much; what one held it gives back, however it ends."""
+    monkeypatch.setattr(intake, "MAX_BYTES", 1000)
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n"
+    body = b'{"content":"a"}'.ljust(900)
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        first = await server.connect()
+        await first.stream.send_all(head + body[:600])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        second = await server.connect()
+        refusal = await second.ask(head + body[:600])
+        assert (refusal.status, refusal.headers["retry-after"]) == (503, "1")
+        assert refusal.body == b"too many requests with large bodies\n"
+        # There is room for a small one beside the first, which can still be ended.
+        assert (await server.ask(post("/tokenize", {"content": "b"}))).json == {"tokens": [98]}
+        await first.stream.send_all(body[600:])
+        assert (await first.answer()).json == {"tokens": [97]}
+
+        gone = await server.connect()
+        await gone.stream.send_all(head + body[:600])
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        gone.reset()
+        answer = await server.ask(head + body)
+        while answer.status == 503:  # until the server has heard of the one that left
+            answer = await server.ask(head + body)
+        assert answer.json == {"tokens": [97]}
+
+
+async def test_a_body_counts_until_its_answer_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "MAX_BYTES", 1000)
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        client = await server.connect()
+        await client.stream.send_all(post("/completion", {"prompt": "x" * 900}))
+        generation = await engine.asked()
+        await client.head()
+        assert (await server.ask(post("/tokenize", {"content": "x" * 200}))).status == 503
+        generation.say(DONE)
+        await client.chunks()
+        answer = await server.ask(post("/tokenize", {"content": "x" * 200}))
+        while answer.status == 503:
+            answer = await server.ask(post("/tokenize", {"content": "x" * 200}))
+        assert answer.status == 200
 
 
 async def test_malformed_requests_change_nothing() -> None:

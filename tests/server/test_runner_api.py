@@ -82,6 +82,8 @@ def test_null_leaves_every_default() -> None:
         ({"shift": False, "truncate": False}, {"shift": False, "truncate": False}),
         ({"prompt": "[img-0] \0 \u2028"}, {"prompt": "[img-0] \0 \u2028"}),
         ({"image_data": []}, {}),
+        ({"priority": "background", "deadline": 2}, {"priority": "background", "deadline": 2.0}),
+        ({"priority": "interactive", "deadline": 0.25}, {"deadline": 0.25}),
         ({"stream": False, "num_ctx": 5, "use_mmap": False, "whatever": {"deep": [1]}}, {}),
     ],
 )
@@ -226,12 +228,17 @@ ZEROS = b'"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":0,"prompt_ms":0
         (
             Finished("stop", Usage(3, 1, 5, 0.0129, 1.9999)),
             b'{"content":"","stop":true,'
-            b'"timings":{"predicted_n":5,"predicted_ms":1999,"prompt_n":3,"prompt_ms":12}}\n',
+            b'"timings":{"predicted_n":5,"predicted_ms":1999,"prompt_n":3,"prompt_ms":12,"cache_n":1}}\n',
         ),
         (
             Finished("length", Usage(3, 0, 5, 0, 0)),
             b'{"content":"","stop":true,"stopped_limit":true,'
-            b'"timings":{"predicted_n":5,"predicted_ms":0,"prompt_n":3,"prompt_ms":0}}\n',
+            b'"timings":{"predicted_n":5,"predicted_ms":0,"prompt_n":3,"prompt_ms":0,"cache_n":0}}\n',
+        ),
+        (
+            Finished("deadline", Usage(3, 2)),
+            b'{"content":"","stop":true,"stopped_deadline":true,'
+            b'"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":3,"prompt_ms":0,"cache_n":2}}\n',
         ),
         (
             TextPiece("a", (SampledToken(5, b"a", -0.5, (A, TokenInfo(6, b"\xe4", -math.inf))),)),
@@ -242,7 +249,7 @@ ZEROS = b'"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":0,"prompt_ms":0
         (
             Finished("stop", Usage(), tokens=(SampledToken(2, b"", math.nan),)),
             b'{"content":"","stop":true,"completion_probabilities":[{"id":2,"token":"","bytes":[],'
-            b'"logprob":-3.4028235e+38,"top_logprobs":[]}],' + ZEROS + b"}\n",
+            b'"logprob":-3.4028235e+38,"top_logprobs":[]}],' + ZEROS[:-1] + b',"cache_n":0}}\n',
         ),
     ],
 )  # fmt: skip

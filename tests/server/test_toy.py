@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
+from tests.engine.toys import prompts
 from tests.server.client import DEADLINE, Client, Server, post, request, serving, until
 from trio_runner.core.batch import Batch
 from trio_runner.engine.engine import open_engine
@@ -127,3 +129,41 @@ async def test_a_dead_decode_thread_tells_every_client() -> None:
 
 async def last_line(client: Client) -> str:
     return (await client.chunks()).decode().splitlines()[-1]
+
+
+async def test_nobody_computes_for_a_client_that_does_not_read() -> None:
+    """It takes a little, for the buffers on the way; then its sequence is paused, and goes on when it reads."""
+
+    def slowly(batch: Batch) -> None:
+        time.sleep(0.002)  # so that nobody who reads is ever behind
+
+    (prompt,) = prompts(1, 200)
+    loader = ToyLoader(on_decode=slowly)
+    async with open_engine(loader, slots=1, max_backlog=16) as engine, serving(engine) as server:
+        with socket.socket() as quiet:
+            quiet.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before connecting, or it is ignored
+            quiet.connect((server.host, server.port))
+            # With a hundred alternatives each, two hundred tokens are more than a megabyte.
+            fields = {"prompt": prompt, "n_predict": 200, "logprobs": 100}
+            quiet.sendall(post("/completion", fields, "Connection: close"))
+            await until(lambda: engine.statistics().scheduler.n_paused == 1)
+            assert engine.statistics().scheduler.n_sampled < 150
+            client = Client(trio.SocketStream(trio.socket.from_stdlib_socket(quiet.dup())))
+            answer = await client.answer()
+            assert "".join(line["content"] for line in answer.lines) == toy_text(prompt, 200)
+            await client.stream.aclose()
+
+
+async def test_a_deadline_ends_an_answer_with_what_there_is() -> None:
+    def slowly(batch: Batch) -> None:
+        time.sleep(0.005)
+
+    (prompt,) = prompts(1, 200)
+    async with open_engine(ToyLoader(on_decode=slowly)) as engine, serving(engine) as server:
+        answer = await server.ask(post("/completion", {"prompt": prompt, "n_predict": 200, "deadline": 0.2}))
+        *pieces, last = answer.lines
+        assert last["stopped_deadline"]
+        assert 0 < last["timings"]["predicted_n"] < 200
+        text = "".join(line["content"] for line in pieces)
+        assert text
+        assert toy_text(prompt, 200).startswith(text)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from quart import Response
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from trio_runner.errors import RunnerError
 from trio_runner.server.access import Access
+from trio_runner.server.asgi import Application, Receive, Send, answer
+from trio_runner.server.intake import Intake
 from trio_runner.server.problems import Problem, problem
 from trio_runner.server.routes import OWNED, add_routes, problem_response
 
@@ -24,9 +25,6 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 8 << 20
 BODY_TIMEOUT = 30.0
 """Seconds a client may take to send a body."""
-
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 def create_app(engine: Engine, *, access: Access | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> QuartTrio:
@@ -49,7 +47,7 @@ def create_app(engine: Engine, *, access: Access | None = None, max_body_bytes: 
             408: f"the body did not arrive within {BODY_TIMEOUT:g} seconds",
             413: f"the body is larger than {max_body_bytes} bytes",
         }.get(error.code or 500, error.name)
-        headers = {"Allow": "POST"} if error.code == 405 else {}
+        headers = {"Allow": _allowed(error)} if isinstance(error, MethodNotAllowed) else {}
         return problem_response(Problem(error.code or 500, text, headers))
 
     async def on_any_error(error: Exception) -> Response:
@@ -59,8 +57,12 @@ def create_app(engine: Engine, *, access: Access | None = None, max_body_bytes: 
     app.register_error_handler(RunnerError, on_runner_error)
     app.register_error_handler(HTTPException, on_http_error)
     app.register_error_handler(Exception, on_any_error)
-    app.asgi_app = Gate(app.asgi_app, access or Access())  # type: ignore[method-assign,assignment]
+    app.asgi_app = Gate(Intake(app.asgi_app), access or Access())  # type: ignore[method-assign,assignment]
     return app
+
+
+def _allowed(error: MethodNotAllowed) -> str:
+    return "GET" if "GET" in (error.valid_methods or ()) else "POST"
 
 
 class Gate:
@@ -70,7 +72,7 @@ class Gate:
     handler is over before its body starts.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], access: Access) -> None:
+    def __init__(self, app: Application, access: Access) -> None:
         self._app = app
         self._access = access
 
@@ -80,12 +82,12 @@ class Gate:
         headers = dict(scope["headers"])
         refusal = self._access.refusal(scope["method"], scope["path"], headers)
         if refusal is not None:
-            return await _answer(send, refusal.status, refusal.all_headers, refusal.body)
+            return await answer(send, refusal.status, refusal.all_headers, refusal.body)
         origin = headers.get(b"origin")
         if origin is not None:
             send = _with_cors(send, origin)
             if self._access.is_preflight(scope["method"], headers):
-                return await _answer(send, 204, _PREFLIGHT, b"")
+                return await answer(send, 204, _PREFLIGHT, b"")
         owned: list[Generation] = []
         scope[OWNED] = owned
         try:
@@ -112,11 +114,3 @@ def _with_cors(send: Send, origin: bytes) -> Send:
         await send(message)
 
     return send_with_cors
-
-
-async def _answer(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    if status != 204:
-        raw.append((b"content-length", b"%d" % len(body)))
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

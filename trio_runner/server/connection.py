@@ -137,11 +137,11 @@ class Connection:
             if not self._writing.locked():  # nearly always the socket takes all of it at once
                 rest = rest[self._write_some(rest) :]
             if rest:
-                with trio.fail_after(self._write_timeout):
-                    async with self._writing:
-                        while rest:
+                async with self._writing:
+                    while rest:
+                        with trio.fail_after(self._write_timeout):
                             await trio.lowlevel.wait_writable(self._sock)
-                            rest = rest[self._write_some(rest) :]
+                        rest = rest[self._write_some(rest) :]
         except (OSError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # closing wakes the reader, which reports that the client has gone
         finally:

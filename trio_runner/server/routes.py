@@ -29,7 +29,8 @@ def problem_response(problem: Problem) -> Response:
 
 
 async def _body() -> bytes:
-    return cast(bytes, await request.get_data())
+    # Not to be kept beside what is read from it, for as long as the answer takes.
+    return cast(bytes, await request.get_data(cache=False))
 
 
 def _own(generation: Generation) -> None:
@@ -69,8 +70,13 @@ def add_routes(app: QuartTrio, engine: Engine) -> None:
     async def health() -> Response:
         return json_response(runner_api.health_line(engine.status, engine.progress))
 
+    async def statistics() -> Response:
+        return json_response(runner_api.statistics_line(engine.statistics()))
+
     for handler in (completion, embedding, tokenize, detokenize):
         app.add_url_rule(f"/{handler.__name__}", view_func=handler, methods=["POST"])
+
+    app.add_url_rule("/statistics", view_func=statistics, methods=["GET"])
 
     # Any method at all, which add_url_rule cannot say.
     rule = app.url_rule_class("/health", endpoint="health")

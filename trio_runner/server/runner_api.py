@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import msgspec
 import numpy as np
@@ -24,6 +24,9 @@ from trio_runner.errors import EngineBusy, InvalidRequest, RequestError, RunnerE
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
 from trio_runner.request import MAX_LOGPROBS, MAX_TEXT_BYTES, EmbedRequest, GenerateRequest, SamplingParams
 from trio_runner.server.problems import Problem, problem, problem_text
+
+if TYPE_CHECKING:
+    from trio_runner.engine.engine import EngineStatistics
 
 NO_SEQUENCE = "Failed to create new sequence: "
 NO_SLOT = "Failed to load cache: no available cache slots"
@@ -152,6 +155,8 @@ _COMPLETION: dict[str, Check] = {
     "cache_prompt": _boolean,
     "shift": _boolean,
     "truncate": _boolean,
+    "priority": _text,
+    "deadline": _number,
     "n_probs": _alternatives,
     "logprobs": _alternatives,
     **_SAMPLING,
@@ -214,6 +219,8 @@ def completion(body: bytes) -> GenerateRequest:
         n_keep=max(-1, min(given.get("n_keep", 4), 2**31 - 1)),
         shift=given.get("shift", True),
         truncate=given.get("truncate", True),
+        priority=given.get("priority", "interactive"),
+        deadline=given.get("deadline"),
     )
 
 
@@ -277,10 +284,10 @@ def _float32(value: Any) -> str:
     return str(np.float32(value)).removesuffix(".0")
 
 
-def _timings(usage: Usage) -> str:
+def _timings(usage: Usage, more: str = "") -> str:
     return (
         f'"timings":{{"predicted_n":{usage.completion_tokens},"predicted_ms":{int(usage.completion_seconds * 1000)},'
-        f'"prompt_n":{usage.prompt_tokens},"prompt_ms":{int(usage.prompt_seconds * 1000)}}}'
+        f'"prompt_n":{usage.prompt_tokens},"prompt_ms":{int(usage.prompt_seconds * 1000)}{more}}}'
     )
 
 
@@ -302,6 +309,7 @@ def _probabilities(tokens: Sequence[SampledToken]) -> str:
 
 
 _NO_TIMINGS = _timings(Usage())
+_STOPPED = {"length": '"stopped_limit":true,', "deadline": '"stopped_deadline":true,'}
 
 
 class CompletionLines:
@@ -314,8 +322,8 @@ class CompletionLines:
             case TextPiece(text=text, tokens=tokens):
                 line = f'{{"content":{_quoted(text)},"stop":false,{_probabilities(tokens)}{_NO_TIMINGS}}}\n'
             case Finished(reason=reason, usage=usage, tokens=tokens):
-                limited = '"stopped_limit":true,' if reason == "length" else ""
-                line = f'{{"content":"","stop":true,{limited}{_probabilities(tokens)}{_timings(usage)}}}\n'
+                timings = _timings(usage, f',"cache_n":{usage.cached_tokens}')
+                line = f'{{"content":"","stop":true,{_STOPPED.get(reason, "")}{_probabilities(tokens)}{timings}}}\n'
         return line.encode()
 
     def failure(self, error: Exception) -> bytes:
@@ -341,5 +349,28 @@ def content_line(text: str) -> bytes:
 
 def health_line(status: str, progress: float) -> bytes:
     """The answer of /health for an engine in `status`; `progress` of the load from 0 to 1."""
-    word = {"loading": "loading model", "ready": "ok"}.get(status, "server error")
-    return f'{{"status":"{word}","progress":{_float32(progress)}}}\n'.encode()
+    return f'{{"status":"{_status(status)}","progress":{_float32(progress)}}}\n'.encode()
+
+
+def statistics_line(statistics: EngineStatistics) -> bytes:
+    """The answer of /statistics: how full the engine is, and counters that only rise while it lives."""
+    scheduler = statistics.scheduler
+    fields = {
+        "status": _status(statistics.status),
+        "slots": statistics.slots,
+        "running": scheduler.n_running,
+        "waiting": scheduler.n_waiting,
+        "paused": scheduler.n_paused,
+        "preempted": scheduler.n_preempted,
+        "cached_tokens": scheduler.n_cached_tokens,
+        "generations": statistics.generations,
+        "batches": scheduler.n_batches,
+        "aborted": scheduler.n_aborted,
+        "prompt_rows": scheduler.n_prompt_rows,
+        "sampled": scheduler.n_sampled,
+    }
+    return msgspec.json.encode(fields) + b"\n"
+
+
+def _status(status: str) -> str:
+    return {"loading": "loading model", "ready": "ok"}.get(status, "server error")
