@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
-from trio_runner.config import CachePolicy
-from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp
+from trio_runner.core.prompt import common_prefix
 from trio_runner.core.scheduler import Scheduler
 from trio_runner.core.sequence import SequenceSpec
 from trio_runner.engine.runtime import Sampler
@@ -91,29 +91,37 @@ def first_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str] | None:
 class World:
     """Carries steps out as the decode loop does, and checks after each what must always hold.
 
-    `uid` 0 and up in the order of submission. `poison`: batches with this uid never succeed.
+    `uid` 0 and up in the order of submission. `poison`: batches with this uid never succeed. `slowness`: how many
+    milliseconds a row takes.
     """
 
     limits: Limits
-    policy: CachePolicy = "longest"
+    slowness: float = 1.0
     poison: dict[int, DecodeOutcome] = field(default_factory=dict)
     on_batch: Callable[[Batch], None] | None = None
     specs: dict[int, SequenceSpec] = field(default_factory=dict)
     events: dict[int, list[Event | Embedded]] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
+    expired: set[int] = field(default_factory=set)
     may_fail: set[int] = field(default_factory=set)
     """Sequences that were alone in a batch that failed."""
+    preempted: set[int] = field(default_factory=set)
+    """Sequences that had to give up a slot."""
+    overtaken: set[int] = field(default_factory=set)
+    """Sequences that were paused while they waited: others may go before them."""
     n_prefilled: dict[int, int] = field(default_factory=dict)
     """Prompt rows that were decoded, by uid."""
     n_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits, cache_policy=self.policy)
+        self.scheduler = Scheduler(self.limits)
         self.context = ToyContext(self.limits, on_decode=lambda batch: self._interruption)
         self.samplers: dict[int, Sampler] = {}
         self.ops: list[MemoryOp] = []
         self.paused: set[int] = set()
         self.sampled: set[int] = set()
+        self.numbers: set[int] = set()
+        self.n_passed_over: dict[int, int] = {}
         self._interruption: Interruption | None = None
 
     def submit(self, sampling: SamplingParams | None = None, **fields: object) -> int:
@@ -131,9 +139,24 @@ class World:
             self.cancelled.add(uid)
         self.scheduler.cancel(uid)
 
+    def expire(self, uid: int) -> None:
+        is_live = uid in self.running or uid in self.waiting
+        emissions = self.scheduler.expire(uid)
+        assert bool(emissions) == is_live
+        for told, event in emissions:
+            assert told == uid
+            self.events[uid].append(event)
+        if is_live:
+            assert self.last(uid).reason == "deadline"
+            assert uid not in self.running
+            assert uid not in self.waiting
+            self.expired.add(uid)
+
     def pause(self, uid: int) -> None:
-        if uid in self.running:
+        if uid in self.running or uid in self.waiting:
             self.paused.add(uid)
+        if uid in self.waiting:
+            self.overtaken.add(uid)
         self.scheduler.pause(uid)
 
     def resume(self, uid: int) -> None:
@@ -143,9 +166,15 @@ class World:
     def step(self, interruption: Interruption | None = None, *, discard: bool = False) -> bool:
         """One step; False when there is nothing to do. `discard`: throw the batch away after the edits, as when mail
         has come."""
+        ran, held = set(self.running), self._held_for_prompts()
         step = self.scheduler.next_step()
+        self.preempted |= ran - set(self.running)
+        self.check_admission(ran, held)
+        self.check_following()
         if step is None:
             self.check_held()
+            self.check_waiting()
+            assert not set(self.running) - self.paused, "somebody could go on"
             return False
         self.n_steps += 1
         assert step.memory_ops or step.batch.chunks, "an empty step"
@@ -158,32 +187,50 @@ class World:
         if not trims_held:
             return True
         self.check_held()
+        self.check_waiting()
         self.check_batch(step.batch)
         if discard or not step.batch.chunks:
             return True
-        uids = [chunk.uid for chunk in step.batch.chunks]
+        self._decode(step.batch, interruption)
+        return True
+
+    def _decode(self, batch: Batch, interruption: Interruption | None) -> None:
+        uids = [chunk.uid for chunk in batch.chunks]
         for uid in uids:
             if uid in self.poison:
                 outcome = self.poison[uid]
                 interruption = Interruption(outcome, 3 if outcome is DecodeOutcome.FATAL else 0)
         if interruption is not None and len(uids) == 1 and interruption.outcome is not DecodeOutcome.ABORTED:
             self.may_fail.update(uids)
-        if interruption is None:
-            for chunk in step.batch.chunks:
-                if chunk.uid not in self.sampled:
-                    self.n_prefilled[chunk.uid] += len(chunk.tokens)
-                if chunk.output:
-                    self.sampled.add(chunk.uid)
+        self.check_nobody_is_passed_over(batch, failed=interruption is not None)
         if self.on_batch is not None:
-            self.on_batch(step.batch)
+            self.on_batch(batch)
         self._interruption = interruption
-        result = self.context.decode(step.batch, self.samplers)
-        for uid, event in self.scheduler.commit(step.batch, result):
+        result = self.context.decode(batch, self.samplers)
+        self._count_prefilled(batch, result)
+        result = replace(result, seconds=result.seconds * self.slowness)
+        for uid, event in self.scheduler.commit(batch, result):
             assert uid in uids, "an event of a sequence that was not in the batch"
             assert uid not in self.cancelled, "an event after the cancellation"
             assert not self.finished(uid), "an event after the last one"
             self.events[uid].append(event)
-        return True
+        if result.outcome is DecodeOutcome.NO_KV_SPACE:
+            self.preempted |= set(self.waiting)
+
+    def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
+        needs_all_rows = batch.embeddings and not self.limits.embeds_last_row
+        for chunk in batch.chunks:
+            n_rows = len(chunk.tokens)
+            if result.outcome is not DecodeOutcome.OK:
+                # What a batch that was broken off has left counts, except a last row whose logits are lost.
+                n_rows = max(result.kept.get(chunk.uid, 0) - chunk.start, 0)
+                n_rows -= chunk.output and n_rows == len(chunk.tokens)
+                if needs_all_rows or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
+                    n_rows = 0
+            if chunk.uid not in self.sampled:
+                self.n_prefilled[chunk.uid] += n_rows
+            if chunk.output and result.outcome is DecodeOutcome.OK:
+                self.sampled.add(chunk.uid)
 
     def run(self, max_steps: int | None = None) -> None:
         """Until nothing is left to do."""
@@ -202,6 +249,10 @@ class World:
     def running(self) -> list[int]:
         return list(self.scheduler._running)
 
+    @property
+    def waiting(self) -> list[int]:
+        return list(self.scheduler._waiting)
+
     def finished(self, uid: int) -> bool:
         return bool(self.events[uid]) and isinstance(self.events[uid][-1], (Finished, Embedded))
 
@@ -218,33 +269,109 @@ class World:
         return Alone(self.text(uid), last.reason, last.stop, last.usage.completion_tokens)
 
     def alone(self, uid: int) -> Alone:
-        return alone(self.specs[uid], self.limits.n_ctx)
+        """What it says alone; up to where its deadline came, if it did."""
+        spec, n_ctx = self.specs[uid], self.limits.n_ctx
+        if uid not in self.expired:
+            return alone(spec, n_ctx)
+        n_sampled = self.last(uid).usage.completion_tokens
+        if n_sampled == 0:
+            return Alone("", "deadline", None, 0)
+        said = alone(replace(spec, max_tokens=n_sampled), n_ctx)
+        assert said.n_sampled == n_sampled, "its text had ended before its deadline"
+        return replace(said, reason="deadline" if said.reason == "length" else said.reason)
 
     # -- what must always hold ----------------------------------------------------------------------------------------
 
     def check_held(self) -> None:
-        """Rule 1, once all edits are done. And first come, first served."""
-        for slot in self.scheduler._pool.slots:
+        """Rule 1, once all edits are done."""
+        pool = self.scheduler._pool
+        for slot in (*pool.slots, *pool.embed_slots):
             assert slot.tokens == self.context.held(slot.id), f"slot {slot.id} is not what the KV cache holds"
-        waiting = [spec.uid for spec in self.scheduler._waiting.values()]
-        assert waiting == sorted(waiting)
-        assert not waiting or max(self.running, default=-1) < waiting[0], "somebody jumped the queue"
-        assert not waiting or len(self.running) == self.limits.n_slots, "a slot is free while somebody waits"
+
+    def check_waiting(self) -> None:
+        """First come, first served, interactive ones first; and nobody waits without need."""
+        waiting = set(self.waiting)
+        self.overtaken |= waiting & self.paused
+        for embedding in (True, False):
+            ahead = {uid for uid in waiting - self.paused if self.specs[uid].embedding == embedding}
+            running = {uid for uid in self.running if self.specs[uid].embedding == embedding}
+            for uid in ahead - self.overtaken:
+                rivals = {other for other in running if self.specs[other].background == self.specs[uid].background}
+                assert max(rivals, default=-1) < uid, "somebody jumped the queue"
+            if not ahead:
+                continue
+            first = min(ahead, key=self._rank)
+            if embedding:
+                n_reserved = sum(len(self.specs[uid].prompt) for uid in running)
+                has_room = n_reserved + len(self.specs[first].prompt) <= self.limits.max_rows
+                assert len(running) == self.limits.n_embed_slots or not has_room, "an embedding waits without need"
+            elif not self.scheduler._crowded:
+                assert len(running) == self.limits.n_slots, "a slot is free while somebody waits"
+                is_outranked = any(self.specs[uid].background for uid in running)
+                assert self.specs[first].background or not is_outranked, "an interactive one waits for a background one"
+
+    def _rank(self, uid: int) -> tuple[bool, int]:
+        return self.specs[uid].background, uid
+
+    def _held_for_prompts(self) -> list[list[int]]:
+        return [list(slot.tokens) for slot in self.scheduler._pool.slots]
+
+    def check_admission(self, ran: set[int], held: list[list[int]]) -> None:
+        """Who got a slot, if nobody else did in the same step, goes on from the longest prefix that anybody held."""
+        started = [self.scheduler._running[uid] for uid in self.running if uid not in ran]
+        started = [sequence for sequence in started if not sequence.spec.embedding]
+        if len(started) != 1 or not self.limits.can_trim:
+            return
+        sequence = started[0]
+        if sequence.spec.cache_prompt and sequence.leader is None and not sequence.prompt_done:
+            longest = max(common_prefix(tokens, sequence.spec.prompt) for tokens in held)
+            assert len(sequence.slot.tokens) >= min(longest, len(sequence.spec.prompt) - 1), "a prefix was not used"
+
+    def check_following(self) -> None:
+        """Who waits for another's prefix waits for somebody who gets on."""
+        running = self.scheduler._running
+        for sequence in running.values():
+            followed = [sequence]
+            while sequence.spec.uid not in self.paused and (leader := followed[-1].leader) is not None:
+                assert running.get(leader.spec.uid) is leader, "it waits for somebody who has left"
+                assert leader.spec.uid not in self.paused, "it waits for somebody who is paused"
+                assert leader not in followed, "they wait for each other"
+                followed.append(leader)
+
+    def check_nobody_is_passed_over(self, batch: Batch, *, failed: bool) -> None:
+        served = {chunk.uid for chunk in batch.chunks}
+        most = 4 * (self.limits.n_slots + self.limits.n_embed_slots)
+        for uid, sequence in self.scheduler._running.items():
+            if uid in served or uid in self.paused or sequence.leader is not None:
+                self.n_passed_over[uid] = 0
+            elif not failed:
+                self.n_passed_over[uid] = self.n_passed_over.get(uid, 0) + 1
+                assert self.n_passed_over[uid] <= most, "somebody starves"
 
     def check_batch(self, batch: Batch) -> None:
         assert batch.n_rows <= self.limits.max_rows
+        if batch.chunks:
+            assert batch.number not in self.numbers, "two batches of the same number"
+            self.numbers.add(batch.number)
         for chunk in batch.chunks:
             assert chunk.tokens, "a chunk without rows"
             assert chunk.uid in self.running
             assert chunk.uid not in self.paused, "rows for a paused sequence"
-            assert self.specs[chunk.uid].embedding == batch.embeddings
+            if not self.specs[chunk.uid].embedding or not self.limits.embeds_last_row:
+                assert self.specs[chunk.uid].embedding == batch.embeddings
 
     def check_idle(self) -> None:
         """All is done: every slot is free and nobody is remembered."""
         assert not self.running
         assert not self.scheduler._waiting
-        assert self.scheduler._pool.n_busy == 0
+        assert not self.scheduler._crowded
+        pool = self.scheduler._pool
+        assert pool.n_busy == 0
+        assert not pool._reserved
+        assert not any(slot.tokens for slot in pool.embed_slots)
         statistics = self.scheduler.statistics()
         n_held = sum(len(self.context.held(slot)) for slot in range(self.limits.n_slots))
         assert (statistics.n_waiting, statistics.n_running, statistics.n_paused) == (0, 0, 0)
+        assert statistics.n_preempted == 0
         assert statistics.n_cached_tokens == n_held
+        assert statistics.n_prompt_rows == sum(self.n_prefilled.values())

@@ -207,27 +207,37 @@ class Scheduler:
     def _start(self, sequence: Sequence, slot: Slot) -> None:
         del self._waiting[sequence.spec.uid]
         self._running[sequence.spec.uid] = sequence
-        sequence.slot = slot
-        del sequence.pending[: len(slot.tokens)]
-        if not sequence.started:
-            sequence.n_cached = len(slot.tokens)
+        sequence.slot, sequence.last_turn = slot, self._turn
+        n_held = len(slot.tokens)
+        del sequence.pending[:n_held]
+        if not sequence.prompt_done:
+            sequence.n_cached = min(sequence.n_cached, n_held) if sequence.started else n_held
         sequence.started = True
 
     def _preempt_background(self) -> bool:
         """Take the slot of the background sequence that came last; False when there is none."""
-        uids = [uid for uid, sequence in self._running.items() if sequence.spec.background]
+        specs = (sequence.spec for sequence in self._running.values())
+        uids = [spec.uid for spec in specs if spec.background and not spec.embedding]
         if uids:
             self._preempt(self._running[max(uids)])
         return bool(uids)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait, with all it has; what its slot holds stays as long as nobody takes it."""
-        slot = sequence.slot
-        sequence.pending[:0] = slot.tokens
+        if len(sequence.tokens) > self._limits.n_ctx:
+            self._shift(sequence)  # as it would have done in the next step
+        sequence.pending[:0] = sequence.slot.tokens
+        self._leave_slot(sequence)
         sequence.slot, sequence.leader = Slot(-1), None
-        self._ops += self._pool.release(slot)
-        del self._running[sequence.spec.uid]
         self._waiting[sequence.spec.uid] = sequence
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        """Give up the slot. Those who wait for what it holds take over what there is, before somebody else does."""
+        del self._running[sequence.spec.uid]
+        self._ops += self._pool.release(sequence.slot)
+        for other in self._running.values():
+            if other.leader is sequence:
+                self._waits_for_leader(other)
 
     def _follow(self, sequence: Sequence) -> None:
         """Find a running sequence that will soon hold more of the start of this prompt than its own slot does."""
@@ -251,11 +261,11 @@ class Scheduler:
         if runs and len(leader.slot.tokens) < sequence.n_follow:
             return True
         sequence.leader = None
-        tokens = sequence.tokens
+        tokens, n_held = sequence.tokens, len(sequence.slot.tokens)
         self._ops += self._pool.extend(sequence.slot, tokens)
         sequence.pending = tokens[len(sequence.slot.tokens) :]
         if not sequence.prompt_done:
-            sequence.n_cached = len(sequence.slot.tokens)
+            sequence.n_cached += len(sequence.slot.tokens) - n_held
         self._follow(sequence)
         return sequence.leader is not None
 
@@ -279,10 +289,11 @@ class Scheduler:
     def _in_turn(self) -> list[Sequence]:
         """The sequences that want rows, who waited longest first; one alone while a failure is traced."""
         self._suspects = [uid for uid in self._suspects if uid in self._running]
+        # A paused one, too, takes what it has waited for: its leader may shift it away later.
         ready = [
             sequence
             for sequence in self._running.values()
-            if not sequence.paused and not self._waits_for_leader(sequence)
+            if not self._waits_for_leader(sequence) and not sequence.paused
         ]
         suspects = [sequence for sequence in ready if sequence.spec.uid in self._suspects]
         return suspects[:1] or sorted(ready, key=lambda sequence: sequence.last_turn)
@@ -363,7 +374,6 @@ class Scheduler:
                 sequence.completion_seconds += result.seconds
             else:
                 sequence.prompt_seconds += result.seconds
-                self._n_prompt_rows += len(chunk.tokens)
             self._hold(sequence, chunk.tokens)
             if sequence.spec.progress and not was_decoding:
                 n_done = len(sequence.spec.prompt) - len(sequence.pending)
@@ -402,6 +412,8 @@ class Scheduler:
         """`tokens`, which were pending, are in the KV cache now."""
         if self._limits.has_memory:
             sequence.slot.tokens += tokens
+        if not sequence.prompt_done:
+            self._n_prompt_rows += len(tokens)
         del sequence.pending[: len(tokens)]
 
     def _forget_cut(self, sequence: Sequence) -> None:
@@ -423,10 +435,10 @@ class Scheduler:
             if needs_all_rows or not chunk.start <= n_held <= chunk.stop:
                 self._start_over(sequence)
                 continue
-            self._hold(sequence, chunk.tokens[: n_held - chunk.start])
             if chunk.output and n_held == chunk.stop:
-                sequence.pending.insert(0, chunk.tokens[-1])
-                self._ops.append(sequence.slot.trim(n_held - 1))
+                n_held -= 1
+                self._ops.append(Trim(chunk.slot, n_held))
+            self._hold(sequence, chunk.tokens[: n_held - chunk.start])
 
     def _make_space(self) -> bool:
         """The KV cache is full, which slots of fixed size should prevent: give up what idle slots hold; then let one
@@ -467,6 +479,6 @@ class Scheduler:
         return sequence.spec.uid, finished
 
     def _release(self, sequence: Sequence) -> None:
-        if self._running.pop(sequence.spec.uid, None) is not None:
-            self._ops += self._pool.release(sequence.slot)
+        if sequence.spec.uid in self._running:
+            self._leave_slot(sequence)
             self._crowded = False
