@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from trio_runner.bench.dialects import DialectName
-    from trio_runner.config import CachePolicy, FlashAttention, KvType, Pooling
+    from trio_runner.config import FlashAttention, KvType, Pooling
     from trio_runner.engine.engine import Engine
 
 P = ParamSpec("P")
@@ -129,7 +129,7 @@ class EngineOptions:
     mmap: bool
     mlock: bool
     check_tensors: bool
-    cache_policy: CachePolicy
+    step_target: float | None
     pooling: Pooling
     verbose: int
 
@@ -149,9 +149,9 @@ class EngineOptions:
                 threads=self.threads,
                 flash_attention=self.flash_attention,
                 kv_type=self.kv_type,
-                cache_policy=self.cache_policy,
+                step_target=self.step_target / 1000 if self.step_target is not None else None,
                 pooling=self.pooling,
-                max_queue=max_queue,
+                max_queue=max_queue if max_queue is not None else defaults.max_queue,
                 stall_timeout=stall_timeout if stall_timeout is not None else defaults.stall_timeout,
             )
             model = ModelConfig(
@@ -191,11 +191,10 @@ _ENGINE_OPTIONS = (
     click.option("--mlock", is_flag=True, help="Keep the model out of swap."),
     click.option("--check-tensors", is_flag=True, help="Read every tensor and refuse NaN and infinity."),
     click.option(
-        "--cache-policy",
-        type=click.Choice(["longest", "best"]),
-        default="longest",
-        show_default=True,
-        help="How a prompt finds its slot: longest shared prefix (one user) or best (many).",
+        "--step-target",
+        type=float,
+        metavar="MS",
+        help="Milliseconds that a prompt may hold up the streams beside it, per step.  [default: as measured]",
     ),
     click.option("--pooling", type=click.Choice(POOLINGS), default="model", show_default=True, help="For embeddings."),
     click.option("--verbose", "-v", count=True, help="Log more; -vv everything."),
@@ -341,7 +340,13 @@ def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: Callable[[E
 )
 @click.option("--allowed-host", multiple=True, help="Accept this name in the Host header; may be repeated.")
 @click.option("--allowed-origin", multiple=True, help="Let web pages from this origin call; may be repeated.")
-@click.option("--max-queue", type=int, help="Requests that may wait for a slot.  [default: no bound]")
+@click.option(
+    "--max-queue",
+    type=int,
+    default=EngineConfig().max_queue,
+    show_default=True,
+    help="Requests that may wait for a slot; more are told to come back later.",
+)
 def serve(
     options: EngineOptions,
     /,
@@ -351,7 +356,7 @@ def serve(
     api_key_file: Path | None,
     allowed_host: tuple[str, ...],
     allowed_origin: tuple[str, ...],
-    max_queue: int | None,
+    max_queue: int,
 ) -> int:
     """Serve the model over HTTP.
 

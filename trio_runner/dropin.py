@@ -40,8 +40,8 @@ FLAGS = FlagSet(
         Flag("no-mmap", False, "read the model instead of mapping it"),
         Flag("mlock", False, "keep the model out of swap"),
         Flag("tensor-split", "", "proportions of the model per GPU, separated by commas"),
-        Flag("multiuser-cache", False, "choose cache slots for many users instead of one"),
         Flag("requirements", False, "print what this runner needs as JSON and exit"),
+        Flag("multiuser-cache", False, "ignored: the cache is always for many users"),
         Flag("embedding", False, "ignored"),
         Flag("log-disable", False, "ignored"),
         Flag("memory-f32", False, "ignored"),
@@ -128,7 +128,6 @@ def read_settings(values: Mapping[str, Value]) -> Settings:
             batch_size=int(values["batch-size"]),
             threads=min(threads, MAX_THREADS) if threads > 0 else None,
             flash_attention="on" if values["flash-attn"] else "auto",
-            cache_policy="best" if values["multiuser-cache"] else "longest",
         ),
         port,
     )

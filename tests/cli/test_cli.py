@@ -64,7 +64,7 @@ def test_defaults_are_those_of_the_configuration(call: Call) -> None:
 def test_every_option_arrives(call: Call) -> None:
     command = "serve -m m.gguf --slots 2 --context-length 100 --batch-size 32 --threads 3 --gpu-layers 7 --main-gpu 1"
     command += " --tensor-split 3,1.5 --lora a.gguf --lora b.gguf:0.5 --flash-attention on --kv-type q8_0 --no-mmap"
-    command += " --mlock --check-tensors --cache-policy best --pooling mean --max-queue 9 --host ::1 --port 0"
+    command += " --mlock --check-tensors --step-target 40 --pooling mean --max-queue 9 --host ::1 --port 0"
     command += " --drain-timeout 2.5 --allowed-host a.example --allowed-origin https://b.example -v"
     assert cli.main(command.split()) == 0
     assert call.model == ModelConfig(
@@ -84,7 +84,7 @@ def test_every_option_arrives(call: Call) -> None:
         threads=3,
         flash_attention="on",
         kv_type="q8_0",
-        cache_policy="best",
+        step_target=0.04,
         pooling="mean",
         max_queue=9,
     )
@@ -110,6 +110,11 @@ def test_every_option_arrives(call: Call) -> None:
         "serve --lora a:inf",
         "serve --drain-timeout -1",
         "serve --max-queue -1",
+        "serve --max-queue none",
+        "serve --step-target 0",
+        "serve --step-target nan",
+        "serve --step-target fast",
+        "serve --cache-policy best",
         "serve --model=",
         "serve --api-key-file /no/such/file",
         "serve x",

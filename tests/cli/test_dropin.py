@@ -39,9 +39,7 @@ def test_everything_a_server_of_that_era_sends() -> None:
             mmap=False,
             mlock=True,
         ),
-        EngineConfig(
-            slots=4, context_length=2048, batch_size=512, threads=8, flash_attention="on", cache_policy="best"
-        ),
+        EngineConfig(slots=4, context_length=2048, batch_size=512, threads=8, flash_attention="on"),
         port=43210,
     )
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from trio_runner.errors import InvalidRequest
 from trio_runner.request import (
+    MAX_DEADLINE,
     MAX_DRY_BREAKER_BYTES,
     MAX_DRY_BREAKERS,
     MAX_GRAMMAR_BYTES,
@@ -101,6 +102,8 @@ BAD_GENERATE: dict[str, list[Any]] = {
     "sampling": [None, {}, 1],
     "n_keep": [*NOT_INTEGERS, INT_MIN - 1, INT_MAX + 1],
     **dict.fromkeys(["cache_prompt", "shift", "truncate", "parse_special", "progress"], NOT_BOOLS),
+    "priority": [None, 1, True, "", "urgent", "Background", b"background", ["background"], {}],
+    "deadline": [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1],
 }
 BAD_EMBED: dict[str, list[Any]] = {"content": PROMPTS, "normalize": NOT_BOOLS}
 
@@ -175,6 +178,8 @@ SAMPLING = st.builds(
         truncate=st.booleans(),
         parse_special=st.booleans(),
         progress=st.booleans(),
+        priority=st.sampled_from(["interactive", "background"]),
+        deadline=st.none() | st.floats(0.001, MAX_DEADLINE) | st.integers(1, 10),
     )
 )
 def test_whatever_is_in_range_is_taken_as_it_is(request: GenerateRequest) -> None:
