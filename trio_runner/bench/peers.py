@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
@@ -16,7 +15,8 @@ from trio_runner.bench.server import Unavailable
 
 KILL_SECONDS: Final = 5.0
 
-_LISTENING: Final = re.compile(rb"listening on (http://\S+)")
+_LISTENING: Final = re.compile(rb"listening on (http://\S+)\s")
+_LOADED: Final = re.compile(rb"model loaded")
 
 
 @asynccontextmanager
@@ -32,7 +32,8 @@ async def own_server(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]
     try:
         assert process.stderr is not None
         log = _Log(process.stderr)
-        url = await log.url()
+        url = (await log.said(_LISTENING))[1].decode()
+        await log.said(_LOADED)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(log.swallow)
             yield url, process.pid
@@ -46,15 +47,17 @@ class _Log:
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self._stream = stream
+        self._text = b""
 
-    async def url(self) -> str:
-        said = b""
-        async for data in self._stream:
-            said += data
-            if (found := _LISTENING.search(said)) and said.endswith(b"\n"):
-                return found[1].decode()
-        lines = deque(said.decode(errors="replace").splitlines(), maxlen=1)
-        raise Unavailable("the server did not start: " + (lines[0] if lines else "it said nothing"))
+    async def said(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
+        """Wait for it. Raises `Unavailable`, with the last line, if the child ends before."""
+        while not (found := pattern.search(self._text)):
+            data = await self._stream.receive_some()
+            if not data:
+                lines = self._text.decode(errors="replace").splitlines()
+                raise Unavailable("the server did not start: " + (lines[-1] if lines else "it said nothing"))
+            self._text += data
+        return found
 
     async def swallow(self) -> None:
         async for _ in self._stream:
