@@ -4,150 +4,22 @@ retry, and nobody else notices."""
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
 
-from tests.engine.toys import Gate, Latch, Toy, prompts, until, until_idle
+from tests.engine.states import N_PROMPT, PROMPT, STATES, Scene, State
+from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.engine.generation import Generation
 from trio_runner.events import Finished
-from trio_runner.request import EmbedRequest
-from trio_runner.testing import Interruption, toy_text
-
-PROMPT = "a prompt that is long enough to be worth breaking off in the middle of it, 15"
-"""The toy has 197 tokens to say to this."""
-N_PROMPT = len(PROMPT)
-N_KEPT = 20
-"""Rows that are done when a batch is broken off."""
-
-
-@dataclass
-class Scene:
-    """A request that has come to the state under test; `keeps` tokens of it are in the KV cache."""
-
-    engine: Engine
-    generation: Generation
-    gate: Gate
-    keeps: int = 0
-    is_broken_off: bool = False
-    release: Callable[[], None] = lambda: None
-    """Lets go on what holds it, where that is not the gate."""
-    reader: trio.CancelScope = field(default_factory=trio.CancelScope)
-    leave: trio.Event = field(default_factory=trio.Event)
-
-    async def read(self) -> None:
-        with self.reader:
-            async with self.generation:
-                await self.leave.wait()
-
-
-# -- the states -------------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def _in_state(toy: Toy, request: dict[str, Any], options: dict[str, Any], **facts: Any) -> AsyncIterator[Scene]:
-    gate = Gate(toy, n_kept=N_KEPT)
-    toy.on_decode = gate
-    async with toy.engine(slots=1, **options) as engine, trio.open_nursery() as nursery:
-        scene = Scene(engine, engine.generate(PROMPT, **request), gate, **facts)
-        nursery.start_soon(scene.read)
-        yield scene
-
-
-@asynccontextmanager
-async def loading(toy: Toy) -> AsyncIterator[Scene]:
-    toy.on_load = latch = Latch()
-    async with _in_state(toy, {}, {"wait": False}, release=latch.open) as scene:
-        await latch.reached()
-        yield scene
-
-
-@asynccontextmanager
-async def tokenising(toy: Toy) -> AsyncIterator[Scene]:
-    toy.on_tokenize = latch = Latch()
-    async with _in_state(toy, {}, {}, release=latch.open) as scene:
-        await latch.reached()
-        yield scene
-
-
-@asynccontextmanager
-async def waiting(toy: Toy) -> AsyncIterator[Scene]:
-    toy.on_tokenize = latch = Latch()
-    async with _in_state(toy, {}, {}) as scene:
-        await latch.reached()
-        # Whoever needs no tokeniser overtakes it.
-        somebody_else = scene.engine.generate(list(b"somebody else"), max_tokens=3)
-        await somebody_else.start()
-        await scene.gate.reached(1)
-        latch.open()
-        await until(lambda: scene.engine.statistics().generations == 2)
-        yield scene
-
-
-@asynccontextmanager
-async def prefilling(toy: Toy) -> AsyncIterator[Scene]:
-    async with _in_state(toy, {}, {}, keeps=N_KEPT, is_broken_off=True) as scene:
-        await scene.gate.reached(1)
-        yield scene
-
-
-@asynccontextmanager
-async def between_chunks(toy: Toy) -> AsyncIterator[Scene]:
-    """The chunk that runs is small, but nobody else wants it; the next one must not come."""
-    async with _in_state(toy, {}, {"batch_size": 8}, keeps=16, is_broken_off=True) as scene:
-        scene.gate.let()
-        await scene.gate.reached(2)
-        yield scene
-
-
-@asynccontextmanager
-async def decoding(toy: Toy) -> AsyncIterator[Scene]:
-    async with _in_state(toy, {}, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
-        scene.gate.let(5)
-        await scene.gate.reached(6)
-        yield scene
-
-
-@asynccontextmanager
-async def holding_back(toy: Toy) -> AsyncIterator[Scene]:
-    """All its text so far may turn out to be the start of a stop string."""
-    request = {"stop": toy_text(PROMPT, 10) + " and more"}
-    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
-        scene.gate.let(5)
-        await scene.gate.reached(6)
-        assert scene.generation.receive_nowait() == []
-        yield scene
-
-
-@asynccontextmanager
-async def paused(toy: Toy) -> AsyncIterator[Scene]:
-    async with _in_state(toy, {}, {"max_backlog": 2}, keeps=N_PROMPT - 1) as scene:
-        # Eight tokens are too many to leave unread. A ninth may be on its way by the time that is known.
-        scene.gate.let(8)
-        await until(lambda: scene.generation._paused)
-        scene.gate.let()
-        await until(lambda: scene.engine.statistics().scheduler.n_paused == 1)
-        yield scene
-
-
-@asynccontextmanager
-async def over(toy: Toy) -> AsyncIterator[Scene]:
-    async with _in_state(toy, {"max_tokens": 5}, {}, keeps=N_PROMPT - 1) as scene:
-        scene.gate.open()
-        await until(lambda: len(scene.gate.batches) >= 5)
-        await until_idle(scene.engine)
-        yield scene
-
-
-STATES = [loading, tokenising, waiting, prefilling, between_chunks, decoding, holding_back, paused, over]
-
+from trio_runner.request import EmbedRequest, GenerateRequest
+from trio_runner.testing import Interruption, toy_text, toy_vector
 
 # -- the ways out -----------------------------------------------------------------------------------------------------
 
@@ -187,7 +59,7 @@ WAYS = [cancel_the_reader, leave_the_block, close_it, close_it_twice, close_it_w
 @pytest.mark.parametrize("state", STATES)
 async def test_let_go(
     toy: Toy,
-    state: Callable[[Toy], AbstractAsyncContextManager[Scene]],
+    state: State,
     way: Callable[[Scene], Awaitable[None]],
 ) -> None:
     async with state(toy) as scene:
@@ -395,48 +267,97 @@ async def test_a_list_of_embeddings_in_flight(toy: Toy, n_texts: int) -> None:
 # -- by chance --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(12))
-async def test_who_stays_does_not_notice_who_goes(toy: Toy, seed: int) -> None:
-    """Readers come and go as a seed says, in a context that breaks off or refuses batches now and then."""
-    chance = random.Random(seed)
-    in_the_context = random.Random(seed)
+LIMITS: list[dict[str, object]] = [{}, {"can_trim": False}, {"embeds_last_row": True}, {"can_shift": False}]
 
-    def interrupt(batch: Batch) -> Interruption | None:
-        what = in_the_context.random()
-        if toy.context.aborted_number == batch.number or what < 0.1:
-            return Interruption(DecodeOutcome.ABORTED, in_the_context.randrange(batch.n_rows + 1))
-        if what < 0.15:
-            return Interruption(DecodeOutcome.NO_KV_SPACE)
-        return None
 
-    toy.on_decode = interrupt
-    stays = {prompt: toy_text(prompt, 40) for prompt in prompts(8, 40)}
-    texts: dict[str, str] = {}
+class Storm:
+    """Requests that come and go as a seed says, beside some that stay, in a context that breaks off or refuses batches
+    now and then."""
 
-    async def stay(engine: Engine, prompt: str) -> None:
-        texts[prompt] = await engine.generate(prompt, max_tokens=40).collect()
+    def __init__(self, toy: Toy, seed: int) -> None:
+        toy.limits = LIMITS[seed % len(LIMITS)]
+        toy.on_decode = self.interrupt
+        self.toy = toy
+        self.chance = random.Random(seed)
+        self.in_the_context = random.Random(seed)
+        self.texts: dict[str, str] = {}
+        self.n_gone = 0
+        self.engine: Engine
 
-    async def go(engine: Engine, prompt: str, n_events: int) -> None:
-        async with engine.generate(prompt) as generation:
+    def interrupt(self, batch: Batch) -> Interruption | None:
+        what = self.in_the_context.random()
+        if self.toy.context.aborted_number == batch.number or what < 0.1:
+            return Interruption(DecodeOutcome.ABORTED, self.in_the_context.randrange(batch.n_rows + 1))
+        return Interruption(DecodeOutcome.NO_KV_SPACE) if what < 0.15 else None
+
+    def a_request(self, prompt: str) -> GenerateRequest:
+        return GenerateRequest(
+            prompt=prompt,
+            max_tokens=self.chance.choice([None, 1, 100]),
+            priority=self.chance.choice(["interactive", "background"]),
+            cache_prompt=self.chance.random() < 0.8,
+        )
+
+    async def stay(self, prompt: str) -> None:
+        priority = self.chance.choice(["interactive", "background"])
+        generation = self.engine.generate(prompt, max_tokens=40, priority=priority, deadline=1000)
+        self.texts[prompt] = await generation.collect()
+
+    async def read_some(self, prompt: str, n_events: int) -> None:
+        async with self.engine.generate(self.a_request(prompt)) as generation:
             for _ in range(n_events):
                 await anext(generation)
+        self.n_gone += 1
 
-    async def be_cancelled(engine: Engine, prompt: str, n_turns: int) -> None:
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(engine.generate(prompt).collect)
-                for _ in range(n_turns):
-                    await trio.lowlevel.checkpoint()
-                scope.cancel()
+    async def be_cancelled(self, use: Callable[[], Awaitable[object]], n_turns: int) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use)
+            for _ in range(n_turns):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        self.n_gone += 1
 
-    async with toy.engine(slots=3, batch_size=32) as engine:
+    async def run_out_of_time(self, prompt: str, seconds: float) -> None:
+        generation = self.engine.generate(replace(self.a_request(prompt), deadline=seconds))
+        text = await generation.collect()
+        assert generation.usage is not None
+        assert text == toy_text(prompt, generation.usage.completion_tokens)
+        self.n_gone += 1
+
+    async def embed(self, text: str) -> None:
+        (vector,) = await self.engine.embed([text])
+        np.testing.assert_array_equal(vector, toy_vector(list(text.encode())))
+
+    def start_one_that_goes(self, nursery: trio.Nursery, prompt: str) -> None:
+        n_turns = self.chance.randrange(60)
+        match self.chance.randrange(5):
+            case 0:
+                nursery.start_soon(self.read_some, prompt, n_turns % 2)
+            case 1 | 2:
+                generation = self.engine.generate(self.a_request(prompt))
+                nursery.start_soon(self.be_cancelled, generation.collect, n_turns)
+            case 3:
+                nursery.start_soon(self.run_out_of_time, prompt, 0.001 + n_turns / 1000)
+            case _:
+                nursery.start_soon(self.be_cancelled, partial(self.embed, prompt[:30]), n_turns)
+                nursery.start_soon(self.embed, prompt[-30:])
+
+
+@pytest.mark.parametrize("seed", range(16))
+async def test_who_stays_does_not_notice_who_goes(toy: Toy, seed: int) -> None:
+    storm = Storm(toy, seed)
+    stays = {prompt: toy_text(prompt, 40) for prompt in prompts(8, 40)}
+    async with toy.engine(slots=3, batch_size=32, max_backlog=8, step_target=0.02) as engine:
+        storm.engine = engine
         async with trio.open_nursery() as nursery:
             for prompt in stays:
-                nursery.start_soon(stay, engine, prompt)
-                for _ in range(3):
+                nursery.start_soon(storm.stay, prompt)
+                for _ in range(8):
                     # Some start as another one does, so that slots are shared and forked.
-                    start = chance.choice([prompt, PROMPT, chance.choice(list(stays))])
-                    nursery.start_soon(go, engine, f"{start}{chance.choice('xyz')}", chance.randrange(2))
-                    nursery.start_soon(be_cancelled, engine, start + PROMPT, chance.randrange(60))
-        assert texts == stays
+                    start = storm.chance.choice([prompt, PROMPT, storm.chance.choice(list(stays))])
+                    storm.start_one_that_goes(nursery, f"{start}{storm.chance.choice('xyz')}")
+        assert storm.texts == stays
+        assert storm.n_gone == 64
         await until_idle(engine)
+        statistics = engine.statistics().scheduler
+        assert statistics.n_paused == statistics.n_preempted == 0

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import trio
 
-from tests.engine.toys import Toy, prompts, until_idle
+from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import InvalidRequest, NativeError, PromptTooLong, Unsupported
+from trio_runner.errors import EngineBusy, InvalidRequest, NativeError, PromptTooLong, Unsupported
+from trio_runner.events import Embedded
 from trio_runner.request import EmbedRequest
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
 
@@ -134,3 +135,71 @@ async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
             await engine.embed_request(EmbedRequest(content="one"))
         assert engine.statistics().generations == 0
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
+
+
+async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
+    """Every slot is taken, the queue is full, and nobody there is about to end."""
+    gate = Gate(toy)
+    toy.on_decode = gate
+    async with toy.engine(slots=1, max_queue=1, max_backlog=1000) as engine, trio.open_nursery() as nursery:
+        generations = [engine.generate(prompt, max_tokens=40) for prompt in prompts(2, 40)]
+        for generation in generations:
+            await generation.start()
+        gate.let(3)
+        await gate.reached(4)
+        with pytest.raises(EngineBusy):
+            await engine.generate("one too many").start()
+
+        vectors: list[Embedded] = []
+
+        async def embed() -> None:
+            vectors.append(await engine.embed_request(EmbedRequest(content="hello")))
+
+        nursery.start_soon(embed)
+        await until(lambda: engine.statistics().generations == 3)
+        gate.let(2)  # the one that stood at the gate, and the vector's
+        await until(lambda: bool(vectors))
+        np.testing.assert_array_equal(vectors[0].vector, toy_vector(list(b"hello")))
+        assert [batch.embeddings for batch in gate.batches[:5]] == [False] * 4 + [True]
+        assert engine.statistics().generations == 2
+        gate.open()
+        for generation, prompt in zip(generations, prompts(2, 40), strict=True):
+            assert await generation.collect() == toy_text(prompt, 40)
+
+
+async def test_vectors_have_a_bound_of_their_own(toy: Toy) -> None:
+    gate = Gate(toy)
+    toy.on_decode = gate
+    async with toy.engine(slots=2, max_queue=1) as engine:
+        async with trio.open_nursery() as nursery:
+            for n in range(3):
+                nursery.start_soon(engine.embed_request, EmbedRequest(content=f"text {n}"))
+            await until(lambda: engine.statistics().generations == 3)
+            with pytest.raises(EngineBusy):
+                await engine.embed_request(EmbedRequest(content="one too many"))
+            generation = engine.generate("hello", max_tokens=20)
+            await generation.start()
+            gate.open()
+        assert await generation.collect() == toy_text("hello", 20)
+
+
+async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> None:
+    toy.limits = {"embeds_last_row": True}
+    (prompt,) = prompts(1, 60)
+    texts = [f"a text of some length, number {n}" for n in range(6)]
+    async with toy.engine(slots=2, batch_size=32) as engine, engine.generate(prompt, max_tokens=60) as generation:
+        await anext(generation)
+        np.testing.assert_array_equal(await engine.embed(texts), [toy_vector(list(text.encode())) for text in texts])
+        await generation.collect()
+    assert max(batch.n_rows for batch in toy.context.batches if batch.embeddings) <= 2
+
+
+async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:
+    (prompt,) = prompts(1, 30)
+    async with toy.engine(slots=1) as engine:
+        await engine.generate(prompt, max_tokens=30).collect()
+        await engine.embed([f"text {n}" for n in range(20)])
+        retry = engine.generate(prompt, max_tokens=30)
+        assert await retry.collect() == toy_text(prompt, 30)
+        assert retry.usage is not None
+        assert retry.usage.cached_tokens == len(prompt) - 1

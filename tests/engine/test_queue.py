@@ -6,8 +6,9 @@ import pytest
 import trio
 
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
-from trio_runner.engine.engine import Engine
-from trio_runner.errors import EngineBusy
+from trio_runner.engine.engine import MAX_RETRY_AFTER, Engine
+from trio_runner.engine.generation import Generation
+from trio_runner.errors import EngineBusy, InvalidGrammar
 from trio_runner.testing import toy_text
 
 
@@ -141,3 +142,125 @@ async def test_statistics(toy: Toy) -> None:
             await generation.collect()
         await until_idle(engine)
         assert engine.statistics().scheduler.n_cached_tokens > 20
+
+
+# -- how long to wait -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slot_seconds", "retry_after"), [(None, 1), (0.01, 1), (10, 15), (20, 30), (1000, MAX_RETRY_AFTER)]
+)
+async def test_when_to_try_again(toy: Toy, slot_seconds: float | None, retry_after: float) -> None:
+    """Three wait for two slots."""
+    gate = Gate(toy)
+    toy.on_decode = gate
+    async with toy.engine(slots=2, max_queue=3) as engine:
+        engine._slot_seconds = slot_seconds
+        for prompt in prompts(5, 5):
+            await engine.generate(prompt).start()
+        with pytest.raises(EngineBusy) as caught:
+            await engine.generate("one too many").start()
+        assert caught.value.retry_after == pytest.approx(retry_after)
+
+
+async def test_the_time_in_a_slot_is_measured(toy: Toy) -> None:
+    """The toy says that a row takes a millisecond; errors and requests without an end say nothing."""
+    (prompt,) = prompts(1, 200)
+    async with toy.engine() as engine:
+        with pytest.raises(InvalidGrammar):
+            await engine.generate(prompt, grammar="x").collect()
+        assert engine._slot_seconds is None
+        await engine.generate(prompt, max_tokens=11, cache_prompt=False).collect()
+        assert engine._slot_seconds == pytest.approx(0.02)
+        for _ in range(50):
+            await engine.generate(prompt, max_tokens=111, cache_prompt=False).collect()
+        assert engine._slot_seconds == pytest.approx(0.12, rel=0.01)
+
+
+# -- who goes first ---------------------------------------------------------------------------------------------------
+
+
+async def test_background_requests_leave_half_of_the_queue(toy: Toy) -> None:
+    gate = Gate(toy)
+    toy.on_decode = gate
+    requests = iter(prompts(20, 10))
+    async with toy.engine(slots=2, max_queue=5) as engine:
+        generations = [engine.generate(next(requests), max_tokens=10, priority="background") for _ in range(4)]
+        for generation in generations:
+            await generation.start()
+        with pytest.raises(EngineBusy):
+            await engine.generate(next(requests), priority="background").start()
+        for _ in range(3):
+            generations.append(engine.generate(next(requests), max_tokens=10))
+            await generations[-1].start()
+        with pytest.raises(EngineBusy):
+            await engine.generate(next(requests)).start()
+        gate.open()
+        for generation in generations:
+            await generation.collect()
+
+
+async def test_a_background_request_gives_its_slot_away_and_goes_on_later(toy: Toy) -> None:
+    slow, quick = prompts(2, 100)
+    gate = Gate(toy)
+    toy.on_decode = gate
+    ended: list[str] = []
+
+    async def read(generation: Generation) -> None:
+        prompt = generation.request.prompt
+        assert isinstance(prompt, str)
+        assert await generation.collect() == toy_text(prompt, 100)
+        ended.append(prompt)
+
+    async with toy.engine(slots=1) as engine:
+        async with trio.open_nursery() as nursery:
+            background = engine.generate(slow, max_tokens=100, priority="background")
+            await background.start()
+            nursery.start_soon(read, background)
+            gate.let(30)
+            await gate.reached(31)
+            interactive = engine.generate(quick, max_tokens=100)
+            await interactive.start()
+            nursery.start_soon(read, interactive)
+            gate.let(1)
+            await gate.reached(32)
+            statistics = engine.statistics().scheduler
+            assert (statistics.n_running, statistics.n_waiting, statistics.n_preempted) == (1, 1, 1)
+            gate.open()
+        assert ended == [quick, slow]
+        assert background.usage is not None
+        assert background.usage.completion_tokens == 100
+        assert background.usage.prompt_tokens == len(slow)
+
+
+async def test_a_background_request_that_lost_its_slot_can_be_let_go(toy: Toy) -> None:
+    slow, quick = prompts(2, 100)
+    gate = Gate(toy)
+    toy.on_decode = gate
+    async with toy.engine(slots=1) as engine:
+        background = engine.generate(slow, priority="background")
+        await background.start()
+        gate.let(5)
+        await gate.reached(6)
+        interactive = engine.generate(quick, max_tokens=50)
+        await interactive.start()
+        gate.let(1)
+        await gate.reached(7)
+        assert engine.statistics().scheduler.n_preempted == 1
+        background.close()
+        gate.let(1)
+        await until(lambda: engine.statistics().scheduler.n_preempted == 0)
+        assert toy.model.samplers[0].closed
+        assert gate.n_aborted == 0
+        gate.open()
+        assert await interactive.collect() == toy_text(quick, 50)
+        await until_idle(engine)
+
+
+async def test_requests_with_a_shared_prefix_decode_it_once(toy: Toy) -> None:
+    prefix = "a prefix of many words that all of them begin with, " * 4
+    requests = [f"{prefix}{n}" for n in range(4)]
+    async with toy.engine(slots=4) as engine:
+        texts = await read_all(engine, requests, 10)
+        assert texts == {prompt: toy_text(prompt, 10) for prompt in requests}
+        assert engine.statistics().scheduler.n_prompt_rows == len(prefix) + 4

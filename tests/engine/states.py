@@ -1,0 +1,141 @@
+"""A request in every state it can be in, each with the decode thread standing still there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import trio
+
+from tests.engine.toys import Gate, Latch, Toy, until, until_idle
+from trio_runner.engine.engine import Engine
+from trio_runner.engine.generation import Generation
+from trio_runner.testing import toy_text
+
+PROMPT = "a prompt that is long enough to be worth breaking off in the middle of it, 15"
+"""The toy has 197 tokens to say to this."""
+N_PROMPT = len(PROMPT)
+N_KEPT = 20
+"""Rows that are done when a batch is broken off."""
+
+
+@dataclass
+class Scene:
+    """A request that has come to the state under test; `keeps` tokens of it are in the KV cache."""
+
+    engine: Engine
+    generation: Generation
+    gate: Gate
+    keeps: int = 0
+    is_broken_off: bool = False
+    release: Callable[[], None] = lambda: None
+    """Lets go on what holds it, where that is not the gate."""
+    reader: trio.CancelScope = field(default_factory=trio.CancelScope)
+    leave: trio.Event = field(default_factory=trio.Event)
+
+    async def read(self) -> None:
+        with self.reader:
+            async with self.generation:
+                await self.leave.wait()
+
+
+@asynccontextmanager
+async def _in_state(toy: Toy, request: dict[str, Any], options: dict[str, Any], **facts: Any) -> AsyncIterator[Scene]:
+    gate = Gate(toy, n_kept=N_KEPT)
+    toy.on_decode = gate
+    async with toy.engine(slots=1, **options) as engine, trio.open_nursery() as nursery:
+        scene = Scene(engine, engine.generate(PROMPT, **request), gate, **facts)
+        nursery.start_soon(scene.read)
+        yield scene
+
+
+@asynccontextmanager
+async def loading(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    toy.on_load = latch = Latch()
+    async with _in_state(toy, request, {"wait": False}, release=latch.open) as scene:
+        await latch.reached()
+        yield scene
+
+
+@asynccontextmanager
+async def tokenising(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    toy.on_tokenize = latch = Latch()
+    async with _in_state(toy, request, {}, release=latch.open) as scene:
+        await latch.reached()
+        yield scene
+
+
+@asynccontextmanager
+async def waiting(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    toy.on_tokenize = latch = Latch()
+    async with _in_state(toy, request, {}) as scene:
+        await latch.reached()
+        # Whoever needs no tokeniser overtakes it.
+        somebody_else = scene.engine.generate(list(b"somebody else"), max_tokens=3)
+        await somebody_else.start()
+        await scene.gate.reached(1)
+        latch.open()
+        await until(lambda: scene.engine.statistics().generations == 2)
+        yield scene
+
+
+@asynccontextmanager
+async def prefilling(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    async with _in_state(toy, request, {}, keeps=N_KEPT, is_broken_off=True) as scene:
+        await scene.gate.reached(1)
+        yield scene
+
+
+@asynccontextmanager
+async def between_chunks(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    """The chunk that runs is small, but nobody else wants it; the next one must not come."""
+    async with _in_state(toy, request, {"batch_size": 8}, keeps=16, is_broken_off=True) as scene:
+        scene.gate.let()
+        await scene.gate.reached(2)
+        yield scene
+
+
+@asynccontextmanager
+async def decoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
+        scene.gate.let(5)
+        await scene.gate.reached(6)
+        yield scene
+
+
+@asynccontextmanager
+async def holding_back(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    """All its text so far may turn out to be the start of a stop string."""
+    request["stop"] = toy_text(PROMPT, 10) + " and more"
+    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
+        scene.gate.let(5)
+        await scene.gate.reached(6)
+        assert scene.generation.receive_nowait() == []
+        yield scene
+
+
+@asynccontextmanager
+async def paused(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    async with _in_state(toy, request, {"max_backlog": 2}, keeps=N_PROMPT - 1) as scene:
+        # Eight tokens are too many to leave unread. A ninth may be on its way by the time that is known.
+        scene.gate.let(8)
+        await until(lambda: scene.generation._paused)
+        scene.gate.let()
+        await until(lambda: scene.engine.statistics().scheduler.n_paused == 1)
+        yield scene
+
+
+@asynccontextmanager
+async def over(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    async with _in_state(toy, {"max_tokens": 5, **request}, {}, keeps=N_PROMPT - 1) as scene:
+        scene.gate.open()
+        await until(lambda: len(scene.gate.batches) >= 5)
+        await until_idle(scene.engine)
+        yield scene
+
+
+State: TypeAlias = Callable[..., AbstractAsyncContextManager[Scene]]
+
+STATES: list[State] = [loading, tokenising, waiting, prefilling, between_chunks, decoding, holding_back, paused, over]
