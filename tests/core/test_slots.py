@@ -1,18 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trio_runner.config import CachePolicy
 from trio_runner.core.batch import Batch, Chunk
 from trio_runner.core.limits import Limits
-from trio_runner.core.memory import Copy, Trim
+from trio_runner.core.memory import Copy, MemoryOp, Trim
+from trio_runner.core.shift import shift_ops
 from trio_runner.core.slots import Slot, SlotPool
-from trio_runner.testing import ToyContext
+from trio_runner.testing import ToyContext, _Cell
 
 
 def make_limits(n_slots: int = 2, *, can_trim: bool = True) -> Limits:
@@ -34,47 +33,48 @@ class Lane:
 class PoolWorld:
     """A pool, a context that carries its edits out, and an oracle that predicts which slot is taken."""
 
-    def __init__(self, limits: Limits, policy: CachePolicy) -> None:
-        self.limits, self.policy = limits, policy
-        self.pool = SlotPool(limits, policy)
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pool = SlotPool(limits)
         self.context = ToyContext(limits)
         self.lanes = [Lane() for _ in range(limits.n_slots)]
         self.now = 0
 
-    def predict(self, prompt: list[int], cache_prompt: bool) -> tuple[int, int] | None:
-        """(the slot taken, how many of its positions are reused)"""
-        held = [self.context.held(slot) for slot in range(self.limits.n_slots)]
-        free = [slot for slot, lane in enumerate(self.lanes) if not lane.busy]
+    def reusable(self, slot: int, prompt: list[int]) -> int:
+        """How much of `prompt`, but its last item, could be taken from what `slot` holds."""
+        held = self.context.held(slot)
+        n_kept = min(naive_prefix(held, prompt), len(prompt) - 1)
+        usable = self.limits.can_trim or (n_kept == len(held) and not self.lanes[slot].busy)
+        return n_kept if usable else 0
+
+    def predict(self, prompt: list[int], reuse: bool) -> tuple[int, int] | None:
+        """(the slot taken, how many positions it starts with)"""
+        slots = range(self.limits.n_slots)
+        free = [slot for slot in slots if not self.lanes[slot].busy]
         if not free:
             return None
         oldest = min(free, key=lambda slot: (self.lanes[slot].last_used, slot))
-        if not cache_prompt:
-            return oldest, 0
-        forks = self.policy == "best" and self.limits.can_trim
-        shared = [naive_prefix(tokens, prompt) for tokens in held]
-        candidates = list(range(self.limits.n_slots)) if forks else free
-        most = max(shared[slot] for slot in candidates)
-        source = min((slot for slot in candidates if shared[slot] == most), key=lambda slot: (slot not in free, slot))
-        slot = source if self.policy == "longest" or (source in free and most == len(held[source])) else oldest
-        n_kept = min(most, len(prompt) - 1)
-        if not self.limits.can_trim and n_kept < len(held[source]):
-            n_kept = 0
-        return slot, n_kept
+        kept = [self.reusable(slot, prompt) if reuse else 0 for slot in slots]
+        most = max(kept)
+        holding = [slot for slot in free if kept[slot] == most]
+        if most and holding:
+            first = min(holding, key=lambda slot: self.lanes[slot].last_used)
+            n_lost, n_lost_oldest = (len(self.context.held(slot)) - kept[slot] for slot in (first, oldest))
+            if n_lost <= n_lost_oldest or not self.limits.can_trim:
+                return first, most
+        return oldest, most
 
-    def acquire(self, prompt: list[int], cache_prompt: bool) -> Slot | None:
-        predicted = self.predict(prompt, cache_prompt)
+    def acquire(self, prompt: list[int], reuse: bool) -> Slot | None:
+        predicted = self.predict(prompt, reuse)
         others = {slot.id: list(slot.tokens) for slot in self.pool.slots}
-        acquired = self.pool.acquire(tuple(prompt), cache_prompt=cache_prompt)
+        acquired = self.pool.acquire(tuple(prompt), reuse=reuse)
         if acquired is None or predicted is None:
             assert acquired is None
             assert predicted is None
             return None
         slot, ops = acquired
         assert (slot.id, len(slot.tokens)) == predicted
-        for op in ops:
-            if not self.limits.can_trim:
-                assert op == Trim(slot.id, 0), "this memory can only be emptied"
-            assert self.context.apply(op)
+        self.apply(slot, ops)
         assert len(slot.tokens) < len(prompt)
         assert slot.tokens == prompt[: len(slot.tokens)]
         del others[slot.id]
@@ -83,12 +83,66 @@ class PoolWorld:
         self.touch(slot, busy=True)
         return slot
 
+    def apply(self, slot: Slot, ops: list[MemoryOp]) -> None:
+        """No more edits than are needed, and none that the memory cannot do."""
+        assert [type(op) for op in ops] in ([], [Trim], [Copy], [Trim, Copy])
+        for op in ops:
+            if not self.limits.can_trim:
+                assert op == Trim(slot.id, 0), "this memory can only be emptied"
+            if isinstance(op, Trim):
+                assert op.slot == slot.id
+                assert op.start < self.context.length(op.slot), "nothing to trim"
+            assert self.context.apply(op)
+
+    def extend(self, slot: Slot, tokens: list[int]) -> None:
+        """As a follower does; `tokens` goes on from what the slot holds."""
+        wanted = [*slot.tokens, *tokens]
+        others = [other for other in range(self.limits.n_slots) if other != slot.id]
+        longest = max((min(naive_prefix(self.context.held(n), wanted), len(wanted) - 1) for n in others), default=0)
+        longest = max(longest, len(slot.tokens))
+        before = len(slot.tokens)
+        ops = self.pool.extend(slot, wanted)
+        assert bool(ops) == (longest > before)
+        self.apply(slot, ops)
+        assert slot.tokens == wanted[:longest]
+        self.check()
+
+    def slide(self, slot: Slot, n_keep: int, n_discard: int) -> None:
+        """As a context shift does, or else nothing: another slot in use has the same cells."""
+        n_held = len(slot.tokens)
+        if n_keep + n_discard > n_held:
+            return
+        others = {other.id: self.context.held(other.id) for other in self.pool.slots if other is not slot}
+        ops = self.pool.unshare(slot, n_keep + n_discard)
+        cells = self.context._cells
+        sharing = {other for other in others if shares(cells[slot.id][n_keep + n_discard :], cells[other])}
+        if ops is None:
+            in_use = [other for other in others if self.lanes[other].busy]
+            assert any(self.may_share(slot.id, other, n_keep + n_discard) for other in in_use)
+            assert {other: self.pool.slots[other].tokens for other in others} == others
+            return
+        assert not any(self.lanes[other].busy for other in sharing)
+        for op in ops:
+            assert isinstance(op, Trim)
+            assert not self.lanes[op.slot].busy
+            assert (op.start, op.end) == (n_keep + n_discard, None)
+        del slot.tokens[n_keep : n_keep + n_discard]
+        for op in (*ops, *shift_ops(slot.id, n_held, n_keep=n_keep, discard=n_discard)):
+            assert self.context.apply(op)
+        slot.n_shared = min(slot.n_shared, n_keep)
+        for other, tokens in others.items():
+            assert self.context.held(other) in (tokens, tokens[: n_keep + n_discard])
+
+    def may_share(self, slot: int, other: int, start: int) -> bool:
+        """What they hold is the same beyond `start`: without it no cell there can be one."""
+        return naive_prefix(self.context.held(slot), self.context.held(other)) > start
+
     def decode(self, slot: Slot, tokens: list[int]) -> None:
         self.context.decode(Batch((Chunk(0, slot.id, len(slot.tokens), tuple(tokens), output=False),)), {})
         slot.tokens += tokens
 
     def release(self, slot: Slot) -> None:
-        self.pool.release(slot)
+        assert self.pool.release(slot) == []
         self.touch(slot, busy=False)
 
     def touch(self, slot: Slot, *, busy: bool) -> None:
@@ -104,112 +158,142 @@ class PoolWorld:
                 if other is not slot:
                     cells = {id(cell) for cell in self.context._cells[other.id]}
                     shared = [n for n, cell in enumerate(self.context._cells[slot.id], start=1) if id(cell) in cells]
-                    assert max(shared, default=0) <= slot.n_shared
+                    assert max(shared, default=0) <= slot.n_shared <= len(slot.tokens)
         assert self.pool.n_busy == sum(lane.busy for lane in self.lanes)
+
+
+def shares(some: list[_Cell], others: list[_Cell]) -> bool:
+    return not {id(cell) for cell in some}.isdisjoint(id(cell) for cell in others)
 
 
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=10)
 MOVE = st.one_of(
     st.tuples(st.just("acquire"), PROMPT, st.sampled_from([True, True, True, False])),
+    st.tuples(st.just("acquire"), PROMPT, st.just(True)),
     st.tuples(st.just("release"), st.integers(0, 4), st.none()),
     st.tuples(st.just("go on"), st.integers(0, 4), PROMPT),
+    st.tuples(st.just("extend"), st.integers(0, 4), PROMPT),
+    st.tuples(st.just("slide"), st.integers(0, 4), st.tuples(st.integers(0, 6), st.integers(1, 6))),
+    st.tuples(st.just("trim"), st.integers(0, 4), st.integers(0, 10)),
 )
 
 
-@settings(max_examples=300)
-@given(
-    st.sampled_from(["longest", "best"]),
-    st.integers(1, 4),
-    st.booleans(),
-    st.lists(MOVE, max_size=30),
-)
+@settings(max_examples=500)
+@given(st.integers(1, 4), st.sampled_from([True, True, False]), st.lists(MOVE, max_size=30))
 def test_the_right_slot_with_the_right_edits(
-    policy: Literal["longest", "best"], n_slots: int, can_trim: bool, moves: list[tuple[str, object, object]]
+    n_slots: int, can_trim: bool, moves: list[tuple[str, object, object]]
 ) -> None:
-    world = PoolWorld(make_limits(n_slots, can_trim=can_trim), policy)
+    world = PoolWorld(make_limits(n_slots, can_trim=can_trim))
     busy: list[Slot] = []
     for move in moves:
+        chosen = busy[move[1] % len(busy)] if isinstance(move[1], int) and busy else None
         match move:
-            case ("acquire", list(prompt), bool(cache_prompt)):
-                slot = world.acquire(prompt, cache_prompt)
+            case ("acquire", list(prompt), bool(reuse)):
+                slot = world.acquire(prompt, reuse)
                 if slot is not None:
                     # Sometimes only part of the prompt is decoded before the sequence is cancelled.
                     rest = prompt[len(slot.tokens) :]
                     world.decode(slot, rest[: max(1, len(rest) - prompt[-1])])
                     busy.append(slot)
-            case ("release", int(n), _):
-                if busy:
-                    world.release(busy.pop(n % len(busy)))
-            case (_, int(n), list(tokens)):
-                if busy and len(busy[n % len(busy)].tokens) + len(tokens) <= 64:
-                    world.decode(busy[n % len(busy)], tokens)
+            case _ if chosen is None:
+                pass
+            case ("release", _, _):
+                busy.remove(chosen)
+                world.release(chosen)
+            case ("go on", _, list(tokens)):
+                if len(chosen.tokens) + len(tokens) <= 64:
+                    world.decode(chosen, tokens)
+            case ("extend", _, list(tokens)):
+                if can_trim:
+                    world.extend(chosen, tokens)
+            case ("slide", _, (int(n_keep), int(n_discard))):
+                if can_trim:
+                    world.slide(chosen, n_keep, n_discard)
+            case ("trim", _, int(start)):
+                if can_trim or start == 0:
+                    assert world.context.apply(chosen.trim(min(start, len(chosen.tokens))))
         world.check()
 
 
-def filled(policy: CachePolicy, contents: list[list[int]], *, can_trim: bool = True) -> PoolWorld:
+@given(st.integers(1, 4), st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=30))
+def test_embeddings_share_the_rows_of_one_batch(n_lanes: int, max_rows: int, moves: list[tuple[bool, int]]) -> None:
+    pool = SlotPool(Limits(n_slots=2, n_ctx=64, max_rows=max_rows, n_embed_slots=n_lanes))
+    taken: dict[int, int] = {}
+    for arrives, n in moves:
+        if arrives:
+            n_tokens = 1 + n % max_rows
+            slot = pool.acquire_for_embedding(n_tokens)
+            assert (slot is None) == (len(taken) == n_lanes or sum(taken.values()) + n_tokens > max_rows)
+            if slot is not None:
+                assert slot.id in range(2, 2 + n_lanes)
+                assert slot.id not in taken
+                assert pool[slot.id] is slot
+                assert slot.tokens == []
+                taken[slot.id] = n_tokens
+        elif taken:
+            slot = pool[sorted(taken)[n % len(taken)]]
+            # What was decoded of it, if anything, is no prompt of anybody.
+            slot.tokens += [1] * (n % (taken.pop(slot.id) + 1))
+            expected = [Trim(slot.id, 0)] if slot.tokens else []
+            assert pool.release(slot) == expected
+            assert slot.tokens == []
+        assert pool.n_busy == len(taken)
+    assert not any(slot.busy for slot in pool.slots)
+
+
+def filled(contents: list[list[int]], *, can_trim: bool = True) -> PoolWorld:
     """A pool whose slots were used in this order."""
-    world = PoolWorld(make_limits(len(contents), can_trim=can_trim), policy)
+    world = PoolWorld(make_limits(len(contents), can_trim=can_trim))
     slots = [world.acquire([*tokens, 0], False) for tokens in contents]
     for slot, tokens in zip(slots, contents, strict=True):
         assert slot is not None
-        world.decode(slot, tokens)
+        if tokens:
+            world.decode(slot, tokens)
         world.release(slot)
     return world
 
 
-@pytest.mark.parametrize("policy", ["longest", "best"])
-def test_the_last_item_is_always_left_to_decode(policy: CachePolicy) -> None:
-    pool = filled(policy, [[1, 2, 3]]).pool
-    acquired = pool.acquire([1, 2, 3], cache_prompt=True)
+@pytest.mark.parametrize("can_trim", [True, False])
+@pytest.mark.parametrize(
+    ("contents", "prompt", "slot", "edits"),
+    [
+        pytest.param([[1, 2, 3]], [1, 2, 3], 0, [Trim(0, 2)], id="the last item is always left to decode"),
+        pytest.param([[9], [1, 2, 3]], [1, 2, 3, 4], 1, [], id="a slot that matches as a whole goes on"),
+        pytest.param([[1], [1, 2, 3]], [1, 2, 3, 4], 1, [], id="the longest of two that match"),
+        pytest.param([[9], [8], [1, 2, 3]], [1, 2, 5, 6], 2, [Trim(2, 2)], id="a cut that forgets no more than others"),
+        pytest.param(
+            [[9], [8], [1, 2, 3, 4]], [1, 2, 5, 6], 0, [Trim(0, 0), Copy(2, 0, 2)], id="a fork that forgets less"
+        ),
+        pytest.param([[], [1, 2, 3]], [1, 2, 5, 6], 0, [Copy(1, 0, 2)], id="a fork into an empty slot"),
+        pytest.param([[9, 9], [8]], [1, 2], 0, [Trim(0, 0)], id="nothing matches: the one left unused for longest"),
+        pytest.param([[1, 2], [1, 2]], [1, 2, 3], 0, [], id="the same twice: the one left unused for longest"),
+    ],
+)
+def test_which_slot(
+    contents: list[list[int]], prompt: list[int], slot: int, edits: list[MemoryOp], can_trim: bool
+) -> None:
+    pool = filled(contents, can_trim=can_trim).pool
+    acquired = pool.acquire(prompt, reuse=True)
     assert acquired is not None
-    assert acquired[0].tokens == [1, 2]
-    assert acquired[1] == [Trim(0, 2)]
+    if can_trim or not edits:
+        assert (acquired[0].id, acquired[1]) == (slot, edits)
+    else:  # recurrent state is used whole or not at all
+        assert acquired[0].id == 0
+        assert acquired[1] == ([Trim(0, 0)] if contents[0] else [])
+        assert acquired[0].tokens == []
 
 
-@pytest.mark.parametrize("policy", ["longest", "best"])
-def test_a_slot_whose_whole_content_matches_goes_on_without_any_edit(policy: CachePolicy) -> None:
-    pool = filled(policy, [[9], [1, 2, 3]]).pool
-    acquired = pool.acquire([1, 2, 3, 4], cache_prompt=True)
-    assert acquired is not None
-    assert acquired[0].id == 1
-    assert acquired[1] == []
-
-
-def test_longest_cuts_a_slot_down() -> None:
-    pool = filled("longest", [[9], [1, 2, 3]]).pool
-    acquired = pool.acquire([1, 2, 5, 6], cache_prompt=True)
-    assert acquired is not None
-    assert acquired[1] == [Trim(1, 2)]
-
-
-def test_best_forks_and_evicts_the_least_recently_used() -> None:
-    pool = filled("best", [[9], [8], [1, 2, 3]]).pool
-    acquired = pool.acquire([1, 2, 5, 6], cache_prompt=True)
-    assert acquired is not None
-    assert acquired[1] == [Trim(0, 0), Copy(2, 0, 2)]
-    assert pool.slots[2].tokens == [1, 2, 3]
-
-
-def test_best_forks_from_a_busy_slot() -> None:
-    world = filled("best", [[9], [1, 2, 3]])
+def test_a_fork_from_a_slot_in_use() -> None:
+    world = filled([[9], [1, 2, 3]])
     assert world.acquire([1, 2, 3, 4], True) is world.pool.slots[1]
-    acquired = world.pool.acquire([1, 2, 3, 5], cache_prompt=True)
+    acquired = world.pool.acquire([1, 2, 3, 5], reuse=True)
     assert acquired is not None
     assert acquired[1] == [Trim(0, 0), Copy(1, 0, 3)]
 
 
-def test_without_cache_prompt_the_least_recently_used_is_emptied() -> None:
-    world = filled("longest", [[1, 2], [1, 2, 3]])
-    acquired = world.pool.acquire([1, 2, 3, 4], cache_prompt=False)
+def test_without_reuse_the_least_recently_used_is_emptied() -> None:
+    world = filled([[1, 2], [1, 2, 3]])
+    acquired = world.pool.acquire([1, 2, 3, 4], reuse=False)
     assert acquired is not None
     assert acquired[0].id == 0
     assert acquired[1] == [Trim(0, 0)]
-
-
-@pytest.mark.parametrize("policy", ["longest", "best"])
-def test_recurrent_state_is_used_whole_or_not_at_all(policy: CachePolicy) -> None:
-    pool = filled(policy, [[1, 2, 3]], can_trim=False).pool
-    acquired = pool.acquire([1, 2, 5], cache_prompt=True)
-    assert acquired is not None
-    assert acquired[1] == [Trim(0, 0)]
-    assert acquired[0].tokens == []
