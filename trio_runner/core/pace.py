@@ -45,12 +45,12 @@ class Pace:
             return
         if n_decoding == n_rows:
             known = self._decode_seconds.get(n_rows, seconds)
-            # One step that was held up by something else is no news.
-            self._decode_seconds[n_rows] = known + _DECODE_WEIGHT * (min(seconds, 2 * known) - known)
+            self._decode_seconds[n_rows] = _learn(known, seconds, _DECODE_WEIGHT)
         else:
-            beside = n_decoding > 0
-            known = self._row_seconds.get(beside, seconds / n_rows)
-            self._row_seconds[beside] = known + _WEIGHT * (seconds / n_rows - known)
+            # Far fewer rows than there might have been tell little: they spend their time on something else.
+            weight = _WEIGHT * min((n_rows - n_decoding) / self.prompt_rows(n_decoding), 1.0)
+            beside, row_seconds = n_decoding > 0, seconds / n_rows
+            self._row_seconds[beside] = _learn(self._row_seconds.get(beside, row_seconds), row_seconds, weight)
 
     def prompt_rows(self, n_decoding: int, *, short: bool = False) -> int:
         """Rows of prompts for the next batch, in which `n_decoding` sequences decode; `short`: it cannot be broken
@@ -67,8 +67,17 @@ class Pace:
         return min(max(n_rows, MIN_ROWS), self._max_rows)
 
     def _decode_step(self, n_decoding: int, row_seconds: float) -> float:
-        """Seconds of a step that only decodes so many rows; in proportion, if no such step was measured."""
+        """Seconds of a step that only decodes so many rows. If none was measured: of the nearest one and the rows
+        between, or in proportion, whichever comes nearer to it."""
         if not self._decode_seconds:
             return n_decoding * row_seconds
         nearest = min(self._decode_seconds, key=lambda n_rows: abs(n_rows - n_decoding))
-        return self._decode_seconds[nearest] * n_decoding / nearest
+        seconds = self._decode_seconds[nearest]
+        in_proportion, by_rows = seconds * n_decoding / nearest, seconds + (n_decoding - nearest) * row_seconds
+        return min(in_proportion, by_rows) if n_decoding > nearest else max(in_proportion, by_rows)
+
+
+def _learn(known: float, seconds: float, weight: float) -> float:
+    """One step that was held up by something else is no news, and the one after it says so."""
+    known = min(known, 2 * seconds)
+    return known + weight * (min(seconds, 2 * known) - known)

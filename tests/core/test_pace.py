@@ -1,0 +1,165 @@
+"""Steps of bounded time, on machines that exist only here."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trio_runner.core.pace import LONGEST_STEP, MIN_ROWS, SHORT_STEP, SHORTEST_GAP, STREAM_GAP, Pace
+
+
+@dataclass
+class Machine:
+    """Batches take `base` seconds and `row` more for each row; all of it more as contexts grow longer."""
+
+    base: float
+    row: float
+    growth: float = 0.0
+    """By what part of it a step takes longer for each thousand rows of its prompt so far; prompts have 4,000."""
+    noise: float = 0.0
+    max_rows: int = 512
+    n_done: int = 0
+    random: random.Random = field(default_factory=lambda: random.Random(3))
+
+    def seconds(self, n_rows: int) -> float:
+        """Without the noise."""
+        return (self.base + self.row * n_rows) * (1 + self.growth * (self.n_done % 4000) / 1000)
+
+    def run(self, pace: Pace, n_decoding: int, prompt_rows: int = 0) -> float:
+        n_rows = min(n_decoding + prompt_rows, self.max_rows)
+        seconds = self.seconds(n_rows) * (1 + self.noise * self.random.uniform(-1, 1))
+        self.n_done += n_rows
+        pace.measured(n_decoding, n_rows, seconds)
+        return seconds
+
+    def prefill(self, pace: Pace, n_decoding: int, n_steps: int) -> list[tuple[float, int]]:
+        """(seconds, rows of prompts) of steps that also carry as many rows of prompts as they may."""
+        steps = []
+        for _ in range(n_steps):
+            n_rows = pace.prompt_rows(n_decoding)
+            assert min(MIN_ROWS, self.max_rows) <= n_rows <= self.max_rows, "prompts must get on"
+            steps.append((self.run(pace, n_decoding, n_rows), n_rows))
+        return steps
+
+    def gap(self, n_decoding: int) -> float:
+        """What a step beside so many streams should take: never less than a few rows do."""
+        wanted = max(SHORTEST_GAP, STREAM_GAP * self.seconds(n_decoding))
+        return max(wanted, self.seconds(n_decoding + MIN_ROWS))
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    """From a small model on a GPU to a large one on two cores."""
+    is_gpu = draw(st.booleans())
+    return Machine(
+        base=draw(st.floats(0.002, 0.05)),
+        row=draw(st.floats(5e-6, 2e-4) if is_gpu else st.floats(0.001, 0.06)),
+        growth=draw(st.floats(0, 0.1)),
+        noise=draw(st.sampled_from([0.0, 0.05])),
+        max_rows=draw(st.sampled_from([64, 512, 2048])),
+    )
+
+
+SETTLED = 6
+"""Batches after which the time of a step is as it should be."""
+
+
+@settings(max_examples=200)
+@given(machines(), st.integers(1, 16), st.integers(1, 16), st.booleans())
+def test_streams_wait_only_so_long_for_a_prompt(machine: Machine, n_before: int, n_now: int, was_lone: bool) -> None:
+    """Whatever ran before: a different number of streams, or a prompt alone."""
+    pace = Pace(machine.max_rows)
+    if was_lone:
+        machine.prefill(pace, 0, 5)
+    for _ in range(5):
+        machine.run(pace, n_before)
+    steps = machine.prefill(pace, n_now, 40)
+    for seconds, _ in steps[SETTLED:]:
+        assert seconds <= 1.2 * machine.gap(n_now)
+
+
+@settings(max_examples=200)
+@given(machines(), st.integers(1, 16), st.booleans())
+def test_a_prompt_gets_all_the_time_that_streams_can_spare(machine: Machine, n_streams: int, was_lone: bool) -> None:
+    pace = Pace(machine.max_rows)
+    if was_lone:
+        machine.prefill(pace, 0, 5)
+    for _ in range(5):
+        machine.run(pace, n_streams)
+    gap = STREAM_GAP * machine.seconds(n_streams)
+    steps = machine.prefill(pace, n_streams, 40)
+    for seconds, n_rows in steps[20:]:
+        assert n_rows == machine.max_rows or seconds >= 0.75 * gap
+
+
+@settings(max_examples=200)
+@given(machines())
+def test_a_step_without_streams_is_bounded_too(machine: Machine) -> None:
+    pace = Pace(machine.max_rows)
+    steps = machine.prefill(pace, 0, 40)
+    longest = max(LONGEST_STEP, machine.seconds(MIN_ROWS))
+    assert all(seconds <= 1.2 * longest for seconds, _ in steps[SETTLED:])
+    assert all(n_rows == machine.max_rows or seconds >= 0.75 * LONGEST_STEP for seconds, n_rows in steps[15:])
+    # After a step that was broken off, one that cannot be.
+    n_rows = pace.prompt_rows(0, short=True)
+    assert machine.seconds(n_rows) <= max(1.2 * SHORT_STEP + machine.base * 3, machine.seconds(MIN_ROWS))
+
+
+@settings(max_examples=100)
+@given(machines(), st.integers(0, 8), st.sampled_from([20, 100, 1000]), st.integers(0, 12))
+def test_one_step_that_was_held_up_is_soon_forgotten(machine: Machine, n_streams: int, slower: int, when: int) -> None:
+    machine.growth = machine.noise = 0.0
+    pace = Pace(machine.max_rows)
+    for _ in range(5):
+        if n_streams:
+            machine.run(pace, n_streams)
+    machine.prefill(pace, n_streams, when)
+    n_rows = pace.prompt_rows(n_streams)
+    pace.measured(n_streams, n_streams + n_rows, slower * machine.seconds(n_streams + n_rows))
+    machine.prefill(pace, n_streams, 25)
+    undisturbed = Pace(machine.max_rows)
+    for _ in range(5):
+        if n_streams:
+            machine.run(undisturbed, n_streams)
+    machine.prefill(undisturbed, n_streams, 40)
+    assert pace.prompt_rows(n_streams) >= 0.7 * undisturbed.prompt_rows(n_streams)
+
+
+@given(machines(), st.integers(1, 8))
+def test_streams_do_not_pay_for_a_first_token_that_was_held_up(machine: Machine, n_streams: int) -> None:
+    machine.growth = machine.noise = 0.0
+    pace = Pace(machine.max_rows)
+    pace.measured(n_streams, n_streams, 20 * machine.seconds(n_streams))
+    for _ in range(10):
+        machine.run(pace, n_streams)
+    steps = machine.prefill(pace, n_streams, 20)
+    assert all(seconds <= 1.5 * machine.gap(n_streams) for seconds, _ in steps[SETTLED:])
+
+
+@given(machines(), st.integers(0, 8))
+def test_a_short_prompt_tells_little_about_a_long_one(machine: Machine, n_streams: int) -> None:
+    """Most of its time is spent on what does not depend on the rows."""
+    machine.growth = machine.noise = 0.0
+    pace = Pace(machine.max_rows)
+    for _ in range(5):
+        if n_streams:
+            machine.run(pace, n_streams)
+    machine.prefill(pace, n_streams, 30)
+    n_rows = pace.prompt_rows(n_streams)
+    for _ in range(10):
+        machine.run(pace, n_streams, 1)
+    assert pace.prompt_rows(n_streams) >= 0.5 * n_rows
+
+
+@given(machines(), st.integers(1, 8), st.floats(0.01, 1.0))
+def test_the_time_that_was_asked_for(machine: Machine, n_streams: int, step_target: float) -> None:
+    pace = Pace(machine.max_rows, step_target)
+    for _ in range(5):
+        machine.run(pace, n_streams)
+    steps = machine.prefill(pace, n_streams, 60)
+    target = max(step_target, machine.seconds(n_streams + MIN_ROWS))
+    assert all(seconds <= 1.2 * target for seconds, _ in steps[SETTLED:])
+    assert all(n_rows == machine.max_rows or seconds >= 0.7 * step_target for seconds, n_rows in steps[30:])
