@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import trio
 import trio.testing
@@ -13,7 +15,7 @@ from trio_runner.core.scheduler import SchedulerStatistics
 from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
 from trio_runner.events import PromptProgress
-from trio_runner.server import intake
+from trio_runner.server import intake, runner_api
 
 PIECE = b'"stop":false,"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":0,"prompt_ms":0}}\n'
 END = (
@@ -198,6 +200,29 @@ async def test_a_body_counts_until_its_answer_is_complete(monkeypatch: pytest.Mo
         while answer.status == 503:
             answer = await server.ask(post("/tokenize", {"content": "x" * 200}))
         assert answer.status == 200
+
+
+async def test_a_large_body_is_parsed_while_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = runner_api.tokenize
+    answered = threading.Event()
+
+    def parse_slowly(body: bytes) -> tuple[str, bool, bool]:
+        if len(body) > 1 << 18:
+            assert answered.wait(5), "nobody else was served"
+        return parse(body)
+
+    monkeypatch.setattr(runner_api, "tokenize", parse_slowly)
+    async with serving(FakeEngine()) as server:
+        large = await server.connect()
+        await large.stream.send_all(post("/tokenize", {"content": "x" * (1 << 19)}))
+        for _ in range(3):
+            assert (await server.ask(request("GET", "/health"))).status == 200
+            assert (await server.ask(post("/tokenize", {"content": "a"}))).json == {"tokens": [97]}
+        answered.set()
+        assert len((await large.answer()).json["tokens"]) == 1 << 19
+
+        wrong = await server.ask(post("/tokenize", {"content": 1, "unknown": "x" * (1 << 19)}))
+        assert (wrong.status, b"content must be a string" in wrong.body) == (400, True)
 
 
 async def test_malformed_requests_change_nothing() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
 
 OWNED = "trio_runner.owned"
 """Key of the ASGI scope: the generations to close when the request is over."""
+LARGE_BODY = 1 << 18
+"""Bytes of a body that is parsed on a helper thread: eight megabytes of nothing but brackets take more than a second,
+in which nobody else would be served."""
+
+T = TypeVar("T")
 
 
 def json_response(line: bytes) -> Response:
@@ -28,20 +35,24 @@ def problem_response(problem: Problem) -> Response:
     return Response(problem.body, status=problem.status, headers=problem.all_headers)
 
 
-async def _body() -> bytes:
-    # Not to be kept beside what is read from it, for as long as the answer takes.
-    return cast(bytes, await request.get_data(cache=False))
-
-
 def _own(generation: Generation) -> None:
     cast(dict[str, Any], request.scope)[OWNED].append(generation)
 
 
 def add_routes(app: QuartTrio, engine: Engine) -> None:
     """Serve `engine` on the paths of the original runner."""
+    parsing = trio.CapacityLimiter(1)
+
+    async def body(parse: Callable[[bytes], T]) -> T:
+        """The body, as `parse` understands it. Raises as `parse`."""
+        # Not to be kept beside what is read from it, for as long as the answer takes.
+        data = cast(bytes, await request.get_data(cache=False))
+        if len(data) < LARGE_BODY:
+            return parse(data)
+        return await trio.to_thread.run_sync(parse, data, limiter=parsing, abandon_on_cancel=True)
 
     async def completion() -> Response:
-        asked = runner_api.completion(await _body())
+        asked = await body(runner_api.completion)
         generation = engine.generate(asked)
         _own(generation)
         try:
@@ -51,7 +62,7 @@ def add_routes(app: QuartTrio, engine: Engine) -> None:
         return Response(EventBody(generation, runner_api.CompletionLines()), content_type="application/json")
 
     async def embedding() -> Response:
-        asked = runner_api.embedding(await _body())
+        asked = await body(runner_api.embedding)
         try:
             embedded = await engine.embed_request(asked)
         except RunnerError as error:
@@ -59,12 +70,12 @@ def add_routes(app: QuartTrio, engine: Engine) -> None:
         return json_response(runner_api.embedding_line(embedded))
 
     async def tokenize() -> Response:
-        text, add_special, parse_special = runner_api.tokenize(await _body())
+        text, add_special, parse_special = await body(runner_api.tokenize)
         tokens = await engine.tokenize(text, add_special=add_special, parse_special=parse_special)
         return json_response(runner_api.tokens_line(tokens))
 
     async def detokenize() -> Response:
-        tokens = runner_api.detokenize(await _body())
+        tokens = await body(runner_api.detokenize)
         return json_response(runner_api.content_line(await engine.detokenize(tokens)))
 
     async def health() -> Response:

@@ -340,7 +340,7 @@ def embedding_line(embedded: Embedded) -> bytes:
 
 
 def tokens_line(tokens: Sequence[int]) -> bytes:
-    return f'{{"tokens":[{",".join(map(str, tokens))}]}}\n'.encode()
+    return msgspec.json.encode({"tokens": tokens}) + b"\n"  # there may be a million
 
 
 def content_line(text: str) -> bytes:
