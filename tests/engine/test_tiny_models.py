@@ -1,0 +1,135 @@
+"""The engine over the native library: what the toy promises holds for real memory and real arithmetic."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+from tests.engine.toys import until, until_idle
+from tests.tiny_models import tiny_model
+from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.generation import Generation
+from trio_runner.events import Finished
+from trio_runner.request import GenerateRequest, SamplingParams
+
+DEADLINE = 60.0
+GREEDY = SamplingParams(temperature=0, repeat_penalty=1)
+PROMPT = "the story and the model and the answer of the user " * 8
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@asynccontextmanager
+async def running(models: Path, name: str, **options: object) -> AsyncIterator[Engine]:
+    settings = {"threads": 1, "context_length": 512, "batch_size": 64, "kv_type": "f32"} | options
+    with trio.fail_after(DEADLINE):
+        async with open_engine(tiny_model(name, models), **settings) as engine:  # type: ignore[arg-type]
+            yield engine
+
+
+def asked(prompt: str, max_tokens: int | None = 40, **fields: object) -> GenerateRequest:
+    return GenerateRequest(prompt=prompt, max_tokens=max_tokens, sampling=GREEDY, **fields)  # type: ignore[arg-type]
+
+
+async def alone(engine: Engine, *prompts: str) -> dict[str, str]:
+    """Their texts, one after the other, from nothing."""
+    return {prompt: await engine.generate(asked(prompt, cache_prompt=False)).collect() for prompt in prompts}
+
+
+@pytest.mark.parametrize("name", ["llama", "swa", "mamba"])
+async def test_a_background_request_goes_on_where_it_was(models: Path, name: str) -> None:
+    slow, *quick = "hello", "the world", "a count", "system and user"
+    async with running(models, name, slots=1) as engine:
+        texts = await alone(engine, slow, *quick)
+        background = engine.generate(asked(slow, priority="background"))
+        async with background:
+            pieces = [(await anext(background)).text for _ in range(5)]
+            for prompt in quick:
+                assert await engine.generate(asked(prompt)).collect() == texts[prompt]
+            pieces += [event.text async for event in background]
+        assert "".join(pieces) == texts[slow]
+        assert background.usage is not None
+        assert background.usage.completion_tokens == 40
+
+
+async def test_an_embedding_beside_full_slots(models: Path) -> None:
+    async with running(models, "llama", slots=1, max_queue=1) as engine:
+        vectors = await engine.embed([PROMPT[:80], "hello"])
+        assert not np.allclose(vectors[0], vectors[1])
+        text = (await alone(engine, "hello"))["hello"]
+        streams = [engine.generate(asked("hello")), engine.generate(asked("the world", None))]
+        for stream in streams:
+            await stream.start()
+        first = (await anext(streams[0])).text
+        np.testing.assert_allclose(await engine.embed([PROMPT[:80], "hello"]), vectors, atol=1e-4)
+        assert first + await streams[0].collect() == text
+        streams[1].close()
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) -> None:
+    async with running(models, name) as engine:
+        whole = (await alone(engine, "hello"))["hello"]
+        generation = engine.generate(asked("hello", None, deadline=0.3))
+        events = [event async for event in generation]
+        last = events[-1]
+        assert isinstance(last, Finished)
+        assert last.reason == "deadline"
+        text = "".join(event.text for event in events)
+        assert text.startswith(whole) or whole.startswith(text)
+        await until_idle(engine)
+
+
+async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
+    async with running(models, "llama", slots=4) as engine:
+        prompts = [f"{PROMPT}{word}" for word in ("hello", "world", "count", "system")]
+        n_shared = len(await engine.tokenize(PROMPT))
+        texts: dict[str, str] = {}
+
+        async def read(prompt: str) -> None:
+            texts[prompt] = await engine.generate(asked(prompt)).collect()
+
+        async with trio.open_nursery() as nursery:
+            for prompt in prompts:
+                nursery.start_soon(read, prompt)
+        assert engine.statistics().scheduler.n_prompt_rows < n_shared * 1.2
+        assert texts == await alone(engine, *prompts)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+async def test_who_stays_does_not_notice_who_goes(models: Path, name: str, seed: int) -> None:
+    """Three stay, sixty go: in the queue, in the middle of a prompt, while they decode."""
+    chance = random.Random(seed)
+    prompts = [PROMPT[: 40 * n] + word for n, word in enumerate(("hello", "world", "count"), 1)]
+    texts: dict[str, str] = {}
+
+    async def stay(engine: Engine, prompt: str) -> None:
+        priority = chance.choice(["interactive", "background"])
+        texts[prompt] = await engine.generate(asked(prompt, priority=priority)).collect()
+
+    async def go(engine: Engine, prompt: str, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await Generation.collect(engine.generate(asked(prompt, None)))
+
+    async with running(models, name, slots=3) as engine:
+        expected = await alone(engine, *prompts)
+        async with trio.open_nursery() as nursery:
+            for prompt in prompts:
+                nursery.start_soon(stay, engine, prompt)
+                for _ in range(20):
+                    start = chance.choice([prompt, PROMPT, PROMPT[::-1]])
+                    nursery.start_soon(go, engine, start[: chance.randrange(20, 300)], chance.random() * 0.05)
+                    await trio.sleep(chance.random() * 0.005)
+        assert texts == expected
+        await until_idle(engine)
+        await until(lambda: engine.statistics().scheduler.n_preempted == 0)
