@@ -75,15 +75,16 @@ struct ContextDeleter {
 } // namespace
 
 struct trio_context {
-    explicit trio_context(trio_model *owner) : model(owner) {}
+    explicit trio_context(trio_model *owner) : model(owner), scratch(owner->info.n_vocab) {}
 
     ModelReference model;
     // Before `native`, which uses them until it is freed.
-    std::unique_ptr<Threadpool> threadpool, threadpool_batch; // for steps of few rows, and of many
+    std::unique_ptr<Threadpool> threadpool, threadpool_batch; // for narrow steps, and for wide ones
     int32_t n_threads = 1, n_threads_batch = 1;
-    bool few_rows = false; // which of the two is attached
-    std::atomic<bool> abort{false};
-    bool abort_armed = true; // false while an interrupted graph would leave the KV cache wrong
+    bool is_narrow = false; // which of the two is attached
+    std::atomic<uint64_t> aborted_number{0};
+    uint64_t running_number = 0; // of the batch that is being decoded
+    bool abort_armed = true;     // false while an interrupted graph would leave the KV cache wrong
     std::unique_ptr<llama_context, ContextDeleter> native;
     llama_memory_t memory = nullptr;
     trio_context_info info{};
@@ -102,8 +103,11 @@ struct trio_context {
     std::vector<llama_seq_id> seqs;
     std::vector<llama_seq_id *> seq_pointers;
     std::vector<int8_t> native_outputs;
-    std::vector<llama_token_data> candidates;
+    Scratch scratch;
 
+    bool is_aborted() const {
+        return running_number != 0 && aborted_number.load(std::memory_order_relaxed) == running_number;
+    }
     void check_alive() const {
         if (poison[0] != '\0') throw Failure(TRIO_E_ASSERT, std::string("the context is poisoned: ") + poison);
     }
@@ -120,7 +124,7 @@ namespace {
 
 bool on_abort_query(void *data) {
     const auto *context = static_cast<const trio_context *>(data);
-    return context->abort_armed && context->abort.load(std::memory_order_relaxed);
+    return context->abort_armed && context->is_aborted();
 }
 
 // For calls into llama.cpp that change the context: whatever is thrown in the middle of one leaves it in a state nobody
@@ -186,9 +190,9 @@ void validate(const trio_model &model, const trio_context_params &params) {
 
 // ---- sampling ------------------------------------------------------------------------------------------------------
 
-// Log-probabilities of the model itself: the chosen token's, and the n most probable alternatives.
-void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, trio_sampled &sampled,
-                          int32_t *top_tokens, float *top_logprobs) {
+// Log-probabilities of the model itself: the chosen token's, and the n most probable alternatives. `best` is scratch.
+void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, llama_token_data *best,
+                          trio_sampled &sampled, int32_t *top_tokens, float *top_logprobs) {
     const float highest = *std::max_element(logits, logits + n_vocab);
     double sum = 0.0;
     for (int32_t token = 0; token < n_vocab; ++token)
@@ -198,26 +202,10 @@ void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, t
     sampled.logprob = logprob(sampled.token);
     if (n_top <= 0) return;
 
-    // A heap of the best so far, its root the worst of them. Equal logits: the lower token wins.
-    std::vector<int32_t> best;
-    best.reserve(size_t(n_top) + 1);
-    const auto better = [&](int32_t a, int32_t b) {
-        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-    };
-    for (int32_t token = 0; token < n_vocab; ++token) {
-        if (best.size() == size_t(n_top) && !better(token, best.front())) continue;
-        best.push_back(token);
-        std::push_heap(best.begin(), best.end(), better);
-        if (best.size() > size_t(n_top)) {
-            std::pop_heap(best.begin(), best.end(), better);
-            best.pop_back();
-        }
-    }
-    std::sort_heap(best.begin(), best.end(), better);
-    sampled.n_top = int32_t(best.size());
-    for (size_t i = 0; i < best.size(); ++i) {
-        top_tokens[i] = best[i];
-        top_logprobs[i] = logprob(best[i]);
+    sampled.n_top = int32_t(select_top(logits, n_vocab, n_top, best));
+    for (int32_t i = 0; i < sampled.n_top; ++i) {
+        top_tokens[i] = best[i].id;
+        top_logprobs[i] = logprob(best[i].id);
     }
 }
 
@@ -234,12 +222,11 @@ void sample_one(trio_context &context, int32_t index, const trio_sample_request 
         const float *logits = llama_get_logits_ith(context.native.get(), request.rows[index]);
         if (logits == nullptr) throw Failure(TRIO_E_NATIVE, "llama.cpp has no logits for the row");
         trio_sampler &sampler = *request.samplers[index];
-        context.candidates.resize(size_t(model.info.n_vocab));
-        sampled.token = sampler.sample(logits, context.candidates);
+        sampled.token = sampler.sample(logits, context.scratch);
         if (sampler.n_top >= 0) {
             const size_t offset = size_t(index) * size_t(result.top_stride);
-            report_probabilities(logits, model.info.n_vocab, sampler.n_top, sampled, result.top_tokens + offset,
-                                 result.top_logprobs + offset);
+            report_probabilities(logits, model.info.n_vocab, sampler.n_top, context.scratch.candidates.data(),
+                                 sampled, result.top_tokens + offset, result.top_logprobs + offset);
         }
         if (!model.info.has_vocab) return TRIO_OK;
         sampled.is_end = llama_vocab_is_eog(model.vocab, sampled.token);
@@ -257,7 +244,8 @@ void sample_one(trio_context &context, int32_t index, const trio_sample_request 
 
 // ---- decoding ------------------------------------------------------------------------------------------------------
 
-void check_batch(trio_context &context, const trio_batch &batch) {
+// Tells whether the batch is narrow: few rows, and none that are part of a prompt.
+bool check_batch(trio_context &context, const trio_batch &batch) {
     const trio_context_info &info = context.info;
     check(batch.n_rows >= 1 && batch.n_rows <= info.n_batch, "n_rows must be between 1 and n_batch");
     check((info.has_memory && info.causal) || batch.n_rows <= context.n_ubatch,
@@ -267,6 +255,7 @@ void check_batch(trio_context &context, const trio_batch &batch) {
     check_pointer(batch.positions, "positions");
     check_pointer(batch.seqs, "seqs");
     check_pointer(batch.outputs, "outputs");
+    bool is_narrow = batch.n_rows <= FEW_ROWS;
     std::fill(context.last_positions.begin(), context.last_positions.end(), -1);
     for (int32_t row = 0; row < batch.n_rows; ++row) {
         context.model->check_token(batch.tokens[row]);
@@ -279,9 +268,11 @@ void check_batch(trio_context &context, const trio_batch &batch) {
         // llama.cpp itself would take the same position twice.
         int32_t &last_position = context.last_positions[size_t(batch.seqs[row])];
         check(last_position < 0 || position == last_position + 1, "positions of a sequence must follow one another");
+        is_narrow = is_narrow && last_position < 0;
         last_position = position;
         check(batch.outputs[row] == 0 || batch.outputs[row] == 1, "outputs must be 0 or 1");
     }
+    return is_narrow;
 }
 
 void check_request(trio_context &context, const trio_batch &batch, const trio_sample_request *request,
@@ -310,17 +301,17 @@ void check_request(trio_context &context, const trio_batch &batch, const trio_sa
 
 // llama.cpp itself takes every batch of more than one row for a prefill. Its threads wait for each other after every
 // operation, by spinning; where the operations are short, one core that is busy with anything else stalls them all. So
-// steps of few rows, however many sequences they belong to, run on the threads meant for that.
-void attach_threads(trio_context &context, bool few_rows) {
-    const auto &pool = few_rows ? context.threadpool : context.threadpool_batch;
-    const int32_t n_threads = few_rows ? context.n_threads : context.n_threads_batch;
+// narrow steps, however many sequences they belong to, run on the threads meant for that.
+void attach_threads(trio_context &context, bool is_narrow) {
+    const auto &pool = is_narrow ? context.threadpool : context.threadpool_batch;
+    const int32_t n_threads = is_narrow ? context.n_threads : context.n_threads_batch;
     ggml_threadpool *native = pool ? pool->native() : nullptr;
     llama_attach_threadpool(context.native.get(), native, native);
     llama_set_n_threads(context.native.get(), n_threads, n_threads);
-    context.few_rows = few_rows;
+    context.is_narrow = is_narrow;
 }
 
-int32_t decode(trio_context &context, const trio_batch &batch) {
+int32_t decode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     const auto n_rows = size_t(batch.n_rows);
     std::copy_n(batch.tokens, n_rows, context.tokens.begin());
     std::copy_n(batch.positions, n_rows, context.positions.begin());
@@ -338,8 +329,7 @@ int32_t decode(trio_context &context, const trio_batch &batch) {
     native.n_seq_id = context.n_seq_ids.data();
     native.seq_id = context.seq_pointers.data();
     native.logits = context.native_outputs.data();
-    const bool few_rows = batch.n_rows <= FEW_ROWS;
-    if (context.few_rows != few_rows) attach_threads(context, few_rows);
+    if (context.is_narrow != is_narrow) attach_threads(context, is_narrow);
     if (context.embeddings != (batch.embeddings != 0)) {
         llama_set_embeddings(context.native.get(), batch.embeddings != 0);
         context.embeddings = batch.embeddings != 0;
@@ -491,8 +481,8 @@ int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *ad
     });
 }
 
-void trio_abort(trio_context *context, int32_t raise) {
-    if (context != nullptr) context->abort.store(raise != 0, std::memory_order_relaxed);
+void trio_abort(trio_context *context, uint64_t number) {
+    if (context != nullptr) context->aborted_number.store(number, std::memory_order_relaxed);
 }
 
 int32_t trio_seq_remove(trio_context *context, int32_t seq, int32_t start, int32_t end) {
@@ -564,14 +554,15 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
         check_pointer(context, "context")->check_alive();
         check_pointer(batch, "batch");
         ++context->step;
-        check_batch(*context, *batch);
+        const bool is_narrow = check_batch(*context, *batch);
         check_request(*context, *batch, request, result);
-        if (context->abort.load(std::memory_order_relaxed)) {
+        context->running_number = batch->number;
+        if (context->is_aborted()) {
             set_last_error("aborted");
             return TRIO_ABORTED;
         }
         context->has_vectors = false;
-        const int32_t code = finish_decode(*context, *batch, decode(*context, *batch));
+        const int32_t code = finish_decode(*context, *batch, decode(*context, *batch, is_narrow));
         if (code != TRIO_OK) return code;
         context->outputs.assign(batch->outputs, batch->outputs + batch->n_rows);
         context->has_vectors = batch->embeddings != 0;

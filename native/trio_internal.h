@@ -142,15 +142,16 @@ private:
     trio_model *model_;
 };
 
-// The three penalties on repeated tokens. llama.cpp's own sampler looks every candidate up in a hash table; candidates
-// that are still in vocabulary order can be reached by their index instead.
+// The three penalties on repeated tokens. llama.cpp's own sampler looks every candidate up in a hash table; this one goes
+// to the tokens of the window alone.
 class Penalties {
 public:
     Penalties(int32_t window, float repeat, float frequency, float presence, int32_t exempt_token)
         : window_(window), repeat_(repeat), frequency_(frequency), presence_(presence), exempt_token_(exempt_token) {}
     bool enabled() const { return window_ > 0 && (repeat_ != 1.0f || frequency_ != 0.0f || presence_ != 0.0f); }
+    bool idle() const { return counts_.empty(); }
     void accept(int32_t token);
-    void apply(llama_token_data *candidates) const; // candidates[token].id == token
+    void apply(float *logits) const;
 
 private:
     int32_t window_;
@@ -161,14 +162,25 @@ private:
     std::unordered_map<int32_t, int32_t> counts_;
 };
 
+// The k candidates of the greatest logits, the greatest first; of equal ones the lower token comes first. Those of
+// negative infinity are left out. `best` has room for k. Returns how many there are.
+size_t select_top(const float *logits, int32_t n_vocab, int32_t k, llama_token_data *best);
+
+// What choosing a token works on: room for the whole vocabulary.
+struct Scratch {
+    explicit Scratch(int32_t n_vocab) : logits(size_t(n_vocab)), candidates(size_t(n_vocab)) {}
+    std::vector<float> logits;
+    std::vector<llama_token_data> candidates;
+};
+
 } // namespace trio
 
 struct trio_sampler {
     trio_sampler(trio_model *owner, const trio_sampler_params &params);
 
-    // Chooses a token from one row of logits and remembers it. `candidates` is scratch space for the whole vocabulary.
-    // Throws Failure; after that the sampler refuses further use.
-    int32_t sample(const float *logits, std::vector<llama_token_data> &candidates);
+    // Chooses a token from one row of logits and remembers it. Throws Failure; after that the sampler refuses further
+    // use.
+    int32_t sample(const float *logits, trio::Scratch &scratch);
     void accept_prompt(const int32_t *tokens, int32_t n_tokens);
 
     trio::ModelReference model;
@@ -177,8 +189,10 @@ struct trio_sampler {
     bool broken = false; // it failed in the middle of a token
 
 private:
-    void penalise(const float *logits, std::vector<llama_token_data> &candidates);
-    int32_t choose(llama_token_data_array &array);
+    const float *adjust(const float *logits, trio::Scratch &scratch) const;
+    llama_token_data_array all_candidates(const float *adjusted, trio::Scratch &scratch);
+    llama_token_data_array head_candidates(const float *adjusted, trio::Scratch &scratch) const;
+    int32_t choose(llama_token_data_array array);
     void charge_grammar(double seconds);
 
     std::vector<llama_logit_bias> bias;
@@ -186,6 +200,7 @@ private:
     int32_t prompt_window; // prompt tokens that any penalty looks at
     trio::SamplerPtr dry;
     std::vector<trio::SamplerPtr> chain; // the last one selects; empty: greedy
+    int32_t n_head = 0; // the chain looks at so many of the best candidates only; 0: at all
     trio::SamplerPtr grammar;
     double grammar_soft_limit = 0.0; // seconds
     int32_t n_slow_grammar_steps = 0;

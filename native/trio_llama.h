@@ -23,7 +23,7 @@ extern "C" {
 
 /* cdef: begin (cffi reads from here) */
 
-#define TRIO_LLAMA_ABI 1 /* grows with every incompatible change of this file */
+#define TRIO_LLAMA_ABI 2 /* grows with every incompatible change of this file */
 
 #define TRIO_OK 0
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
@@ -128,7 +128,7 @@ typedef struct trio_context_params {
     uint32_t n_batch;
     uint32_t n_ubatch;
     uint32_t n_seq_max;
-    int32_t n_threads;       /* for steps of few rows, at most 16 */
+    int32_t n_threads;       /* for steps of few rows, at most 16, and no sequence's second */
     int32_t n_threads_batch; /* for all others: prefill */
     int32_t flash_attention; /* -1 auto, 0 off, 1 on */
     int32_t type_k, type_v;  /* ggml_type of the KV cache */
@@ -156,9 +156,10 @@ int32_t trio_context_get_info(const trio_context *context, trio_context_info *in
 int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *adapters, const float *scales,
                                   int32_t n_adapters);
 
-/* raise != 0: the running trio_step(), or the next one, stops at the next graph node with TRIO_ABORTED; CPU backends
- * only. raise == 0 lowers the flag again. Never blocks. */
-void trio_abort(trio_context *context, int32_t raise);
+/* The trio_step() of the batch with this number, running or yet to come, returns TRIO_ABORTED; no other batch is touched.
+ * CPU backends stop at the next graph node; all others finish what they have begun. Only the latest call counts: the
+ * number 0, which names no batch, withdraws it. Never blocks. */
+void trio_abort(trio_context *context, uint64_t number);
 
 /* Edits of the KV cache, between steps. Positions are half-open [start, end); end -1 means "to the end".
  * trio_seq_remove returns 1 when done and 0 when this kind of memory cannot remove part of a sequence. */
@@ -207,6 +208,7 @@ typedef struct trio_batch {
     const int32_t *seqs;
     const int8_t *outputs; /* 1 where logits, or the vector, are wanted */
     int32_t embeddings;    /* 1: compute vectors instead of logits, for the whole batch */
+    uint64_t number;       /* its name for trio_abort(); 0: it cannot be aborted */
 } trio_batch;
 
 /* What to sample after the batch has run, as parallel arrays of n_samples. */

@@ -38,6 +38,26 @@ constexpr double SLOW_GRAMMAR_SLICE = 0.05;
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
+constexpr int32_t MAX_HEAD = 1024; // with some thousands, llama.cpp's sort into buckets is faster than a heap
+constexpr int32_t BLOCK = 64;     // logits that are compared at once
+
+// An integer for the answer, and no early end, let compilers take vector instructions: here and below, four times as
+// fast.
+bool any_above(const float *block, float bar) {
+    int32_t found = 0;
+    for (int32_t i = 0; i < BLOCK; ++i)
+        found |= block[i] > bar;
+    return found != 0;
+}
+
+// Negative infinity is a mask; anything else not finite is a failure of the model.
+bool are_numbers(const float *logits, int32_t n_vocab) {
+    int32_t rubbish = 0;
+    for (int32_t token = 0; token < n_vocab; ++token)
+        rubbish |= !(logits[token] < std::numeric_limits<float>::infinity());
+    return rubbish == 0;
+}
+
 bool is_finite_in_range(float value, float low, float high) {
     return std::isfinite(value) && value >= low && value <= high;
 }
@@ -181,15 +201,39 @@ void Penalties::accept(int32_t token) {
     ++counts_[token];
 }
 
-void Penalties::apply(llama_token_data *candidates) const {
+void Penalties::apply(float *logits) const {
     if (!enabled()) return;
     for (const auto &[token, count] : counts_) {
         if (token == exempt_token_) continue;
-        float &logit = candidates[token].logit;
+        float &logit = logits[token];
         // Dividing a negative logit would reward the token.
         logit = logit <= 0.0f ? logit * repeat_ : logit / repeat_;
         logit -= float(count) * frequency_ + presence_;
     }
+}
+
+// ---- the head of the vocabulary ------------------------------------------------------------------------------------
+
+size_t trio::select_top(const float *logits, int32_t n_vocab, int32_t k, llama_token_data *best) {
+    const auto precedes = [](const llama_token_data &a, const llama_token_data &b) {
+        return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+    };
+    // A heap of the best so far, its root the last of them. What comes later must be greater: equal ones come too late.
+    size_t size = 0;
+    float bar = NEVER;
+    for (int32_t begin = 0; begin < n_vocab; begin += BLOCK) {
+        const int32_t end = std::min(begin + BLOCK, n_vocab);
+        if (end - begin == BLOCK && !any_above(logits + begin, bar)) continue;
+        for (int32_t token = begin; token < end; ++token) {
+            if (!(logits[token] > bar)) continue;
+            if (size == size_t(k)) std::pop_heap(best, best + size--, precedes);
+            best[size++] = {token, logits[token], 0.0f};
+            std::push_heap(best, best + size, precedes);
+            if (size == size_t(k)) bar = best[0].logit;
+        }
+    }
+    std::sort_heap(best, best + size, precedes);
+    return size;
 }
 
 // ---- the sampler ---------------------------------------------------------------------------------------------------
@@ -211,7 +255,8 @@ trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
         if (sampler == nullptr) throw Failure(TRIO_E_NATIVE, "llama.cpp could not make a sampler");
         chain.emplace_back(sampler);
     };
-    if (params.temperature > 0.0f) {
+    const bool greedy = params.temperature <= 0.0f || (params.mirostat == 0 && params.top_k == 1);
+    if (!greedy) {
         const float temperature = std::max(params.temperature, MIN_TEMPERATURE);
         if (params.mirostat != 0) {
             add(llama_sampler_init_temp(temperature));
@@ -232,6 +277,11 @@ trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
             add(llama_sampler_init_temp_ext(temperature, params.dynatemp_range, params.dynatemp_exponent));
             add(llama_sampler_init_dist(params.seed));
         }
+    }
+    const bool cut_first = params.mirostat == 0 && params.top_n_sigma <= 0.0f && params.top_k > 0;
+    if (!dry && (greedy || cut_first)) {
+        const int32_t n_enough = greedy ? 1 : std::min(params.top_k, owner->info.n_vocab);
+        n_head = n_enough <= MAX_HEAD ? n_enough : 0;
     }
 
     if (params.grammar != nullptr && params.grammar[0] != '\0') {
@@ -254,23 +304,36 @@ void trio_sampler::accept_prompt(const int32_t *tokens, int32_t n_tokens) {
     }
 }
 
-// Fresh candidates with everything applied that looks at single tokens, in vocabulary order.
-void trio_sampler::penalise(const float *logits, std::vector<llama_token_data> &candidates) {
-    for (size_t token = 0; token < candidates.size(); ++token) {
-        candidates[token] = {int32_t(token), logits[token], 0.0f};
-    }
+// The logits with biases and penalties: a copy, unless there are none.
+const float *trio_sampler::adjust(const float *logits, Scratch &scratch) const {
+    if (bias.empty() && penalties.idle()) return logits;
+    std::copy_n(logits, model->info.n_vocab, scratch.logits.data());
     for (const llama_logit_bias &entry : bias)
-        candidates[size_t(entry.token)].logit += entry.bias;
-    penalties.apply(candidates.data());
-    if (dry) {
-        llama_token_data_array array{candidates.data(), candidates.size(), -1, false};
-        llama_sampler_apply(dry.get(), &array);
+        scratch.logits[size_t(entry.token)] += entry.bias;
+    penalties.apply(scratch.logits.data());
+    return scratch.logits.data();
+}
+
+// In vocabulary order.
+llama_token_data_array trio_sampler::all_candidates(const float *adjusted, Scratch &scratch) {
+    std::vector<llama_token_data> &candidates = scratch.candidates;
+    for (size_t token = 0; token < candidates.size(); ++token) {
+        candidates[token] = {int32_t(token), adjusted[token], 0.0f};
     }
+    llama_token_data_array array{candidates.data(), candidates.size(), -1, false};
+    if (dry) llama_sampler_apply(dry.get(), &array);
+    return array;
+}
+
+// What the chain would look at, without a list of the whole vocabulary.
+llama_token_data_array trio_sampler::head_candidates(const float *adjusted, Scratch &scratch) const {
+    const size_t size = select_top(adjusted, model->info.n_vocab, n_head, scratch.candidates.data());
+    return {scratch.candidates.data(), size, -1, true};
 }
 
 // Forbidden candidates are dropped first: some samplers count them, others divide by their probability. -1: none is
 // left.
-int32_t trio_sampler::choose(llama_token_data_array &array) {
+int32_t trio_sampler::choose(llama_token_data_array array) {
     llama_token_data *end = std::remove_if(array.data, array.data + array.size,
                                            [](const llama_token_data &candidate) { return candidate.logit == NEVER; });
     array.size = size_t(end - array.data);
@@ -296,19 +359,15 @@ void trio_sampler::charge_grammar(double seconds) {
     }
 }
 
-int32_t trio_sampler::sample(const float *logits, std::vector<llama_token_data> &candidates) {
+int32_t trio_sampler::sample(const float *logits, Scratch &scratch) {
     if (broken) throw Failure(TRIO_E_INVALID, "the sampler failed before and cannot go on");
     broken = true; // until this token is accepted everywhere
 
-    bool rubbish = false; // negative infinity is a mask, anything else not finite is a failure of the model
-    for (size_t token = 0; token < candidates.size(); ++token) {
-        rubbish |= !(logits[token] < std::numeric_limits<float>::infinity());
+    if (!are_numbers(logits, model->info.n_vocab)) {
+        throw Failure(TRIO_E_NATIVE, "the model computed logits that are not numbers");
     }
-    if (rubbish) throw Failure(TRIO_E_NATIVE, "the model computed logits that are not numbers");
-
-    penalise(logits, candidates);
-    llama_token_data_array array{candidates.data(), candidates.size(), -1, false};
-    int32_t token = choose(array);
+    const float *adjusted = adjust(logits, scratch);
+    int32_t token = choose(n_head > 0 ? head_candidates(adjusted, scratch) : all_candidates(adjusted, scratch));
     if (token < 0) throw Failure(TRIO_E_NATIVE, "every token is forbidden");
 
     if (grammar) {
@@ -318,8 +377,7 @@ int32_t trio_sampler::sample(const float *logits, std::vector<llama_token_data> 
         llama_token_data_array single{&alone, 1, -1, false};
         apply_in_slices(grammar.get(), single, limit, spent);
         if (alone.logit == NEVER) {
-            penalise(logits, candidates);
-            array = {candidates.data(), candidates.size(), -1, false};
+            llama_token_data_array array = all_candidates(adjusted, scratch);
             apply_in_slices(grammar.get(), array, limit, spent);
             if (spent > limit) charge_grammar(spent); // throws
             token = choose(array);

@@ -34,8 +34,14 @@ class Running:
     def sampler(self, params: SamplingParams = GREEDY, prompt: Sequence[int] = ()) -> Sampler:
         return self.model.sampler(params, prompt)
 
-    def step(self, *chunks: Chunk, samplers: dict[int, Sampler] | None = None, embeddings: bool = False) -> StepResult:
-        return self.context.decode(Batch(chunks, embeddings), samplers or {})
+    def step(
+        self,
+        *chunks: Chunk,
+        samplers: dict[int, Sampler] | None = None,
+        embeddings: bool = False,
+        number: int = 0,
+    ) -> StepResult:
+        return self.context.decode(Batch(chunks, embeddings, number), samplers or {})
 
     def prefill(self, tokens: Sequence[int], *, slot: int = 0, start: int = 0, rows: int = 64) -> int:
         """Decode tokens without output, `rows` at a time. Returns the position after them."""

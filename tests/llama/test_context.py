@@ -57,7 +57,15 @@ def test_a_character_may_be_spread_over_tokens(models: Models) -> None:
 )
 def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim: bool, can_shift: bool) -> None:
     running = Running(models(name))
-    assert running.limits == Limits(n_slots=2, n_ctx=256, max_rows=64, can_trim=can_trim, can_shift=can_shift)
+    assert running.limits == Limits(
+        n_slots=2,
+        n_embed_slots=2,
+        n_ctx=256,
+        max_rows=64,
+        can_trim=can_trim,
+        can_shift=can_shift,
+        embeds_last_row=name != "mamba",
+    )
     assert running.context.length(0) == 0
 
 
@@ -66,6 +74,7 @@ def test_limits_of_an_encoder(models: Models, name: str) -> None:
     limits = Running(models(name)).limits
     assert not limits.has_memory
     assert not limits.can_generate
+    assert not limits.embeds_last_row
     assert limits.n_ctx == 64
 
 
@@ -174,28 +183,40 @@ def test_slide_survives_an_abort_of_the_step_that_carries_it_out(models: Models)
     running.prefill(tokens[:-1])
     assert running.context.apply(Trim(0, 3, 8))
     assert running.context.apply(Slide(0, 8, len(tokens) - 1, -5))
-    running.context.raise_abort()
+    running.context.abort(1)
     chunk = Chunk(0, 0, len(tokens) - 6, tuple(tokens[-1:]), output=True)
-    assert running.step(chunk, samplers={0: running.sampler()}).outcome is DecodeOutcome.ABORTED
-    running.context.lower_abort()
+    assert running.step(chunk, samplers={0: running.sampler()}, number=1).outcome is DecodeOutcome.ABORTED
     assert tokens_of(running.go_on(tokens[-1], len(tokens) - 6, 12)) == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
-def test_raised_abort_stops_the_next_step_and_changes_nothing(models: Models, name: str) -> None:
+def test_batch_aborted_before_it_starts_changes_nothing(models: Models, name: str) -> None:
     running = Running(models(name))
     tokens = running.tokens("the story of the world")
     expected = tokens_of(running.generate(tokens))
     assert running.context.apply(Trim(0, 0))
     position = running.prefill(tokens[:-1])
-    running.context.raise_abort()
+    running.context.abort(7)
     chunk = Chunk(5, 0, position, (tokens[-1],), output=True)
-    result = running.step(chunk, samplers={5: running.sampler()})
+    result = running.step(chunk, samplers={5: running.sampler()}, number=7)
     assert result.outcome is DecodeOutcome.ABORTED
     assert result.kept == {5: position}
     assert result.sampled == {}
-    running.context.lower_abort()
     assert tokens_of(running.go_on(tokens[-1], position, 12)) == expected
+
+
+def test_abort_touches_no_batch_of_another_number(llama: Running) -> None:
+    def outcome(number: int) -> DecodeOutcome:
+        assert llama.context.apply(Trim(0, 0))
+        return llama.step(Chunk(0, 0, 0, (5,), output=False), number=number).outcome
+
+    llama.context.abort(3)
+    aborted, ok = DecodeOutcome.ABORTED, DecodeOutcome.OK
+    assert [outcome(number) for number in (0, 2, 3, 4, 3)] == [ok, ok, aborted, ok, aborted]
+    llama.context.abort(2**64 - 1)  # only the latest call counts
+    assert [outcome(number) for number in (3, 2**64 - 1)] == [ok, aborted]
+    llama.context.abort(0)
+    assert [outcome(number) for number in (0, 2**64 - 1)] == [ok, ok]
 
 
 @pytest.mark.parametrize("name", ["llama", "swa", "mamba"])
@@ -207,31 +228,31 @@ def test_abort_from_another_thread_keeps_what_it_says(models: Models, name: str)
 
     def abort() -> None:
         started.wait(10)
-        running.context.raise_abort()
+        running.context.abort(1)
 
     thread = threading.Thread(target=abort)
     thread.start()
     outcome, kept = DecodeOutcome.OK, 0
-    while outcome is DecodeOutcome.OK:  # until the other thread's flag is seen, in a step or before one
+    while outcome is DecodeOutcome.OK:  # until what the other thread did is seen, in a step or before one
         assert running.context.apply(Trim(0, 0))
         started.set()
-        result = running.step(Chunk(0, 0, 0, tuple(tokens), output=False))
+        result = running.step(Chunk(0, 0, 0, tuple(tokens), output=False), number=1)
         outcome, kept = result.outcome, result.kept.get(0, 0)
     thread.join()
     assert outcome is DecodeOutcome.ABORTED
     assert kept == running.context.length(0)
     assert kept in (0, 512)
-    running.context.lower_abort()
     position = running.prefill(tokens[kept:-1], start=kept, rows=512)
     assert tokens_of(running.go_on(tokens[-1], position, 3)) == expected
 
 
 def test_full_cache_changes_nothing(models: Models) -> None:
     running = Running(models("llama"), context_length=128)
-    assert running.prefill([5] * 256) == 256  # the cache is one for all slots
+    # The cache is one for all slots: 2 of 128 and a batch of 64 for the embeddings, rounded up by llama.cpp.
+    assert running.prefill([5] * 512) == 512
     result = running.step(Chunk(1, 1, 0, (5,), output=False))
     assert result.outcome is DecodeOutcome.NO_KV_SPACE
-    assert (running.context.length(0), running.context.length(1)) == (256, 0)
+    assert (running.context.length(0), running.context.length(1)) == (512, 0)
     assert running.context.apply(Trim(0, 0))
     assert running.step(Chunk(1, 1, 0, (5,), output=False)).outcome is DecodeOutcome.OK
 
@@ -241,8 +262,8 @@ def test_bad_batches_are_refused(llama: Running) -> None:
     for chunk in (
         Chunk(0, 0, 0, tuple([5] * 65), output=False),
         Chunk(0, 0, -1, (5,), output=False),
-        Chunk(0, 0, 512, (5,), output=False),
-        Chunk(0, 2, 0, (5,), output=False),
+        Chunk(0, 0, 768, (5,), output=False),
+        Chunk(0, 4, 0, (5,), output=False),
         Chunk(0, -1, 0, (5,), output=False),
         Chunk(0, 0, 0, (llama.model.info.n_vocab,), output=False),
         Chunk(0, 0, 0, (-1,), output=False),
@@ -294,6 +315,78 @@ def test_vectors_and_text_may_alternate(llama: Running) -> None:
     np.testing.assert_allclose(embed(llama, "the model")[0], vector, atol=1e-5)
 
 
+def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+LAST_ROW = ("llama", "single", "spm", "swa", "mrope")
+TEXT = "the story of the world and more than a window of thirty-two tokens in this one text"
+
+
+@pytest.mark.parametrize("pooling", ["last", "none"])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("name", LAST_ROW)
+def test_vector_of_the_last_row_alone_is_that_of_the_text(models: Models, name: str, rows: int, pooling: str) -> None:
+    running = Running(models(name), pooling=pooling)
+    assert running.limits.embeds_last_row
+    tokens = running.tokens(TEXT)[:60]
+    lane = running.limits.n_slots
+    whole = running.step(Chunk(0, lane, 0, tuple(tokens), output=True), embeddings=True).vectors[0]
+    assert running.context.apply(Trim(lane, 0))
+    position = running.prefill(tokens[:-1], slot=lane, rows=rows)
+    last = running.step(Chunk(0, lane, position, (tokens[-1],), output=True), embeddings=True).vectors[0]
+    assert isinstance(whole, np.ndarray)
+    assert isinstance(last, np.ndarray)
+    assert cosine(whole, last) >= 0.9999
+    np.testing.assert_allclose(last, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_vector_of_every_row_needs_the_whole_text(models: Models, pooling: str) -> None:
+    assert not Running(models("llama"), pooling=pooling).limits.embeds_last_row
+
+
+@pytest.mark.parametrize("name", LAST_ROW)
+def test_embedding_beside_a_generation_changes_neither(models: Models, name: str) -> None:
+    running = Running(models(name))
+    prompt, text, lane = running.tokens("hello and a story"), running.tokens(TEXT)[:60], running.limits.n_slots + 1
+    expected = tokens_of(running.generate(prompt, 16))
+    whole = running.step(Chunk(9, lane, 0, tuple(text), output=True), embeddings=True).vectors[9]
+    assert isinstance(whole, np.ndarray)
+    assert running.context.apply(Trim(lane, 0))
+    assert running.context.apply(Trim(0, 0))
+
+    sampler, pending, position, start = running.sampler(), tuple(prompt), 0, 0
+    generated: list[int] = []
+    vector: object = None
+    while len(generated) < 16:
+        chunks = [Chunk(1, 0, position, pending, output=True)]
+        rows = tuple(text[start : min(start + 13, len(text) - 1)])
+        if rows:
+            chunks.append(Chunk(9, lane, start, rows, output=False))
+            start += len(rows)
+        elif vector is None:
+            step = running.step(Chunk(9, lane, start, (text[-1],), output=True), embeddings=True)
+            vector = step.vectors[9]
+        result = running.step(*chunks, samplers={1: sampler})
+        assert result.outcome is DecodeOutcome.OK
+        position += len(pending)
+        generated.append(result.sampled[1].token)
+        pending = (generated[-1],)
+    assert generated == expected
+    assert isinstance(vector, np.ndarray)
+    assert cosine(whole, vector) >= 0.9999
+
+
+def test_full_slots_leave_room_for_embeddings(models: Models) -> None:
+    running = Running(models("llama"))
+    for slot in range(running.limits.n_slots):
+        running.prefill([5] * running.limits.n_ctx, slot=slot)
+    lane = running.limits.n_slots
+    chunk = Chunk(0, lane, 0, (5,) * running.limits.max_rows, output=True)
+    assert running.step(chunk, embeddings=True).outcome is DecodeOutcome.OK
+
+
 def test_encoder_refuses_to_generate(models: Models) -> None:
     running = Running(models("bert"))
     result = running.step(Chunk(0, 0, 0, (5, 6), output=False))
@@ -317,7 +410,10 @@ def test_settings_that_the_model_does_not_allow_are_load_errors(models: Models) 
         Running(models("llama"), kv_type="q8_0", flash_attention="off")
 
 
-@pytest.mark.parametrize("settings", [{"kv_type": "q8_0", "flash_attention": "on"}, {"threads": 2}, {"batch_size": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"kv_type": "q8_0"}, {"flash_attention": "on"}, {"flash_attention": "off"}, {"threads": 2}, {"batch_size": 1}],
+)
 def test_other_settings_run_too(models: Models, settings: dict[str, Any]) -> None:
     running = Running(models("chain"), **settings)
     tokens = running.tokens("hello")
@@ -334,7 +430,7 @@ def test_closing_is_idempotent_and_final(models: Models) -> None:
     running.context.close()
     running.context.close()
     running.model.close()
-    running.context.raise_abort()
+    running.context.abort(1)
     with pytest.raises(EngineClosed):
         running.step(Chunk(0, 0, 0, (5,), output=False))
     with pytest.raises(EngineClosed):

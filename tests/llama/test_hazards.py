@@ -20,7 +20,7 @@ from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.errors import InvalidRequest, LoadError, NativeError
 from trio_runner.llama import Context, Model
-from trio_runner.llama.library import LIBRARY_DIRECTORY, last_error, native
+from trio_runner.llama.library import ABI, LIBRARY_DIRECTORY, last_error, native
 
 Models = Callable[[str], Path]
 
@@ -79,9 +79,9 @@ def shim(models: Models) -> Shim:
         {"positions": [-1]},
         {"positions": [-(2**31)]},
         {"positions": [2**31 - 1]},
-        {"positions": [512]},
+        {"positions": [768]},
         {"seqs": [-1]},
-        {"seqs": [2]},
+        {"seqs": [4]},
         {"outputs": [2]},
         {"outputs": [-1]},
         {"n_rows": 0},
@@ -129,14 +129,14 @@ def test_sample_requests(shim: Shim, models: Models) -> None:
 
 
 def test_memory(shim: Shim) -> None:
-    for seq in (-1, 2, 300, 2**31 - 1, -(2**31)):
+    for seq in (-1, 4, 300, 2**31 - 1, -(2**31)):
         shim.refused("trio_seq_remove", shim.context, seq, 0, -1)
         shim.refused("trio_seq_copy", shim.context, seq, 0, 0, -1)
         shim.refused("trio_seq_copy", shim.context, 0, seq, 0, -1)
         shim.refused("trio_seq_add", shim.context, seq, 0, -1, -1)
         first, last = shim.ffi.new("int32_t *"), shim.ffi.new("int32_t *")
         shim.refused("trio_seq_range", shim.context, seq, first, last)
-    for start, end in ((-1, -1), (0, -2), (5, 3), (513, -1), (0, 513), (2**31 - 1, 2**31 - 1)):
+    for start, end in ((-1, -1), (0, -2), (5, 3), (769, -1), (0, 769), (2**31 - 1, 2**31 - 1)):
         shim.refused("trio_seq_remove", shim.context, 0, start, end)
         shim.refused("trio_seq_add", shim.context, 0, start, end, 0)
     shim.refused("trio_seq_copy", shim.context, 0, 0, 0, -1)
@@ -373,7 +373,7 @@ def test_library_can_be_used_from_any_language(models: Models) -> None:
     program = f"""
 import ctypes
 lib = ctypes.CDLL({str(LIBRARY_DIRECTORY / "libtrio_llama.so")!r})
-assert lib.trio_abi_version() == 1
+assert lib.trio_abi_version() == {ABI}
 assert lib.trio_init({str(LIBRARY_DIRECTORY).encode()!r}, 4) == 0
 class Params(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in

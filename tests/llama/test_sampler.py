@@ -57,6 +57,31 @@ def test_narrowest_settings_are_greedy(running: Running, params: SamplingParams)
 @pytest.mark.parametrize(
     "params",
     [
+        GREEDY,
+        replace(GREEDY, repeat_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2, repeat_last_n=7),
+        replace(GREEDY, logit_bias=((40, 3.0), (70, -math.inf), (80, 2.5))),
+        replace(GREEDY, logit_bias=tuple((token, -math.inf) for token in range(90)), repeat_penalty=1.1),
+        replace(FREE, top_k=1, repeat_penalty=1.1),
+        replace(FREE, top_k=5),
+        replace(FREE, top_k=40, top_p=0.9, repeat_penalty=1.1, temperature=0.8),
+        replace(FREE, top_k=40, min_p=0.05, typical_p=0.9, tfs_z=0.95),
+        replace(FREE, top_k=40, xtc_probability=0.5, dynatemp_range=0.5, frequency_penalty=0.3),
+        replace(FREE, top_k=30, logit_bias=((40, 3.0), (70, -math.inf), (80, 2.5))),
+        replace(FREE, top_k=20, grammar="root ::= [a-z ]+"),
+        replace(GREEDY, grammar="root ::= [a-z ]+"),
+    ],
+)
+def test_head_of_the_vocabulary_chooses_what_all_of_it_would(running: Running, params: SamplingParams) -> None:
+    """DRY looks at every candidate, so that the whole vocabulary is sampled from, even where it never penalises."""
+    everything = replace(params, dry_multiplier=1.0, dry_allowed_length=10**6)
+    for seed in range(4):
+        head = drawn(running, replace(params, seed=seed), 24)
+        assert head == drawn(running, replace(everything, seed=seed), 24)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
         FREE,
         replace(FREE, tfs_z=0.9),
         replace(FREE, typical_p=0.5),

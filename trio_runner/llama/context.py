@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_runner.config import EngineConfig
+from trio_runner.config import EngineConfig, FlashAttention
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
@@ -40,8 +40,10 @@ _GGML_TYPES: Final = {
     "iq4_nl": 20,
     "bf16": 30,
 }
+_QUANTISED_KV: Final = frozenset(_GGML_TYPES) - {"f32", "f16", "bf16"}
 _FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 _POOLINGS: Final = {"none": 0, "mean": 1, "cls": 2, "last": 3}
+_POOLING_NONE: Final = 0
 _POOLING_LAST: Final = 3
 _POOLING_RANK: Final = 4
 
@@ -86,17 +88,19 @@ class Context:
         n_ctx = config.context_length or min(max(model.info.n_ctx_train, 1), DEFAULT_CONTEXT_LENGTH)
         n_threads, n_threads_batch = (config.threads, config.threads) if config.threads else default_threads()
         pooling = _POOLINGS.get(config.pooling, model.native_info.pooling_type)
-        n_batch = max(config.batch_size, config.slots)  # llama.cpp plans for an output of every sequence
+        # Behind the slots for text, as many for embeddings alone.
+        n_seq_max = 2 * config.slots
+        n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
         params = self._ffi.new(
             "trio_context_params *",
             {
-                "n_ctx": n_ctx * config.slots,
+                "n_ctx": n_ctx * config.slots + n_batch,
                 "n_batch": n_batch,
                 "n_ubatch": n_batch,
-                "n_seq_max": config.slots,
+                "n_seq_max": n_seq_max,
                 "n_threads": n_threads,
                 "n_threads_batch": n_threads_batch,
-                "flash_attention": _FLASH_ATTENTION[config.flash_attention],
+                "flash_attention": _FLASH_ATTENTION[self._flash_attention(config)],
                 "type_k": _GGML_TYPES[config.kv_type],
                 "type_v": _GGML_TYPES[config.kv_type],
                 "pooling_type": _POOLING_LAST if pooling < 0 else pooling,
@@ -123,6 +127,8 @@ class Context:
         has_vocab = bool(model.native_info.has_vocab)
         can_generate = self._has_memory and info.pooling_type != _POOLING_RANK and has_vocab
         n_positions = min(n_ctx, int(info.n_positions))
+        is_recurrent = bool(model.native_info.is_recurrent or model.native_info.is_hybrid)
+        pools_last_row = info.pooling_type in (_POOLING_NONE, _POOLING_LAST)
         try:
             can_trim = self._warm_up(can_generate)
         except RunnerError as failure:
@@ -134,12 +140,21 @@ class Context:
             # Attention that looks both ways, or a memory that keeps nothing, needs the whole text in one step.
             n_ctx=n_positions if self._has_memory and info.causal else min(n_positions, config.batch_size),
             max_rows=config.batch_size,
+            n_embed_slots=config.slots,
+            embeds_last_row=self._has_memory and bool(info.causal) and pools_last_row and not is_recurrent,
             has_memory=self._has_memory,
             can_trim=can_trim,
             # A recurrent state claims that it can shift, but the part to drop cannot be taken out of it.
             can_shift=bool(info.can_shift) and can_trim,
             can_generate=can_generate,
         )
+
+    def _flash_attention(self, config: EngineConfig) -> FlashAttention:
+        """What "auto" comes to. llama.cpp's own takes it wherever the backend can, but on a CPU it makes steps of few
+        rows over a long context half as slow again, and gains nothing elsewhere."""
+        if config.flash_attention != "auto" or config.kv_type in _QUANTISED_KV or self._model.uses_gpu:
+            return config.flash_attention
+        return "off"
 
     def _allocate(self, config: EngineConfig) -> None:
         """The arrays that every step reuses, and the structures that point to them."""
@@ -266,6 +281,7 @@ class Context:
         request, result = (self._ffi.NULL, self._ffi.NULL) if batch.embeddings else (self._request, self._result)
         self._batch.n_rows = n_rows
         self._batch.embeddings = batch.embeddings
+        self._batch.number = batch.number
         code = self._lib.trio_step(handle, self._batch, request, result)
         outcome = self._outcomes.get(code)
         if outcome is None:
@@ -352,18 +368,12 @@ class Context:
             else:
                 vectors[chunk.uid] = vector
 
-    def raise_abort(self) -> None:
-        """Make the running `decode`, or the next, return ABORTED soon. From any thread; never blocks."""
-        self._abort(1)
-
-    def lower_abort(self) -> None:
-        """Let decoding go on after `raise_abort`."""
-        self._abort(0)
-
-    def _abort(self, raised: int) -> None:
+    def abort(self, number: int) -> None:
+        """Make `decode` of the batch of this number, running or yet to start, return ABORTED; 0 withdraws that. Only
+        CPU backends stop in the middle. From any thread; never blocks."""
         handle = self._handle  # a reference of our own, for close() may come in between
         if handle is not None:
-            self._lib.trio_abort(handle, raised)
+            self._lib.trio_abort(handle, number)
 
     def close(self) -> None:
         """Free it. Idempotent."""
