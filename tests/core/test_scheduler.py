@@ -744,3 +744,49 @@ def test_who_comes_later_is_not_served_sooner() -> None:
             world.submit(prompt=(A,), max_tokens=1, cache_prompt=False)
         world.step()
     assert world.finished(old)
+
+
+@st.composite
+def families(draw: st.DrawFn) -> tuple[int, list[tuple[int, ...]]]:
+    """(what they share, prompts of which no two share more)"""
+    n_prompts, n_shared = draw(st.integers(2, 5)), draw(st.integers(1, 60))
+    return n_shared, [(*prompt, B) for prompt in make_prompts(n_prompts, n_shared, draw(st.integers(1, 3)))]
+
+
+@settings(max_examples=100)
+@given(families(), st.integers(1, 24), st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), max_size=30))
+def test_what_prompts_share_is_decoded_once(
+    family: tuple[int, list[tuple[int, ...]]], max_rows: int, moves: list[tuple[int, int]]
+) -> None:
+    """Whenever they come, and whoever leaves."""
+    n_shared, prompts = family
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "MIN_FOLLOW", 1)
+        world = make_world(len(prompts) + 1, n_ctx=128, max_rows=max_rows)
+        shared_rows: list[int] = []
+        world.on_batch = lambda batch: shared_rows.extend(
+            position
+            for chunk in batch.chunks
+            for position in range(chunk.start, chunk.stop)
+            if position < n_shared and chunk.uid in family_uids
+        )
+        family_uids: set[int] = set()
+        left = list(prompts)
+        for what, n in moves:
+            uid = n % max(len(world.specs), 1)
+            if what <= 2 and left:
+                family_uids.add(world.submit(prompt=left.pop(), max_tokens=4, background=what == 0))
+            elif what == 3 and uid in world.specs:
+                world.cancel(uid)
+            elif what == 4 and uid in world.specs:
+                world.expire(uid)
+            elif what == 5:
+                world.step(discard=True)
+            else:
+                world.step()
+        family_uids |= {world.submit(prompt=prompt, max_tokens=4) for prompt in left}
+        world.run()
+        check_survivors(world)
+        world.check_idle()
+    assert sorted(shared_rows) == list(range(len(shared_rows)))
+    assert len(shared_rows) == n_shared or len(world.cancelled | world.expired) == len(prompts)
