@@ -694,9 +694,9 @@ def bench(
                     url, pid = await stack.enter_async_context(peers.own_server(arguments))
                     asked = [(url, "runner", pid)]
                 servers = [await meet(url, dialect, slots=options.slots, pid=pid) for url, dialect, pid in asked]
-                outcomes = await run_rounds(
-                    servers, scenarios or list(SCENARIOS), repeat=repeat, seed=seed, load=load, progress=status.update
-                )
+                progress = status.update if errors.is_terminal else errors.print
+                names = scenarios or list(SCENARIOS)
+                outcomes = await run_rounds(servers, names, repeat=repeat, seed=seed, load=load, progress=progress)
         tell(outcomes)
 
     async def interruptible() -> int:

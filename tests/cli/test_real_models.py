@@ -118,8 +118,8 @@ async def test_requirements() -> None:
     assert all(isinstance(value, str) and value for value in facts.values())
 
 
-async def test_bench(models: Path) -> None:
-    options = ["--slots", "2", "--rounds", "1", "--prompt-tokens", "40", "-n", "4", "--context-length", "64"]
+async def test_bench_beside_a_bare_loop(models: Path) -> None:
+    options = ["--bare", "--slots", "2", "--repeat", "1", "--prompt-tokens", "40", "-n", "4", "--context-length", "64"]
     async with program("bench", "-m", str(tiny_model("llama", models)), *options, *ONE_THREAD, toy=False) as runner:
         assert await runner.ended() == 0, runner.log
         head, *rows = runner.output.decode().splitlines()
@@ -129,7 +129,7 @@ async def test_bench(models: Path) -> None:
 
 
 async def test_bench_of_more_than_fits(models: Path) -> None:
-    options = ["--prompt-tokens", "100", "--context-length", "64"]
+    options = ["--bare", "--prompt-tokens", "100", "--context-length", "64"]
     async with program("bench", "-m", str(tiny_model("llama", models)), *options, *ONE_THREAD, toy=False) as runner:
         assert await runner.ended() == 1
         assert "error: prompt has 100 tokens, but at most 63 fit" in runner.log

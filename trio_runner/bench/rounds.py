@@ -112,7 +112,16 @@ async def _round(scenario: Scenario, turn: Turn) -> Measured | Exception:
         with trio.fail_after(ROUND_SECONDS):
             await turn.server.quiet()
             return await scenario(turn)
-    except* (Unavailable, Refused, CutShort, OSError, trio.BrokenResourceError, trio.TooSlowError, ValueError) as group:
+    except* (
+        Unavailable,
+        Refused,
+        CutShort,
+        OSError,
+        trio.BrokenResourceError,
+        trio.TooSlowError,
+        ValueError,
+        ZeroDivisionError,
+    ) as group:
         failures += _leaves(group)
     return next((error for error in failures if isinstance(error, Unavailable)), failures[0])
 
