@@ -84,11 +84,64 @@ async def test_health_answers_during_a_long_prefill(service: Service) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_the_same_seed_gives_the_same_text_and_another_another(service: Service) -> None:
+async def test_a_deadline_ends_an_answer_in_time(service: Service) -> None:
+    *pieces, last = await service.lines("/completion", prompt=STORY, temperature=0, deadline=1.5)
+    assert last["stopped_deadline"] is True
+    assert last["timings"]["predicted_n"] > 0
+    assert "".join(line["content"] for line in pieces)
+    # In the middle of its prompt there is no text yet.
+    (last,) = await service.lines("/completion", prompt=STORY * 40, deadline=0.05)
+    assert last["stopped_deadline"] is True
+    assert last["timings"]["predicted_n"] == 0
+    await until(lambda: service.engine.statistics().busy == 0)
+
+
+async def test_background_requests_stand_back_and_lose_nothing(default_model: Path) -> None:
+    async with serving(default_model, slots=1, context_length=512) as service:
+        # A text that no rounding changes: what is decoded anew, in wider batches, differs in the last digits.
+        prompt = ", ".join(map(str, range(1, 31)))
+        background = {"prompt": prompt, "n_predict": 60, "temperature": 0, "repeat_penalty": 1}
+        background["priority"] = "background"
+        expected = await service.complete(**background)
+        assert ", 31, 32, 33, 34" in expected
+        n_done = 0
+        async with trio.open_nursery() as nursery:
+
+            async def run_in_the_background() -> None:
+                nonlocal n_done
+                assert await service.complete(**background) == expected
+                n_done += 1
+
+            nursery.start_soon(run_in_the_background)
+            await until(lambda: service.engine.statistics().busy == 1)
+            for _ in range(3):
+                assert await service.complete(prompt=FRANCE, n_predict=2, temperature=0) == " Paris."
+                assert n_done == 0
+
+
+async def test_statistics_while_everything_runs(service: Service) -> None:
+    async with trio.open_nursery() as nursery:
+        for number in range(6):
+            nursery.start_soon(partial(service.complete, prompt=f"{STORY}{number}", n_predict=200))
+        await until(lambda: service.engine.statistics().busy == 4)
+        statistics = (await service.server.ask(request("GET", "/statistics"))).json
+        assert (statistics["status"], statistics["slots"]) == ("ok", 4)
+        assert (statistics["running"], statistics["waiting"], statistics["generations"]) == (4, 2, 6)
+        vector = (await service.server.ask(post("/embedding", {"content": FRANCE}))).json["embedding"]
+        assert len(vector) == service.engine.info.n_embd
+        assert service.engine.statistics().generations == 6  # not one of them had to end for it
+        nursery.cancel_scope.cancel()
+    await until(lambda: service.engine.statistics().generations == 0)
+
+
+async def test_the_same_seed_gives_the_same_text_and_another_another(default_model: Path) -> None:
+    """In the same slot: elsewhere in the KV cache sums are taken in another order, and their last digits differ."""
+
     def fields(seed: int) -> dict[str, object]:
         return {"prompt": STORY, "n_predict": 24, "seed": seed, "temperature": 1.0}
 
-    first, again, other = [await service.complete(**fields(seed)) for seed in (7, 7, 8)]
+    async with serving(default_model, slots=1, context_length=1024) as service:
+        first, again, other = [await service.complete(**fields(seed)) for seed in (7, 7, 8)]
     assert first == again != other
 
 
