@@ -25,6 +25,8 @@ N_IDLE: Final = 3
 N_VICTIMS: Final = 5
 """In one round, where it does not take long to see what becomes of them."""
 N_VICTIM_PIECES: Final = 8
+MAX_DELAY: Final = 1.0
+"""Seconds until a client of the storm leaves, at most."""
 PATIENCE: Final = 20.0
 """Seconds that a client of the storm gives a server that does nothing."""
 SETTLE_SECONDS: Final = 15.0
@@ -80,7 +82,7 @@ async def _cancelled(turn: Turn, leave: Leave) -> Measured:
     """All slots but one are kept busy by others. The reference is a server in the same state with that slot idle."""
     measured, server = Measured(), turn.server
     n_others = server.slots - 1
-    async with running(turn, n_others), watching(server) as watch:
+    async with running(turn, n_others) as others, watching(server) as watch:
         idle = await _idle(turn)
         if await watch.look() is not None:
             for _ in range(N_VICTIMS):
@@ -92,6 +94,8 @@ async def _cancelled(turn: Turn, leave: Leave) -> Measured:
         successor = await server.complete(ask)
         measured.add(Metric("next request's first token", "ms"), (successor.first - left) * MS)
         measured.add(Metric("next request's first token - idle", "ms"), (successor.first - left - idle) * MS)
+        if any(stream.total is not None for stream in others):
+            measured.note("the streams beside ended before the next request had its first token")
     if n_others:
         measured.note(f"{n_others} streams run beside, also in the idle server's reference")
     return measured
@@ -222,7 +226,7 @@ class _Storm:
         self._server = server
         self._random = random
         self._pool = pool
-        self._alone = alone
+        self._delay = min(alone, MAX_DELAY)
         self._points = (self._half_a_head, self._half_a_body, self._unanswered, self._mid_stream, self._never_reading)
 
     async def run(self, n_rounds: int, n_at_once: int) -> None:
@@ -260,7 +264,7 @@ class _Storm:
     async def _unanswered(self, how: Farewell) -> None:
         """Queued or in its prefill, as it happens."""
         async with self._server.asking(self._random.choice(self._pool)) as stream:
-            await trio.sleep(self._random.uniform(0, self._alone))
+            await trio.sleep(self._random.uniform(0, self._delay))
             stream.leave(how)
 
     async def _mid_stream(self, how: Farewell) -> None:
@@ -271,7 +275,7 @@ class _Storm:
 
     async def _never_reading(self, how: Farewell) -> None:
         async with self._server.asking(self._pool[0], receive_buffer=SMALL_BUFFER) as stream:
-            await trio.sleep(self._random.uniform(0, self._alone))
+            await trio.sleep(self._random.uniform(0, self._delay))
             stream.leave(how)
 
 
