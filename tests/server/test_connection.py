@@ -304,3 +304,22 @@ async def test_a_slow_reader_gets_everything() -> None:
         generation.say(*["x" * 50_000] * 100, DONE)
         await client.head()
         assert sum(map(len, await contents(client))) == 50_000 * 100
+
+
+async def test_a_reader_that_gets_on_is_not_dropped_however_slow() -> None:
+    """One chunk takes it three times as long as it may leave the socket full."""
+    engine = FakeEngine()
+    async with serving(engine, write_timeout=0.3) as server:
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect((server.host, server.port))
+            slow.sendall(post("/completion", {"prompt": "x"}, "Connection: close"))
+            generation = await engine.asked()
+            generation.say("x" * 300_000, DONE)
+            slow.setblocking(False)
+            n_read, started = 0, trio.current_time()
+            while n_read < 300_000:
+                await trio.lowlevel.wait_readable(slow)
+                n_read += len(slow.recv(1 << 14))
+                await trio.sleep(0.02)
+            assert trio.current_time() - started > 3 * 0.3
