@@ -163,3 +163,52 @@ def test_the_time_that_was_asked_for(machine: Machine, n_streams: int, step_targ
     target = max(step_target, machine.seconds(n_streams + MIN_ROWS))
     assert all(seconds <= 1.2 * target for seconds, _ in steps[SETTLED:])
     assert all(n_rows == machine.max_rows or seconds >= 0.7 * step_target for seconds, n_rows in steps[30:])
+
+
+@given(machines(), st.integers(0, 8), st.booleans())
+def test_a_step_that_was_held_up_changes_the_next_one_little(
+    machine: Machine, n_streams: int, beside_a_prompt: bool
+) -> None:
+    machine.growth = machine.noise = 0.0
+    pace = Pace(machine.max_rows)
+    for _ in range(5):
+        machine.run(pace, max(n_streams, 1))
+    machine.prefill(pace, n_streams, 30)
+    before = pace.prompt_rows(n_streams)
+    n_rows = n_streams + before if beside_a_prompt else max(n_streams, 1)
+    pace.measured(max(n_streams, 0 if beside_a_prompt else 1), n_rows, 1000.0)
+    before, after = n_streams + before, n_streams + pace.prompt_rows(n_streams)
+    assert 0.7 * before - 1 <= after <= 1.3 * before + 1
+
+
+@given(machines(), st.integers(1, 8))
+def test_with_and_without_streams_are_learned_apart(machine: Machine, n_streams: int) -> None:
+    machine.growth = machine.noise = 0.0
+    pace = Pace(machine.max_rows)
+    for _ in range(5):
+        machine.run(pace, n_streams)
+    machine.prefill(pace, n_streams, 20)
+    alone = machine.prefill(pace, 0, 30)
+    assert all(n_rows == machine.max_rows or seconds >= 0.9 * LONGEST_STEP for seconds, n_rows in alone[20:])
+    again, _ = machine.prefill(pace, n_streams, 1)[0]
+    assert again <= 1.2 * machine.gap(n_streams)
+
+
+@given(machines())
+def test_fewer_streams_than_were_ever_measured(machine: Machine) -> None:
+    """Then what many of them took tells at least how long one takes in proportion."""
+    machine.growth = machine.noise = 0.0
+    pace = Pace(machine.max_rows)
+    for _ in range(5):
+        machine.run(pace, 16)
+    steps = machine.prefill(pace, 1, 30)
+    shortest = STREAM_GAP * machine.seconds(16) / 16
+    assert all(n_rows == machine.max_rows or seconds >= 0.75 * shortest for seconds, n_rows in steps[20:])
+
+
+def test_nothing_is_known_at_first() -> None:
+    assert Pace(512).prompt_rows(0) == Pace(512).prompt_rows(3) == 64
+    assert Pace(16).prompt_rows(0) == 16
+    unknown = Pace(512)
+    unknown.measured(0, 64, 0.0)  # a clock that stands still
+    assert unknown.prompt_rows(0) == 64

@@ -85,7 +85,7 @@ MOVES = st.lists(
         st.tuples(st.just("fail"), FAILURES, st.integers(0, 16)),
         st.tuples(st.just("poison"), FAILURES, st.integers(0, 9)),
     ),
-    min_size=5,
+    min_size=10,
     max_size=40,
 )
 
@@ -149,6 +149,7 @@ def check_survivors(world: World) -> None:
             continue
         assert last.usage.prompt_tokens == len(spec.prompt)
         assert last.usage.cached_tokens < len(spec.prompt)
+        assert spec.cache_prompt or last.usage.cached_tokens == 0
         if uid in world.expired and not last.usage.completion_tokens:
             assert world.outcome(uid) == world.alone(uid)
             continue
@@ -713,6 +714,18 @@ def test_a_paused_follower_gets_the_prefix_when_it_is_there() -> None:
     check_survivors(world)
 
 
+@pytest.mark.parametrize(("cache_prompt", "can_trim"), [(False, True), (True, False)])
+def test_who_could_not_use_the_prefix_does_not_wait_for_it(cache_prompt: bool, can_trim: bool) -> None:
+    world = make_world(2, n_ctx=256, max_rows=32, can_trim=can_trim, can_shift=can_trim)
+    batches: list[Batch] = []
+    world.on_batch = batches.append
+    for prompt in make_prompts(2, 100):
+        world.submit(prompt=prompt, max_tokens=5, cache_prompt=cache_prompt)
+    world.run()
+    assert [len(chunk.tokens) for chunk in batches[0].chunks] == [16, 16]
+    check_survivors(world)
+
+
 def test_who_decodes_what_others_wait_for_may_be_paused() -> None:
     prompts = make_prompts(2, 100)
     world = make_world(2, n_ctx=256, max_rows=32)
@@ -790,3 +803,100 @@ def test_what_prompts_share_is_decoded_once(
         world.check_idle()
     assert sorted(shared_rows) == list(range(len(shared_rows)))
     assert len(shared_rows) == n_shared or len(world.cancelled | world.expired) == len(prompts)
+
+
+# --- what is easily forgotten ----------------------------------------------------------------------------------------
+
+
+def test_text_that_is_held_back_comes_out_at_the_deadline() -> None:
+    world = make_world(1)
+    said = world.submit(prompt=endless(0), max_tokens=6)
+    world.run()
+    held = world.submit(prompt=endless(0), max_tokens=30, stop=(world.text(said)[-2:] + "z",))
+    for _ in range(6):
+        world.step()
+    assert world.text(held) == world.text(said)[:-2]
+    world.expire(held)
+    assert world.text(held) == world.text(said)
+    check_survivors(world)
+    world.check_idle()
+
+
+def test_a_prompt_beside_a_stream_gets_rows_by_what_they_cost() -> None:
+    world = make_world(2, n_ctx=512, max_rows=256, slowness=20.0)
+    rows: list[int] = []
+    world.on_batch = lambda batch: rows.append(batch.n_rows)
+    world.submit(prompt=endless(0), max_tokens=50)
+    for _ in range(4):
+        world.step()
+    world.submit(prompt=(C,) * 300, max_tokens=1)
+    for _ in range(10):
+        world.step()
+    # 20 ms for each row, and 2.4 of them for each token of the stream: the fewest rows that a prompt may have.
+    assert rows[-3:] == [1 + 4] * 3
+
+
+def test_after_an_abort_a_lone_prompt_takes_short_steps() -> None:
+    world = make_world(1, n_ctx=512, max_rows=256, slowness=5.0)
+    rows: list[int] = []
+    world.on_batch = lambda batch: rows.append(batch.n_rows)
+    world.submit(prompt=(C,) * 500, max_tokens=1)
+    world.step()
+    world.step()
+    world.step(Interruption(DecodeOutcome.ABORTED, 1))
+    world.step()
+    world.step()
+    assert rows == [64, 100, 100, 20, 100]
+    statistics = world.scheduler.statistics()
+    assert (statistics.n_batches, statistics.n_aborted) == (4, 1)
+
+
+def test_recurrent_state_that_was_caught_half_way_is_decoded_again() -> None:
+    world = make_world(2, max_rows=8, can_trim=False, can_shift=False)
+    uid = world.submit(prompt=tuple(A + n % 5 for n in range(20)), max_tokens=3)
+    world.step()
+    world.step(Interruption(DecodeOutcome.ABORTED, 3))
+    world.run()
+    assert world.outcome(uid) == world.alone(uid)
+    assert world.last(uid).usage.cached_tokens == 0
+
+
+def test_recurrent_state_keeps_what_a_stop_string_cut_off() -> None:
+    said = toy_continuation(endless(0), 10)
+    world = make_world(1, can_trim=False, can_shift=False)
+    world.submit(prompt=endless(0), max_tokens=12, stop=(bytes(said[6:8]).decode(),))
+    world.run()
+    assert world.ops == []
+    assert world.context.held(0) == [*endless(0), *said[:7]]
+
+
+def test_a_refused_trim_of_a_slot_that_nobody_uses_empties_it() -> None:
+    said = toy_continuation(endless(0), 10)
+    world = make_world(1)
+    world.submit(prompt=endless(0), max_tokens=12, stop=(bytes(said[6:8]).decode(),))
+    while not world.finished(0):
+        world.step()
+    world.context.limits = Limits(n_slots=1, n_ctx=32, max_rows=8, can_trim=False)
+    world.run()
+    assert world.context.held(0) == []
+    world.check_idle()
+
+
+def test_without_space_one_waits_and_gives_up_what_it_holds() -> None:
+    world = make_world(3, n_embed_slots=1, embeds_last_row=True)
+    for n in range(2):
+        world.submit(prompt=endless(n), max_tokens=9)
+    embedding = world.submit(prompt=(A, B, C), embedding=True)
+    world.step()
+    world.pause(embedding)
+    world.step(Interruption(DecodeOutcome.NO_KV_SPACE))
+    assert (world.waiting, sorted(world.running)) == ([1], [0, embedding])
+    world.step()
+    assert world.context.held(1) == []
+    # The one that is left only gets fewer rows; nobody waits for an embedding's sake.
+    world.step(Interruption(DecodeOutcome.NO_KV_SPACE))
+    assert sorted(world.running) == [0, embedding]
+    world.resume(embedding)
+    world.run()
+    check_survivors(world)
+    world.check_idle()

@@ -178,8 +178,8 @@ MOVE = st.one_of(
 )
 
 
-@settings(max_examples=500)
-@given(st.integers(1, 4), st.sampled_from([True, True, False]), st.lists(MOVE, max_size=30))
+@settings(max_examples=300)
+@given(st.integers(2, 4), st.sampled_from([True, True, False]), st.lists(MOVE, min_size=15, max_size=50))
 def test_the_right_slot_with_the_right_edits(
     n_slots: int, can_trim: bool, moves: list[tuple[str, object, object]]
 ) -> None:

@@ -319,6 +319,7 @@ class World:
     def check_admission(self, ran: set[int], held: list[list[int]]) -> None:
         """Who got a slot, if nobody else did in the same step, goes on from the longest prefix that anybody held."""
         started = [self.scheduler._running[uid] for uid in self.running if uid not in ran]
+        assert all(sequence.spec.uid not in self.paused for sequence in started), "a slot for a paused sequence"
         started = [sequence for sequence in started if not sequence.spec.embedding]
         if len(started) != 1 or not self.limits.can_trim:
             return
@@ -336,6 +337,8 @@ class World:
                 assert running.get(leader.spec.uid) is leader, "it waits for somebody who has left"
                 assert leader.spec.uid not in self.paused, "it waits for somebody who is paused"
                 assert leader not in followed, "they wait for each other"
+                n_common = min(common_prefix(leader.tokens, followed[-1].tokens), len(followed[-1].tokens) - 1)
+                assert len(leader.slot.tokens) < n_common, "it waits for what is there"
                 followed.append(leader)
 
     def check_nobody_is_passed_over(self, batch: Batch, *, failed: bool) -> None:
@@ -359,6 +362,8 @@ class World:
             assert chunk.uid not in self.paused, "rows for a paused sequence"
             if not self.specs[chunk.uid].embedding or not self.limits.embeds_last_row:
                 assert self.specs[chunk.uid].embedding == batch.embeddings
+            elif batch.embeddings:
+                assert len(chunk.tokens) == 1, "rows of an embedding that tokens could have been beside"
 
     def check_idle(self) -> None:
         """All is done: every slot is free and nobody is remembered."""
