@@ -851,6 +851,13 @@ def test_after_an_abort_a_lone_prompt_takes_short_steps() -> None:
     assert (statistics.n_batches, statistics.n_aborted) == (4, 1)
 
 
+def test_a_prompt_of_one_row_is_no_token_of_a_stream() -> None:
+    world = make_world(1)
+    world.submit(prompt=(A,), max_tokens=1)
+    world.run()
+    assert world.scheduler._pace._decode_seconds == {}
+
+
 def test_recurrent_state_that_was_caught_half_way_is_decoded_again() -> None:
     world = make_world(2, max_rows=8, can_trim=False, can_shift=False)
     uid = world.submit(prompt=tuple(A + n % 5 for n in range(20)), max_tokens=3)

@@ -60,7 +60,7 @@ class PoolWorld:
         if most and holding:
             first = min(holding, key=lambda slot: self.lanes[slot].last_used)
             n_lost, n_lost_oldest = (len(self.context.held(slot)) - kept[slot] for slot in (first, oldest))
-            if n_lost <= n_lost_oldest or not self.limits.can_trim:
+            if n_lost <= n_lost_oldest:
                 return first, most
         return oldest, most
 

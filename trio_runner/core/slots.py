@@ -69,7 +69,7 @@ class SlotPool:
         source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
         if not source.busy and n_kept[source] > 0:
             n_lost, n_lost_oldest = (len(slot.tokens) - n_kept[slot] for slot in (source, oldest))
-            if n_lost <= n_lost_oldest or not self._limits.can_trim:
+            if n_lost <= n_lost_oldest:
                 slot = source
         ops: list[MemoryOp] = []
         if n_kept[slot] < n_kept[source]:
