@@ -19,9 +19,9 @@ constexpr int32_t FEW_ROWS = 16; // up to here an operation costs about as much 
 constexpr int32_t N_POOLING_TYPES = 5;
 
 // How long ggml's threads spin for the next graph before they sleep, from 0 to 100. Its default, 50, keeps every core
-// busy for tens of milliseconds after each step, just when the event loop has the step's tokens to deliver. Waking them
-// costs tens of microseconds.
-constexpr uint32_t THREADPOOL_POLL = 0;
+// busy for tens of milliseconds after each step, just when the event loop has the step's tokens to deliver. 1 lasts for
+// the gap between two steps; with 0, waking them takes a few percent of the shortest steps.
+constexpr uint32_t THREADPOOL_POLL = 1;
 
 bool is_kv_type(int32_t type) {
     switch (type) {
