@@ -9,7 +9,7 @@ for a batch of fewer rows spends more of its time on what does not depend on the
 
 from __future__ import annotations
 
-STREAM_GAP = 2.4
+STREAM_GAP = 2.2
 """How long a step that also carries a prompt may take, in steps that do not. Shorter gaps would cost the prompt more
 than they please the reader of a stream: even so, a good third of such a step is spent on the streams' rows."""
 SHORTEST_GAP = 0.025
