@@ -74,6 +74,7 @@ async def test_the_time_in_the_queue_counts(toy: Toy, clock: trio.testing.MockCl
         scene.gate.let(2)  # the other one's last but one token
         await scene.gate.reached(3)
         clock.jump(SECONDS / 2)
+        await trio.testing.wait_all_tasks_blocked()  # so that the mail comes before the slot is free
         scene.gate.open()
         (last,) = [event async for event in scene.generation]
         scene.leave.set()

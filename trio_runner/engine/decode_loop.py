@@ -53,19 +53,19 @@ class DecodeLoop:
         self._scheduler = Scheduler(context.limits, step_target)
         self._samplers: dict[int, Sampler] = {}
         self._in_flight: _InFlight | None = None
-        # Recurrent state that is caught half-way is lost, and with it all that the others have decoded so far.
-        self._is_breakable = context.limits.can_trim
+        self._is_breakable = True
         self._closing = False
 
     def interrupt(self, uid: int) -> None:
         """Break off the running batch if nobody else wants it, or if `uid`, which is being let go, makes up enough of
-        it. Only on the trio thread, after the mail that says so.
+        it. Only on the trio thread, after the mail that says so. Recurrent state that is caught half-way is lost, and
+        with it what a retry could go on from: such a batch, which a step's length bounds, is left to finish.
 
         The batch may end, and another one start, between the look and the call; but a batch is broken off by its
         number, so that the call comes too late and does nothing.
         """
         running = self._in_flight
-        if running is None:
+        if running is None or not self._context.limits.can_trim:
             return
         n_rows = running.rows.pop(uid, 0)
         if n_rows and (not running.rows or (running.is_breakable and n_rows >= MIN_ROWS_TO_INTERRUPT)):
@@ -139,7 +139,7 @@ class DecodeLoop:
         self._in_flight = None
         # The batch after one that was broken off runs to its end, for whoever wants it: cancelling in a loop cannot
         # stop the others.
-        self._is_breakable = self._context.limits.can_trim and result.outcome is not DecodeOutcome.ABORTED
+        self._is_breakable = result.outcome is not DecodeOutcome.ABORTED
         if result.outcome not in (DecodeOutcome.OK, DecodeOutcome.ABORTED):
             logger.warning("a batch of %d rows failed: %s", batch.n_rows, result.message or result.outcome.value)
         self._hand_out(self._scheduler.commit(batch, result))
