@@ -72,8 +72,8 @@ class EngineConfig:
     threads: int | None = None
     """Threads that compute; None: a core fewer than there are for decoding, all of them for prefill."""
     flash_attention: FlashAttention = "auto"
-    """"auto": off on a CPU with several slots, where it makes steps of few rows over a long context slower, unless the
-    scores would take much memory or `kv_type` needs it; else on."""
+    """"auto": on, where the backend can. Without it a step attends to every cell in use, of all slots, also of those
+    that only keep a prompt: worse, the more they keep."""
     kv_type: KvType = "f16"
     """Element type of the KV cache; quantised types need flash attention for the V half."""
     pooling: Pooling = "model"

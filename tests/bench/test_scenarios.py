@@ -30,7 +30,7 @@ LOAD = Load(
 ALL = {
     "throughput": ["1 stream", "4 streams"],
     "ttft": ["cold, 16 tokens", "cold, 200 tokens", "warm, 200 tokens"],
-    "shared-prefix": ["4 clients, 120 of 152 tokens shared", "prompt tokens decoded, in all"],
+    "shared-prefix": ["4 clients, 120 of 152 tokens shared", "4 streams over it", "prompt tokens decoded, in all"],
     "gaps": [
         "3 streams, undisturbed",
         "3 streams, beside a prompt of 200",

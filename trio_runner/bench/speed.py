@@ -24,10 +24,7 @@ async def throughput(turn: Turn) -> Measured:
             continue
         asks = [await turn.ask(N_SHORT, turn.load.tokens) for _ in range(n_streams)]
         streams = await complete_all(turn.server, asks)
-        if max(stream.first for stream in streams) < min(stream.moments[-1] for stream in streams):
-            measured.add(Metric(f"{n_streams} streams" if n_streams > 1 else "1 stream", "tokens/s"), rate(streams))
-        else:
-            measured.note(f"{n_streams} streams never ran all at once")
+        _add_rate(measured, f"{n_streams} streams" if n_streams > 1 else "1 stream", streams)
     return measured
 
 
@@ -44,13 +41,15 @@ async def ttft(turn: Turn) -> Measured:
 
 
 async def shared_prefix(turn: Turn) -> Measured:
-    """Several clients at once, whose prompts begin alike: who decodes the beginning?"""
+    """Several clients at once, whose prompts begin alike: who decodes the beginning, and how fast do they go on?"""
     measured, n_prefix = Measured(), turn.load.prefix
     prefix = await turn.prompts.make(n_prefix)
     prompts = [await turn.prompts.make(n_prefix + N_SUFFIX, prefix=prefix) for _ in range(N_CLIENTS)]
-    streams = await complete_all(turn.server, [Ask(prompt=prompt, max_tokens=1, reuse=True) for prompt in prompts])
+    asks = [Ask(prompt=prompt, max_tokens=turn.load.tokens, reuse=True) for prompt in prompts]
+    streams = await complete_all(turn.server, asks)
     title = f"{N_CLIENTS} clients, {n_prefix:,} of {n_prefix + N_SUFFIX:,} tokens shared"
     measured.add(Metric(title, "ms"), *(stream.ttft * MS for stream in streams))
+    _add_rate(measured, f"{N_CLIENTS} streams over it", streams)
     decoded = [stream.total.decoded_tokens for stream in streams if stream.total is not None]
     if len(known := [n for n in decoded if n is not None]) == N_CLIENTS:
         measured.add(Metric("prompt tokens decoded, in all", "tokens"), sum(known))
@@ -81,6 +80,13 @@ async def gaps(turn: Turn) -> Measured:
     measured.add(Metric(f"the prompt's first token, beside {calm}", "ms"), long.ttft * MS)
     measured.add(Metric("the prompt's first token, beside / idle", "x"), long.ttft / alone)
     return measured
+
+
+def _add_rate(measured: Measured, title: str, streams: Sequence[Stream]) -> None:
+    if max(stream.first for stream in streams) < min(stream.moments[-1] for stream in streams):
+        measured.add(Metric(title, "tokens/s"), rate(streams))
+    else:
+        measured.note(f"{title}: they never ran all at once")
 
 
 def rate(streams: Sequence[Stream], started: float | None = None, ended: float | None = None) -> float:

@@ -67,6 +67,9 @@ class SchedulerStatistics:
     n_sampled: int = 0
 
 
+ROW_BLOCK = 64
+"""Batches of prompts alone have a multiple of so many rows: kernels such as flash attention's work on blocks, and what
+is left over takes much longer, row for row."""
 MIN_FOLLOW = 32
 """Tokens that another sequence must spare a prompt to be worth waiting for."""
 
@@ -319,6 +322,8 @@ class Scheduler:
         ]
         n_decoding = sum(want.decoding for want in wanting)
         prompt_rows = self._pace.prompt_rows(n_decoding, short=self._was_aborted)
+        if not n_decoding and prompt_rows > ROW_BLOCK:
+            prompt_rows -= prompt_rows % ROW_BLOCK
         return plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows, number=self._n_planned)
 
     def _plan_embeddings(self, sequences: list[Sequence]) -> Batch:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_runner.config import EngineConfig, FlashAttention
+from trio_runner.config import EngineConfig
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
@@ -40,7 +40,6 @@ _GGML_TYPES: Final = {
     "iq4_nl": 20,
     "bf16": 30,
 }
-_QUANTISED_KV: Final = frozenset(_GGML_TYPES) - {"f32", "f16", "bf16"}
 _FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 _POOLINGS: Final = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 _POOLING_NONE: Final = 0
@@ -74,10 +73,6 @@ def default_threads() -> tuple[int, int]:
     return max(1, n_cores - 1), max(1, n_cores)
 
 
-MAX_SCORE_BYTES = 512 << 20
-"""Memory that a context without flash attention may take for attention scores; beyond that it is not worth it."""
-
-
 class Context:
     """A context of a loaded model: `trio_runner.engine.runtime.Context` over llama.cpp.
 
@@ -95,17 +90,16 @@ class Context:
         # Behind the slots for text, as many for embeddings alone.
         n_seq_max = 2 * config.slots
         n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
-        n_cells = n_ctx * config.slots + n_batch
         params = self._ffi.new(
             "trio_context_params *",
             {
-                "n_ctx": n_cells,
+                "n_ctx": n_ctx * config.slots + n_batch,
                 "n_batch": n_batch,
                 "n_ubatch": n_batch,
                 "n_seq_max": n_seq_max,
                 "n_threads": n_threads,
                 "n_threads_batch": n_threads_batch,
-                "flash_attention": _FLASH_ATTENTION[self._flash_attention(config, n_cells, n_batch)],
+                "flash_attention": _FLASH_ATTENTION[config.flash_attention],
                 "type_k": _GGML_TYPES[config.kv_type],
                 "type_v": _GGML_TYPES[config.kv_type],
                 "pooling_type": _POOLING_LAST if pooling < 0 else pooling,
@@ -153,15 +147,6 @@ class Context:
             can_shift=bool(info.can_shift) and can_trim,
             can_generate=can_generate,
         )
-
-    def _flash_attention(self, config: EngineConfig, n_cells: int, n_batch: int) -> FlashAttention:
-        """What "auto" comes to. llama.cpp's own takes it wherever the backend can. But on a CPU its steps of 2 to 63
-        rows, as several streams and a prompt beside them make, take twice as long over a thousand tokens and more; and
-        without it the scores of a whole batch have to be stored."""
-        if config.flash_attention != "auto" or config.kv_type in _QUANTISED_KV or self._model.uses_gpu:
-            return config.flash_attention
-        n_score_bytes = n_cells * n_batch * self._model.native_info.n_head * 4
-        return "off" if config.slots > 1 and n_score_bytes <= MAX_SCORE_BYTES else "on"
 
     def _allocate(self, config: EngineConfig) -> None:
         """The arrays that every step reuses, and the structures that point to them."""

@@ -48,10 +48,6 @@ class Device:
     memory_free: int
     memory_total: int
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.type in ("GPU", "integrated GPU")
-
 
 @functools.cache
 def native() -> Native:

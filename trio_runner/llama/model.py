@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from trio_runner.config import ModelConfig
 from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
-from trio_runner.llama.library import check, devices, drain_log, last_error, native, read_text
+from trio_runner.llama.library import check, drain_log, last_error, native, read_text
 from trio_runner.llama.sampler import Sampler
 from trio_runner.request import MAX_TEXT_BYTES, SamplingParams
 
@@ -72,17 +72,11 @@ class Model:
         self.native_info = self._ffi.new("trio_model_info *")
         check("trio_model_get_info", self._lib.trio_model_get_info(self._handle, self.native_info))
         self._info = self._describe()
-        self._may_offload = config.gpu_layers != 0
         self._pieces: dict[int, bytes] = {}
 
     @property
     def info(self) -> ModelInfo:
         return self._info
-
-    @property
-    def uses_gpu(self) -> bool:
-        """Whether layers went to a GPU."""
-        return self._may_offload and any(device.is_gpu for device in devices())
 
     @property
     def handle(self) -> Any:
