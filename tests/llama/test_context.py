@@ -338,7 +338,7 @@ def test_vector_of_the_last_row_alone_is_that_of_the_text(models: Models, name: 
     assert isinstance(whole, np.ndarray)
     assert isinstance(last, np.ndarray)
     assert cosine(whole, last) >= 0.9999
-    np.testing.assert_allclose(last, whole, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(last, whole, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
