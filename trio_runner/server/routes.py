@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import trio
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 OWNED = "trio_runner.owned"
 """Key of the ASGI scope: the generations to close when the request is over."""
-LARGE_BODY = 1 << 18
-"""Bytes of a body that is parsed on a helper thread: eight megabytes of nothing but brackets take more than a second,
-in which nobody else would be served."""
+LARGE = 1 << 15
+"""Bytes of a body, or characters or tokens of an answer, from which on it is read or written on a helper thread: on the
+event loop, some milliseconds of it are all that the others may have to wait for. A thread helps only as long as no call
+into C takes long, for that keeps the interpreter to itself; `runner_api` sees to it."""
 
+S = TypeVar("S", bound=Sized)
 T = TypeVar("T")
 
 
@@ -41,15 +43,18 @@ def _own(generation: Generation) -> None:
 
 def add_routes(app: QuartTrio, engine: Engine) -> None:
     """Serve `engine` on the paths of the original runner."""
-    parsing = trio.CapacityLimiter(1)
+    helper = trio.CapacityLimiter(1)
+
+    async def convert(data: S, into: Callable[[S], T]) -> T:
+        """What `into` makes of `data`, while others are served. Raises as `into`."""
+        if len(data) < LARGE:
+            return into(data)
+        return await trio.to_thread.run_sync(into, data, limiter=helper, abandon_on_cancel=True)
 
     async def body(parse: Callable[[bytes], T]) -> T:
         """The body, as `parse` understands it. Raises as `parse`."""
         # Not to be kept beside what is read from it, for as long as the answer takes.
-        data = cast(bytes, await request.get_data(cache=False))
-        if len(data) < LARGE_BODY:
-            return parse(data)
-        return await trio.to_thread.run_sync(parse, data, limiter=parsing, abandon_on_cancel=True)
+        return await convert(cast(bytes, await request.get_data(cache=False)), parse)
 
     async def completion() -> Response:
         asked = await body(runner_api.completion)
@@ -72,11 +77,12 @@ def add_routes(app: QuartTrio, engine: Engine) -> None:
     async def tokenize() -> Response:
         text, add_special, parse_special = await body(runner_api.tokenize)
         tokens = await engine.tokenize(text, add_special=add_special, parse_special=parse_special)
-        return json_response(runner_api.tokens_line(tokens))
+        return json_response(await convert(tokens, runner_api.tokens_line))
 
     async def detokenize() -> Response:
         tokens = await body(runner_api.detokenize)
-        return json_response(runner_api.content_line(await engine.detokenize(tokens)))
+        text = await engine.detokenize(tokens)
+        return json_response(await convert(text, runner_api.content_line))
 
     async def health() -> Response:
         return json_response(runner_api.health_line(engine.status, engine.progress))

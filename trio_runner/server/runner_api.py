@@ -33,6 +33,10 @@ NO_SLOT = "Failed to load cache: no available cache slots"
 
 # --- JSON in --------------------------------------------------------------------------------------------------------
 
+MAX_VALUES = 1 << 16
+"""Lists, objects and strings in one body. The parser is one call into C, in which no other thread may run: it makes
+three million of each second. Numbers do not count, for they are made one by one in Python, which lets others run."""
+
 Check: TypeAlias = Callable[[str, Any], Any]
 """(name of the field, its JSON value) -> the value to use. Raises `InvalidRequest` that names the field."""
 
@@ -91,6 +95,17 @@ def _list_of(check: Check, what: str) -> Check:
         return tuple(check(name, item) for item in value)
 
     return check_list
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        _wrong(name, "a list of integers", value)
+    for token in value:  # of which there may be millions
+        if type(token) is not int:
+            _wrong(name, "an integer", token)
+        if not 0 <= token < 2**31:
+            raise InvalidRequest(f"{name} must be between 0 and 2147483647", param=name)
+    return tuple(value)
 
 
 def _go_text(name: str, value: Any) -> str:
@@ -164,7 +179,7 @@ _COMPLETION: dict[str, Check] = {
 }
 _EMBEDDING: dict[str, Check] = {"content": _text, "cache_prompt": _boolean}
 _TOKENIZE: dict[str, Check] = {"content": _text, "add_special": _boolean, "parse_special": _boolean}
-_DETOKENIZE: dict[str, Check] = {"tokens": _list_of(_integer, "integers")}
+_DETOKENIZE: dict[str, Check] = {"tokens": _tokens}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -180,12 +195,32 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_int=_parse_int, parse_constant=_refuse_constant, object_pairs_hook=_object)
+def _parse_float(digits: str) -> float:
+    """`float` itself would make a list of millions of numbers in one go; see `MAX_VALUES`."""
+    return float(digits)
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=_parse_int, parse_float=_parse_float, parse_constant=_refuse_constant, object_pairs_hook=_object
+)
 _SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _n_values(body: bytes) -> int:
+    """How many lists, objects and strings begin in `body`. Brackets in a string are text, however many."""
+    data = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
+    quotes = data == ord('"')
+    opening = (data == ord("[")) | (data == ord("{"))
+    in_text = np.logical_xor.accumulate(quotes)
+    return int(np.count_nonzero(opening & ~in_text) + np.count_nonzero(quotes & in_text))
 
 
 def _decode(body: bytes, fields: Mapping[str, Check], *, refusal: str) -> dict[str, Any]:
     """The known fields of the object that `body` starts with, each checked. `refusal` is said if there is none."""
+    if len(body) > MAX_VALUES and (n_values := _n_values(body)) > MAX_VALUES:
+        raise InvalidRequest(
+            f"the body has {n_values} lists, objects and strings, but at most {MAX_VALUES} are allowed"
+        )
     text = body.decode("utf-8", errors="replace")
     space = _SPACE.match(text)
     try:
@@ -253,8 +288,6 @@ def tokenize(body: bytes) -> tuple[str, bool, bool]:
 def detokenize(body: bytes) -> tuple[int, ...]:
     """The tokens of POST /detokenize. Raises `RequestError` that names the field."""
     tokens: tuple[int, ...] = _decode(body, _DETOKENIZE, refusal="bad request: {}").get("tokens", ())
-    if any(not 0 <= token < 2**31 for token in tokens):
-        raise InvalidRequest("tokens must be between 0 and 2147483647", param="tokens")
     return tokens
 
 
@@ -270,14 +303,20 @@ def not_admitted(error: RunnerError) -> Problem:
 
 # --- JSON out -------------------------------------------------------------------------------------------------------
 
-_ESCAPED = re.compile("[<>&\u2028\u2029]")
+PIECE = 1 << 16
+"""Characters or tokens of a long answer that are written in one go; between two of them other threads may run."""
 _LOWEST = -3.4028234663852886e38
 """The lowest float32: what stands for the logarithm of zero, since JSON has no infinity."""
 
 
 def _quoted(text: str) -> str:
-    quoted = msgspec.json.encode(text.encode("utf-8", errors="replace").decode()).decode()
-    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
+    try:
+        quoted = msgspec.json.encode(text).decode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which is no character
+        quoted = msgspec.json.encode(text.encode(errors="replace").decode()).decode()
+    for character in "<>&\u2028\u2029":
+        quoted = quoted.replace(character, f"\\u{ord(character):04x}")
+    return quoted
 
 
 def _float32(value: Any) -> str:
@@ -340,11 +379,13 @@ def embedding_line(embedded: Embedded) -> bytes:
 
 
 def tokens_line(tokens: Sequence[int]) -> bytes:
-    return msgspec.json.encode({"tokens": tokens}) + b"\n"  # there may be a million
+    pieces = (msgspec.json.encode(tokens[i : i + PIECE])[1:-1] for i in range(0, len(tokens), PIECE))
+    return b'{"tokens":[%b]}\n' % b",".join(pieces)
 
 
 def content_line(text: str) -> bytes:
-    return f'{{"content":{_quoted(text)}}}\n'.encode()
+    pieces = (_quoted(text[i : i + PIECE])[1:-1].encode() for i in range(0, len(text), PIECE))
+    return b'{"content":"%b"}\n' % b"".join(pieces)
 
 
 def health_line(status: str, progress: float) -> bytes:

@@ -1,0 +1,460 @@
+// Attention on a CPU, in the place of ggml's own, for the usual case: keys and values of 16 bits, a mask, nothing else.
+//
+// ggml has one kernel for a single row, one for up to 63 of them, and one for more. The one in the middle, which is what
+// several streams and a prompt beside them run on, converts every key and value anew for every row and head, and sums in
+// 16 bits; at 1,800 cells a row takes it four times as long as the third kernel, and what it computes differs from the
+// others in the third digit. This one is for any number of rows:
+//
+// - A tile of keys and values is converted once for all rows of a block and all heads of a group (GQA).
+// - Rows that see nothing of a tile, such as those of other sequences, are left out of it.
+// - What a row gives depends on the cells only, to the last bit: not on the other rows, nor on the number of threads.
+//   Cells are summed in chunks of fixed size, each by itself, and then chunk after chunk, whoever computes them.
+//
+// The online softmax over tiles is that of FlashAttention (https://arxiv.org/abs/2205.14135), the merging of chunks that
+// of Flash-Decoding.
+//
+// CMakeLists.txt compiles this into every variant of the CPU plugin and renames ggml's own function, which does
+// everything else. TRIO_RUNNER_ATTENTION=ggml in the environment leaves all of it to that one.
+
+#include "common.h"
+#include "ggml-cpu-impl.h"
+#include "ops.h"
+#include "simd-gemm.h"
+#include "vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+extern "C" void ggml_flash_attn_ext_upstream(const ggml_compute_params *params, ggml_tensor *dst);
+
+namespace {
+
+constexpr int TILE = 64;         // cells that are converted at a time
+constexpr int CHUNK = 4 * TILE;  // cells that are summed by themselves
+constexpr int MAX_QUERIES = 64;  // rows times heads of a block
+constexpr int UNITS_PER_THREAD = 4;
+constexpr size_t MAX_PARTIALS = size_t(1) << 22; // floats: 16 MiB
+constexpr uint16_t HIDDEN = 0xfc00;              // minus infinity in 16 bits
+
+struct Attention {
+    const ggml_tensor *q, *k, *v, *mask;
+    ggml_tensor *dst;
+    float scale;
+    int64_t n_embd_k, n_embd_v, n_rows, n_heads, n_kv_heads, n_cells, n_streams;
+    int64_t group;      // heads that share keys and values
+    int64_t block_rows; // rows of a block, at most
+    int64_t n_blocks, n_chunks;
+    bool is_split; // chunks are units of their own
+
+    int64_t n_units() const { return n_streams * n_kv_heads * n_blocks * (is_split ? n_chunks : 1); }
+    int64_t partial_size() const { return 2 + n_embd_v; }
+    size_t n_partials() const { return size_t(n_streams * n_rows * n_heads * n_chunks * partial_size()); }
+};
+
+bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
+    static const bool is_enabled = [] {
+        const char *choice = std::getenv("TRIO_RUNNER_ATTENTION");
+        return choice == nullptr || std::strcmp(choice, "ggml") != 0;
+    }();
+    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3], *sinks = dst->src[4];
+    float max_bias, softcap;
+    std::memcpy(&max_bias, dst->op_params + 1, sizeof max_bias);
+    std::memcpy(&softcap, dst->op_params + 2, sizeof softcap);
+    return is_enabled && !params->use_ref && sinks == nullptr && max_bias == 0.0f && softcap == 0.0f &&
+           q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 &&
+           q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t) &&
+           k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 &&
+           q->ne[3] % k->ne[3] == 0 && q->ne[2] / k->ne[2] <= MAX_QUERIES &&
+           (mask == nullptr || (mask->type == GGML_TYPE_F16 && mask->ne[2] == 1));
+}
+
+Attention describe(const ggml_compute_params *params, ggml_tensor *dst) {
+    Attention a{};
+    a.q = dst->src[0];
+    a.k = dst->src[1];
+    a.v = dst->src[2];
+    a.mask = dst->src[3];
+    a.dst = dst;
+    std::memcpy(&a.scale, dst->op_params, sizeof a.scale);
+    a.n_embd_k = a.k->ne[0];
+    a.n_embd_v = a.v->ne[0];
+    a.n_rows = a.q->ne[1];
+    a.n_heads = a.q->ne[2];
+    a.n_streams = a.q->ne[3];
+    a.n_cells = a.k->ne[1];
+    a.n_kv_heads = a.k->ne[2];
+    a.group = a.n_heads / a.n_kv_heads;
+    a.n_blocks = (a.n_rows * a.group + MAX_QUERIES - 1) / MAX_QUERIES;
+    a.block_rows = (a.n_rows + a.n_blocks - 1) / a.n_blocks;
+    while (a.block_rows * a.group > MAX_QUERIES) {
+        ++a.n_blocks;
+        a.block_rows = (a.n_rows + a.n_blocks - 1) / a.n_blocks;
+    }
+    a.n_chunks = (a.n_cells + CHUNK - 1) / CHUNK;
+    a.is_split = a.n_chunks > 1 && a.n_units() < UNITS_PER_THREAD * params->nth && a.n_partials() <= MAX_PARTIALS;
+    return a;
+}
+
+// ---- tiles ---------------------------------------------------------------------------------------------------------
+
+// C[m x n] += A[m x k] * B[k x n], every element summed in the order of k, whatever m is.
+#if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
+template <int M> void multiply_rows(float *c, const float *a, const float *b, int k, int n) {
+    int j = 0;
+    for (; j + GEMM_RN * GGML_F32_EPR <= n; j += GEMM_RN * GGML_F32_EPR)
+        simd_gemm_ukernel<M, GEMM_RN>(c + j, a, b + j, k, n);
+    for (; j + GGML_F32_EPR <= n; j += GGML_F32_EPR)
+        simd_gemm_ukernel<M, 1>(c + j, a, b + j, k, n);
+    if (j < n) simd_gemm_ukernel_tail<M>(c + j, a, b + j, k, n, n - j);
+}
+
+template <int M> void multiply_rest(float *c, const float *a, const float *b, int m, int k, int n) {
+    if constexpr (M > 0) {
+        if (m == M) {
+            multiply_rows<M>(c, a, b, k, n);
+        } else {
+            multiply_rest<M - 1>(c, a, b, m, k, n);
+        }
+    }
+}
+
+void multiply(float *c, const float *a, const float *b, int m, int k, int n) {
+    for (; m >= GEMM_RM; m -= GEMM_RM, a += GEMM_RM * k, c += GEMM_RM * n)
+        multiply_rows<GEMM_RM>(c, a, b, k, n);
+    multiply_rest<GEMM_RM - 1>(c, a, b, m, k, n);
+}
+#else
+void multiply(float *c, const float *a, const float *b, int m, int k, int n) { simd_gemm(c, a, b, m, k, n); }
+#endif
+
+void convert(const ggml_fp16_t *source, float *target, int n) {
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(source + i))));
+#endif
+    if (i < n) ggml_cpu_fp16_to_fp32(source + i, target + i, n - i);
+}
+
+#if defined(__AVX__) && defined(__F16C__)
+// Eight rows of eight become eight columns.
+void transpose_8x8(const char *source, size_t stride, float *target) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i)
+        r[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(source + size_t(i) * stride)));
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(target + i * TILE, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(target + (i + 4) * TILE, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
+#endif
+
+// Asks for cells that will be needed, but not before what is at hand: rows so far apart are not foreseen by the hardware.
+void prefetch(const char *source, size_t stride, int n_cells, int n_embd) {
+#if defined(__GNUC__)
+    for (int cell = 0; cell < n_cells; ++cell) {
+        for (size_t i = 0; i < size_t(n_embd) * sizeof(ggml_fp16_t); i += CACHE_LINE_SIZE)
+            __builtin_prefetch(source + size_t(cell) * stride + i, 0, 2);
+    }
+#endif
+}
+
+// Keys lie in columns, as many of them as TILE; those that are not there are zero.
+void load_keys(const char *source, size_t stride, int n_cells, int n_embd, float *keys) {
+    int cell = 0;
+#if defined(__AVX__) && defined(__F16C__)
+    if (n_embd % 8 == 0) {
+        for (; cell + 8 <= n_cells; cell += 8) {
+            for (int i = 0; i < n_embd; i += 8)
+                transpose_8x8(source + size_t(cell) * stride + size_t(i) * sizeof(ggml_fp16_t), stride,
+                              keys + i * TILE + cell);
+        }
+    }
+#endif
+    for (; cell < n_cells; ++cell) {
+        const auto *key = reinterpret_cast<const ggml_fp16_t *>(source + size_t(cell) * stride);
+        for (int i = 0; i < n_embd; ++i)
+            keys[i * TILE + cell] = GGML_CPU_FP16_TO_FP32(key[i]);
+    }
+    for (; cell < TILE; ++cell) {
+        for (int i = 0; i < n_embd; ++i)
+            keys[i * TILE + cell] = 0.0f;
+    }
+}
+
+void load_values(const char *source, size_t stride, int n_cells, int n_embd, float *values) {
+    for (int cell = 0; cell < n_cells; ++cell) {
+        const auto *value = reinterpret_cast<const ggml_fp16_t *>(source + size_t(cell) * stride);
+        convert(value, values + cell * n_embd, n_embd);
+    }
+    std::fill_n(values + n_cells * n_embd, (TILE - n_cells) * n_embd, 0.0f);
+}
+
+// ---- one block of rows ---------------------------------------------------------------------------------------------
+
+// What cells gave so far: per query the highest score, the sum of weights, and the weighted sum of values.
+struct Sums {
+    float highest[MAX_QUERIES];
+    float weight[MAX_QUERIES];
+    float *values;
+
+    void clear(int64_t n_queries, int64_t n_embd) {
+        std::fill_n(highest, n_queries, -INFINITY);
+        std::fill_n(weight, n_queries, 0.0f);
+        std::fill_n(values, n_queries * n_embd, 0.0f);
+    }
+};
+
+// Adds the sums of one query over one more chunk. Everybody does it in the order of the chunks.
+void merge(float &highest, float &weight, float *values, float chunk_highest, float chunk_weight,
+           const float *chunk_values, int64_t n_embd) {
+    if (chunk_weight == 0.0f) return;
+    const float new_highest = std::max(highest, chunk_highest);
+    const float before = std::exp(highest - new_highest), more = std::exp(chunk_highest - new_highest);
+    for (int64_t i = 0; i < n_embd; ++i)
+        values[i] = values[i] * before + chunk_values[i] * more;
+    weight = weight * before + chunk_weight * more;
+    highest = new_highest;
+}
+
+class Block {
+public:
+    // `unit` counts streams, blocks of rows, chunks if they are units, and heads of keys: those are neighbours in memory.
+    Block(const Attention &attention, int64_t unit) : a_(attention) {
+        kv_head_ = unit % a_.n_kv_heads;
+        unit /= a_.n_kv_heads;
+        if (a_.is_split) {
+            first_chunk_ = unit % a_.n_chunks;
+            end_chunk_ = first_chunk_ + 1;
+            unit /= a_.n_chunks;
+        } else {
+            first_chunk_ = 0;
+            end_chunk_ = a_.n_chunks;
+        }
+        first_row_ = unit % a_.n_blocks * a_.block_rows;
+        n_rows_ = std::min(a_.block_rows, a_.n_rows - first_row_);
+        stream_ = unit / a_.n_blocks;
+        n_queries_ = n_rows_ * a_.group;
+
+        static thread_local std::vector<float> scratch;
+        const size_t n_tile = size_t(TILE) * size_t(a_.n_embd_k + a_.n_embd_v);
+        const size_t n_query = size_t(MAX_QUERIES) * size_t(a_.n_embd_k + 2 * a_.n_embd_v + 2 * TILE);
+        if (scratch.size() < n_tile + n_query) scratch.resize(n_tile + n_query);
+        keys_ = scratch.data();
+        values_ = keys_ + TILE * a_.n_embd_k;
+        queries_ = values_ + TILE * a_.n_embd_v;
+        scores_ = queries_ + MAX_QUERIES * a_.n_embd_k;
+        masks_ = scores_ + MAX_QUERIES * TILE;
+        chunk_.values = masks_ + MAX_QUERIES * TILE;
+        total_.values = chunk_.values + MAX_QUERIES * a_.n_embd_v;
+    }
+
+    void run(float *partials) {
+        if (n_rows_ <= 0) return;
+        load_queries();
+        if (!a_.is_split) total_.clear(n_queries_, a_.n_embd_v);
+        for (int64_t chunk = first_chunk_; chunk < end_chunk_; ++chunk) {
+            chunk_.clear(n_queries_, a_.n_embd_v);
+            const int64_t end = std::min((chunk + 1) * CHUNK, a_.n_cells);
+            for (int64_t cell = chunk * CHUNK; cell < end; cell += TILE)
+                attend(cell, int(std::min(int64_t(TILE), end - cell)));
+            if (a_.is_split) {
+                store_partials(partials, chunk);
+            } else {
+                for (int64_t i = 0; i < n_queries_; ++i)
+                    merge(total_.highest[i], total_.weight[i], total_.values + i * a_.n_embd_v, chunk_.highest[i],
+                          chunk_.weight[i], chunk_.values + i * a_.n_embd_v, a_.n_embd_v);
+            }
+        }
+        if (!a_.is_split) store();
+    }
+
+private:
+    int64_t head(int64_t query) const { return kv_head_ * a_.group + query % a_.group; }
+    int64_t row(int64_t query) const { return first_row_ + query / a_.group; }
+    int64_t kv_stream() const { return stream_ / (a_.n_streams / a_.k->ne[3]); }
+
+    // In the order of rows, and of heads within them.
+    void load_queries() {
+        for (int64_t i = 0; i < n_queries_; ++i) {
+            const auto *q = reinterpret_cast<const float *>(static_cast<const char *>(a_.q->data) +
+                                                            size_t(row(i)) * a_.q->nb[1] + size_t(head(i)) * a_.q->nb[2] +
+                                                            size_t(stream_) * a_.q->nb[3]);
+            for (int64_t j = 0; j < a_.n_embd_k; ++j)
+                queries_[i * a_.n_embd_k + j] = q[j] * a_.scale;
+        }
+    }
+
+    // Which of a tile's cells a row sees; tells whether it is any.
+    bool load_mask(int64_t row, int64_t cell, int n_cells) {
+        float *target = masks_ + row * TILE;
+        bool sees_any = true, sees_all = n_cells == TILE;
+        if (a_.mask != nullptr) {
+            const auto *mask = reinterpret_cast<const ggml_fp16_t *>(
+                static_cast<const char *>(a_.mask->data) + size_t(first_row_ + row) * a_.mask->nb[1] +
+                size_t(stream_ % a_.mask->ne[3]) * a_.mask->nb[3]);
+            unsigned some = 0, any = 0;
+            for (int i = 0; i < n_cells; ++i) {
+                any |= unsigned(mask[cell + i] != HIDDEN);
+                some |= unsigned(mask[cell + i]);
+            }
+            sees_any = any != 0;
+            sees_all = sees_all && some == 0;
+            if (sees_any && !sees_all) convert(mask + cell, target, n_cells);
+        } else if (!sees_all) {
+            std::fill_n(target, n_cells, 0.0f);
+        }
+        if (!sees_all) std::fill_n(target + n_cells, TILE - n_cells, -INFINITY);
+        sees_all_[row] = sees_all;
+        return sees_any;
+    }
+
+    void attend(int64_t cell, int n_cells) {
+        bool is_loaded = false;
+        int64_t row = 0;
+        while (row < n_rows_) {
+            if (!load_mask(row, cell, n_cells)) {
+                ++row;
+                continue;
+            }
+            const int64_t first = row++;
+            while (row < n_rows_ && load_mask(row, cell, n_cells))
+                ++row;
+            if (!is_loaded) {
+                load(cell, n_cells);
+                is_loaded = true;
+            }
+            attend_rows(first, row);
+            ++row; // ends here, or sees nothing
+        }
+    }
+
+    void load(int64_t cell, int n_cells) {
+        const int n_next = int(std::clamp(a_.n_cells - cell - TILE, int64_t(0), int64_t(TILE)));
+        prefetch(at(a_.k, cell + TILE), a_.k->nb[1], n_next, int(a_.n_embd_k));
+        prefetch(at(a_.v, cell + TILE), a_.v->nb[1], n_next, int(a_.n_embd_v));
+        load_keys(at(a_.k, cell), a_.k->nb[1], n_cells, int(a_.n_embd_k), keys_);
+        load_values(at(a_.v, cell), a_.v->nb[1], n_cells, int(a_.n_embd_v), values_);
+    }
+
+    const char *at(const ggml_tensor *tensor, int64_t cell) const {
+        return static_cast<const char *>(tensor->data) + size_t(cell) * tensor->nb[1] +
+               size_t(kv_head_) * tensor->nb[2] + size_t(kv_stream()) * tensor->nb[3];
+    }
+
+    void attend_rows(int64_t first_row, int64_t end_row) {
+        const int64_t first = first_row * a_.group, end = end_row * a_.group;
+        const int n = int(end - first);
+        float *scores = scores_ + first * TILE;
+        std::fill_n(scores, n * TILE, 0.0f);
+        multiply(scores, queries_ + first * a_.n_embd_k, keys_, n, int(a_.n_embd_k), TILE);
+        for (int64_t i = first; i < end; ++i) {
+            float *of_query = scores_ + i * TILE;
+            const int64_t row = i / a_.group;
+            if (!sees_all_[row]) {
+                const float *mask = masks_ + row * TILE;
+                for (int j = 0; j < TILE; ++j)
+                    of_query[j] += mask[j];
+            }
+            float highest = chunk_.highest[i];
+            float of_tile = -INFINITY;
+            ggml_vec_max_f32(TILE, &of_tile, of_query);
+            if (of_tile > highest) {
+                const float factor = std::exp(highest - of_tile);
+                ggml_vec_scale_f32(int(a_.n_embd_v), chunk_.values + i * a_.n_embd_v, factor);
+                chunk_.weight[i] *= factor;
+                chunk_.highest[i] = highest = of_tile;
+            }
+            chunk_.weight[i] += float(ggml_vec_soft_max_f32(TILE, of_query, of_query, highest));
+        }
+        multiply(chunk_.values + first * a_.n_embd_v, scores, values_, n, TILE, int(a_.n_embd_v));
+    }
+
+    void store_partials(float *partials, int64_t chunk) const {
+        for (int64_t i = 0; i < n_queries_; ++i) {
+            const int64_t index = ((stream_ * a_.n_rows + row(i)) * a_.n_heads + head(i)) * a_.n_chunks + chunk;
+            float *partial = partials + index * a_.partial_size();
+            partial[0] = chunk_.highest[i];
+            partial[1] = chunk_.weight[i];
+            std::copy_n(chunk_.values + i * a_.n_embd_v, a_.n_embd_v, partial + 2);
+        }
+    }
+
+    void store() const;
+
+    const Attention &a_;
+    int64_t first_chunk_, end_chunk_, first_row_, n_rows_, kv_head_, stream_, n_queries_;
+    float *keys_, *values_, *queries_, *scores_, *masks_;
+    bool sees_all_[MAX_QUERIES];
+    Sums chunk_, total_;
+};
+
+void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head, float weight, const float *values) {
+    auto *target = reinterpret_cast<float *>(static_cast<char *>(a.dst->data) +
+                                             size_t((stream * a.n_rows + row) * a.n_heads + head) * a.dst->nb[1]);
+    const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+    for (int64_t i = 0; i < a.n_embd_v; ++i)
+        target[i] = values[i] * inverse;
+}
+
+void Block::store() const {
+    for (int64_t i = 0; i < n_queries_; ++i)
+        store_result(a_, stream_, row(i), head(i), total_.weight[i], total_.values + i * a_.n_embd_v);
+}
+
+// The chunks of those queries that fall to this thread.
+void merge_partials(const Attention &a, const float *partials, int ith, int nth) {
+    static thread_local std::vector<float> values;
+    values.resize(size_t(a.n_embd_v));
+    for (int64_t query = ith; query < a.n_streams * a.n_rows * a.n_heads; query += nth) {
+        float highest = -INFINITY, weight = 0.0f;
+        std::fill(values.begin(), values.end(), 0.0f);
+        for (int64_t chunk = 0; chunk < a.n_chunks; ++chunk) {
+            const float *partial = partials + (query * a.n_chunks + chunk) * a.partial_size();
+            merge(highest, weight, values.data(), partial[0], partial[1], partial + 2, a.n_embd_v);
+        }
+        const int64_t row = query / a.n_heads;
+        store_result(a, row / a.n_rows, row % a.n_rows, query % a.n_heads, weight, values.data());
+    }
+}
+
+} // namespace
+
+extern "C" void ggml_compute_forward_flash_attn_ext(const ggml_compute_params *params, ggml_tensor *dst) {
+    if (!is_usual(params, dst)) {
+        ggml_flash_attn_ext_upstream(params, dst);
+        return;
+    }
+    const Attention attention = describe(params, dst);
+    if (params->ith == 0) {
+        // The others find it in the work buffer, which all threads share.
+        static thread_local std::vector<float> partials;
+        if (attention.is_split && partials.size() < attention.n_partials()) partials.resize(attention.n_partials());
+        float *data = partials.data();
+        std::memcpy(params->wdata, &data, sizeof data);
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+    float *partials;
+    std::memcpy(&partials, params->wdata, sizeof partials);
+    for (int64_t unit = params->ith; unit < attention.n_units();
+         unit = ggml_threadpool_chunk_add(params->threadpool, 1))
+        Block(attention, unit).run(partials);
+    if (attention.is_split) {
+        ggml_barrier(params->threadpool);
+        merge_partials(attention, partials, params->ith, params->nth);
+    }
+}
