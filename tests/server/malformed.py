@@ -113,7 +113,7 @@ def not_json() -> Iterator[Case]:
     broken += [b'{"prompt": "\\x41"}', b'{"prompt": "\\u12"}', b'{"n_predict": 01}', b'{"n_predict": +1}']
     broken += [b'{"top_p": NaN}', b'{"top_p": Infinity}', b'{"top_p": -Infinity}', b'{"top_p": .5}', b'{"top_p": 5.}']
     broken += [b'{"n_predict": 0x10}', b'{"cache_prompt": True}', b'{"cache_prompt": None}']
-    broken += [b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": "x", "stop": ' + b"[" * 50_000]
+    broken += [b"[" * 50_000, b'{"a":' * 30_000, b'{"prompt": "x", "stop": ' + b"[" * 50_000]
     for body in broken:
         yield "/completion", body, "Bad request"
         yield "/embedding", body, "bad request: "

@@ -225,6 +225,36 @@ async def test_a_large_body_is_parsed_while_others_are_served(monkeypatch: pytes
         assert (wrong.status, b"content must be a string" in wrong.body) == (400, True)
 
 
+async def test_what_would_take_long_to_parse_is_refused() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        body = b'{"prompt":"x","unknown":[' + b"[]," * 2_700_000 + b"0]}"
+        refusal = await server.ask(request("POST", "/completion", body))
+        assert refusal.status == 400
+        assert refusal.body == b"the body has 2700005 lists, objects and strings, but at most 65536 are allowed\n"
+        assert not engine.calls
+
+
+async def test_a_long_answer_is_written_while_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def write_slowly(text: str) -> bytes:
+        assert answered.wait(5), "nobody else was served"
+        return b"done"
+
+    monkeypatch.setattr(runner_api, "content_line", write_slowly)
+    monkeypatch.setattr(runner_api, "tokens_line", lambda tokens: write_slowly(""))
+    async with serving(FakeEngine()) as server:
+        for path, fields in (("/detokenize", {"tokens": [97] * 40_000}), ("/tokenize", {"content": "a" * 40_000})):
+            answered.clear()
+            large = await server.connect()
+            await large.stream.send_all(post(path, fields))
+            for _ in range(3):
+                assert (await server.ask(request("GET", "/health"))).status == 200
+            answered.set()
+            assert (await large.answer()).body == b"done"
+
+
 async def test_malformed_requests_change_nothing() -> None:
     engine = FakeEngine()
     async with serving(engine, deadline=60) as server:

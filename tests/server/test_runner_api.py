@@ -145,6 +145,37 @@ def test_a_surrogate_pair_is_one_character() -> None:
     assert runner_api.completion(b'{"prompt":"\\ud83d\\ude00"}').prompt == "\U0001f600"
 
 
+MANY = runner_api.MAX_VALUES
+
+
+@pytest.mark.parametrize(
+    ("value", "n_values"),
+    [
+        ("[]", 1),
+        ("{}", 1),
+        ('""', 1),
+        ('"a[b"', 1),
+        ('"\\\\"', 1),
+        ('"\\""', 1),
+        ('"\\\\\\"["', 1),
+        ('{"a":1}', 2),
+        ("[" * 50 + "]" * 50, 50),
+    ],
+)
+def test_a_body_has_only_so_many_values(value: str, n_values: int) -> None:
+    most = (MANY - 3) // n_values  # beside the body, its list and the name of that
+    assert runner_api.tokenize(f'{{"z":[{",".join([value] * most)}]}}'.encode()) == ("", False, True)
+    with pytest.raises(InvalidRequest, match=f"but at most {MANY} are allowed"):
+        runner_api.tokenize(f'{{"z":[{",".join([value] * (most + 1))}]}}'.encode())
+
+
+def test_text_and_numbers_do_not_count() -> None:
+    text = '[{"\\' * MANY
+    assert runner_api.tokenize(json.dumps({"content": text}).encode())[0] == text
+    tokens = list(range(2 * MANY))
+    assert runner_api.detokenize(json.dumps({"tokens": tokens}).encode()) == tuple(tokens)
+
+
 CASES = list(malformed())
 
 
@@ -269,6 +300,28 @@ def test_text_survives_the_wire_on_one_line(text: str) -> None:
     assert line.count(b"\n") == 1
     assert not set(b"<>&") & set(line)
     assert json.loads(line)["content"] == text
+
+
+@pytest.mark.parametrize("text", ["", "a", "<&>\u2028\u2029" * 40_000, "é😀" * 40_000, '"\\\n' * 40_000])
+def test_content_survives_the_wire_however_long(text: str) -> None:
+    line = runner_api.content_line(text)
+    assert line == f'{{"content":{_quoted(text)}}}\n'.encode()
+
+
+def _quoted(text: str) -> str:
+    """As the original does it."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(f"\\u{ord(c):04x}" if c in "<>&\u2028\u2029" else c for c in quoted)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 65_536, 200_000])
+def test_tokens_survive_the_wire_however_many(n_tokens: int) -> None:
+    tokens = list(range(n_tokens))
+    assert runner_api.tokens_line(tokens) == json.dumps({"tokens": tokens}, separators=(",", ":")).encode() + b"\n"
+
+
+def test_halves_of_surrogate_pairs_become_question_marks() -> None:
+    assert runner_api.content_line("a\ud800<") == b'{"content":"a?\\u003c"}\n'
 
 
 def test_embeddings_are_shortest_float32() -> None:
