@@ -14,7 +14,7 @@ from tests.server.malformed import malformed
 from trio_runner.core.scheduler import SchedulerStatistics
 from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
-from trio_runner.events import PromptProgress
+from trio_runner.events import PromptProgress, SampledToken, TextPiece, TokenInfo
 from trio_runner.server import intake, runner_api
 
 PIECE = b'"stop":false,"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":0,"prompt_ms":0}}\n'
@@ -79,6 +79,35 @@ async def test_errors_in_the_stream_are_its_last_line() -> None:
             assert [line.get("content") for line in answer.lines] == ["a", ""]
             assert answer.lines[-1]["error"] == text
             assert answer.lines[-1]["stop"] is True
+
+
+@pytest.mark.parametrize("error", [None, EngineBroken("it died")])
+async def test_a_long_backlog_leaves_in_small_chunks(error: EngineBroken | None) -> None:
+    """All of it, in order, however it ends."""
+    top = tuple(TokenInfo(token, b" word", -1.25) for token in range(100))
+    pieces = [TextPiece(f" {i}", (SampledToken(i, b" word", -0.5, top),)) for i in range(60)]
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        client = await server.connect()
+        await client.stream.send_all(post("/completion", {"prompt": "x", "logprobs": 100}))
+        generation = await engine.asked()
+        generation.say("first")
+        await client.head()
+        await client.chunk()
+        if error is None:
+            generation.say(*pieces, DONE)
+        else:
+            generation.say(*pieces)
+            generation.fail(error)
+        chunks = []
+        while chunk := await client.chunk():
+            chunks.append(chunk)
+        assert max(map(len, chunks)) < 80_000
+        assert all(len(chunk) > 1 << 16 for chunk in chunks[:-2])
+        *lines, last = b"".join(chunks).splitlines(keepends=True)
+        assert lines == [runner_api.CompletionLines().event(piece) for piece in pieces]
+        assert (b"it died" in last) == (error is not None)
+        await generation.closed.wait()
 
 
 async def test_embedding() -> None:
