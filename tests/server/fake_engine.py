@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import trio
 
+from trio_runner.config import EngineConfig
 from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineClosed
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
@@ -65,6 +66,7 @@ class FakeEngine:
     """Ready at once and willing, unless told otherwise; answers come from the test."""
 
     def __init__(self) -> None:
+        self.config = EngineConfig()
         self.status = "ready"
         self.progress = 1.0
         self.admitting = trio.Event()

@@ -15,6 +15,7 @@ from hypercorn.events import Event, RawData
 
 from tests.server.client import Client, Server, post, request, serving
 from tests.server.fake_engine import DONE, FakeEngine, FakeGeneration, endless
+from trio_runner.config import EngineConfig
 from trio_runner.server.http1 import Http1
 
 KEY = base64.b64encode(b"0123456789abcdef")
@@ -285,7 +286,8 @@ async def test_too_many_connections() -> None:
 
 async def test_a_client_that_does_not_read_is_dropped() -> None:
     engine = FakeEngine()
-    async with serving(engine, write_timeout=0.2) as server:
+    engine.config = EngineConfig(stall_timeout=0.2)
+    async with serving(engine) as server:
         stalled = await server.connect()
         stalled.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await stalled.stream.send_all(post("/completion", {"prompt": "x"}))
@@ -309,7 +311,8 @@ async def test_a_slow_reader_gets_everything() -> None:
 async def test_a_reader_that_gets_on_is_not_dropped_however_slow() -> None:
     """One chunk takes it three times as long as it may leave the socket full."""
     engine = FakeEngine()
-    async with serving(engine, write_timeout=0.3) as server:
+    engine.config = EngineConfig(stall_timeout=0.3)
+    async with serving(engine) as server:
         with socket.socket() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.connect((server.host, server.port))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import socket
 from functools import partial
 from typing import Any, cast
@@ -12,6 +13,7 @@ import trio
 
 from tests.server.client import DEADLINE, post, request, serving, until
 from tests.server.fake_engine import DONE, FakeEngine, endless
+from trio_runner.config import EngineConfig
 from trio_runner.engine.engine import Engine
 from trio_runner.server import serve
 from trio_runner.server.listener import addresses, close_all, is_loopback, open_listeners
@@ -123,7 +125,8 @@ async def test_what_does_not_finish_is_told_why() -> None:
 
 async def test_a_stalled_reader_does_not_hold_the_server() -> None:
     engine = FakeEngine()
-    async with serving(engine, drain_timeout=0.1, write_timeout=1000) as server:
+    engine.config = EngineConfig(stall_timeout=math.inf)
+    async with serving(engine, drain_timeout=0.1) as server:
         client = await server.connect()
         client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await client.stream.send_all(post("/completion", {"prompt": "x"}))

@@ -43,13 +43,13 @@ class Connection:
     """Serves one client on `sock`, which it owns: a connected, non-blocking stream socket."""
 
     def __init__(
-        self, sock: socket.socket, app: AppWrapper, config: Config, context: WorkerContext, *, write_timeout: float
+        self, sock: socket.socket, app: AppWrapper, config: Config, context: WorkerContext, *, stall_timeout: float
     ) -> None:
         self._sock = sock
         self._app = app
         self._config = config
         self._context = context
-        self._write_timeout = write_timeout
+        self._stall_timeout = stall_timeout
         self._patience = trio.CancelScope()
         self._writing = trio.Lock()
         self._in_head = True
@@ -129,7 +129,13 @@ class Connection:
                 self._sock.shutdown(socket.SHUT_WR)
 
     async def _write(self, data: bytes) -> None:
-        """Write all of it, or close: after half a frame nothing else may follow."""
+        """Write all of it, or close: after half a frame nothing else may follow.
+
+        The deadline is for the socket to take more. It does when the client's kernel makes room, which over loopback
+        happens once for every 64 to 128 KiB that the client has read; until then nothing tells a slow reader from one
+        that does not read, the number of unsent bytes (SIOCOUTQ) neither. So within half a minute, less than some five
+        kilobytes per second may count as nothing.
+        """
         if self._closed:
             return
         rest = memoryview(data)
@@ -139,7 +145,7 @@ class Connection:
             if rest:
                 async with self._writing:
                     while rest:
-                        with trio.fail_after(self._write_timeout):
+                        with trio.fail_after(self._stall_timeout):
                             await trio.lowlevel.wait_writable(self._sock)
                         rest = rest[self._write_some(rest) :]
         except (OSError, trio.ClosedResourceError, trio.TooSlowError):

@@ -46,7 +46,6 @@ async def serve(
     allowed_origins: Iterable[str] = (),
     shutdown: trio.Event | None = None,
     drain_timeout: float = 5.0,
-    write_timeout: float = 15.0,
     max_connections: int = MAX_CONNECTIONS,
     task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -54,7 +53,8 @@ async def serve(
 
     On shutdown the engine is drained while /health still answers; then nothing new is accepted, and what cannot be
     written within a second is dropped. So it returns within `drain_timeout` and little more, whatever clients do.
-    Cancel it to stop at once. Closes `listeners`, given or not.
+    Cancel it to stop at once. Closes `listeners`, given or not. A client that takes nothing of its answer for as long as
+    the engine's `stall_timeout` is dropped.
 
     Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
     """
@@ -70,7 +70,7 @@ async def serve(
             hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
             origins=frozenset(origin.lower() for origin in allowed_origins),
         )
-        server = _Server(create_app(engine, access=access), write_timeout, max_connections)
+        server = _Server(create_app(engine, access=access), engine.config.stall_timeout, max_connections)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
@@ -89,7 +89,7 @@ async def serve(
 class _Server:
     """The connections that are open, and what they share."""
 
-    def __init__(self, app: ASGIFramework, write_timeout: float, max_connections: int) -> None:
+    def __init__(self, app: ASGIFramework, stall_timeout: float, max_connections: int) -> None:
         self._app = ASGIWrapper(app)
         self._config = Config()
         self._config.keep_alive_timeout = KEEP_ALIVE_SECONDS
@@ -99,7 +99,7 @@ class _Server:
         self._config.accesslog = None
         self._config.errorlog = logging.getLogger("trio_runner.server.asgi")
         self._context = WorkerContext(None)
-        self._write_timeout = write_timeout
+        self._stall_timeout = stall_timeout
         self._max_connections = max_connections
         self._open: set[Connection] = set()
         self._turned_away = 0
@@ -120,7 +120,7 @@ class _Server:
             connection.close_if_idle()
 
     async def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(sock, self._app, self._config, self._context, write_timeout=self._write_timeout)
+        connection = Connection(sock, self._app, self._config, self._context, stall_timeout=self._stall_timeout)
         self._open.add(connection)
         try:
             await connection.run()
