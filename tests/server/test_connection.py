@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import trio
+import trio.testing
 from hypercorn.events import Event, RawData
 
 from tests.server.client import Client, Server, post, request, serving
@@ -18,6 +19,7 @@ from tests.server.fake_engine import DONE, FakeEngine, FakeGeneration, endless
 from trio_runner.config import EngineConfig
 from trio_runner.server.http1 import Http1
 
+HEALTH = request("GET", "/health")
 KEY = base64.b64encode(b"0123456789abcdef")
 
 
@@ -271,10 +273,9 @@ async def test_a_refused_upload_still_reads_its_refusal() -> None:
 
 
 async def test_too_many_connections() -> None:
-    async with serving(FakeEngine(), max_connections=3) as server:
-        clients = [await server.connect() for _ in range(3)]
-        for client in clients:
-            assert (await client.ask(request("GET", "/health"))).status == 200
+    engine = FakeEngine()
+    async with serving(engine, max_connections=3) as server:
+        clients = [(await streaming(server, engine))[0] for _ in range(3)]
         for _ in range(3):
             answer = await server.ask(request("GET", "/health"))
             assert (answer.status, answer.headers["retry-after"]) == (503, "1")
@@ -282,6 +283,45 @@ async def test_too_many_connections() -> None:
         with trio.fail_after(2):
             while (await server.ask(request("GET", "/health"))).status != 200:
                 pass
+
+
+async def test_idle_connections_make_room() -> None:
+    """Whoever has been idle longest goes first; who is served, or has begun to ask, stays."""
+    engine = FakeEngine()
+    async with serving(engine, max_connections=5) as server:
+        busy, generation = await streaming(server, engine)
+        half = await ending(server, HEALTH[:10])
+        idle = [await server.connect() for _ in range(3)]
+        for client in (*idle, idle[0]):
+            assert (await client.ask(HEALTH)).status == 200
+        await trio.testing.wait_all_tasks_blocked()
+        newcomer = await server.connect()
+        assert (await newcomer.ask(HEALTH)).status == 200
+        assert await idle[1].closed()
+        assert (await server.ask(HEALTH)).status == 200
+        assert await idle[2].closed()
+        for client in (idle[0], newcomer):
+            assert (await client.ask(HEALTH)).status == 200
+        assert (await half.ask(HEALTH[10:])).status == 200
+        generation.say(DONE)
+        assert await contents(busy) == ["first", ""]
+
+
+async def test_an_idle_connection_that_just_asked_stays() -> None:
+    async with serving(FakeEngine(), max_connections=2) as server:
+        for _ in range(10):  # who of the two is looked at first, the server does not decide
+            idle = [await server.connect() for _ in range(2)]
+            for client in idle:
+                assert (await client.ask(HEALTH)).status == 200
+            await trio.testing.wait_all_tasks_blocked()
+            os.write(idle[0].stream.socket.fileno(), HEALTH)
+            with socket.create_connection((server.host, server.port)):
+                assert (await idle[0].answer()).status == 200
+                assert await idle[1].closed()
+            idle[0].stream.socket.close()
+            with trio.fail_after(2):
+                while (await server.ask(HEALTH)).status != 200:
+                    pass
 
 
 async def test_a_client_that_does_not_read_is_dropped() -> None:

@@ -52,10 +52,11 @@ class Connection:
         self._stall_timeout = stall_timeout
         self._patience = trio.CancelScope()
         self._writing = trio.Lock()
-        self._in_head = True
         self._lingering = False
         self._closed = False
         self._http: Http1
+        self.idle_since = math.inf
+        """When it answered its last request, unless the client has begun another one since."""
 
     async def run(self) -> None:
         """Serve until either side closes. Raises nothing but Cancelled."""
@@ -81,6 +82,18 @@ class Connection:
         if self._http.idle and not self._lingering:
             self.close()
 
+    def make_room(self) -> bool:
+        """Close if idle, but not if a request has arrived that nobody has looked at yet. Whether it did."""
+        if self.idle_since == math.inf or self._closed:
+            return False
+        try:
+            if self._sock.recv(1, socket.MSG_PEEK):
+                return False
+        except OSError:
+            pass  # there is nothing, or nobody
+        self.close()
+        return True
+
     def _open_protocol(self, tasks: TaskGroup) -> Http1:
         client, server = _address(self._sock.getpeername), _address(self._sock.getsockname)
         state = ConnectionState({})
@@ -103,8 +116,8 @@ class Connection:
                 return
             if self._lingering:
                 continue
-            if self._http.idle and not self._in_head:
-                self._in_head = True
+            if self.idle_since < math.inf:
+                self.idle_since = math.inf
                 self._wait_at_most(HEAD_SECONDS)
             await self._http.handle(RawData(data))
 
@@ -114,7 +127,7 @@ class Connection:
         if isinstance(event, RawData):
             await self._write(event.data)
         elif isinstance(event, Updated):
-            self._in_head = False
+            self.idle_since = trio.current_time() if event.idle else math.inf
             self._wait_at_most(self._config.keep_alive_timeout if event.idle else math.inf)
         elif isinstance(event, Closed):
             self._linger()

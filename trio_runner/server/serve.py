@@ -53,8 +53,10 @@ async def serve(
 
     On shutdown the engine is drained while /health still answers; then nothing new is accepted, and what cannot be
     written within a second is dropped. So it returns within `drain_timeout` and little more, whatever clients do.
-    Cancel it to stop at once. Closes `listeners`, given or not. A client that takes nothing of its answer for as long as
-    the engine's `stall_timeout` is dropped.
+    Cancel it to stop at once. Closes `listeners`, given or not.
+
+    A client that takes nothing of its answer for as long as the engine's `stall_timeout` is dropped. Beyond
+    `max_connections`, the one that has been idle longest is closed for each that comes; if none is, the answer is 503.
 
     Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
     """
@@ -105,8 +107,8 @@ class _Server:
         self._turned_away = 0
 
     def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
-        """Serve `sock`, or turn it away if there are too many."""
-        if len(self._open) < self._max_connections:
+        """Serve `sock`, or turn it away if there are too many and all of them busy."""
+        if len(self._open) < self._max_connections or self._make_room():
             nursery.start_soon(self._serve, sock)
         elif self._turned_away < self._max_connections:
             nursery.start_soon(self._turn_away, sock)
@@ -118,6 +120,13 @@ class _Server:
         await self._context.terminated.set()
         for connection in list(self._open):
             connection.close_if_idle()
+
+    def _make_room(self) -> bool:
+        for connection in sorted(self._open, key=lambda connection: connection.idle_since):
+            if connection.make_room():
+                self._open.discard(connection)  # its task ends a little later
+                return True
+        return False
 
     async def _serve(self, sock: socket.socket) -> None:
         connection = Connection(sock, self._app, self._config, self._context, stall_timeout=self._stall_timeout)
