@@ -1,0 +1,112 @@
+"""Our attention for CPUs: what a row gives does not depend on who shares its batch, and is what exact arithmetic gives."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.llama.running import Running
+from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
+from trio_runner.request import SamplingParams
+
+Models = Callable[[str], Path]
+
+PARAMS = SamplingParams(temperature=0.0, repeat_penalty=1.0, logprobs=20)
+LENGTHS = (600, 130, 65, 1)
+"""More than two chunks of cells, more than two tiles, a cell more than a tile, and a single one."""
+NAMES = ("llama", "spm", "swa", "mrope")
+BLUR = 0.1
+"""Nats by which keys and values of 16 bits may change the probabilities of these models."""
+
+
+def texts(n_vocab: int) -> list[tuple[int, ...]]:
+    tokens = random.Random(5)
+    return [tuple(tokens.randrange(n_vocab // 2, n_vocab - 8) for _ in range(length)) for length in LENGTHS]
+
+
+def run(running: Running, shares: Sequence[Sequence[int]]) -> list[Sampled]:
+    """Decode all texts; each batch has as many rows of each text as it says. What is sampled at the end of each."""
+    prompts = texts(running.model.info.n_vocab)
+    samplers = {uid: running.sampler(PARAMS) for uid in range(len(prompts))}
+    done = [0] * len(prompts)
+    sampled: dict[int, Sampled] = {}
+    for share in shares:
+        chunks = []
+        for uid, n_rows in enumerate(share):
+            part = prompts[uid][done[uid] : done[uid] + n_rows]
+            if part:
+                ends = done[uid] + len(part) == len(prompts[uid])
+                chunks.append(Chunk(uid, uid, done[uid], part, output=ends))
+                done[uid] += len(part)
+        if chunks:
+            result = running.step(*chunks, samplers=samplers)
+            assert result.outcome is DecodeOutcome.OK, result.message
+            sampled |= result.sampled
+    assert done == list(LENGTHS)
+    return [sampled[uid] for uid in range(len(prompts))]
+
+
+def open_running(path: Path, **config: object) -> Running:
+    return Running(path, **{"slots": 4, "context_length": 700, "batch_size": 640, "kv_type": "f16"} | config)
+
+
+def alone() -> list[list[int]]:
+    return [[length if uid == other else 0 for other in range(len(LENGTHS))] for uid, length in enumerate(LENGTHS)]
+
+
+def mixed(seed: int, most: int) -> list[list[int]]:
+    """Everybody decodes now and then; cells of all of them lie side by side."""
+    shares = random.Random(seed)
+    return [[shares.randint(0, most) for _ in LENGTHS] for _ in range(2000)]
+
+
+def assert_alike(got: Sequence[Sampled], expected: Sequence[Sampled], tolerance: float) -> None:
+    for a, b in zip(got, expected, strict=True):
+        known = {info.token: info.logprob for info in b.top}
+        shared = [info for info in a.top if info.token in known]
+        assert len(shared) >= 15
+        assert max(abs(info.logprob - known[info.token]) for info in shared) <= tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_attention(models: Models, name: str) -> None:
+    exact = run(open_running(models(name), kv_type="f32", flash_attention="off"), alone())
+    running = open_running(models(name), flash_attention="on")
+    assert_alike(run(running, alone()), exact, BLUR)
+
+
+@pytest.mark.parametrize("most", [2, 40])
+@pytest.mark.parametrize("name", NAMES)
+def test_company_changes_nothing(models: Models, name: str, most: int) -> None:
+    """But for the last digits: a row's cells may lie in other tiles, and multiplying matrices depends on their size."""
+    expected = run(open_running(models(name)), alone())
+    assert_alike(run(open_running(models(name)), mixed(most, most)), expected, 0.01)
+
+
+@pytest.mark.parametrize("most", [20, 60])
+def test_threads_change_nothing(models: Models, most: int) -> None:
+    one, two = (run(open_running(models("llama"), threads=threads), mixed(7, most)) for threads in (1, 2))
+    assert one == two
+
+
+def test_upstream_can_have_it_back(models: Models) -> None:
+    """In a process of its own, as the environment is read once. Its sums of 16 bits differ in some digit."""
+    path = str(models("llama"))
+    program = (
+        "import sys; from pathlib import Path; from tests.llama.test_attention import *;"
+        "print([s.logprob for s in run(open_running(Path(sys.argv[1])), mixed(3, 3))])"
+    )
+    environment = {**os.environ, "TRIO_RUNNER_ATTENTION": "ggml", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    theirs = [float(number) for number in done.stdout.strip("[]\n").split(",")]
+    ours = [sampled.logprob for sampled in run(open_running(Path(path)), mixed(3, 3))]
+    assert theirs == pytest.approx(ours, abs=BLUR)
+    assert theirs != ours
