@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import typing
+
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.engine.engine import Engine, EngineStatistics, open_engine
-from trio_runner.engine.generation import Generation
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -22,6 +23,24 @@ from trio_runner.errors import (
 )
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
 from trio_runner.request import EmbedRequest, GenerateRequest, SamplingParams
+
+if typing.TYPE_CHECKING:
+    from trio_runner.engine.engine import Engine, EngineStatistics, open_engine
+    from trio_runner.engine.generation import Generation
+else:
+    # These bring trio and numpy along, which take longer than all the rest of the command line's start.
+    _SLOW = dict.fromkeys(["Engine", "EngineStatistics", "open_engine"], "trio_runner.engine.engine")
+    _SLOW["Generation"] = "trio_runner.engine.generation"
+
+    def __getattr__(name):
+        if name not in _SLOW:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_SLOW[name]), name)
+        return value
+
+    def __dir__():
+        return sorted(globals().keys() | _SLOW.keys())
+
 
 __version__ = "0.1.0"
 

@@ -279,6 +279,37 @@ async def test_run_says_what_is_wrong(model: str) -> None:
         assert runner.log == "error: prompt has 10000 tokens, but at most 4096 fit\n"
 
 
+# ---- start -----------------------------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import runpy, signal, sys
+
+class Interrupted:
+    def find_spec(name, path=None, target=None):
+        if name == interrupted:
+            signal.raise_signal(signal.SIGINT)
+
+interrupted = sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupted)
+runpy.run_module("trio_runner", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", ["trio_runner.cli", "click", "trio_runner.models", "trio", "numpy", "quart"])
+def test_ctrl_c_while_the_program_starts(module: str, model: str) -> None:
+    """Importing takes most of the time until there is a server, so this is where it comes."""
+    command = [sys.executable, "-c", INTERRUPTED, module, "serve", "--model", model, "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, timeout=DEADLINE, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (130, b"", b"")
+
+
+def test_the_package_does_not_import_what_takes_long() -> None:
+    """`--help` should come at once, and so should the first word of a program that imports us."""
+    look = "import sys, trio_runner.cli; print(*{'numpy', 'trio', 'quart', 'msgspec', 'rich'} & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", look], capture_output=True, timeout=DEADLINE, cwd=ROOT, check=True)
+    assert ended.stdout == b"\n"
+
+
 # ---- embed -----------------------------------------------------------------------------------------------------------
 
 
