@@ -347,6 +347,7 @@ def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: Callable[[E
     show_default=True,
     help="Requests that may wait for a slot; more are told to come back later.",
 )
+@click.option("--parent", type=int, hidden=True, help="End when this process, which started the server, is gone.")
 def serve(
     options: EngineOptions,
     /,
@@ -357,6 +358,7 @@ def serve(
     allowed_host: tuple[str, ...],
     allowed_origin: tuple[str, ...],
     max_queue: int,
+    parent: int | None,
 ) -> int:
     """Serve the model over HTTP.
 
@@ -376,6 +378,7 @@ def serve(
         api_key=api_key,
         allowed_hosts=allowed_host,
         allowed_origins=allowed_origin,
+        parent=parent,
     )
 
     async def run_until_signal() -> None:

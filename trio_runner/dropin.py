@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -79,11 +80,12 @@ def main(arguments: Sequence[str], program: str = "trio-runner") -> int:
         print(f"{_prefix(error)}{error}", file=sys.stderr)
         return 1
 
+    parent = os.getppid()  # before it can be gone
     # Slow imports, and all that is above works without the native library.
     from trio_runner.service import ServiceConfig, run_service, run_to_exit_code
 
     logger.info("starting trio runner")
-    service = ServiceConfig(host="127.0.0.1", port=settings.port, drain_timeout=1.0, exit_with_parent=True)
+    service = ServiceConfig(host="127.0.0.1", port=settings.port, drain_timeout=1.0, parent=parent)
 
     async def serve() -> None:
         await run_service(settings.model, settings.engine, service)

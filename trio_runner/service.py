@@ -50,8 +50,8 @@ class ServiceConfig:
     """Names in the Host header besides those of this machine."""
     allowed_origins: tuple[str, ...] = ()
     """Web pages that may call the server."""
-    exit_with_parent: bool = False
-    """End at once when the process that started us is gone."""
+    parent: int | None = None
+    """The process that started us: end at once when it is gone."""
 
 
 async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, service: ServiceConfig) -> None:
@@ -65,8 +65,8 @@ async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, 
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as root:
             root.start_soon(_shut_down_on_signal, signals, shutdown, service.drain_timeout, root.cancel_scope)
-            if service.exit_with_parent:
-                root.start_soon(_cancel_without_parent, root.cancel_scope)
+            if service.parent is not None:
+                root.start_soon(_cancel_without_parent, service.parent, root.cancel_scope)
             async with open_engine(model, engine_config, wait=False) as engine, trio.open_nursery() as nursery:
 
                 async def serve_to_the_end(*, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
@@ -111,8 +111,7 @@ async def _shut_down_on_signal(
     everything.cancel()
 
 
-async def _cancel_without_parent(everything: trio.CancelScope) -> None:
-    parent = os.getppid()
+async def _cancel_without_parent(parent: int, everything: trio.CancelScope) -> None:
     while os.getppid() == parent:  # noqa: ASYNC110  # nothing tells us, so look
         await trio.sleep(1)
     logger.warning("the process that started this one is gone")

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,23 @@ async def test_dropin_ends_with_its_parent(model: str) -> None:
             while data := await process.stderr.receive_some():  # ends when the last process that holds it does
                 log += data
     assert b"is gone" in log
+
+
+async def test_a_server_that_bench_started_ends_with_it(model: str, tmp_path: Path) -> None:
+    """Even if bench is killed before the server has begun to look."""
+    fifo, python = tmp_path / "fifo", tmp_path / "python"
+    os.mkfifo(fifo)
+    python.write_text(f'#!/bin/sh\nexec 9>{fifo}\necho $$ >&9\nshift 2\nexec {sys.executable} -c "$TOY" "$@"\n')
+    python.chmod(0o755)
+    async with program("bench", "-m", model, environment={"TOY_PYTHON": str(python), "TOY": TOY}) as bench:
+        with await trio.to_thread.run_sync(fifo.open, abandon_on_cancel=True) as held:
+            server = int(await trio.to_thread.run_sync(held.readline, abandon_on_cancel=True))
+            try:
+                bench.process.kill()
+                await trio.to_thread.run_sync(held.read, abandon_on_cancel=True)  # until the server is gone
+            finally:
+                with suppress(ProcessLookupError):
+                    os.kill(server, signal.SIGKILL)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -23,9 +24,11 @@ _LOADED: Final = re.compile(rb"model loaded")
 async def own_server(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]:
     """`trio-runner serve` with these arguments on a free port: its URL and process. Raises `Unavailable` if it ends.
 
-    It is in a session of its own, so that Ctrl-C reaches us first.
+    It is in a session of its own, so that Ctrl-C reaches us first, and ends by itself, within a second or two, should
+    we be killed.
     """
-    command = [sys.executable, "-m", "trio_runner", "serve", "--port", "0", "--drain-timeout", "0", *arguments]
+    options = ["--port", "0", "--drain-timeout", "0", "--parent", str(os.getpid())]
+    command = [sys.executable, "-m", "trio_runner", "serve", *options, *arguments]
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
