@@ -314,9 +314,9 @@ def _quoted(text: str) -> str:
         quoted = msgspec.json.encode(text).decode()
     except UnicodeEncodeError:  # half of a surrogate pair, which is no character
         quoted = msgspec.json.encode(text.encode(errors="replace").decode()).decode()
-    for character in "<>&\u2028\u2029":
-        quoted = quoted.replace(character, f"\\u{ord(character):04x}")
-    return quoted
+    # Five passes, but each at the speed of memchr, while a regular expression calls back for every match.
+    quoted = quoted.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+    return quoted.replace("\u2028", r"\u2028").replace("\u2029", r"\u2029")
 
 
 def _float32(value: Any) -> str:
