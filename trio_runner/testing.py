@@ -138,7 +138,7 @@ class ToyContext:
         self.aborted_number: int | None = None
         self.batches: list[Batch] = []
         self.closed = False
-        self._cells: list[list[_Cell]] = [[] for _ in range(limits.n_slots + limits.n_embed_slots)]
+        self._cells: list[list[_Cell]] = [[] for _ in range(limits.first_embed_slot + limits.n_embed_slots)]
 
     def held(self, slot: int) -> list[int]:
         """The tokens that `slot` holds. Raises AssertionError unless they are at positions 0, 1, 2, ..."""
@@ -161,7 +161,7 @@ class ToyContext:
             case Copy(source, target, end):
                 assert not self._cells[target], "the target of a copy must be empty"
                 assert end <= self.length(source), "a copy of what is not there"
-                assert max(source, target) < self.limits.n_slots, "nothing is shared with a lane for embeddings"
+                assert max(source, target) < self.limits.first_embed_slot, "nothing is shared with a lane for embeddings"
                 self._cells[target] = self._cells[source][:end]
             case Slide(slot, start, end, delta):
                 assert self.limits.can_shift, "this context cannot shift"
@@ -199,7 +199,7 @@ class ToyContext:
         self.closed = True
 
     def _check_lane(self, chunk: Chunk, embeddings: bool) -> None:
-        if chunk.slot >= self.limits.n_slots:
+        if chunk.slot >= self.limits.first_embed_slot:
             assert embeddings == chunk.output, "a lane for embeddings makes vectors only, and only in their batches"
         if embeddings:
             assert chunk.output, "a batch of embeddings ends each of its texts"
@@ -221,8 +221,11 @@ class ToyContext:
         assert chunk.start == self.length(chunk.slot), "rows must follow what the slot holds"
         assert chunk.stop <= self.limits.n_ctx, "the slot is full"
         self._cells[chunk.slot] += [_Cell(chunk.start + i, token) for i, token in enumerate(chunk.tokens[:n_rows])]
-        n_embedding = sum(map(len, self._cells[self.limits.n_slots :]))
+        first = self.limits.first_embed_slot
+        n_embedding = sum(map(len, self._cells[first:]))
         assert n_embedding <= self.limits.max_rows, "the lanes for embeddings are full"
+        n_cells = len({id(cell) for cells in self._cells[:first] for cell in cells})
+        assert n_cells <= self.limits.n_slots * self.limits.n_ctx, "the KV cache is full"
         return self.held(chunk.slot)
 
     @staticmethod
@@ -269,6 +272,7 @@ class ToyLoader:
             n_slots=config.slots,
             n_ctx=config.context_length or 4096,
             max_rows=config.batch_size,
+            n_spare_slots=config.slots,
             n_embed_slots=config.slots,
         )
         limits = replace(limits, **self.limits)  # type: ignore[arg-type]

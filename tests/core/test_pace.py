@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trio_runner.core.pace import LONGEST_STEP, MIN_ROWS, SHORT_STEP, SHORTEST_GAP, STREAM_GAP, Pace
+from trio_runner.core.pace import LONE_STEPS, LONGEST_STEP, MIN_ROWS, SHORT_STEP, SHORTEST_GAP, STREAM_GAP, Pace
 
 
 @dataclass
@@ -92,7 +92,8 @@ def test_a_prompt_gets_all_the_time_that_streams_can_spare(machine: Machine, n_s
     gap = STREAM_GAP * machine.seconds(n_streams)
     steps = machine.prefill(pace, n_streams, 40)
     for seconds, n_rows in steps[20:]:
-        assert n_rows == machine.max_rows or seconds >= 0.75 * gap
+        # A prompt that starts is quicker than the end of the one before it.
+        assert n_rows == machine.max_rows or seconds >= 0.7 * gap
 
 
 @settings(max_examples=200)
@@ -101,11 +102,20 @@ def test_a_step_without_streams_is_bounded_too(machine: Machine) -> None:
     pace = Pace(machine.max_rows)
     steps = machine.prefill(pace, 0, 40)
     longest = max(LONGEST_STEP, machine.seconds(MIN_ROWS))
-    assert all(seconds <= 1.2 * longest for seconds, _ in steps[SETTLED:])
+    # One such step may be half a prompt, and the next one at once a fifth slower.
+    assert all(seconds <= 1.35 * longest for seconds, _ in steps[SETTLED:])
     assert all(n_rows == machine.max_rows or seconds >= 0.75 * LONGEST_STEP for seconds, n_rows in steps[15:])
     # After a step that was broken off, one that cannot be.
     n_rows = pace.prompt_rows(0, short=True)
     assert machine.seconds(n_rows) <= max(1.2 * SHORT_STEP + machine.base * 3, machine.seconds(MIN_ROWS))
+
+
+def test_a_model_that_is_slow_to_read_gets_longer_steps_without_streams() -> None:
+    machine = Machine(base=0.4, row=0.02)
+    pace = Pace(machine.max_rows)
+    machine.run(pace, 1)
+    seconds = machine.prefill(pace, 0, 20)[-1][0]
+    assert 0.9 * LONE_STEPS * machine.seconds(1) <= seconds <= 1.2 * LONE_STEPS * machine.seconds(1)
 
 
 @settings(max_examples=100)

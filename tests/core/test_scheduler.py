@@ -844,12 +844,12 @@ def test_after_an_abort_a_lone_prompt_takes_short_steps() -> None:
     world.step()
     world.step()
     world.step(Interruption(DecodeOutcome.ABORTED, 1))
-    world.step()
-    world.step()
-    # 5 ms for each row: 100 fit a step, of which a block is computed best; 20 fit one that nobody can break off.
-    assert rows == [64, 64, 64, 20, 64]
+    for _ in range(scheduler.N_SHORT_STEPS + 1):
+        world.step()
+    # 5 ms for each row: 50 fit a step, 20 a short one.
+    assert rows == [64, 50, 50, *[20] * scheduler.N_SHORT_STEPS, 50]
     statistics = world.scheduler.statistics()
-    assert (statistics.n_batches, statistics.n_aborted) == (4, 1)
+    assert (statistics.n_batches, statistics.n_aborted) == (2 + scheduler.N_SHORT_STEPS + 1, 1)
 
 
 def test_a_prompt_of_one_row_is_no_token_of_a_stream() -> None:

@@ -59,6 +59,7 @@ def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim:
     running = Running(models(name))
     assert running.limits == Limits(
         n_slots=2,
+        n_spare_slots=2,
         n_embed_slots=2,
         n_ctx=256,
         max_rows=64,
@@ -263,7 +264,7 @@ def test_bad_batches_are_refused(llama: Running) -> None:
         Chunk(0, 0, 0, tuple([5] * 65), output=False),
         Chunk(0, 0, -1, (5,), output=False),
         Chunk(0, 0, 768, (5,), output=False),
-        Chunk(0, 4, 0, (5,), output=False),
+        Chunk(0, 6, 0, (5,), output=False),
         Chunk(0, -1, 0, (5,), output=False),
         Chunk(0, 0, 0, (llama.model.info.n_vocab,), output=False),
         Chunk(0, 0, 0, (-1,), output=False),
@@ -330,7 +331,7 @@ def test_vector_of_the_last_row_alone_is_that_of_the_text(models: Models, name: 
     running = Running(models(name), pooling=pooling)
     assert running.limits.embeds_last_row
     tokens = running.tokens(TEXT)[:60]
-    lane = running.limits.n_slots
+    lane = running.limits.first_embed_slot
     whole = running.step(Chunk(0, lane, 0, tuple(tokens), output=True), embeddings=True).vectors[0]
     assert running.context.apply(Trim(lane, 0))
     position = running.prefill(tokens[:-1], slot=lane, rows=rows)
@@ -349,7 +350,8 @@ def test_vector_of_every_row_needs_the_whole_text(models: Models, pooling: str) 
 @pytest.mark.parametrize("name", LAST_ROW)
 def test_embedding_beside_a_generation_changes_neither(models: Models, name: str) -> None:
     running = Running(models(name))
-    prompt, text, lane = running.tokens("hello and a story"), running.tokens(TEXT)[:60], running.limits.n_slots + 1
+    prompt, text = running.tokens("hello and a story"), running.tokens(TEXT)[:60]
+    lane = running.limits.first_embed_slot + 1
     expected = tokens_of(running.generate(prompt, 16))
     whole = running.step(Chunk(9, lane, 0, tuple(text), output=True), embeddings=True).vectors[9]
     assert isinstance(whole, np.ndarray)
@@ -382,7 +384,7 @@ def test_full_slots_leave_room_for_embeddings(models: Models) -> None:
     running = Running(models("llama"))
     for slot in range(running.limits.n_slots):
         running.prefill([5] * running.limits.n_ctx, slot=slot)
-    lane = running.limits.n_slots
+    lane = running.limits.first_embed_slot
     chunk = Chunk(0, lane, 0, (5,) * running.limits.max_rows, output=True)
     assert running.step(chunk, embeddings=True).outcome is DecodeOutcome.OK
 

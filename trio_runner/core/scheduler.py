@@ -42,10 +42,12 @@ Emission: TypeAlias = tuple[int, Event | Embedded]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Edits of the KV cache, then one batch; either may be empty, not both."""
+    """Edits of the KV cache, then one batch; either may be empty, not both. `followers` are not in the batch, but wait
+    for what it decodes."""
 
     memory_ops: tuple[MemoryOp, ...]
     batch: Batch
+    followers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,11 @@ class SchedulerStatistics:
     n_sampled: int = 0
 
 
-ROW_BLOCK = 64
-"""Batches of prompts alone have a multiple of so many rows: kernels such as flash attention's work on blocks, and what
-is left over takes much longer, row for row."""
 MIN_FOLLOW = 32
 """Tokens that another sequence must spare a prompt to be worth waiting for."""
+N_SHORT_STEPS = 10
+"""Steps without streams, after one that was broken off, that are short: who has let go once, as with every key that is
+pressed, will soon do so again, and what was begun is lost."""
 
 
 class Scheduler:
@@ -87,7 +89,7 @@ class Scheduler:
         self._ops: list[MemoryOp] = []
         self._turn = 0
         self._embeddings_turn = False
-        self._was_aborted = False
+        self._n_short_steps = 0
         # Rows that the next batch may have; fewer only while a batch that failed is being cut down.
         self._max_rows = limits.max_rows
         self._crowded = False  # the KV cache was full: nobody gets a slot before somebody ends
@@ -146,7 +148,7 @@ class Scheduler:
         self._admit()
         batch = self._plan()
         ops, self._ops = tuple(self._ops), []
-        return Step(ops, batch) if ops or batch.chunks else None
+        return Step(ops, batch, self._followers(batch)) if ops or batch.chunks else None
 
     def trim_failed(self, op: MemoryOp) -> None:
         """This Trim was refused: the slot is emptied instead, and what it should hold is decoded again. The edits
@@ -161,9 +163,9 @@ class Scheduler:
 
     def commit(self, batch: Batch, result: StepResult) -> list[Emission]:
         """Take what came of a batch. The events are in the order in which readers should get them."""
-        self._was_aborted = result.outcome is DecodeOutcome.ABORTED
         if result.outcome is DecodeOutcome.OK:
             self._n_batches += 1
+            self._n_short_steps = max(self._n_short_steps - 1, 0)
             self._max_rows = self._limits.max_rows
             self._measure(batch, result.seconds)
             return list(self._commit_rows(batch, result))
@@ -171,6 +173,7 @@ class Scheduler:
             self._keep_finished_rows(batch, result)
         if result.outcome is DecodeOutcome.ABORTED:
             self._n_aborted += 1
+            self._n_short_steps = N_SHORT_STEPS
             return []
         if result.outcome is DecodeOutcome.NO_KV_SPACE and self._make_space():
             return []
@@ -185,11 +188,10 @@ class Scheduler:
                 break
             self._start(sequence, embed_slot)
         while not self._crowded and (sequence := self._first_waiting(embedding=False)) is not None:
-            # What it held itself is its own, whatever the request says about the prompts of others.
-            reuse = sequence.spec.cache_prompt or sequence.started
-            acquired = self._pool.acquire(sequence.pending, reuse=reuse)
+            reuse, own = sequence.spec.cache_prompt, sequence.left
+            acquired = self._pool.acquire(sequence.pending, reuse=reuse, own=own)
             if acquired is None and not sequence.spec.background and self._preempt_background():
-                acquired = self._pool.acquire(sequence.pending, reuse=reuse)
+                acquired = self._pool.acquire(sequence.pending, reuse=reuse, own=own)
             if acquired is None:
                 return
             slot, ops = acquired
@@ -230,6 +232,7 @@ class Scheduler:
         if len(sequence.tokens) > self._limits.n_ctx:
             self._shift(sequence)  # as it would have done in the next step
         sequence.pending[:0] = sequence.slot.tokens
+        sequence.left = sequence.slot
         self._leave_slot(sequence)
         sequence.slot, sequence.leader = Slot(-1), None
         self._waiting[sequence.spec.uid] = sequence
@@ -256,6 +259,15 @@ class Scheduler:
                 n_best = n_common
                 sequence.leader, sequence.n_follow = other, n_common
 
+    def _followers(self, batch: Batch) -> tuple[int, ...]:
+        decoded = {chunk.uid for chunk in batch.chunks}
+
+        def waits(sequence: Sequence) -> bool:
+            leader = sequence.leader
+            return leader is not None and (leader.spec.uid in decoded or waits(leader))
+
+        return tuple(uid for uid, sequence in self._running.items() if waits(sequence))
+
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         leader = sequence.leader
         if leader is None:
@@ -280,10 +292,11 @@ class Scheduler:
             return Batch(())
         embed = [sequence for sequence in ready if self._wants_vector(sequence)]
         others = [sequence for sequence in ready if not self._wants_vector(sequence)]
+        n_decoding = sum(sequence.decoding for sequence in others)
         # One batch computes either logits or vectors: where both are wanted they take turns.
         self._embeddings_turn = bool(embed) and (not others or not self._embeddings_turn)
         self._n_planned += 1
-        batch = self._plan_embeddings(embed) if self._embeddings_turn else self._plan_tokens(others)
+        batch = self._plan_embeddings(embed, n_decoding) if self._embeddings_turn else self._plan_tokens(others)
         self._turn += 1
         for chunk in batch.chunks:
             self._running[chunk.uid].last_turn = self._turn
@@ -321,15 +334,20 @@ class Scheduler:
             for sequence in sequences
         ]
         n_decoding = sum(want.decoding for want in wanting)
-        prompt_rows = self._pace.prompt_rows(n_decoding, short=self._was_aborted)
-        if not n_decoding and prompt_rows > ROW_BLOCK:
-            prompt_rows -= prompt_rows % ROW_BLOCK
-        return plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows, number=self._n_planned)
+        prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
+        batch = plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows, number=self._n_planned)
+        self._ops += self._pool.make_room(sum(len(chunk.tokens) for chunk in batch.chunks if not self._embeds(chunk)))
+        return batch
 
-    def _plan_embeddings(self, sequences: list[Sequence]) -> Batch:
-        """All rows that a text has left, of as many texts as fit."""
+    def _embeds(self, chunk: Chunk) -> bool:
+        return self._running[chunk.uid].spec.embedding
+
+    def _plan_embeddings(self, sequences: list[Sequence], n_decoding: int) -> Batch:
+        """All rows that a text has left, of as many texts as fit; beside sequences that decode, of one at least."""
         chunks: list[Chunk] = []
         remain = self._limits.max_rows
+        if n_decoding:
+            remain = max(self._pace.prompt_rows(n_decoding), len(sequences[0].pending))
         for sequence in sequences:
             if len(sequence.pending) <= remain:
                 remain -= len(sequence.pending)

@@ -45,6 +45,8 @@ class Sequence:
     n_cached: int = 0
     started: bool = False
     """It had a slot before."""
+    left: Slot | None = None
+    """The one that it last gave up."""
     prompt_done: bool = False
     paused: bool = False
     leader: Sequence | None = None

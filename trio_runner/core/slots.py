@@ -38,8 +38,8 @@ class SlotPool:
     """All slots of one context."""
 
     def __init__(self, limits: Limits) -> None:
-        self.slots = tuple(Slot(slot_id) for slot_id in range(limits.n_slots))
-        first = limits.n_slots
+        first = limits.first_embed_slot
+        self.slots = tuple(Slot(slot_id) for slot_id in range(first))
         self.embed_slots = tuple(Slot(slot_id) for slot_id in range(first, first + limits.n_embed_slots))
         self._limits = limits
         self._reserved: dict[int, int] = {}  # rows that each embedding slot in use may hold
@@ -52,8 +52,11 @@ class SlotPool:
     def n_busy(self) -> int:
         return sum(slot.busy for slot in (*self.slots, *self.embed_slots))
 
-    def acquire(self, tokens: Sequence[int], *, reuse: bool) -> tuple[Slot, list[MemoryOp]] | None:
-        """Take a free slot for `tokens`; None when there is none. Without `reuse` it starts empty.
+    def acquire(
+        self, tokens: Sequence[int], *, reuse: bool, own: Slot | None = None
+    ) -> tuple[Slot, list[MemoryOp]] | None:
+        """Take a free slot for `tokens`; None when as many as may be are in use. Without `reuse` it starts empty, or
+        with what is still in `own`.
 
         Carrying out the returned edits makes the KV cache hold `slot.tokens`, which is now a proper prefix of
         `tokens`: the last one is always left to decode, for without it there are no logits to sample from.
@@ -62,9 +65,9 @@ class SlotPool:
         that forgets no more than giving up the slot left unused for longest would; else the latter forks the prefix.
         """
         free = sorted((slot for slot in self.slots if not slot.busy), key=lambda slot: slot.last_used)
-        if not free:
+        if len(self.slots) - len(free) == self._limits.n_slots:
             return None
-        n_kept = {slot: self._n_reusable(slot, tokens) if reuse else 0 for slot in self.slots}
+        n_kept = {slot: self._n_reusable(slot, tokens) if reuse or slot is own else 0 for slot in self.slots}
         slot = oldest = free[0]
         source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
         if not source.busy and n_kept[source] > 0:
@@ -88,6 +91,18 @@ class SlotPool:
             default=(0, slot),
         )
         return self._fork(source, slot, n_kept) if n_kept > len(slot.tokens) else []
+
+    def make_room(self, n_rows: int) -> list[MemoryOp]:
+        """Edits after which `n_rows` more positions fit: what was left unused for longest goes, its end first. Slots in
+        use are never touched."""
+        n_excess = sum(len(slot.tokens) for slot in self.slots) + n_rows - self._limits.n_slots * self._limits.n_ctx
+        ops: list[MemoryOp] = []
+        for slot in sorted(self.slots, key=lambda slot: slot.last_used) if n_excess > 0 else ():
+            if n_excess > 0 and slot.tokens and not slot.busy:
+                n_lost = min(n_excess, len(slot.tokens)) if self._limits.can_trim else len(slot.tokens)
+                n_excess -= n_lost
+                ops.append(slot.trim(len(slot.tokens) - n_lost))
+        return ops
 
     def acquire_for_embedding(self, n_tokens: int) -> Slot | None:
         """Take a slot for the embedding of a text; None while there is no slot, or no room, left."""

@@ -19,17 +19,19 @@ from trio_runner.events import Embedded, Finished
 logger = logging.getLogger("trio_runner.engine")
 
 MIN_ROWS_TO_INTERRUPT = 16
-"""Rows of a cancelled sequence that make it worth breaking off a batch, at the price of running the micro-batch again
-for its neighbours. One row of a sequence that decodes costs its neighbours next to nothing, a prompt a lot."""
+"""Rows of a cancelled sequence that may make it worth breaking off a batch, at the price of running it again for its
+neighbours; if they are no more than its own, that is. One row of a sequence that decodes costs its neighbours next to
+nothing, a prompt a lot."""
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     """The batch that runs, as the trio thread may know it. `rows` counts those of each sequence that still wants
-    them; once it is published, only the trio thread changes it."""
+    them, `followers` want what others have in it; once it is published, only the trio thread changes it."""
 
     number: int
     rows: dict[int, int]
+    followers: set[int]
     is_breakable: bool
     """For the sake of one sequence, at the price of running the rest again."""
 
@@ -67,8 +69,13 @@ class DecodeLoop:
         running = self._in_flight
         if running is None or not self._context.limits.can_trim:
             return
+        is_follower = uid in running.followers
+        running.followers.discard(uid)
         n_rows = running.rows.pop(uid, 0)
-        if n_rows and (not running.rows or (running.is_breakable and n_rows >= MIN_ROWS_TO_INTERRUPT)):
+        if running.followers or not (n_rows or is_follower):
+            return
+        n_others = sum(running.rows.values())
+        if not n_others or (running.is_breakable and n_rows >= max(MIN_ROWS_TO_INTERRUPT, n_others)):
             self._context.abort(running.number)
 
     def interrupt_all(self) -> None:
@@ -131,7 +138,7 @@ class DecodeLoop:
         # Say what is in flight, look for mail, and only then decode: whoever lets go later than that sees the sequence
         # in flight and breaks it off, whoever let go earlier is found in the mailbox.
         rows = {chunk.uid: len(chunk.tokens) for chunk in batch.chunks}
-        self._in_flight = _InFlight(batch.number, rows, self._is_breakable)
+        self._in_flight = _InFlight(batch.number, rows, set(step.followers), self._is_breakable)
         if self._mailbox:
             self._in_flight = None
             return

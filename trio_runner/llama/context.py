@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_runner.config import EngineConfig
+from trio_runner.config import MAX_SLOTS, EngineConfig
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
@@ -28,6 +28,7 @@ from trio_runner.request import MAX_LOGPROBS, SamplingParams
 DEFAULT_CONTEXT_LENGTH: Final = 4096
 """What a slot holds unless told otherwise, at most: models trained for a million tokens would want all memory."""
 
+_MAX_SEQUENCES: Final = 2 * MAX_SLOTS
 _MIN_PIECE_BYTES: Final = 256  # a sample that failed writes its message where its piece would go
 _GGML_TYPES: Final = {
     "f32": 0,
@@ -87,8 +88,9 @@ class Context:
         n_ctx = config.context_length or min(max(model.info.n_ctx_train, 1), DEFAULT_CONTEXT_LENGTH)
         n_threads, n_threads_batch = (config.threads, config.threads) if config.threads else default_threads()
         pooling = _POOLINGS.get(config.pooling, model.native_info.pooling_type)
-        # Behind the slots for text, as many for embeddings alone.
-        n_seq_max = 2 * config.slots
+        # Behind the slots for text that may be in use, spare ones, and as many again for embeddings alone.
+        n_spare = min(config.slots, _MAX_SEQUENCES - 2 * config.slots)
+        n_seq_max = 2 * config.slots + n_spare
         n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
         params = self._ffi.new(
             "trio_context_params *",
@@ -139,6 +141,7 @@ class Context:
             # Attention that looks both ways, or a memory that keeps nothing, needs the whole text in one step.
             n_ctx=n_positions if self._has_memory and info.causal else min(n_positions, config.batch_size),
             max_rows=config.batch_size,
+            n_spare_slots=n_spare,
             n_embed_slots=config.slots,
             embeds_last_row=self._has_memory and bool(info.causal) and pools_last_row and not is_recurrent,
             has_memory=self._has_memory,
