@@ -161,7 +161,9 @@ class ToyContext:
             case Copy(source, target, end):
                 assert not self._cells[target], "the target of a copy must be empty"
                 assert end <= self.length(source), "a copy of what is not there"
-                assert max(source, target) < self.limits.first_embed_slot, "nothing is shared with a lane for embeddings"
+                assert max(source, target) < self.limits.first_embed_slot, (
+                    "nothing is shared with a lane for embeddings"
+                )
                 self._cells[target] = self._cells[source][:end]
             case Slide(slot, start, end, delta):
                 assert self.limits.can_shift, "this context cannot shift"

@@ -45,6 +45,7 @@ def limits(draw: st.DrawFn) -> Limits:
         n_slots=draw(st.integers(1, 4)),
         n_ctx=draw(st.integers(8, 48)),
         max_rows=draw(st.integers(1, 16)),
+        n_spare_slots=draw(st.integers(0, 3)),
         n_embed_slots=draw(st.integers(1, 3)),
         embeds_last_row=draw(st.booleans()),
         can_trim=can_trim,
@@ -850,6 +851,29 @@ def test_after_an_abort_a_lone_prompt_takes_short_steps() -> None:
     assert rows == [64, 50, 50, *[20] * scheduler.N_SHORT_STEPS, 50]
     statistics = world.scheduler.statistics()
     assert (statistics.n_batches, statistics.n_aborted) == (2 + scheduler.N_SHORT_STEPS + 1, 1)
+
+
+@pytest.mark.parametrize("cache_prompt", [True, False])
+@pytest.mark.parametrize("n_slots", [1, 3])
+def test_a_background_request_goes_on_from_where_it_was(n_slots: int, cache_prompt: bool) -> None:
+    """However often its slot is taken from it, and whatever the request says about what others have cached."""
+    world = make_world(n_slots, n_ctx=256, max_rows=8, n_spare_slots=n_slots)
+    patient = [
+        world.submit(prompt=(C + 1 + n,) * 150, max_tokens=3, background=True, cache_prompt=cache_prompt)
+        for n in range(n_slots)
+    ]
+    n_taken = 0
+    while not all(map(world.finished, patient)):
+        for _ in range(n_slots):
+            world.submit(prompt=(C, B, C), max_tokens=2)
+        for _ in range(12):
+            world.step()
+        n_taken += 1
+        assert n_taken < 100, "it never gets anywhere"
+    world.run()
+    assert all(world.n_prefilled[uid] == 150 for uid in patient)
+    assert set(patient) <= world.preempted
+    check_survivors(world)
 
 
 def test_a_prompt_of_one_row_is_no_token_of_a_stream() -> None:

@@ -14,8 +14,15 @@ from trio_runner.core.slots import Slot, SlotPool
 from trio_runner.testing import ToyContext, _Cell
 
 
-def make_limits(n_slots: int = 2, *, can_trim: bool = True) -> Limits:
-    return Limits(n_slots=n_slots, n_ctx=64, max_rows=64, can_trim=can_trim, can_shift=can_trim)
+def make_limits(n_slots: int = 2, *, n_spare_slots: int = 0, can_trim: bool = True) -> Limits:
+    return Limits(
+        n_slots=n_slots,
+        n_spare_slots=n_spare_slots,
+        n_ctx=64,
+        max_rows=64,
+        can_trim=can_trim,
+        can_shift=can_trim,
+    )
 
 
 def naive_prefix(a: list[int], b: list[int]) -> int:
@@ -37,7 +44,7 @@ class PoolWorld:
         self.limits = limits
         self.pool = SlotPool(limits)
         self.context = ToyContext(limits)
-        self.lanes = [Lane() for _ in range(limits.n_slots)]
+        self.lanes = [Lane() for _ in range(limits.first_embed_slot)]
         self.now = 0
 
     def reusable(self, slot: int, prompt: list[int]) -> int:
@@ -49,9 +56,9 @@ class PoolWorld:
 
     def predict(self, prompt: list[int], reuse: bool) -> tuple[int, int] | None:
         """(the slot taken, how many positions it starts with)"""
-        slots = range(self.limits.n_slots)
+        slots = range(self.limits.first_embed_slot)
         free = [slot for slot in slots if not self.lanes[slot].busy]
-        if not free:
+        if len(slots) - len(free) == self.limits.n_slots:
             return None
         oldest = min(free, key=lambda slot: (self.lanes[slot].last_used, slot))
         kept = [self.reusable(slot, prompt) if reuse else 0 for slot in slots]
@@ -97,7 +104,7 @@ class PoolWorld:
     def extend(self, slot: Slot, tokens: list[int]) -> None:
         """As a follower does; `tokens` goes on from what the slot holds."""
         wanted = [*slot.tokens, *tokens]
-        others = [other for other in range(self.limits.n_slots) if other != slot.id]
+        others = [other for other in range(self.limits.first_embed_slot) if other != slot.id]
         longest = max((min(naive_prefix(self.context.held(n), wanted), len(wanted) - 1) for n in others), default=0)
         longest = max(longest, len(slot.tokens))
         before = len(slot.tokens)
@@ -138,6 +145,10 @@ class PoolWorld:
         return naive_prefix(self.context.held(slot), self.context.held(other)) > start
 
     def decode(self, slot: Slot, tokens: list[int]) -> None:
+        for op in self.pool.make_room(len(tokens)):
+            assert isinstance(op, Trim)
+            assert not self.lanes[op.slot].busy
+            assert self.context.apply(op)
         self.context.decode(Batch((Chunk(0, slot.id, len(slot.tokens), tuple(tokens), output=False),)), {})
         slot.tokens += tokens
 
@@ -179,11 +190,13 @@ MOVE = st.one_of(
 
 
 @settings(max_examples=300)
-@given(st.integers(2, 4), st.sampled_from([True, True, False]), st.lists(MOVE, min_size=15, max_size=50))
+@given(
+    st.integers(1, 4), st.integers(0, 3), st.sampled_from([True, True, False]), st.lists(MOVE, min_size=15, max_size=50)
+)
 def test_the_right_slot_with_the_right_edits(
-    n_slots: int, can_trim: bool, moves: list[tuple[str, object, object]]
+    n_slots: int, n_spare_slots: int, can_trim: bool, moves: list[tuple[str, object, object]]
 ) -> None:
-    world = PoolWorld(make_limits(n_slots, can_trim=can_trim))
+    world = PoolWorld(make_limits(n_slots, n_spare_slots=n_spare_slots, can_trim=can_trim))
     busy: list[Slot] = []
     for move in moves:
         chosen = busy[move[1] % len(busy)] if isinstance(move[1], int) and busy else None
@@ -213,6 +226,26 @@ def test_the_right_slot_with_the_right_edits(
                 if can_trim or start == 0:
                     assert world.context.apply(chosen.trim(min(start, len(chosen.tokens))))
         world.check()
+
+
+@pytest.mark.parametrize(
+    ("can_trim", "n_rows", "left"),
+    [
+        (True, 0, [64, 40, 24]),
+        (True, 10, [64, 30, 24]),
+        (True, 50, [64, 0, 14]),
+        (False, 10, [64, 0, 24]),
+        (False, 50, [64, 0, 0]),
+    ],
+)
+def test_what_is_not_in_use_makes_room_the_oldest_first(can_trim: bool, n_rows: int, left: list[int]) -> None:
+    pool = SlotPool(make_limits(2, n_spare_slots=1, can_trim=can_trim))
+    for slot, n_held, last_used in zip(pool.slots, (64, 40, 24), (1, 2, 3), strict=True):
+        slot.tokens, slot.last_used = list(range(n_held)), last_used
+    pool.slots[0].busy = True  # however old
+    ops = pool.make_room(n_rows)
+    assert [len(slot.tokens) for slot in pool.slots] == left
+    assert len(ops) == sum(n != n_held for n, n_held in zip(left, (64, 40, 24), strict=True))
 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=30))

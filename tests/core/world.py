@@ -375,7 +375,7 @@ class World:
         assert not pool._reserved
         assert not any(slot.tokens for slot in pool.embed_slots)
         statistics = self.scheduler.statistics()
-        n_held = sum(len(self.context.held(slot)) for slot in range(self.limits.n_slots))
+        n_held = sum(len(self.context.held(slot)) for slot in range(self.limits.first_embed_slot))
         assert (statistics.n_waiting, statistics.n_running, statistics.n_paused) == (0, 0, 0)
         assert statistics.n_preempted == 0
         assert statistics.n_cached_tokens == n_held

@@ -32,6 +32,7 @@ async def test_in_every_state(toy: Toy, clock: trio.testing.MockClock, state: St
         if scene.is_broken_off:
             await until(lambda: gate.n_aborted == 1)
         if state is waiting:
+            await until(lambda: engine._overdue.moments == {})
             gate.open()  # it is told between two batches of others
         if state is not loading:
             scene.release()

@@ -75,6 +75,31 @@ def test_a_batch_that_others_want_is_broken_off_only_for_many_rows(n_rows: int, 
     assert breaker.aborted[0] == aborts
 
 
+@pytest.mark.parametrize(("n_mine", "n_others", "aborts"), [(20, 21, False), (21, 21, True), (30, 20, True)])
+def test_whoever_leaves_costs_others_no_more_rows_than_it_had(n_mine: int, n_others: int, aborts: bool) -> None:
+    bench = Bench()
+    bench.submit(1, prompt_of(n_mine))
+    bench.submit(2, "another" + prompt_of(n_others - 7))
+    bench.context.on_decode = breaker = Breaker(bench, 1)
+    bench.loop.run()
+    assert [len(chunk.tokens) for chunk in bench.context.batches[0].chunks] == [n_mine, n_others]
+    assert breaker.aborted[0] == aborts
+
+
+@pytest.mark.parametrize(
+    ("uids", "aborts"), [((1,), False), ((2,), False), ((1, 2), True), ((2, 1), True), ((1, 99), False)]
+)
+def test_who_waits_for_the_same_prompt_wants_the_batch_too(uids: tuple[int, ...], aborts: bool) -> None:
+    bench = Bench()
+    bench.submit(1, prompt_of(60) + "x")
+    bench.submit(2, prompt_of(60) + "y")
+    breaker = Breaker(bench, *uids)
+    bench.context.on_decode = lambda batch: breaker(batch) if not breaker.aborted else None
+    bench.loop.run()
+    assert {chunk.uid for chunk in bench.context.batches[0].chunks} == {1}
+    assert breaker.aborted == [aborts]
+
+
 @pytest.mark.parametrize("can_trim", [True, False])
 @pytest.mark.parametrize("uids", [(1, 2), (2, 1), (1, 2, 1), (99, 2, 1)])
 def test_a_batch_that_nobody_wants_is_broken_off(uids: tuple[int, ...], can_trim: bool) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import trio
 
-from tests.engine.toys import Gate, Toy, prompts, until, until_idle
+from tests.engine.toys import Gate, Latch, Toy, prompts, until, until_idle
 from trio_runner.engine.engine import MAX_RETRY_AFTER, Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import EngineBusy, InvalidGrammar
+from trio_runner.request import EmbedRequest, GenerateRequest
 from trio_runner.testing import toy_text
 
 
@@ -147,15 +148,14 @@ async def test_statistics(toy: Toy) -> None:
 # -- how long to wait -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("slot_seconds", "retry_after"), [(None, 1), (0.01, 1), (10, 15), (20, 30), (1000, MAX_RETRY_AFTER)]
-)
-async def test_when_to_try_again(toy: Toy, slot_seconds: float | None, retry_after: float) -> None:
-    """Three wait for two slots."""
+@pytest.mark.parametrize(("seconds", "retry_after"), [(None, 1), (0.01, 1), (10, 5), (20, 10), (1000, MAX_RETRY_AFTER)])
+async def test_when_to_try_again(toy: Toy, seconds: float | None, retry_after: float) -> None:
+    """When one of the two slots is likely to have become free."""
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=2, max_queue=3) as engine:
-        engine._slot_seconds = slot_seconds
+        if seconds is not None:
+            engine._seconds[GenerateRequest] = seconds
         for prompt in prompts(5, 5):
             await engine.generate(prompt).start()
         with pytest.raises(EngineBusy) as caught:
@@ -169,12 +169,59 @@ async def test_the_time_in_a_slot_is_measured(toy: Toy) -> None:
     async with toy.engine() as engine:
         with pytest.raises(InvalidGrammar):
             await engine.generate(prompt, grammar="x").collect()
-        assert engine._slot_seconds is None
+        assert not engine._seconds
         await engine.generate(prompt, max_tokens=11, cache_prompt=False).collect()
-        assert engine._slot_seconds == pytest.approx(0.02)
+        assert engine._seconds[GenerateRequest] == pytest.approx(0.02)
         for _ in range(50):
             await engine.generate(prompt, max_tokens=111, cache_prompt=False).collect()
-        assert engine._slot_seconds == pytest.approx(0.12, rel=0.01)
+        assert engine._seconds[GenerateRequest] == pytest.approx(0.12, rel=0.01)
+        await engine.embed([prompt])
+        assert engine._seconds == {GenerateRequest: pytest.approx(0.12, rel=0.01), EmbedRequest: pytest.approx(0.01)}
+
+
+async def test_who_waits_to_be_tokenised_has_a_place_in_the_queue(toy: Toy) -> None:
+    toy.on_tokenize = latch = Latch()
+    async with toy.engine(slots=1, max_queue=2) as engine, trio.open_nursery() as nursery:
+        for prompt in prompts(3, 5):
+            nursery.start_soon(engine.generate(prompt, max_tokens=1).collect)
+        await latch.reached(2)  # as many as are tokenised at once
+        with pytest.raises(EngineBusy):
+            await engine.generate("one too many").start()
+        latch.open()
+    assert len(toy.model.samplers) == 3
+
+
+async def test_a_list_of_texts_waits_for_room_in_the_queue(toy: Toy) -> None:
+    gate = Gate(toy)
+    toy.on_decode = gate
+    async with toy.engine(slots=1, max_queue=2) as engine, trio.open_nursery() as nursery:
+        vectors: list[int] = []
+
+        async def embed(n_texts: int) -> None:
+            vectors.append(len(await engine.embed([f"text {n}" for n in range(n_texts)])))
+
+        nursery.start_soon(embed, 1)
+        await gate.reached(1)
+        nursery.start_soon(embed, 1)
+        nursery.start_soon(embed, 9)
+        await until(lambda: engine.statistics().generations == 3)
+        gate.open()
+    assert sorted(vectors) == [1, 1, 9]
+
+
+@pytest.mark.parametrize("n_at_once", [1, 5])
+async def test_letting_go_does_not_wait_for_the_tokeniser(toy: Toy, n_at_once: int) -> None:
+    """It may even wait for a thread; and what it makes for nobody is freed."""
+    toy.on_tokenize = latch = Latch()
+    async with toy.engine(slots=1) as engine:
+        async with trio.open_nursery() as nursery:
+            for prompt in prompts(n_at_once, 5):
+                nursery.start_soon(engine.generate(prompt, max_tokens=1).collect)
+            await latch.reached(min(n_at_once, 2))
+            nursery.cancel_scope.cancel()
+        assert engine.statistics().generations == 0
+        latch.open()
+    toy.check_closed()
 
 
 # -- who goes first ---------------------------------------------------------------------------------------------------

@@ -106,14 +106,16 @@ class Scheduler:
         so that the same prompt goes on from there. A uid that is not known (any more) is ignored."""
         if uid in self._running:
             self._release(self._running[uid])
-        else:
-            self._waiting.pop(uid, None)
+        elif uid in self._waiting:
+            self._forget_waiting(uid)
 
     def expire(self, uid: int) -> list[Emission]:
         """End a sequence with what it has: its time is up. A uid that is not known (any more) is ignored."""
-        sequence = self._running.get(uid) or self._waiting.pop(uid, None)
+        sequence = self._running.get(uid) or self._waiting.get(uid)
         if sequence is None:
             return []
+        if uid in self._waiting:
+            self._forget_waiting(uid)
         rest = sequence.text.flush()
         return [*([] if rest is None else [(uid, rest)]), self._finish(sequence, "deadline")]
 
@@ -124,6 +126,11 @@ class Scheduler:
     def resume(self, uid: int) -> None:
         """Undo `pause`."""
         self._set_paused(uid, False)
+
+    def _forget_waiting(self, uid: int) -> None:
+        sequence = self._waiting.pop(uid)
+        if sequence.left is not None:
+            sequence.left.parked = False
 
     def _set_paused(self, uid: int, paused: bool) -> None:
         sequence = self._running.get(uid) or self._waiting.get(uid)
@@ -233,6 +240,7 @@ class Scheduler:
             self._shift(sequence)  # as it would have done in the next step
         sequence.pending[:0] = sequence.slot.tokens
         sequence.left = sequence.slot
+        sequence.left.parked = True
         self._leave_slot(sequence)
         sequence.slot, sequence.leader = Slot(-1), None
         self._waiting[sequence.spec.uid] = sequence

@@ -24,6 +24,8 @@ class Slot:
     """Positions below this may be the same cells as another slot's, since a copy: renumbering them here would
     renumber them there. Never too low, sometimes too high, as it is not told when the other slot lets go."""
     busy: bool = False
+    parked: bool = False
+    """Whoever used it waits to go on from there: others take what else there is."""
     last_used: int = 0
     """Tick of the pool when it was last taken or released; 0 never."""
 
@@ -63,14 +65,15 @@ class SlotPool:
 
         The longest prefix that any slot holds, in use or not, is kept. A free slot that holds it is taken itself if
         that forgets no more than giving up the slot left unused for longest would; else the latter forks the prefix.
+        Where that is a parked one of somebody else, all others are in use or parked too.
         """
-        free = sorted((slot for slot in self.slots if not slot.busy), key=lambda slot: slot.last_used)
+        free = sorted((slot for slot in self.slots if not slot.busy), key=_worth)
         if len(self.slots) - len(free) == self._limits.n_slots:
             return None
         n_kept = {slot: self._n_reusable(slot, tokens) if reuse or slot is own else 0 for slot in self.slots}
         slot = oldest = free[0]
         source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
-        if not source.busy and n_kept[source] > 0:
+        if n_kept[source] > 0 and not source.busy and (source is own or not source.parked):
             n_lost, n_lost_oldest = (len(slot.tokens) - n_kept[slot] for slot in (source, oldest))
             if n_lost <= n_lost_oldest:
                 slot = source
@@ -79,7 +82,7 @@ class SlotPool:
             ops += self._fork(source, slot, n_kept[source])
         elif n_kept[slot] < len(slot.tokens):
             ops.append(slot.trim(n_kept[slot]))
-        slot.busy = True
+        slot.busy, slot.parked = True, False
         self._touch(slot)
         return slot, ops
 
@@ -97,7 +100,7 @@ class SlotPool:
         use are never touched."""
         n_excess = sum(len(slot.tokens) for slot in self.slots) + n_rows - self._limits.n_slots * self._limits.n_ctx
         ops: list[MemoryOp] = []
-        for slot in sorted(self.slots, key=lambda slot: slot.last_used) if n_excess > 0 else ():
+        for slot in sorted(self.slots, key=_worth) if n_excess > 0 else ():
             if n_excess > 0 and slot.tokens and not slot.busy:
                 n_lost = min(n_excess, len(slot.tokens)) if self._limits.can_trim else len(slot.tokens)
                 n_excess -= n_lost
@@ -155,3 +158,8 @@ class SlotPool:
     def _touch(self, slot: Slot) -> None:
         self._tick += 1
         slot.last_used = self._tick
+
+
+def _worth(slot: Slot) -> tuple[bool, int]:
+    """What is kept rather than something else."""
+    return slot.parked, slot.last_used

@@ -16,9 +16,9 @@ import itertools
 import logging
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -57,12 +57,16 @@ MAX_RETRY_AFTER = 60.0
 """Seconds; an estimate beyond that is worth nothing."""
 
 
+Kind: TypeAlias = type[GenerateRequest] | type[EmbedRequest]
+"""Generations wait for slots, embeddings for lanes of their own: neither takes a place from the other."""
+
+
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A request that was admitted: who reads it, and whether it waits in the queue for slots."""
+    """A request that was admitted, and who reads it."""
 
     reader: Reader
-    is_generation: bool
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +110,11 @@ class Engine:
         self._emissions: deque[Emission] = deque()
         self._stalled = Deadlines(self._drop_stalled)
         self._overdue = Deadlines(self._expire)
-        self._slot_seconds: float | None = None
+        self._preparing: Counter[Kind] = Counter()
+        self._seconds: dict[Kind, float] = {}  # that a request has rows in batches for, lately
         self._idle = trio.Event()
         self._helpers = trio.CapacityLimiter(MAX_HELPERS)
         self._long_helper = trio.CapacityLimiter(1)
-        self._n_helping = 0
-        self._none_helping = trio.Event()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +192,15 @@ class Engine:
                 if len(in_flight) == window:
                     await take_first()
                 embedding = Embedding(self, request)
-                await embedding.start()
+                # Others may have filled the queue meanwhile; those before this one make room in it.
+                while True:
+                    try:
+                        await embedding.start()
+                        break
+                    except EngineBusy:
+                        if not in_flight:
+                            raise
+                    await take_first()
                 in_flight.append(embedding)
             while in_flight:
                 await take_first()
@@ -247,11 +258,17 @@ class Engine:
         if isinstance(request, GenerateRequest) and request.deadline is not None:
             deadline = trio.current_time() + request.deadline
         mail: Submit | None = None
-        with trio.CancelScope(deadline=deadline):
-            await self.wait_ready()
-            self._refuse_if_full(request)
-            text = request.prompt if isinstance(request, GenerateRequest) else request.content
-            mail = await self._help(partial(prepare, request, self._ready_runtime(), uid), len(text))
+        kind = type(request)
+        self._refuse_if_full(request)
+        self._preparing[kind] += 1  # its place in the queue, from now on
+        try:
+            with trio.CancelScope(deadline=deadline):
+                await self.wait_ready()
+                text = request.prompt if isinstance(request, GenerateRequest) else request.content
+                call = partial(prepare, request, self._ready_runtime(), uid)
+                mail = await self._help(call, len(text), discard=_close_sampler)
+        finally:
+            self._preparing[kind] -= 1
         # No checkpoint from here to the return: a sequence that is queued has a reader that knows its uid.
         if mail is None or deadline <= trio.current_time():
             _close_sampler(mail)
@@ -259,11 +276,10 @@ class Engine:
             return uid
         try:
             self._ready_runtime()
-            self._refuse_if_full(request)
         except RunnerError:
             _close_sampler(mail)
             raise
-        self._requests[uid] = _InFlight(reader, isinstance(request, GenerateRequest))
+        self._requests[uid] = _InFlight(reader, kind)
         self._mailbox.put(mail)
         if deadline < math.inf:
             self._overdue.set(uid, deadline)
@@ -354,8 +370,9 @@ class Engine:
         self._end_readers(lambda: self._broken() if self._status == "broken" else EngineClosed("the engine was closed"))
         # Whoever is still tokenising, in whatever task, does so with this model.
         with trio.CancelScope(shield=True):
-            while self._n_helping:
-                await self._none_helping.wait()
+            for limiter in (self._helpers, self._long_helper):
+                for _ in range(int(limiter.total_tokens)):
+                    await limiter.acquire_on_behalf_of(object())
         if self._loop is not None:
             # What was submitted between the end of the decode thread and the news of it.
             self._loop.refuse_mail()
@@ -413,16 +430,16 @@ class Engine:
         self._settled.set()
 
     def _refuse_if_full(self, request: GenerateRequest | EmbedRequest) -> None:
-        """Generations wait for slots, embeddings for lanes of their own: neither takes a place from the other."""
         slots, max_queue = self.config.slots, self.config.max_queue
         if max_queue is None:
             return
-        is_generation = isinstance(request, GenerateRequest)
         if isinstance(request, GenerateRequest) and request.priority == "background":
             max_queue //= 2  # the other half is for those who are waited for
-        n_in_flight = sum(other.is_generation is is_generation for other in self._requests.values())
-        if n_in_flight >= slots + max_queue:
-            seconds = (self._slot_seconds or 0.0) * (n_in_flight - slots) / slots
+        kind = type(request)
+        n_in_flight = self._preparing[kind] + sum(other.kind is kind for other in self._requests.values())
+        n_excess = n_in_flight - slots - max_queue + 1
+        if n_excess > 0:
+            seconds = self._seconds.get(kind, 0.0) * n_excess / slots  # until so many have ended
             message = f"{slots} requests are running and {n_in_flight - slots} waiting"
             raise EngineBusy(message, retry_after=min(max(seconds, 1.0), MAX_RETRY_AFTER))
 
@@ -436,12 +453,16 @@ class Engine:
             if isinstance(event, (Finished, Embedded)):
                 del self._requests[uid]
                 self._forget(uid)
-            if isinstance(event, Finished) and event.error is None:
-                # A moving average over some ten requests.
-                seconds = event.usage.prompt_seconds + event.usage.completion_seconds
-                average = seconds if self._slot_seconds is None else self._slot_seconds
-                self._slot_seconds = average + 0.1 * (seconds - average)
+                if isinstance(event, Embedded) or event.error is None:
+                    self._learn_seconds(request.kind, event.usage)
             request.reader.deliver(event)
+
+    def _learn_seconds(self, kind: Kind, usage: Usage) -> None:
+        """A moving average over some ten requests, of those that ever ran."""
+        seconds = usage.prompt_seconds + usage.completion_seconds
+        if seconds > 0:
+            average = self._seconds.get(kind, seconds)
+            self._seconds[kind] = average + 0.1 * (seconds - average)
 
     def _forget(self, uid: int) -> None:
         self._stalled.clear(uid)
@@ -456,17 +477,32 @@ class Engine:
             self._forget(uid)
             request.reader.fail(error())
 
-    async def _help(self, call: Callable[[], T], size: int) -> T:
-        """Run `call`, about a text of `size`, on a helper thread, to its end: the model must outlive it."""
-        self._n_helping += 1
+    async def _help(self, call: Callable[[], T], size: int, *, discard: Callable[[T], None] = lambda _: None) -> T:
+        """Run `call`, about a text of `size`, on a helper thread.
+
+        Cancelled, it returns at once; the call runs to its end, for which the model is kept, and `discard` gets its
+        result.
+        """
+        results: list[T] = []
+        is_abandoned = False
+
+        def work() -> None:
+            results.append(call())
+            if is_abandoned:
+                drop()
+
+        def drop() -> None:
+            with suppress(IndexError):  # both threads may be here
+                discard(results.pop())
+
+        limiter = self._helpers if size < LONG_TEXT else self._long_helper
         try:
-            limiter = self._helpers if size < LONG_TEXT else self._long_helper
-            return await trio.to_thread.run_sync(call, limiter=limiter)
-        finally:
-            self._n_helping -= 1
-            if not self._n_helping:
-                self._none_helping.set()
-                self._none_helping = trio.Event()
+            await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
+        except trio.Cancelled:
+            is_abandoned = True
+            drop()
+            raise
+        return results.pop()
 
 
 @asynccontextmanager
