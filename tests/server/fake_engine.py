@@ -46,8 +46,8 @@ class FakeGeneration:
         await trio.lowlevel.checkpoint()
         return self._events.pop(0)
 
-    def receive_nowait(self) -> list[Event]:
-        events, self._events = self._events, []
+    def receive_nowait(self, at_most: int | None = None) -> list[Event]:
+        events, self._events = self._events[:at_most], self._events[at_most:] if at_most is not None else []
         return events
 
     # What the test uses.

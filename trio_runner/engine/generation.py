@@ -126,11 +126,11 @@ class Generation:
                 self._raise_error()
         return event
 
-    def receive_nowait(self) -> list[Event]:
-        """All events that are here already, maybe none. An error that ended the generation is kept for the next
-        `__anext__`, so that nothing that came before it is lost."""
+    def receive_nowait(self, at_most: int | None = None) -> list[Event]:
+        """The events that are here already, maybe none, and no more than `at_most`. An error that ended the generation
+        is kept for the next `__anext__`, so that nothing that came before it is lost."""
         events: list[Event] = []
-        while self._error is None:
+        while self._error is None and (at_most is None or len(events) < at_most):
             try:
                 event = self._receive.receive_nowait()
             except (trio.WouldBlock, trio.EndOfChannel):

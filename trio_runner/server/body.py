@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-import trio
 from quart.wrappers.response import ResponseBody
 
 from trio_runner.errors import RunnerError
@@ -38,15 +36,13 @@ class EventBody(ResponseBody):
     """The events of a started generation as chunks of bytes; closes the generation when left, whatever the reason.
 
     Everything that has arrived while the last chunk was being sent becomes one chunk, up to `CHUNK_BYTES`, so a slow
-    reader costs fewer sends instead of more memory. What is left over goes first into the next; only then is anything
-    more taken from the generation, which would count that as being read. A failure is written into the body: the
-    status is long sent.
+    reader costs fewer sends instead of more memory. No more is taken from the generation than that, for what is taken
+    counts as read. A failure is written into the body: the status is long sent.
     """
 
     def __init__(self, generation: Generation, dialect: Dialect) -> None:
         self._generation = generation
         self._dialect = dialect
-        self._unwritten: deque[Event] = deque()
         self._ended = False
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
@@ -69,13 +65,9 @@ class EventBody(ResponseBody):
     async def _next_chunk(self) -> bytes:
         chunk = bytearray()
         try:
-            if self._unwritten:
-                await trio.lowlevel.checkpoint()  # a fast reader's socket may never make us wait
-            else:
-                self._unwritten.append(await anext(self._generation))
-                self._unwritten.extend(self._generation.receive_nowait())
-            while self._unwritten and len(chunk) < CHUNK_BYTES:
-                chunk += self._write(self._unwritten.popleft())
+            chunk += self._write(await anext(self._generation))
+            while len(chunk) < CHUNK_BYTES and (events := self._generation.receive_nowait(at_most=1)):
+                chunk += self._write(events[0])
         except StopAsyncIteration:
             self._ended = True
         except Exception as error:
