@@ -9,13 +9,15 @@ import trio
 import trio.testing
 
 from tests.server.client import post, request, serving
-from tests.server.fake_engine import DONE, FakeEngine
+from tests.server.fake_engine import DONE, FakeEngine, FakeGeneration
 from tests.server.malformed import malformed
 from trio_runner.core.scheduler import SchedulerStatistics
 from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
 from trio_runner.events import PromptProgress, SampledToken, TextPiece, TokenInfo
+from trio_runner.request import GenerateRequest
 from trio_runner.server import intake, runner_api
+from trio_runner.server.body import EventBody
 
 PIECE = b'"stop":false,"timings":{"predicted_n":0,"predicted_ms":0,"prompt_n":0,"prompt_ms":0}}\n'
 END = (
@@ -79,6 +81,17 @@ async def test_errors_in_the_stream_are_its_last_line() -> None:
             assert [line.get("content") for line in answer.lines] == ["a", ""]
             assert answer.lines[-1]["error"] == text
             assert answer.lines[-1]["stop"] is True
+
+
+async def test_what_is_not_on_its_way_has_not_been_read() -> None:
+    """For a reader that takes a little now and then is not one that has stalled."""
+    generation = FakeGeneration(FakeEngine(), GenerateRequest(prompt="x"))
+    generation.say(*(TextPiece("word " * 1000) for _ in range(60)))
+    body = EventBody(generation, runner_api.CompletionLines())  # type: ignore[arg-type]
+    n_written = 0
+    while n_written < 60:
+        n_written += (await anext(body)).count(b'"stop":')
+        assert n_written + len(generation._events) == 60
 
 
 @pytest.mark.parametrize("error", [None, EngineBroken("it died")])
