@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -17,6 +18,10 @@ from trio_runner.bench.server import Server
 DEADLINE = 30.0
 """Seconds any one test may take before it has failed."""
 END_TOKEN = 7
+PADDING = "x" * 250
+"""For buffers to be full soon."""
+STUCK_SECONDS = 0.05
+"""After which a client that takes nothing is one that does not read."""
 
 Fields = dict[str, Any]
 
@@ -40,18 +45,34 @@ class FakeServer:
         """Whether a cancellation changes the others' texts, as a bug would."""
         self.leaks = False
         """Whether a generation that was abandoned is counted for ever."""
+        self.pauses = True
+        """Whether a client that does not read gives up its part of the speed."""
+        self.sending: dict[trio.SocketStream, float] = {}
+        """Since when somebody waits for a client to take a piece of text."""
         self.embeds = dialect != "llama"
         self.has_statistics = dialect == "runner"
+        self.health = 200
+        self.embeddings_wait = False
+        """Whether an embedding comes only when nothing is generated."""
+        self.statistics_step = 0.0
+        """Seconds after which the queue is counted again."""
+        self._counted = (-math.inf, 0)
 
     @property
     def waiting(self) -> int:
         return self.slots.statistics().tasks_waiting
+
+    @property
+    def n_stuck(self) -> int:
+        """Clients that do not read."""
+        return sum(trio.current_time() - since > STUCK_SECONDS for since in self.sending.values())
 
     # ---- HTTP
 
     async def serve(self, stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async with stream:
+                stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, 4096)
                 buffer = b""
                 while True:
                     while b"\r\n\r\n" not in buffer:
@@ -75,23 +96,28 @@ class FakeServer:
         if path == DIALECTS[self.dialect].path:
             await self._completion(stream, fields)
             return
+        while "embedding" in path and self.embeddings_wait and self.generations:  # noqa: ASYNC110
+            await trio.sleep(0.001)
         status, answer = self._other(path, fields)
         await _respond(stream, status, json.dumps(answer).encode())
 
     def _other(self, path: str, fields: Fields) -> tuple[int, object]:
         match path:
             case "/health":
-                return 200, {"status": "ok"} | ({"progress": 1} if self.dialect == "runner" else {})
+                return self.health, {"status": "ok"} | ({"progress": 1} if self.dialect == "runner" else {})
             case "/tokenize" if self.dialect != "openai":
                 words = fields["content"].split()
                 return 200, {"tokens": [END_TOKEN if word == "</s>" else 1 for word in words]}
             case "/statistics" if self.has_statistics:
                 running, cached = self.slots.borrowed_tokens, len(self.cached)
-                counts = {"running": running, "waiting": self.waiting, "generations": self.generations}
+                if trio.current_time() - self._counted[0] >= self.statistics_step:
+                    self._counted = trio.current_time(), self.waiting
+                counts = {"running": running, "waiting": self._counted[1], "generations": self.generations}
                 return 200, {
                     "status": "ready",
                     "slots": int(self.slots.total_tokens),
                     "cached_tokens": cached,
+                    "paused": self.n_stuck if self.pauses else 0,
                     **counts,
                 }
             case "/props" if self.dialect == "llama":
@@ -157,12 +183,16 @@ class FakeServer:
         if streamed:
             await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         for number in range(n_predict):
-            await trio.sleep(self.step)
+            await trio.sleep(self.step + (0 if self.pauses else 0.01 * self.n_stuck))
             word = f" {len(words)}:{number}" + ("!" if self.texts_break and self.left and number > 2 else "")
             pieces.append(word)
             if streamed:
-                for line in self._piece(word, bool(fields.get("n_probs") or fields.get("logprobs"))):
-                    await stream.send_all(b"%x\r\n%b\r\n" % (len(line), line))
+                self.sending[stream] = trio.current_time()
+                try:
+                    for line in self._piece(word, bool(fields.get("n_probs") or fields.get("logprobs"))):
+                        await stream.send_all(b"%x\r\n%b\r\n" % (len(line), line))
+                finally:
+                    del self.sending[stream]
         last = self._last(len(words), n_cached, n_predict, "" if streamed else "".join(pieces))
         if streamed:
             for line in last:
@@ -175,13 +205,13 @@ class FakeServer:
         top = [{"logprob": -0.1}, {"logprob": -1.0}]
         entry = {"completion_probabilities": [{"bytes": list(word.encode()), "top_logprobs": top}]} if n_top else {}
         if self.dialect == "runner":
-            yield _line({"content": word, "stop": False, **entry})
+            yield _line({"content": word, "stop": False, "padding": PADDING, **entry})
         elif self.dialect == "llama":
             yield b": a comment\n\n"
-            yield _event({"content": word, "stop": False, **entry})
+            yield _event({"content": word, "stop": False, "padding": PADDING, **entry})
         else:
             logprobs = {"tokens": [word], "top_logprobs": [{word: -0.1, "else": -1.0}]} if n_top else None
-            yield _event({"choices": [{"text": word, "finish_reason": None, "logprobs": logprobs}]})
+            yield _event({"choices": [{"text": word, "finish_reason": None, "logprobs": logprobs}], "padding": PADDING})
 
     def _last(self, n_prompt: int, n_cached: int, n_predicted: int, text: str) -> list[bytes]:
         timings = {"predicted_n": n_predicted, "prompt_n": n_prompt, "cache_n": n_cached}

@@ -2,31 +2,72 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
+import subprocess
+import sys
 
 import pytest
 
-from trio_runner.bench.processes import holdings, listener
+from trio_runner.bench.processes import foreign_seconds, holdings, listener
+
+MIB = 1 << 20
+
+GREEDY = f"""
+import mmap, socket, sys, threading
+print("started", flush=True)
+sys.stdin.readline()
+held = socket.socket(), bytearray(b"x" * {8 * MIB})
+with open(sys.executable, "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # with a descriptor of its own
+sum(mapped[::4096])
+threading.Thread(target=sys.stdin.readline).start()
+print("has more", flush=True)
+"""
+"""Not this process: in the tests', threads come and go."""
 
 
-def test_what_we_hold_ourselves() -> None:
-    before = holdings(os.getpid())
+def test_what_a_process_holds() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", GREEDY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "started\n"
+        before = holdings(child.pid)
+        print(file=child.stdin, flush=True)
+        assert child.stdout.readline() == "has more\n"
+        after = holdings(child.pid)
+        child.communicate("\n")
+        assert holdings(child.pid) is None
     assert before is not None
-    assert before.rss > 1
-    over = threading.Event()
-    thread = threading.Thread(target=over.wait)
-    thread.start()
-    with socket.socket():
-        after = holdings(os.getpid())
-    over.set()
-    thread.join()
     assert after is not None
+    assert before.memory > 1
+    assert 8 <= after.memory - before.memory < 8 + 2  # and not what it maps
     assert after.threads == before.threads + 1
-    assert after.descriptors == before.descriptors + 1
+    assert after.descriptors == before.descriptors + 2
 
 
 def test_nobody() -> None:
     assert holdings(2**22 + 1) is None
+
+
+def test_what_others_do() -> None:
+    """A process that is busy counts where it is not one of ours."""
+    with subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) as busy:
+        try:
+            us, both = [os.getpid()], [os.getpid(), busy.pid]
+            before = _seconds(us) - _seconds(both)
+            while _seconds(us) - _seconds(both) < before + 0.1:
+                pass
+        finally:
+            busy.kill()
+    assert foreign_seconds([os.getpid(), None]) is None
+    assert foreign_seconds([2**22 + 1]) is None
+
+
+def _seconds(pids: list[int]) -> float:
+    seconds = foreign_seconds(pids)
+    assert seconds is not None
+    return seconds
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import statistics
+import threading
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
+import trio
+from trio.testing import MockClock
 
-from tests.bench.fake_server import END_TOKEN, fake_server
-from trio_runner.bench.dialects import DIALECTS, DialectName, Runner
-from trio_runner.bench.figures import Measured
+from tests.bench.fake_server import END_TOKEN, fake_server, listening
+from trio_runner.bench import crowd, leaving, rounds
+from trio_runner.bench.client import Address
+from trio_runner.bench.dialects import DIALECTS, Ask, DialectName, Runner
+from trio_runner.bench.figures import Measured, Metric
+from trio_runner.bench.processes import Holdings
 from trio_runner.bench.prompts import Prompts
-from trio_runner.bench.rounds import SCENARIOS, run_rounds
+from trio_runner.bench.rounds import SCENARIOS, Outcome, run_rounds
 from trio_runner.bench.scenarios import Load, Turn
 from trio_runner.bench.server import Server, Unavailable, meet, parse_url
 
@@ -26,6 +35,7 @@ LOAD = Load(
     cancellations=12,
     clients=20,
     endless=4000,
+    unread=300,
 )
 ALL = {
     "throughput": ["1 stream", "4 streams"],
@@ -49,11 +59,12 @@ ALL = {
         "missing, by the clock",
         "decoded by the retry",
     ],
-    "storm": ["connections", "time for all of them", "until the server is quiet again"],
+    "storm": ["connections", "time for all of them", "until the server is quiet again", "first token afterwards"],
     "slow-reader": [
         "3 streams, nobody else",
         "3 streams, beside one that reads",
         "3 streams, beside one that never reads",
+        "beside one that never reads / nobody else",
         "beside one that never reads / one that reads",
     ],
     "embeddings": ["64 tokens, idle server", "64 tokens, beside 3 streams"],
@@ -65,20 +76,33 @@ ALL = {
         "until all were told",
         "first token of those answered",
         "/health meanwhile",
-        "/health unanswered",
+        "/health failed",
     ],
-    "survivors": ["cancellations", "texts compared", "texts that differ"],
+    "survivors": [
+        "cancellations",
+        "of those, queued",
+        "of those, in its prefill",
+        "of those, decoding",
+        "texts compared",
+        "texts that are identical",
+        "texts that differ",
+        "texts that differ where no alternative is known",
+    ],
 }
 """The metrics that every server has."""
 
-OF_THE_RUNNER = {
-    "cancel-prefill": ["until its slot is free"],
-    "cancel-decode": ["until its slot is free"],
-    "cancel-unread": ["until its slot is free"],
-    "cancel-queued": ["until it has left the queue"],
-    "storm": ["slots still taken", "generations still open"],
+TOLD: dict[tuple[str, DialectName], list[str]] = {
+    ("cancel-prefill", "runner"): ["until its slot is free"],
+    ("cancel-decode", "runner"): ["until its slot is free"],
+    ("cancel-unread", "runner"): ["until its slot is free"],
+    ("cancel-queued", "runner"): ["until it has left the queue"],
+    ("storm", "runner"): ["slots still taken", "requests still waiting", "generations still open"],
+    ("storm", "llama"): ["slots still taken"],
 }
-"""And those that need /statistics."""
+"""And those that need a server that says how it is."""
+
+
+COUNT = Metric("count", "")
 
 
 async def measure(name: str, server: Server, load: Load = LOAD) -> dict[str, list[float]]:
@@ -97,7 +121,7 @@ async def test_every_scenario_on_every_server(name: str, dialect: DialectName) -
         assert outcome.unavailable.startswith("no embeddings: 501")
         return
     assert outcome.unavailable is None
-    expected = set(ALL[name]) | set(OF_THE_RUNNER.get(name, []) if dialect == "runner" else [])
+    expected = set(ALL[name]) | set(TOLD.get((name, dialect), []))
     [measured] = outcome.rounds
     assert {metric.name for metric in measured.samples} == expected, measured.notes
     assert all(measured.samples.values())
@@ -146,20 +170,54 @@ async def test_a_retry_decodes_what_was_missing() -> None:
     assert measured["decoded twice"] == [0]
 
 
-@pytest.mark.parametrize("leaks", [False, True])
-async def test_a_storm_finds_what_leaks(leaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_storm_that_leaves_nothing_behind() -> None:
+    async with fake_server("runner") as (fake, server):
+        measured = await measure("storm", server)
+    assert measured["slots still taken"] == measured["requests still waiting"] == [0]
+    assert measured["generations still open"] == [0]
+    assert measured["connections"] == [30]
+    assert fake.left > 5
+
+
+async def test_what_leaks_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_runner.bench.server.QUIET_SECONDS", 0.3)
     async with fake_server("runner") as (fake, server):
-        fake.leaks = leaks
-        if leaks:
-            with pytest.raises(Unavailable, match="still busy after"):
-                await measure("storm", server)
-        else:
-            measured = await measure("storm", server)
-            assert measured["slots still taken"] == [0]
-            assert measured["generations still open"] == [0]
-            assert measured["connections"] == [30]
-            assert fake.left > 5
+
+        async def settled(server: Server) -> None:  # just before the storm
+            fake.leaks = True
+
+        monkeypatch.setattr(leaving, "_settled", settled)
+        [outcome] = await run_rounds([server], ["storm"], repeat=1, seed=1, load=LOAD)
+    samples = {metric.name: values for metric, values in outcome.rounds[0].samples.items()}
+    assert samples["generations still open"][0] > 5
+    assert samples["slots still taken"] == [0]
+    assert "until the server is quiet again" not in samples
+    assert "still busy after 0.3 s" in outcome.notes
+
+
+async def test_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([Holdings(5, 8, 50.0), Holdings(9, 9, 64.0), Holdings(6, 8, 62.5)])
+    monkeypatch.setattr(leaving, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(leaving, "holdings", lambda pid: next(held))
+    async with fake_server("runner") as (_, server):
+        measured = await measure("storm", dataclasses.replace(server, pid=1))
+    assert measured["threads more than before"] == [1]
+    assert measured["descriptors more than before"] == [0]
+    assert measured["memory more than before"] == [12.5]
+    assert measured["memory more than halfway"] == [-1.5]
+
+
+async def test_a_process_has_settled_when_nothing_changes(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(pid: int) -> Holdings:  # a thread ends after 11 seconds, another one 11 seconds later
+        return Holdings(7 - min(int(trio.current_time() - started) // 11, 2), 3, 1.0)
+
+    started = trio.current_time()
+    monkeypatch.setattr(leaving, "holdings", held)
+    settled = await leaving._settled(Server("", Address("", 0), Runner(), 4, pid=1))
+    assert settled == Holdings(5, 3, 1.0)
+    assert trio.current_time() - started > 22 + 11
 
 
 async def test_an_overload_tells_who_was_refused() -> None:
@@ -169,7 +227,67 @@ async def test_an_overload_tells_who_was_refused() -> None:
     assert measured["answered"][0] + measured["503 with Retry-After"][0] == 20
     assert measured["503 with Retry-After"][0] > 0
     assert measured["anything else"] == [0]
-    assert measured["/health unanswered"] == [0]
+    assert measured["/health failed"] == [0]
+
+
+async def test_health_that_is_not_well_is_a_failure() -> None:
+    async with fake_server("runner") as (fake, server):
+        fake.health = 503
+        measured = await measure("overload", server)
+    assert measured["/health failed"][0] > 0
+    assert not measured["/health meanwhile"]
+
+
+async def test_health_is_asked_for_by_the_clock() -> None:
+    """Not when the question before has been answered: all that a server owes while it is stuck counts."""
+    n_asked, answer, over = 0, trio.Event(), threading.Event()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        nonlocal n_asked
+        async with stream:
+            await stream.receive_some()
+            n_asked += 1
+            if n_asked == 5:
+                answer.set()
+            await answer.wait()
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    async with listening(handle) as address, trio.open_nursery() as nursery:
+        poll = crowd._HealthPoll(address)
+        nursery.start_soon(trio.to_thread.run_sync, trio.run, poll.run, over)
+        await answer.wait()
+        over.set()
+    assert poll.n_failed == 0
+    assert len(poll.latencies) >= 5
+    assert max(poll.latencies) > 4 * crowd.HEALTH_SECONDS * 1000 - 1
+
+
+@pytest.mark.parametrize("pauses", [True, False])
+async def test_one_that_never_reads_is_felt_before_anything_is_measured(pauses: bool) -> None:
+    async with fake_server("runner") as (fake, server):
+        fake.pauses = pauses
+        [outcome] = await run_rounds([server], ["slow-reader"], repeat=1, seed=1, load=LOAD)
+    [ratio] = outcome.rounds[0].samples[Metric("beside one that never reads / nobody else", "x")]
+    if pauses:
+        assert not outcome.notes
+    else:
+        assert outcome.notes == ["one that never reads was not paused within 300 tokens"]
+        assert ratio < 0.5
+
+
+async def test_the_memory_of_one_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = itertools.cycle([Holdings(1, 1, 50.0), Holdings(1, 1, 53.0)])
+    monkeypatch.setattr(crowd, "holdings", lambda pid: next(held))
+    async with fake_server("runner") as (_, server):
+        measured = await measure("slow-reader", dataclasses.replace(server, pid=1))
+    assert measured["memory more than before it came"] == [3, 3]
+
+
+async def test_who_leaves_the_queue_is_not_waited_for_until_the_step_is_over() -> None:
+    async with fake_server("runner", slots=2) as (fake, server):
+        fake.statistics_step = 0.2
+        measured = await measure("cancel-queued", server)
+    assert statistics.median(measured["until it has left the queue"]) < 50
 
 
 @pytest.mark.parametrize("dialect", ["runner", "llama", "openai"])
@@ -177,6 +295,7 @@ async def test_survivors_whose_texts_change_are_found(dialect: DialectName) -> N
     async with fake_server(dialect) as (fake, server):
         measured = await measure("survivors", server)
         assert measured["texts that differ"] == [0]
+        assert measured["texts that are identical"] == measured["texts compared"]
         fake.texts_break = True
         fake.left = 0
         [outcome] = await run_rounds([server], ["survivors"], repeat=1, seed=1, load=LOAD)
@@ -185,7 +304,10 @@ async def test_survivors_whose_texts_change_are_found(dialect: DialectName) -> N
     assert n_differing > 0
     margins = samples["margin of the two best tokens at the first difference"]
     assert margins == [pytest.approx(0.9)] * int(n_differing)
-    assert any(re.match(r"a text differs from token \d+ on, where the two best were 0.9000", n) for n in outcome.notes)
+    assert samples["largest margin of them"] == [pytest.approx(0.9)]
+    assert samples["texts that differ where no alternative is known"] == [0]
+    explained = r"\d+ x a text differs from token \d+ on, where the two best were 0.9000 nats apart"
+    assert any(re.fullmatch(explained, note) for note in outcome.notes)
 
 
 async def test_too_few_slots() -> None:
@@ -193,6 +315,24 @@ async def test_too_few_slots() -> None:
         names = ["gaps", "slow-reader", "survivors"]
         outcomes = await run_rounds([server], names, repeat=2, seed=1, load=LOAD)
     assert [outcome.unavailable for outcome in outcomes] == ["needs 2 slots, the server has 1"] * 3
+
+
+async def test_embeddings_that_wait_for_the_streams() -> None:
+    """Whatever comes after the streams have ended is not beside them."""
+    async with fake_server("runner") as (fake, server):
+        fake.embeddings_wait = True
+        measured = await measure("embeddings", server, dataclasses.replace(LOAD, endless=60))
+    assert len(measured["64 tokens, idle server"]) == 10
+    assert len(measured["64 tokens, beside 3 streams"]) == 1
+
+
+async def test_gaps_are_many_and_from_before_and_after() -> None:
+    async with fake_server("runner") as (fake, server):
+        fake.step = 0.002
+        measured = await measure("gaps", server)
+    assert len(measured["3 streams, undisturbed"]) >= 3 * 3 * LOAD.tokens
+    assert min(measured["3 streams, undisturbed"]) > 0
+    assert len(measured["the prompt's first token, idle server"]) == 2
 
 
 # ---- rounds ----------------------------------------------------------------------------------------------------------
@@ -219,8 +359,65 @@ async def test_a_server_that_is_gone_is_a_note_and_no_crash() -> None:
         pass
     [outcome] = await run_rounds([server], ["ttft"], repeat=2, seed=1, load=LOAD)
     assert len(outcome.rounds) == 2
+    assert [note.split(":")[:2] for note in outcome.notes] == [
+        [f"round {number} failed", " ConnectionRefusedError"] for number in (1, 2)
+    ]
+
+
+async def test_streams_that_end_too_early_cost_a_round() -> None:
+    async with fake_server("runner") as (_, server):
+        load = dataclasses.replace(LOAD, endless=LOAD.tokens)
+        [outcome] = await run_rounds([server], ["gaps"], repeat=2, seed=1, load=load)
+    assert outcome.unavailable is None
+    assert outcome.notes == [f"round {number} failed: CutShort: a stream ended too early" for number in (1, 2)]
+
+
+async def test_a_round_that_fails_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: Iterator[Measured | Exception] = iter(
+        [Measured({COUNT: [1]}), LookupError("oh"), Measured({COUNT: [3]}), Unavailable("no more")]
+    )
+
+    async def scenario(turn: Turn) -> Measured:
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    kept: list[list[tuple[str, int]]] = []
+
+    def keep(outcomes: Sequence[Outcome]) -> None:
+        kept.append([(outcome.scenario, len(outcome.rounds)) for outcome in outcomes])
+
+    monkeypatch.setitem(SCENARIOS, "throughput", scenario)
+    async with fake_server("runner") as (_, server):
+        names = ["throughput", "ttft"]
+        odd, ttft = await run_rounds([server], names, repeat=5, seed=1, load=LOAD, keep=keep)
+    assert [measured.samples for measured in odd.rounds] == [{COUNT: [1]}, {}, {COUNT: [3]}]
+    assert odd.notes == ["round 2 failed: LookupError: oh"]
+    assert odd.unavailable == "no more"
+    assert len(ttft.rounds) == 5
+    assert kept[:5] == [[("throughput", n)] for n in (1, 2, 3, 3)] + [[("throughput", 3), ("ttft", 1)]]
+    assert len(kept) == 9
+
+
+async def test_a_server_that_is_not_measured_has_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trio_runner.bench.server.QUIET_SECONDS", 0.3)
+    endless = Ask(prompt="a", max_tokens=10**6)
+    async with fake_server("runner") as (_, one), fake_server("llama") as (_, other), other.asking(endless) as stream:
+        await stream.read(1)
+        ours, theirs = await run_rounds([one, other], ["ttft"], repeat=1, seed=1, load=LOAD)
+    assert ours.rounds[0].samples
+    assert ours.notes == [f"round 1 was disturbed: {other.url} was still busy after 0.3 s"]
+    assert theirs.notes == ["round 1 failed: Overdue: still busy after 0.3 s"]
+
+
+async def test_a_machine_with_something_else_to_do_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(step=1000.0)
+    monkeypatch.setattr(rounds, "foreign_seconds", lambda pids: next(seconds))
+    async with fake_server("runner") as (_, server):
+        [outcome] = await run_rounds([server], ["ttft"], repeat=1, seed=1, load=LOAD)
     [note] = outcome.notes
-    assert note.startswith("a round failed: ConnectionRefusedError")
+    assert re.fullmatch(r"round 1 was disturbed: other programs used \d+\.\d of \d+ cores", note)
 
 
 # ---- getting acquainted ----------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ class Metric:
 
     name: str
     unit: Unit
+    difference: bool = False
+    """Whether it is what is left of two measurements: around zero, where ratios are noise."""
 
 
 @dataclass(slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from random import Random
 from statistics import median
@@ -17,20 +18,24 @@ from trio_runner.bench.client import Connection, CutShort, Farewell, Refused, St
 from trio_runner.bench.dialects import Ask
 from trio_runner.bench.figures import Measured, Metric
 from trio_runner.bench.processes import Holdings, holdings
-from trio_runner.bench.scenarios import MS, N_SHORT, Turn, complete_all, first_token, running
-from trio_runner.bench.server import Server, watching
+from trio_runner.bench.scenarios import MS, N_SHORT, Turn, first_token, running
+from trio_runner.bench.server import QUIET_SECONDS, Overdue, Server, watching
 
 N_IDLE: Final = 3
-"""Requests whose median stands for the idle server."""
+"""Requests before, and as many after, whose median stands for the idle server."""
 N_VICTIMS: Final = 5
 """In one round, where it does not take long to see what becomes of them."""
 N_VICTIM_PIECES: Final = 8
 MAX_DELAY: Final = 1.0
-"""Seconds until a client of the storm leaves, at most."""
+"""Seconds until one of many clients leaves, at most."""
+N_STORM_PIECES: Final = 4
+"""Of text, after which one of many clients leaves, at most."""
+N_QUEUED: Final = 3
+"""Clients that leave beside survivors, beyond those that there are slots for."""
 PATIENCE: Final = 20.0
 """Seconds that a client of the storm gives a server that does nothing."""
-SETTLE_SECONDS: Final = 15.0
-"""For threads that are kept for a while in case they are needed again."""
+SETTLE_SECONDS: Final = 12.0
+"""Longer than idle threads are kept in case they are needed again."""
 SMALL_BUFFER: Final = 4096
 
 Leave: TypeAlias = Callable[[Turn], Awaitable[float]]
@@ -92,13 +97,19 @@ async def _cancelled(turn: Turn, leave: Leave) -> Measured:
         ask = await turn.ask(N_SHORT, 1)
         left = await leave(turn)
         successor = await server.complete(ask)
-        measured.add(Metric("next request's first token", "ms"), (successor.first - left) * MS)
-        measured.add(Metric("next request's first token - idle", "ms"), (successor.first - left - idle) * MS)
         if any(stream.total is not None for stream in others):
             measured.note("the streams beside ended before the next request had its first token")
+        else:
+            idle += await _idle(turn)
+        _add_successor(measured, successor.first - left, idle)
     if n_others:
         measured.note(f"{n_others} streams run beside, also in the idle server's reference")
     return measured
+
+
+def _add_successor(measured: Measured, seconds: float, idle: Sequence[float]) -> None:
+    measured.add(Metric("next request's first token", "ms"), seconds * MS)
+    measured.add(Metric("next request's first token - idle", "ms", difference=True), (seconds - median(idle)) * MS)
 
 
 async def cancel_queued(turn: Turn) -> Measured:
@@ -113,8 +124,10 @@ async def cancel_queued(turn: Turn) -> Measured:
                         await watch.until(lambda statistics: statistics["waiting"] >= 1)
                         await trio.sleep(turn.random.uniform(0, 0.1))
                         left = victim.leave()
-                        gone = await watch.until(lambda statistics: not statistics["waiting"])
+                        # Not `waiting`, which is counted once in a step: the queue's bound is a matter of this number.
+                        gone = await watch.until(lambda statistics: statistics["generations"] <= server.slots)
                         measured.add(Metric("until it has left the queue", "ms"), (gone - left) * MS)
+                        await watch.until(lambda statistics: not statistics["waiting"])
     await server.quiet()
     async with running(turn, server.slots - 1):
         idle = await _idle(turn)
@@ -127,8 +140,8 @@ async def cancel_queued(turn: Turn) -> Measured:
             await before.finish()
         free = time.perf_counter()
         successor = await server.complete(ask)
-        measured.add(Metric("next request's first token", "ms"), (successor.first - free) * MS)
-        measured.add(Metric("next request's first token - idle", "ms"), (successor.first - free - idle) * MS)
+        idle += await _idle(turn)
+        _add_successor(measured, successor.first - free, idle)
     return measured
 
 
@@ -156,12 +169,12 @@ async def retry(turn: Turn) -> Measured:
     if server.slots == 1 and "cached_tokens" in statistics:
         missing = max(n_prompt - statistics["cached_tokens"], 1)  # the last token is always decoded
         measured.add(Metric("missing, by the server's count", "tokens"), missing)
-        measured.add(Metric("decoded twice", "tokens"), decoded - missing)
+        measured.add(Metric("decoded twice", "tokens", difference=True), decoded - missing)
     return measured
 
 
-async def _idle(turn: Turn) -> float:
-    return median([await first_token(turn.server, await turn.ask(N_SHORT, 1)) for _ in range(N_IDLE)])
+async def _idle(turn: Turn) -> list[float]:
+    return [await first_token(turn.server, await turn.ask(N_SHORT, 1)) for _ in range(N_IDLE)]
 
 
 # ---- many clients ----------------------------------------------------------------------------------------------------
@@ -169,64 +182,75 @@ async def _idle(turn: Turn) -> float:
 
 async def storm(turn: Turn) -> Measured:
     """Clients that connect and leave at random points, and what the server still holds when all of them are gone."""
-    measured, server = Measured(), turn.server
-    pool = [await turn.ask(n, turn.load.endless) for n in (N_SHORT, turn.load.long_prompt // 4, turn.load.long_prompt)]
-    alone = await first_token(server, replace(pool[-1], max_tokens=1))
-    weather = _Storm(server, turn.random, pool, alone)
-    await weather.run(2 * turn.load.crowd, turn.load.crowd)  # threads and pools that stay have then been made
+    measured, server, n_clients = Measured(), turn.server, turn.load.storm
+    pool, delay = await _leaving(turn)
+    weather = _Storm(server, turn.random, pool, delay)
+    await weather.run(2 * turn.load.crowd, turn.load.crowd)  # what is made once and stays has then been made
     await server.quiet()
-    before = await _held(server, None)
+    before = await _settled(server)
     weather.answers.clear()
     started = time.perf_counter()
-    await weather.run(turn.load.storm, turn.load.crowd)
+    await weather.run(n_clients // 2, turn.load.crowd)
+    halfway = None if server.pid is None else holdings(server.pid)
+    await weather.run(n_clients - n_clients // 2, turn.load.crowd)
     ended = time.perf_counter()
-    await server.quiet()
-    measured.add(Metric("connections", ""), turn.load.storm)
+    measured.add(Metric("connections", ""), n_clients)
     measured.add(Metric("time for all of them", "s"), ended - started)
-    measured.add(Metric("until the server is quiet again", "ms"), (time.perf_counter() - ended) * MS)
-    if unasked := {answer: n for answer, n in weather.answers.items() if answer != "200"}:
-        measured.note("answers other than 200: " + ", ".join(f"{n} x {answer}" for answer, n in unasked.items()))
-    await first_token(server, replace(pool[0], max_tokens=1))
-    async with watching(server) as watch:
-        if (statistics := await watch.look()) is not None:
-            measured.add(Metric("slots still taken", ""), statistics["running"])
-            measured.add(Metric("generations still open", ""), statistics.get("generations", 0))
-    after = await _held(server, before)
-    if before is None or after is None:
+    measured.note("of the clients, " + ", ".join(f"{n:,} x {what}" for what, n in sorted(weather.answers.items())))
+    try:
+        await server.quiet()
+        measured.add(Metric("until the server is quiet again", "ms"), (time.perf_counter() - ended) * MS)
+    except Overdue as overdue:
+        measured.note(str(overdue))
+    for what, n_held in (await server.held()).items():
+        measured.add(Metric(what, ""), n_held)
+    after = await _settled(server)
+    if before is None or halfway is None or after is None:
         measured.note("what the server's process holds cannot be seen from here")
     else:
         measured.add(Metric("threads more than before", ""), after.threads - before.threads)
         measured.add(Metric("descriptors more than before", ""), after.descriptors - before.descriptors)
-        measured.add(Metric("memory more than before", "MiB"), after.rss - before.rss)
+        measured.add(Metric("memory more than before", "MiB"), after.memory - before.memory)
+        measured.add(Metric("memory more than halfway", "MiB"), after.memory - halfway.memory)
+    with trio.move_on_after(PATIENCE) as patience:
+        seconds = await first_token(server, replace(pool[0], max_tokens=1))
+        measured.add(Metric("first token afterwards", "ms"), seconds * MS)
+    if patience.cancelled_caught:
+        measured.note(f"no first token within {PATIENCE:g} s afterwards")
     return measured
 
 
-async def _held(server: Server, before: Holdings | None) -> Holdings | None:
-    """What the process holds; if that is more than `before`, once it is not or some time has passed."""
+async def _leaving(turn: Turn) -> tuple[list[Ask], float]:
+    """What many clients that leave ask for, and after how many seconds they leave, at most."""
+    n_long = turn.load.long_prompt
+    pool = [await turn.ask(n, turn.load.endless) for n in (N_SHORT, max(n_long // 4, 1), n_long)]
+    return pool, min(await first_token(turn.server, replace(pool[-1], max_tokens=1)), MAX_DELAY)
+
+
+async def _settled(server: Server) -> Holdings | None:
+    """What the process holds when its threads and descriptors have not changed for a while, or after a minute."""
     if server.pid is None:
         return None
-    held = holdings(server.pid)
-    with trio.move_on_after(SETTLE_SECONDS):
-        while (
-            held is not None
-            and before is not None
-            and (held.threads > before.threads or held.descriptors > before.descriptors)
-        ):
+    held, since = holdings(server.pid), trio.current_time()
+    with trio.move_on_after(QUIET_SECONDS):
+        while held is not None and trio.current_time() - since < SETTLE_SECONDS:
             await trio.sleep(0.1)
-            held = holdings(server.pid)
+            before, held = held, holdings(server.pid)
+            if held is not None and (held.threads, held.descriptors) != (before.threads, before.descriptors):
+                since = trio.current_time()
     return held
 
 
 class _Storm:
     """Rounds of connecting and leaving, several at a time."""
 
-    def __init__(self, server: Server, random: Random, pool: Sequence[Ask], alone: float) -> None:
+    def __init__(self, server: Server, random: Random, pool: Sequence[Ask], delay: float) -> None:
         self.answers: Counter[str] = Counter()
-        """How often each status came, or the other end hung up."""
+        """What became of the clients: how far those came that left, and what the others were told."""
         self._server = server
         self._random = random
         self._pool = pool
-        self._delay = min(alone, MAX_DELAY)
+        self._delay = delay
         self._points = (self._half_a_head, self._half_a_body, self._unanswered, self._mid_stream, self._never_reading)
 
     async def run(self, n_rounds: int, n_at_once: int) -> None:
@@ -234,13 +258,17 @@ class _Storm:
 
         async def client() -> None:
             for _ in left:
-                with trio.move_on_after(PATIENCE):
+                with trio.move_on_after(PATIENCE) as patience:
+                    point = self._random.choice(self._points)
                     try:
-                        await self._random.choice(self._points)(self._random.choice(("fin", "reset")))
+                        await point(self._random.choice(("fin", "reset")))
+                        self.answers[point.__name__.strip("_").replace("_", " ")] += 1
                     except Refused as refusal:
                         self.answers[str(refusal.status)] += 1
                     except (CutShort, OSError, trio.BrokenResourceError) as error:
                         self.answers[type(error).__name__] += 1
+                if patience.cancelled_caught:
+                    self.answers[f"nothing for {PATIENCE:g} s"] += 1
 
         async with trio.open_nursery() as nursery:
             for _ in range(n_at_once):
@@ -269,8 +297,7 @@ class _Storm:
 
     async def _mid_stream(self, how: Farewell) -> None:
         async with self._server.asking(self._pool[0]) as stream:
-            await stream.read(1 + self._random.randrange(N_VICTIM_PIECES))
-            self.answers["200"] += 1
+            await stream.read(1 + self._random.randrange(N_STORM_PIECES))
             stream.leave(how)
 
     async def _never_reading(self, how: Farewell) -> None:
@@ -285,47 +312,75 @@ async def survivors(turn: Turn) -> Measured:
     n_survivors = turn.beside(1)
     asks = [await turn.ask(N_SHORT * (1 + index), turn.load.tokens) for index in range(n_survivors)]
     undisturbed = [await server.complete(replace(ask, n_top=2)) for ask in asks]
-    pool = [await turn.ask(n, turn.load.endless) for n in (N_SHORT, turn.load.long_prompt // 4, turn.load.long_prompt)]
-    alone = await first_token(server, replace(pool[-1], max_tokens=1))
+    pool, delay = await _leaving(turn)
     left = itertools.repeat(None, turn.load.cancellations)
+    in_flight: list[Stream] = []  # in the order in which they came
+    phases = Counter({"queued": 0, "in its prefill": 0, "decoding": 0})
     texts: list[tuple[int, str]] = []
-    async with trio.open_nursery() as nursery:
-        n_leaving = server.slots - n_survivors + 1  # one of them has to wait
-        done = 0
 
-        async def come_and_go() -> None:
-            nonlocal done
-            for _ in left:
-                async with server.asking(turn.random.choice(pool)) as victim:
-                    await trio.sleep(turn.random.uniform(0, alone))
-                    victim.leave()
-            done += 1
+    @asynccontextmanager
+    async def asking(ask: Ask) -> AsyncIterator[Stream]:
+        async with server.asking(ask) as stream:
+            in_flight.append(stream)
+            try:
+                yield stream
+            finally:
+                in_flight.remove(stream)
 
-        for _ in range(n_leaving):
-            nursery.start_soon(come_and_go)
-        while done < n_leaving:
-            texts += [(index, stream.text) for index, stream in enumerate(await complete_all(server, asks))]
+    async def come_and_go() -> None:
+        for _ in left:
+            async with asking(turn.random.choice([pool[0], *pool])) as victim:  # short ones get to decode
+                with trio.move_on_after(turn.random.uniform(0, delay)):
+                    await victim.finish()
+                has_slot = in_flight.index(victim) < server.slots
+                phases["decoding" if victim.pieces else "in its prefill" if has_slot else "queued"] += 1
+                victim.leave()
+
+    async def survive(index: int, over: trio.Event) -> None:
+        while not over.is_set():
+            async with asking(asks[index]) as stream:
+                await stream.finish()
+            texts.append((index, stream.text))
+
+    async with trio.open_nursery() as surviving:
+        over = trio.Event()
+        for index in range(n_survivors):
+            surviving.start_soon(survive, index, over)
+        async with trio.open_nursery() as leaving:
+            for _ in range(server.slots - n_survivors + N_QUEUED):
+                leaving.start_soon(come_and_go)
+        over.set()
     measured.add(Metric("cancellations", ""), turn.load.cancellations)
-    measured.add(Metric("texts compared", ""), len(texts))
+    for phase, n in phases.items():
+        measured.add(Metric(f"of those, {phase}", ""), n)
     differing = [(index, text) for index, text in texts if text != undisturbed[index].text]
+    measured.add(Metric("texts compared", ""), len(texts))
+    measured.add(Metric("texts that are identical", ""), len(texts) - len(differing))
     measured.add(Metric("texts that differ", ""), len(differing))
-    for index, text in differing:
-        _explain_difference(measured, undisturbed[index], text)
+    _explain_differences(measured, [_difference(undisturbed[index], text) for index, text in differing])
     return measured
 
 
-def _explain_difference(measured: Measured, undisturbed: Stream, text: str) -> None:
+def _explain_differences(measured: Measured, differences: Sequence[tuple[int, float] | None]) -> None:
     """Batches of another size compute slightly other logits: what is close to a tie may turn, nothing else."""
-    same = sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(undisturbed.text, text, strict=False))
-    )
-    n_bytes = len(undisturbed.text[:same].encode())
-    position = 0
-    for index, choice in enumerate(undisturbed.choices):
-        position += len(choice.piece)
-        if position > n_bytes and len(choice.top) >= 2:
-            margin = choice.top[0] - choice.top[1]
-            measured.add(Metric("margin of the two best tokens at the first difference", "nats"), margin)
-            measured.note(f"a text differs from token {index} on, where the two best were {margin:.4f} nats apart")
-            return
-    measured.note(f"a text differs from character {same} on; the server reports no alternatives there")
+    found = Counter(difference for difference in differences if difference is not None)
+    for (position, margin), n in sorted(found.items()):
+        measured.note(f"{n} x a text differs from token {position} on, where the two best were {margin:.4f} nats apart")
+    measured.add(Metric("texts that differ where no alternative is known", ""), len(differences) - found.total())
+    if found:
+        margins = [margin for _, margin in found.elements()]
+        measured.add(Metric("margin of the two best tokens at the first difference", "nats"), *margins)
+        measured.add(Metric("largest margin of them", "nats"), max(margins))
+
+
+def _difference(undisturbed: Stream, text: str) -> tuple[int, float] | None:
+    """The first token that is another one in `text`, and by how much it was the best; None if that is not known."""
+    pairs = zip(undisturbed.text, text, strict=False)
+    n_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    n_bytes = len(undisturbed.text[:n_same].encode())
+    n_before = 0
+    for position, choice in enumerate(undisturbed.choices):
+        n_before += len(choice.piece)
+        if n_before > n_bytes:
+            return (position, choice.top[0] - choice.top[1]) if len(choice.top) >= 2 else None
+    return None

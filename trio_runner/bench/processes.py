@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ _LISTENING = "0A"
 class Holdings:
     threads: int
     descriptors: int
-    rss: float
-    """MiB"""
+    memory: float
+    """MiB of its own: not the model's file, of which more or less is mapped as it happens."""
 
 
 def holdings(pid: int) -> Holdings | None:
@@ -28,9 +29,21 @@ def holdings(pid: int) -> Holdings | None:
     except OSError:
         return None
     fields = dict(re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE))
-    if "VmRSS" not in fields:
+    if "RssAnon" not in fields:  # a zombie
         return None
-    return Holdings(int(fields["Threads"]), n_descriptors, int(fields["VmRSS"]) / 1024)
+    return Holdings(int(fields["Threads"]), n_descriptors, int(fields["RssAnon"]) / 1024)
+
+
+def foreign_seconds(pids: Iterable[int | None]) -> float | None:
+    """Seconds, since some moment, that the cores of this machine have spent on anything but these processes; None if
+    that cannot be seen, or one of them is not known."""
+    try:
+        user, nice, system, _, _, *others = map(int, (_PROC / "stat").read_text().partition("\n")[0].split()[1:9])
+        stats = [(_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split() for pid in pids]
+    except (OSError, ValueError):
+        return None
+    ours = sum(int(fields[11]) + int(fields[12]) for fields in stats)
+    return (user + nice + system + sum(others) - ours) / os.sysconf("SC_CLK_TCK")
 
 
 def listener(host: str, port: int) -> int | None:

@@ -7,20 +7,27 @@ so that whatever else the machine does falls on all of them alike.
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
 from trio_runner.bench import crowd, leaving, speed
-from trio_runner.bench.client import CutShort, Refused
 from trio_runner.bench.figures import Measured
+from trio_runner.bench.processes import foreign_seconds
 from trio_runner.bench.prompts import Prompts
 from trio_runner.bench.scenarios import Load, Scenario, Turn
-from trio_runner.bench.server import Server, Unavailable
+from trio_runner.bench.server import Overdue, Server, Unavailable
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     "throughput": speed.throughput,
@@ -41,6 +48,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
 
 ROUND_SECONDS: Final = 3600.0
 """After which a round is given up: much longer than any should take."""
+DISTURBING_CORES: Final = 0.15
+"""Cores that other programs may use before it is remarked."""
 SWITCH_SECONDS: Final = 0.001
 """After which a thread that times something gets the interpreter."""
 
@@ -53,7 +62,7 @@ class Outcome:
     server: Server
     rounds: list[Measured] = field(default_factory=list)
     unavailable: str | None = None
-    """Why there is nothing to measure."""
+    """Why there is nothing (more) to measure."""
 
     @property
     def notes(self) -> list[str]:
@@ -68,37 +77,55 @@ async def run_rounds(
     seed: int,
     load: Load,
     progress: Callable[[str], None] = lambda _: None,
+    keep: Callable[[Sequence[Outcome]], None] = lambda _: None,
 ) -> list[Outcome]:
-    """The outcomes by scenario, and by server within it. What a server does wrong is in its outcome, never raised."""
+    """The outcomes by scenario, and by server within it. What goes wrong is in the outcome, never raised.
+
+    `keep` gets the outcomes so far after every turn, for them to outlive whatever happens later.
+    """
     for server in servers:
         progress(f"warming up {server.url}")
         await _round(_warm_up, _turn(server, load, Random(seed)))
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # what is here stays, and need not be looked through while a stream is timed
-    outcomes = []
+    outcomes: list[Outcome] = []
     for name in names:
         of_scenario = [Outcome(name, server) for server in servers]
+        outcomes += of_scenario
         for number in range(repeat):
             first = number % len(servers)
             for outcome in of_scenario[first:] + of_scenario[:first]:
                 if outcome.unavailable is None:
                     progress(f"{name}, round {number + 1} of {repeat}: {outcome.server.url}")
-                    await _measure(outcome, SCENARIOS[name], Random(f"{seed}/{name}/{number}"), load)
-        outcomes += of_scenario
+                    turn = _turn(outcome.server, load, Random(f"{seed}/{name}/{number}"))
+                    await _measure(outcome, number + 1, turn, servers)
+                    keep(outcomes)
     return outcomes
 
 
-async def _measure(outcome: Outcome, scenario: Scenario, random: Random, load: Load) -> None:
-    measured = await _round(scenario, _turn(outcome.server, load, random))
+async def _measure(outcome: Outcome, number: int, turn: Turn, servers: Sequence[Server]) -> None:
+    disturbances = []
+    for server in servers:
+        # One that goes on for clients that have left would do so at the next one's cost.
+        if server is not turn.server and isinstance(busy := await _attempt(server.quiet), Overdue):
+            disturbances.append(f"{server.url} was {busy}")
+    pids = [os.getpid(), *(server.pid for server in servers)]
+    before, started = foreign_seconds(pids), time.perf_counter()
+    measured = await _round(SCENARIOS[outcome.scenario], turn)
+    after, ended = foreign_seconds(pids), time.perf_counter()
     if isinstance(measured, Unavailable):
         outcome.unavailable = str(measured)
-    elif isinstance(measured, Exception):
-        failed = Measured()
-        failed.note(f"a round failed: {type(measured).__name__}: {measured}")
-        outcome.rounds.append(failed)
-    else:
-        outcome.rounds.append(measured)
+        return
+    if isinstance(measured, Exception):
+        failure, measured = measured, Measured()
+        measured.note(f"round {number} failed: {type(failure).__name__}: {failure}")
+    n_cores = 0.0 if before is None or after is None else (after - before) / (ended - started)
+    if n_cores > DISTURBING_CORES:
+        disturbances.append(f"other programs used {n_cores:.1f} of {os.cpu_count()} cores")
+    for disturbance in disturbances:
+        measured.note(f"round {number} was disturbed: {disturbance}")
+    outcome.rounds.append(measured)
 
 
 def _turn(server: Server, load: Load, random: Random) -> Turn:
@@ -106,22 +133,21 @@ def _turn(server: Server, load: Load, random: Random) -> Turn:
 
 
 async def _round(scenario: Scenario, turn: Turn) -> Measured | Exception:
-    """What was measured, or the first thing that went wrong."""
+    async def measure() -> Measured:
+        await turn.server.quiet()
+        return await scenario(turn)
+
+    return await _attempt(measure)
+
+
+async def _attempt(action: Callable[[], Awaitable[T]]) -> T | Exception:
+    """What it returns, or the first thing that went wrong."""
     failures: list[Exception] = []
     try:
         with trio.fail_after(ROUND_SECONDS):
-            await turn.server.quiet()
-            return await scenario(turn)
-    except* (
-        Unavailable,
-        Refused,
-        CutShort,
-        OSError,
-        trio.BrokenResourceError,
-        trio.TooSlowError,
-        ValueError,
-        ZeroDivisionError,
-    ) as group:
+            return await action()
+    except* Exception as group:  # a mistake of ours, too, costs this round and not those before it
+        logger.info("a round failed", exc_info=group)
         failures += _leaves(group)
     return next((error for error in failures if isinstance(error, Unavailable)), failures[0])
 

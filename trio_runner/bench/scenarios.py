@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 
 import trio
 
-from trio_runner.bench.client import Stream
+from trio_runner.bench.client import CutShort, Stream
 from trio_runner.bench.dialects import Ask
 from trio_runner.bench.figures import Measured
 from trio_runner.bench.prompts import Prompts
@@ -29,7 +29,7 @@ class Load:
     prefix: int = 1500
     """Tokens that several prompts share."""
     tokens: int = 64
-    """Tokens of a stream, or of a stretch of one that is measured."""
+    """Tokens of a stream."""
     streams: tuple[int, ...] = (1, 4, 8)
     beside: int = 3
     """Streams that run while something else happens, if there are slots for them."""
@@ -43,6 +43,13 @@ class Load:
     """At once, in the overload."""
     endless: int = 2000
     """Tokens of a stream that is not meant to end by itself."""
+    unread: int = 1500
+    """Tokens after which a server has felt that nobody reads them."""
+
+    @property
+    def stretch(self) -> int:
+        """Tokens of a stream whose rate is measured: seconds, for it to be known to a percent."""
+        return 4 * self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +112,10 @@ async def running(turn: Turn, n_streams: int, *, max_tokens: int | None = None) 
 
 
 async def grown(streams: Sequence[Stream], n_pieces: int) -> None:
-    """Wait until each of them, read by somebody else, has so many more pieces than now. Raises `Unavailable` if one
-    ends before."""
+    """Wait until each of them, read by somebody else, has so many more pieces than now. Raises `CutShort` if one ends
+    before."""
     targets = [len(stream.pieces) + n_pieces for stream in streams]
     while any(len(stream.pieces) < target for stream, target in zip(streams, targets, strict=True)):
         if any(stream.total is not None for stream in streams):
-            raise Unavailable("a stream ended too early")
+            raise CutShort("a stream ended too early")
         await trio.sleep(0.005)

@@ -39,7 +39,12 @@ _ENDS: Final = (
 
 
 class Unavailable(RunnerError):
-    """A server that is measured cannot do what is needed; the message says what, for the reader of the table."""
+    """A server that is measured cannot do what is needed, nor will it in the next round; the message says what, for the
+    reader of the table."""
+
+
+class Overdue(RunnerError):
+    """A server that is measured has not done in time what it could have done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +83,16 @@ class Server:
     async def quiet(self) -> None:
         """Wait until nothing runs and nothing waits, as far as the server can tell.
 
-        Raises `Unavailable` if that takes a minute.
+        Raises `Overdue` if that takes a minute.
         """
         with trio.move_on_after(QUIET_SECONDS):
             if isinstance(self.dialect, Runner):
                 async with watching(self) as watch:
                     if await watch.look() is not None:
-                        await watch.until(_is_quiet)
+                        await watch.until(lambda statistics: not any(_held(statistics).values()))
                         return
-            elif await _try(self.get, "/slots") is not None:
-                while any(slot["is_processing"] for slot in await self.get("/slots")):  # noqa: ASYNC110
+            elif await self.held():
+                while any((await self.held()).values()):  # noqa: ASYNC110
                     await trio.sleep(10 * POLL_SECONDS)
                 return
             # It does not tell: as many requests as there are slots get through when there is nothing before them.
@@ -95,11 +100,27 @@ class Server:
                 for _ in range(self.slots):
                     nursery.start_soon(self.complete, Ask(prompt=" the", max_tokens=1))
             return
-        raise Unavailable(f"still busy after {QUIET_SECONDS:g} s")
+        raise Overdue(f"still busy after {QUIET_SECONDS:g} s")
+
+    async def held(self) -> dict[str, int]:
+        """What requests hold of the server, in words; empty if it does not tell."""
+        if isinstance(self.dialect, Runner):
+            async with watching(self) as watch:
+                statistics = await watch.look()
+            return {} if statistics is None else _held(statistics)
+        try:
+            slots = await self.get("/slots")
+        except (Refused, ValueError):
+            return {}
+        return {"slots still taken": sum(slot["is_processing"] for slot in slots)} if isinstance(slots, list) else {}
 
 
-def _is_quiet(statistics: Statistics) -> bool:
-    return not statistics["running"] and not statistics["waiting"] and not statistics.get("generations")
+def _held(statistics: Statistics) -> dict[str, int]:
+    return {
+        "slots still taken": statistics["running"],
+        "requests still waiting": statistics["waiting"],
+        "generations still open": statistics["generations"],
+    }
 
 
 class Watch:
@@ -110,33 +131,41 @@ class Watch:
         self._connection: Connection | None = None
 
     async def look(self) -> Statistics | None:
-        """None if the server has no such thing."""
-        for _ in range(2):  # the server may have closed a connection that was idle
-            if self._connection is None:
-                self._connection = await Connection.open(self._address)
-            try:
-                statistics: Statistics = await fetch(self._connection, "GET", "/statistics")
-            except Refused:
-                return None
-            except (CutShort, OSError):
-                self.close()
-            else:
-                return statistics
-        return None
+        """None if the server has no such thing. Raises `CutShort` and OSError if it does not answer."""
+        again = self._connection is not None  # which the server may have closed while it was idle
+        try:
+            return await self._fetch()
+        except (CutShort, OSError):
+            if not again:
+                raise
+            return await self._fetch()
 
-    async def until(self, condition: Callable[[Statistics], bool]) -> float:
+    async def _fetch(self) -> Statistics | None:
+        if self._connection is None:
+            self._connection = await Connection.open(self._address)
+        try:
+            statistics: Statistics = await fetch(self._connection, "GET", "/statistics")
+        except Refused:
+            return None
+        except BaseException:  # half an answer may be left in it
+            self.close()
+            raise
+        return statistics
+
+    async def until(self, condition: Callable[[Statistics], bool], seconds: float | None = None) -> float:
         """The moment at which the server was first seen in a state that meets `condition`.
 
-        Raises `Unavailable` if there are no statistics, or after `QUIET_SECONDS`.
+        Raises `Unavailable` if there are no statistics, and `Overdue` after so many seconds, a minute unless given.
         """
-        with trio.move_on_after(QUIET_SECONDS):
+        seconds = QUIET_SECONDS if seconds is None else seconds
+        with trio.move_on_after(seconds):
             while (statistics := await self.look()) is not None:
                 moment = time.perf_counter()
                 if condition(statistics):
                     return moment
                 await trio.sleep(POLL_SECONDS)
             raise Unavailable("no /statistics")
-        raise Unavailable(f"not within {QUIET_SECONDS:g} s")
+        raise Overdue(f"not within {seconds:g} s")
 
     def close(self) -> None:
         if self._connection is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from statistics import mean
 
-from trio_runner.bench.client import Stream
+from trio_runner.bench.client import CutShort, Stream
 from trio_runner.bench.dialects import Ask
 from trio_runner.bench.figures import Measured, Metric, figures
 from trio_runner.bench.scenarios import MS, N_SHORT, Turn, complete_all, first_token, grown, running
@@ -22,7 +23,7 @@ async def throughput(turn: Turn) -> Measured:
         if n_streams > turn.server.slots:
             measured.note(f"no {n_streams} streams: slots are {turn.server.slots}")
             continue
-        asks = [await turn.ask(N_SHORT, turn.load.tokens) for _ in range(n_streams)]
+        asks = [await turn.ask(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
         streams = await complete_all(turn.server, asks)
         _add_rate(measured, f"{n_streams} streams" if n_streams > 1 else "1 stream", streams)
     return measured
@@ -62,45 +63,60 @@ async def gaps(turn: Turn) -> Measured:
     """Between the tokens of running streams, undisturbed and while a long prompt arrives beside them."""
     measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
     n_streams = turn.beside(1)
-    alone = await first_token(server, await turn.ask(n_long, 1))
+    # What it is compared with is measured before and after: the machine's pace changes, and so do the streams' lengths.
+    idle = [await first_token(server, await turn.ask(n_long, 1))]
     ask = await turn.ask(n_long, 1)
     async with running(turn, n_streams) as streams:
-        started = max(stream.moments[-1] for stream in streams)
-        await grown(streams, turn.load.tokens)
-        undisturbed = list(_gaps(streams, started, min(stream.moments[-1] for stream in streams)))
+        undisturbed = await _undisturbed(streams, 2 * turn.load.tokens)
         long = await server.complete(ask)
         await grown(streams, 1)
         beside = list(_gaps(streams, long.asked, long.first))
+        undisturbed += await _undisturbed(streams, 2 * turn.load.tokens)
+    await server.quiet()
+    idle.append(await first_token(server, await turn.ask(n_long, 1)))
     calm = f"{n_streams} streams"
     measured.add(Metric(f"{calm}, undisturbed", "ms"), *(gap * MS for gap in undisturbed))
     measured.add(Metric(f"{calm}, beside a prompt of {n_long:,}", "ms"), *(gap * MS for gap in beside))
     slowdown = figures(beside).p99 / figures(undisturbed).median
     measured.add(Metric("p99 beside it / undisturbed median", "x"), slowdown)
-    measured.add(Metric("the prompt's first token, idle server", "ms"), alone * MS)
+    measured.add(Metric("the prompt's first token, idle server", "ms"), *(seconds * MS for seconds in idle))
     measured.add(Metric(f"the prompt's first token, beside {calm}", "ms"), long.ttft * MS)
-    measured.add(Metric("the prompt's first token, beside / idle", "x"), long.ttft / alone)
+    measured.add(Metric("the prompt's first token, beside / idle", "x"), long.ttft / mean(idle))
     return measured
 
 
+async def _undisturbed(streams: Sequence[Stream], n_pieces: int) -> list[float]:
+    """The gaps of the next so many pieces of each."""
+    started = max(stream.moments[-1] for stream in streams)
+    await grown(streams, n_pieces)
+    return list(_gaps(streams, started, min(stream.moments[-1] for stream in streams)))
+
+
 def _add_rate(measured: Measured, title: str, streams: Sequence[Stream]) -> None:
-    if max(stream.first for stream in streams) < min(stream.moments[-1] for stream in streams):
-        measured.add(Metric(title, "tokens/s"), rate(streams))
+    try:
+        n_tokens, seconds = together(streams)
+    except CutShort as error:
+        measured.note(f"{title}: {error}")
     else:
-        measured.note(f"{title}: they never ran all at once")
+        measured.add(Metric(title, "tokens/s"), n_tokens / seconds)
 
 
-def rate(streams: Sequence[Stream], started: float | None = None, ended: float | None = None) -> float:
-    """Tokens per second of all streams together, from when the last one began to when the first one ended, or between
-    the moments given."""
-    started = max(stream.moments[0] for stream in streams) if started is None else started
-    ended = min(stream.moments[-1] for stream in streams) if ended is None else ended
+def together(streams: Sequence[Stream]) -> tuple[float, float]:
+    """Tokens of all streams, and seconds, from when the last one began to when the first one ended. Raises `CutShort`
+    if that was before."""
+    started = max(stream.first for stream in streams)
+    ended = min(stream.moments[-1] for stream in streams)
+    if ended <= started:
+        raise CutShort("they never ran all at once")
     n_tokens = sum(
         stream.tokens_per_piece * sum(started < moment <= ended for moment in stream.moments) for stream in streams
     )
-    return n_tokens / (ended - started) if ended > started else 0.0
+    return n_tokens, ended - started
 
 
 def _gaps(streams: Sequence[Stream], started: float, ended: float) -> Iterator[float]:
-    """Those that end after `started` and begin before `ended`."""
+    """Those that end after `started` and begin before `ended`. Tokens that come at once have none between them: none
+    that is felt, and the others would look rarer than they are."""
     for stream in streams:
-        yield from (after - before for before, after in pairwise(stream.moments) if after > started and before < ended)
+        moments = dict.fromkeys(stream.moments)
+        yield from (after - before for before, after in pairwise(moments) if after > started and before < ended)
