@@ -599,7 +599,14 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
 @click.option("--scenario", "scenarios", multiple=True, help='May be repeated; "list" lists them.  [default: all]')
 @click.option("--repeat", "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds of each.")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of a long prompt.  [default: 1900; --bare: 512]")
-@click.option("--max-tokens", "-n", type=click.IntRange(1), default=64, show_default=True, help="Tokens per stream.")
+@click.option(
+    "--max-tokens",
+    "-n",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Tokens per stream; four times as many where a rate is measured.",
+)
 @click.option("--storm", type=click.IntRange(1), default=300, show_default=True, help="Connections of a storm.")
 @click.option(
     "--cancellations", type=click.IntRange(1), default=100, show_default=True, help="Beside those that must not notice."
@@ -632,8 +639,9 @@ def bench(
 ) -> int:
     """Measure what the clients of a server feel: how soon, how fast, and what happens when they go away.
 
-    Each scenario is repeated; of two servers, the rounds alternate, and the last column is first over second. Without
-    --url, a server with the options of `serve` is started for the time of the measurement.
+    Each scenario is repeated; of two servers, the rounds alternate, and the last column is first over second, of the
+    medians of each round. Without --url, a server with the options of `serve` is started for the time of the
+    measurement. What has been measured is in the files after every round, and shown after Ctrl-C too.
     """
     set_up_logging(options.verbose)
     if bare:
@@ -662,6 +670,9 @@ def bench(
             parse_url(url)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    for path in (json_file, markdown_file, plot_file):
+        if path is not None and not Path(path).parent.is_dir():
+            raise click.UsageError(f"there is no directory {Path(path).parent}")
     if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise click.ClickException(report.NO_MATPLOTLIB)
     arguments = [] if urls else _serve_arguments(options)
@@ -669,18 +680,27 @@ def bench(
     if prompt_tokens is not None:
         load = dataclasses.replace(load, long_prompt=prompt_tokens, prefix=max(prompt_tokens * 15 // 19, 1))
     errors = Console(stderr=True)
+    measured: list[Outcome] = []
 
-    def tell(outcomes: list[Outcome]) -> None:
-        if json_file is not None:
-            document = report.document(outcomes, seed=seed, repeat=repeat, load=load)
-            with click.open_file(json_file, "w") as file:
-                json.dump(document, file, indent=1)
-                file.write("\n")
-        if markdown_file is not None:
-            markdown_file.write_text(report.markdown(outcomes))
+    def document(outcomes: Sequence[Outcome]) -> str:
+        return json.dumps(report.document(outcomes, seed=seed, repeat=repeat, load=load), indent=1)
+
+    def keep(outcomes: Sequence[Outcome]) -> None:
+        measured[:] = outcomes
+        try:
+            if json_file not in (None, "-"):
+                report.write(Path(json_file), document(outcomes) + "\n")
+            if markdown_file is not None:
+                report.write(markdown_file, report.markdown(outcomes, seed=seed))
+        except OSError as error:
+            raise RunnerError(f"the results cannot be written: {error}") from error
+
+    def show(outcomes: Sequence[Outcome]) -> None:
         if plot_file is not None:
             report.plot(outcomes, plot_file)
-        if json_file != "-":
+        if json_file == "-":
+            click.echo(document(outcomes))
+        else:
             console = Console(width=None if sys.stdout.isatty() else 160)
             console.print(report.table(outcomes))
             for remark in report.remarks(outcomes):
@@ -697,10 +717,15 @@ def bench(
                     url, pid = await stack.enter_async_context(peers.own_server(arguments))
                     asked = [(url, "runner", pid)]
                 servers = [await meet(url, dialect, slots=options.slots, pid=pid) for url, dialect, pid in asked]
+                errors.print(f"seed {seed}", highlight=False)
                 progress = status.update if errors.is_terminal else errors.print
                 names = scenarios or list(SCENARIOS)
-                outcomes = await run_rounds(servers, names, repeat=repeat, seed=seed, load=load, progress=progress)
-        tell(outcomes)
+                try:
+                    await run_rounds(servers, names, repeat=repeat, seed=seed, load=load, progress=progress, keep=keep)
+                finally:
+                    status.stop()
+                    if measured:
+                        show(measured)
 
     async def interruptible() -> int:
         return await until_signal(measure)

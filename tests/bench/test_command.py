@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +16,7 @@ from tests.tiny_models import tiny_model
 from trio_runner import cli
 
 SMALL = ["--repeat", "2", "--prompt-tokens", "60", "-n", "6"]
+ENDLESS = {"TOY_ENDLESS": "1", "TOY_STEP": "0.002"}
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ async def test_two_servers(toy: str, tmp_path: Path) -> None:
     files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "plot.svg")}
     options = ["--json", str(files["json"]), "--markdown", str(files["markdown"]), "--plot", str(files["plot.svg"])]
     serve = ["serve", "--model", toy, "--port", "0", "--slots", "2"]
-    async with program(*serve) as one, program(*serve) as other:
+    async with program(*serve, environment=ENDLESS) as one, program(*serve, environment=ENDLESS) as other:
         urls = [f"http://127.0.0.1:{await server.listening()}" for server in (one, other)]
         command = ["bench", "--url", urls[0], "--url", urls[1], "--scenario", "ttft", "--scenario", "gaps"]
         async with program(*command, *SMALL, *options, toy=False) as bench:
@@ -40,7 +43,8 @@ async def test_two_servers(toy: str, tmp_path: Path) -> None:
     assert [server["url"] for server in document["servers"]] == urls
     assert [server["slots"] for server in document["servers"]] == [2, 2]
     assert {result["scenario"] for result in document["results"]} == {"ttft", "gaps"}
-    assert all(result["servers"][0]["n"] >= 2 for result in document["results"]), document
+    assert not _remarks(document)
+    assert all(server["n"] >= 2 for result in document["results"] for server in result["servers"])
     assert files["markdown"].read_text().startswith("| scenario | measure | A runner median |")
     assert "<svg" in files["plot.svg"].read_text()
 
@@ -53,8 +57,13 @@ async def test_a_server_of_its_own(tmp_path: Path) -> None:
     document = json.loads(bench.output)
     [server] = document["servers"]
     assert server["slots"] == 2
-    assert not document["remarks"]
+    assert not _remarks(document)
     assert len(document["results"]) == 3
+
+
+def _remarks(document: dict[str, Any]) -> list[str]:
+    """Those that do not depend on what else this machine does."""
+    return [remark for remark in document["remarks"] if "was disturbed" not in remark]
 
 
 async def test_a_server_that_does_not_start(tmp_path: Path) -> None:
@@ -69,7 +78,7 @@ async def test_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
     model = str(tiny_model("llama", tmp_path))
     endless = ["--scenario", "storm", "--storm", "1000000", "--context-length", "512", "--threads", "1"]
     async with program("bench", "-m", model, "--prompt-tokens", "60", *endless, toy=False) as bench:
-        while not (child := _child(bench.process.pid)):  # noqa: ASYNC110
+        while not (child := _server_of(bench.process.pid)):  # noqa: ASYNC110
             await trio.sleep(0.01)
         bench.interrupt()
         assert await bench.ended() == 130
@@ -78,10 +87,30 @@ async def test_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
         os.kill(child, 0)
 
 
-def _child(pid: int) -> int:
-    """A process that this one has started; 0 if there is none."""
-    listed = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    return next((int(child) for children in listed for child in children), 0)
+def _server_of(pid: int) -> int:
+    """The server that this process has started, once it is one; else 0. What is imported starts short-lived others."""
+    with suppress(OSError):  # of tasks and processes that end while we look
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in path.read_text().split():
+                if b"serve" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+                    return int(child)
+    return 0
+
+
+async def test_ctrl_c_keeps_what_was_measured(toy: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    async with program("serve", "--model", toy, "--port", "0", environment=ENDLESS) as server:
+        url = f"http://127.0.0.1:{await server.listening()}"
+        endless = ["--scenario", "ttft", "--scenario", "storm", "--storm", "1000000"]
+        async with program("bench", "--url", url, *SMALL, *endless, "--json", str(out), toy=False) as bench:
+            await bench.logged("storm, round 1")
+            assert len(json.loads(out.read_text())["results"]) == 3
+            bench.interrupt()
+            assert await bench.ended() == 130
+    assert "Traceback" not in bench.log
+    assert bench.log.startswith("seed 0\n")
+    assert "cold, 60 tokens (ms)" in bench.output.decode()
+    assert len(json.loads(out.read_text())["results"]) == 3
 
 
 async def test_nobody_at_the_url() -> None:
@@ -106,6 +135,7 @@ def test_the_list_of_scenarios(capsys: pytest.CaptureFixture[str], monkeypatch: 
         ("--pid 1", "--pid must be given once for each --url"),
         ("--dialect latin", "'latin' is not one of"),
         ("--repeat 0", "0 is not in the range"),
+        ("--json /nowhere/at/all.json", "there is no directory /nowhere/at"),
     ],
 )
 def test_wrong_command_lines(

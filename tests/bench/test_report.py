@@ -47,7 +47,17 @@ def test_rows() -> None:
 
 def test_one_server_has_no_ratio() -> None:
     assert report.rows(outcomes("runner"))[0].ratio is None
-    assert "/" not in report.markdown(outcomes("runner")).splitlines()[0]
+    assert "/" not in report.markdown(outcomes("runner"), seed=3).splitlines()[0]
+
+
+def test_differences_have_no_ratio() -> None:
+    rest = Metric("what is left", "ms", difference=True)
+    both = outcomes("runner", "llama")
+    for outcome in both[:2]:
+        outcome.rounds[0].add(rest, 0.5)
+    [row] = [row for row in report.rows(both) if row.metric == rest]
+    assert [column and column.median for column in row.columns] == [0.5, 0.5]
+    assert row.ratio is None
 
 
 def test_what_only_one_of_two_has() -> None:
@@ -59,7 +69,7 @@ def test_what_only_one_of_two_has() -> None:
 
 
 def test_markdown() -> None:
-    assert report.markdown(outcomes("runner", "llama")) == (
+    assert report.markdown(outcomes("runner", "llama"), seed=3) == (
         "| scenario | measure | runner median | runner p99 | runner max | runner n"
         " | llama median | llama p99 | llama max | llama n | runner / llama |\n"
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |\n"
@@ -71,6 +81,7 @@ def test_markdown() -> None:
         "* speed, llama at http://h:2: oh\n"
         "* more, runner at http://h:1: -, cannot\n"
         "* more, llama at http://h:2: -, cannot\n"
+        "* seed 3\n"
     )
 
 
@@ -88,6 +99,19 @@ def test_document() -> None:
     assert document["results"][0]["rounds"] == (((10.0,), (30.0, 32.0)), ((20.0,), (60.0, 64.0)))
     assert document["load"]["long_prompt"] == 1900
     assert document["machine"]["cores"] > 0
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.md"
+    for text in ("old", "new"):
+        report.write(path, text)
+        assert path.read_text() == text
+    with pytest.raises(UnicodeEncodeError):
+        report.write(path, "\ud800")
+    assert path.read_text() == "new"
+    (tmp_path / "link").symlink_to(path)
+    report.write(tmp_path / "link", "newer")
+    assert path.read_text() == "newer"
 
 
 @pytest.mark.parametrize("dialects", [("runner",), ("runner", "llama")])

@@ -38,8 +38,9 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """First server over second, of the medians of each round; None for what is a count or a ratio itself."""
-        if len(self.samples) != 2 or self.metric.unit not in _COMPARED:
+        """First server over second, of the medians of each round; None for what is a count, a difference or a ratio
+        itself."""
+        if len(self.samples) != 2 or self.metric.unit not in _COMPARED or self.metric.difference:
             return None
         n_rounds = min(map(len, self.samples))
         return paired_ratio(self.samples[0][:n_rounds], self.samples[1][:n_rounds])
@@ -130,14 +131,14 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     return built
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The same as a markdown table, with the remarks below it."""
+def markdown(outcomes: Sequence[Outcome], *, seed: int) -> str:
+    """The same as a markdown table, with the remarks and the seed below it."""
     header = _header(outcomes)
     lines = [header, ["---", "---", *["--:"] * (len(header) - 2)], *map(_cells_of, rows(outcomes))]
     lines += [[name, *["-"] * (len(header) - 1)] for name in _missing(outcomes)]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    noted = "".join(f"* {remark}\n" for remark in remarks(outcomes))
-    return f"{text}\n{noted}" if noted else text
+    noted = "".join(f"* {remark}\n" for remark in [*remarks(outcomes), f"seed {seed}"])
+    return f"{text}\n{noted}"
 
 
 def document(outcomes: Sequence[Outcome], *, seed: int, repeat: int, load: Load) -> dict[str, Any]:
@@ -165,6 +166,16 @@ def document(outcomes: Sequence[Outcome], *, seed: int, repeat: int, load: Load)
         ],
         "remarks": remarks(outcomes),
     }
+
+
+def write(path: Path, text: str) -> None:
+    """Put `text` in place of what is in the file, all of it or nothing. Raises OSError."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+        path.write_text(text)
+        return
+    scratch = path.with_name(f"{path.name}.new")
+    scratch.write_text(text)
+    scratch.replace(path)
 
 
 def machine() -> dict[str, Any]:
