@@ -5,10 +5,11 @@
 // 16 bits; at 1,800 cells a row takes it four times as long as the third kernel, and what it computes differs from the
 // others in the third digit. This one is for any number of rows:
 //
-// - A tile of keys and values is converted once for all rows of a block and all heads of a group (GQA).
-// - Rows that see nothing of a tile, such as those of other sequences, are left out of it.
-// - What a row gives depends on the cells only, to the last bit: not on the other rows, nor on the number of threads.
-//   Cells are summed in chunks of fixed size, each by itself, and then chunk after chunk, whoever computes them.
+// - A tile of keys and values is converted once for all rows of a sequence and all heads of a group (GQA).
+// - A tile has cells that these rows see, wherever they lie: cells of sequences that decode together alternate.
+// - What a row gives depends on the cells it sees, to the last bit: not on the other rows, nor on other cells or the
+//   number of threads. Cells are summed in chunks of fixed size, each by itself, and then chunk after chunk, whoever
+//   computes them. (With a sliding window, chunks begin with the oldest cell that any row of the block sees.)
 //
 // The online softmax over tiles is that of FlashAttention (https://arxiv.org/abs/2205.14135), the merging of chunks that
 // of Flash-Decoding.
@@ -37,7 +38,7 @@ constexpr int CHUNK = 4 * TILE;  // cells that are summed by themselves
 constexpr int MAX_QUERIES = 64;  // rows times heads of a block
 constexpr int UNITS_PER_THREAD = 4;
 constexpr size_t MAX_PARTIALS = size_t(1) << 22; // floats: 16 MiB
-constexpr uint16_t HIDDEN = 0xfc00;              // minus infinity in 16 bits
+constexpr uint16_t HIDDEN = 0xfc00;              // minus infinity in 16 bits; without a bias, the rest is zero
 
 struct Attention {
     const ggml_tensor *q, *k, *v, *mask;
@@ -141,10 +142,10 @@ void convert(const ggml_fp16_t *source, float *target, int n) {
 
 #if defined(__AVX__) && defined(__F16C__)
 // Eight rows of eight become eight columns.
-void transpose_8x8(const char *source, size_t stride, float *target) {
+void transpose_8x8(const char *const *rows, size_t offset, float *target) {
     __m256 r[8], t[8];
     for (int i = 0; i < 8; ++i)
-        r[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(source + size_t(i) * stride)));
+        r[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[i] + offset)));
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -163,29 +164,28 @@ void transpose_8x8(const char *source, size_t stride, float *target) {
 #endif
 
 // Asks for cells that will be needed, but not before what is at hand: rows so far apart are not foreseen by the hardware.
-void prefetch(const char *source, size_t stride, int n_cells, int n_embd) {
+void prefetch(const char *const *rows, int n_cells, int n_embd) {
 #if defined(__GNUC__)
     for (int cell = 0; cell < n_cells; ++cell) {
         for (size_t i = 0; i < size_t(n_embd) * sizeof(ggml_fp16_t); i += CACHE_LINE_SIZE)
-            __builtin_prefetch(source + size_t(cell) * stride + i, 0, 2);
+            __builtin_prefetch(rows[cell] + i, 0, 2);
     }
 #endif
 }
 
 // Keys lie in columns, as many of them as TILE; those that are not there are zero.
-void load_keys(const char *source, size_t stride, int n_cells, int n_embd, float *keys) {
+void load_keys(const char *const *rows, int n_cells, int n_embd, float *keys) {
     int cell = 0;
 #if defined(__AVX__) && defined(__F16C__)
     if (n_embd % 8 == 0) {
         for (; cell + 8 <= n_cells; cell += 8) {
             for (int i = 0; i < n_embd; i += 8)
-                transpose_8x8(source + size_t(cell) * stride + size_t(i) * sizeof(ggml_fp16_t), stride,
-                              keys + i * TILE + cell);
+                transpose_8x8(rows + cell, size_t(i) * sizeof(ggml_fp16_t), keys + i * TILE + cell);
         }
     }
 #endif
     for (; cell < n_cells; ++cell) {
-        const auto *key = reinterpret_cast<const ggml_fp16_t *>(source + size_t(cell) * stride);
+        const auto *key = reinterpret_cast<const ggml_fp16_t *>(rows[cell]);
         for (int i = 0; i < n_embd; ++i)
             keys[i * TILE + cell] = GGML_CPU_FP16_TO_FP32(key[i]);
     }
@@ -195,12 +195,54 @@ void load_keys(const char *source, size_t stride, int n_cells, int n_embd, float
     }
 }
 
-void load_values(const char *source, size_t stride, int n_cells, int n_embd, float *values) {
-    for (int cell = 0; cell < n_cells; ++cell) {
-        const auto *value = reinterpret_cast<const ggml_fp16_t *>(source + size_t(cell) * stride);
-        convert(value, values + cell * n_embd, n_embd);
-    }
+void load_values(const char *const *rows, int n_cells, int n_embd, float *values) {
+    for (int cell = 0; cell < n_cells; ++cell)
+        convert(reinterpret_cast<const ggml_fp16_t *>(rows[cell]), values + cell * n_embd, n_embd);
     std::fill_n(values + n_cells * n_embd, (TILE - n_cells) * n_embd, 0.0f);
+}
+
+// ---- who sees what -------------------------------------------------------------------------------------------------
+
+// A set of cells, a bit for each.
+using Cells = std::vector<uint64_t>;
+
+constexpr int WORD = 64;
+
+uint64_t visible_word(const ggml_fp16_t *mask, int n) {
+    uint64_t bits = 0;
+    int i = 0;
+#if defined(__SSE2__)
+    const __m128i hidden = _mm_set1_epi16(short(HIDDEN));
+    for (; i + 16 <= n; i += 16) {
+        const auto *source = reinterpret_cast<const __m128i *>(mask + i);
+        const __m128i low = _mm_cmpeq_epi16(_mm_loadu_si128(source), hidden);
+        const __m128i high = _mm_cmpeq_epi16(_mm_loadu_si128(source + 1), hidden);
+        bits |= uint64_t(uint16_t(~_mm_movemask_epi8(_mm_packs_epi16(low, high)))) << i;
+    }
+#endif
+    for (; i < n; ++i)
+        bits |= uint64_t(mask[i] != HIDDEN) << i;
+    return bits;
+}
+
+int count_bits(uint64_t word) {
+    int n = 0;
+#if defined(__GNUC__)
+    n = __builtin_popcountll(word);
+#else
+    for (; word != 0; word &= word - 1) ++n;
+#endif
+    return n;
+}
+
+int lowest_bit(uint64_t word) {
+#if defined(__GNUC__)
+    return __builtin_ctzll(word);
+#else
+    int n = 0;
+    for (; (word & 1) == 0; word >>= 1) ++n;
+    return n;
+#endif
 }
 
 // ---- one block of rows ---------------------------------------------------------------------------------------------
@@ -233,7 +275,7 @@ void merge(float &highest, float &weight, float *values, float chunk_highest, fl
 class Block {
 public:
     // `unit` counts streams, blocks of rows, chunks if they are units, and heads of keys: those are neighbours in memory.
-    Block(const Attention &attention, int64_t unit) : a_(attention) {
+    Block(const Attention &attention, int64_t unit) : a_(attention), s_(scratch(attention)) {
         kv_head_ = unit % a_.n_kv_heads;
         unit /= a_.n_kv_heads;
         if (a_.is_split) {
@@ -247,159 +289,215 @@ public:
         first_row_ = unit % a_.n_blocks * a_.block_rows;
         n_rows_ = std::min(a_.block_rows, a_.n_rows - first_row_);
         stream_ = unit / a_.n_blocks;
-        n_queries_ = n_rows_ * a_.group;
-
-        static thread_local std::vector<float> scratch;
-        const size_t n_tile = size_t(TILE) * size_t(a_.n_embd_k + a_.n_embd_v);
-        const size_t n_query = size_t(MAX_QUERIES) * size_t(a_.n_embd_k + 2 * a_.n_embd_v + 2 * TILE);
-        if (scratch.size() < n_tile + n_query) scratch.resize(n_tile + n_query);
-        keys_ = scratch.data();
-        values_ = keys_ + TILE * a_.n_embd_k;
-        queries_ = values_ + TILE * a_.n_embd_v;
-        scores_ = queries_ + MAX_QUERIES * a_.n_embd_k;
-        masks_ = scores_ + MAX_QUERIES * TILE;
-        chunk_.values = masks_ + MAX_QUERIES * TILE;
-        total_.values = chunk_.values + MAX_QUERIES * a_.n_embd_v;
     }
 
     void run(float *partials) {
         if (n_rows_ <= 0) return;
+        const int64_t n_queries = n_rows_ * a_.group;
         load_queries();
-        if (!a_.is_split) total_.clear(n_queries_, a_.n_embd_v);
+        for (int64_t row = 0; row < n_rows_; ++row)
+            load_mask(row);
+        if (!a_.is_split) s_.total.clear(n_queries, a_.n_embd_v);
         for (int64_t chunk = first_chunk_; chunk < end_chunk_; ++chunk) {
-            chunk_.clear(n_queries_, a_.n_embd_v);
-            const int64_t end = std::min((chunk + 1) * CHUNK, a_.n_cells);
-            for (int64_t cell = chunk * CHUNK; cell < end; cell += TILE)
-                attend(cell, int(std::min(int64_t(TILE), end - cell)));
+            s_.chunk.clear(n_queries, a_.n_embd_v);
+            for (int64_t row = 0; row < n_rows_;) {
+                const int64_t end = end_of_sequence(row);
+                attend(row, end, chunk);
+                row = end;
+            }
             if (a_.is_split) {
                 store_partials(partials, chunk);
             } else {
-                for (int64_t i = 0; i < n_queries_; ++i)
-                    merge(total_.highest[i], total_.weight[i], total_.values + i * a_.n_embd_v, chunk_.highest[i],
-                          chunk_.weight[i], chunk_.values + i * a_.n_embd_v, a_.n_embd_v);
+                for (int64_t i = 0; i < n_queries; ++i)
+                    merge(s_.total.highest[i], s_.total.weight[i], s_.total.values + i * a_.n_embd_v,
+                          s_.chunk.highest[i], s_.chunk.weight[i], s_.chunk.values + i * a_.n_embd_v, a_.n_embd_v);
             }
         }
         if (!a_.is_split) store();
     }
 
 private:
+    struct Scratch {
+        std::vector<float> floats;
+        std::vector<Cells> seen; // by row
+        Cells sequence;          // what any of its rows sees
+        float *keys, *values, *queries, *scores;
+        Sums chunk, total;
+    };
+
+    // Of this thread, and of the size that is needed.
+    static Scratch &scratch(const Attention &a) {
+        static thread_local Scratch s;
+        const size_t n_tile = size_t(TILE) * size_t(a.n_embd_k + a.n_embd_v);
+        const size_t n_query = size_t(MAX_QUERIES) * size_t(a.n_embd_k + 2 * a.n_embd_v + TILE);
+        if (s.floats.size() < n_tile + n_query) s.floats.resize(n_tile + n_query);
+        s.keys = s.floats.data();
+        s.values = s.keys + TILE * a.n_embd_k;
+        s.queries = s.values + TILE * a.n_embd_v;
+        s.scores = s.queries + MAX_QUERIES * a.n_embd_k;
+        s.chunk.values = s.scores + MAX_QUERIES * TILE;
+        s.total.values = s.chunk.values + MAX_QUERIES * a.n_embd_v;
+        const auto n_words = size_t((a.n_cells + WORD - 1) / WORD);
+        s.seen.resize(MAX_QUERIES);
+        for (Cells &cells : s.seen)
+            if (cells.size() != n_words) cells.assign(n_words, 0);
+        s.sequence.resize(n_words);
+        return s;
+    }
+
     int64_t head(int64_t query) const { return kv_head_ * a_.group + query % a_.group; }
     int64_t row(int64_t query) const { return first_row_ + query / a_.group; }
     int64_t kv_stream() const { return stream_ / (a_.n_streams / a_.k->ne[3]); }
 
     // In the order of rows, and of heads within them.
     void load_queries() {
-        for (int64_t i = 0; i < n_queries_; ++i) {
+        for (int64_t i = 0; i < n_rows_ * a_.group; ++i) {
             const auto *q = reinterpret_cast<const float *>(static_cast<const char *>(a_.q->data) +
                                                             size_t(row(i)) * a_.q->nb[1] + size_t(head(i)) * a_.q->nb[2] +
                                                             size_t(stream_) * a_.q->nb[3]);
             for (int64_t j = 0; j < a_.n_embd_k; ++j)
-                queries_[i * a_.n_embd_k + j] = q[j] * a_.scale;
+                s_.queries[i * a_.n_embd_k + j] = q[j] * a_.scale;
         }
     }
 
-    // Which of a tile's cells a row sees; tells whether it is any.
-    bool load_mask(int64_t row, int64_t cell, int n_cells) {
-        float *target = masks_ + row * TILE;
-        bool sees_any = true, sees_all = n_cells == TILE;
+    void load_mask(int64_t row) {
+        Cells &seen = s_.seen[size_t(row)];
+        const ggml_fp16_t *mask = nullptr;
         if (a_.mask != nullptr) {
-            const auto *mask = reinterpret_cast<const ggml_fp16_t *>(
+            mask = reinterpret_cast<const ggml_fp16_t *>(
                 static_cast<const char *>(a_.mask->data) + size_t(first_row_ + row) * a_.mask->nb[1] +
                 size_t(stream_ % a_.mask->ne[3]) * a_.mask->nb[3]);
-            unsigned some = 0, any = 0;
-            for (int i = 0; i < n_cells; ++i) {
-                any |= unsigned(mask[cell + i] != HIDDEN);
-                some |= unsigned(mask[cell + i]);
-            }
-            sees_any = any != 0;
-            sees_all = sees_all && some == 0;
-            if (sees_any && !sees_all) convert(mask + cell, target, n_cells);
-        } else if (!sees_all) {
-            std::fill_n(target, n_cells, 0.0f);
         }
-        if (!sees_all) std::fill_n(target + n_cells, TILE - n_cells, -INFINITY);
-        sees_all_[row] = sees_all;
-        return sees_any;
-    }
-
-    void attend(int64_t cell, int n_cells) {
-        bool is_loaded = false;
-        int64_t row = 0;
-        while (row < n_rows_) {
-            if (!load_mask(row, cell, n_cells)) {
-                ++row;
-                continue;
-            }
-            const int64_t first = row++;
-            while (row < n_rows_ && load_mask(row, cell, n_cells))
-                ++row;
-            if (!is_loaded) {
-                load(cell, n_cells);
-                is_loaded = true;
-            }
-            attend_rows(first, row);
-            ++row; // ends here, or sees nothing
+        for (size_t i = 0; i < seen.size(); ++i) {
+            const int n = int(std::min(int64_t(WORD), a_.n_cells - int64_t(i) * WORD));
+            seen[i] = mask != nullptr ? visible_word(mask + i * WORD, n) : ~uint64_t(0) >> (WORD - n);
         }
     }
 
-    void load(int64_t cell, int n_cells) {
-        const int n_next = int(std::clamp(a_.n_cells - cell - TILE, int64_t(0), int64_t(TILE)));
-        prefetch(at(a_.k, cell + TILE), a_.k->nb[1], n_next, int(a_.n_embd_k));
-        prefetch(at(a_.v, cell + TILE), a_.v->nb[1], n_next, int(a_.n_embd_v));
-        load_keys(at(a_.k, cell), a_.k->nb[1], n_cells, int(a_.n_embd_k), keys_);
-        load_values(at(a_.v, cell), a_.v->nb[1], n_cells, int(a_.n_embd_v), values_);
+    // The rows from `row` on that belong to one sequence, as far as can be seen: each sees what the one before it saw,
+    // except what lies before all that it sees. Their cells are in `sequence` then.
+    int64_t end_of_sequence(int64_t row) {
+        s_.sequence = s_.seen[size_t(row)];
+        for (++row; row < n_rows_; ++row) {
+            const Cells &seen = s_.seen[size_t(row)], &before = s_.seen[size_t(row) - 1];
+            bool has_begun = false;
+            for (size_t i = 0; i < seen.size(); ++i) {
+                uint64_t lost = before[i] & ~seen[i];
+                if (!has_begun && seen[i] != 0) {
+                    has_begun = true;
+                    lost &= ~uint64_t(0) << lowest_bit(seen[i]);
+                }
+                if (has_begun && lost != 0) return row;
+            }
+            if (!has_begun) return row;
+            for (size_t i = 0; i < seen.size(); ++i)
+                s_.sequence[i] |= seen[i];
+        }
+        return row;
     }
 
-    const char *at(const ggml_tensor *tensor, int64_t cell) const {
+    // One chunk of the cells in `sequence`.
+    void attend(int64_t first_row, int64_t end_row, int64_t chunk) {
+        int32_t cells[CHUNK];
+        const int n_cells = list_cells(chunk, cells);
+        const char *keys[CHUNK], *values[CHUNK];
+        for (int i = 0; i < n_cells; ++i) {
+            keys[i] = at(a_.k, cells[i]);
+            values[i] = at(a_.v, cells[i]);
+        }
+        for (int cell = 0; cell < n_cells; cell += TILE) {
+            const int n = std::min(TILE, n_cells - cell), next = cell + n;
+            prefetch(keys + next, std::min(TILE, n_cells - next), int(a_.n_embd_k));
+            prefetch(values + next, std::min(TILE, n_cells - next), int(a_.n_embd_v));
+            load_keys(keys + cell, n, int(a_.n_embd_k), s_.keys);
+            load_values(values + cell, n, int(a_.n_embd_v), s_.values);
+            attend_tile(first_row, end_row, cells + cell, n);
+        }
+    }
+
+    int list_cells(int64_t chunk, int32_t *cells) const {
+        int64_t n_before = chunk * CHUNK;
+        size_t i = 0;
+        for (; i < s_.sequence.size() && n_before >= count_bits(s_.sequence[i]); ++i)
+            n_before -= count_bits(s_.sequence[i]);
+        int n = 0;
+        for (; i < s_.sequence.size() && n < CHUNK; ++i) {
+            uint64_t word = s_.sequence[i];
+            for (; n_before > 0; --n_before)
+                word &= word - 1;
+            for (; word != 0 && n < CHUNK; word &= word - 1)
+                cells[n++] = int32_t(i) * WORD + lowest_bit(word);
+        }
+        return n;
+    }
+
+    const char *at(const ggml_tensor *tensor, int32_t cell) const {
         return static_cast<const char *>(tensor->data) + size_t(cell) * tensor->nb[1] +
                size_t(kv_head_) * tensor->nb[2] + size_t(kv_stream()) * tensor->nb[3];
     }
 
-    void attend_rows(int64_t first_row, int64_t end_row) {
+    // Which of the tile's cells a row sees.
+    uint64_t seen_in_tile(int64_t row, const int32_t *cells, int n_cells) const {
+        const Cells &seen = s_.seen[size_t(row)];
+        uint64_t bits = 0;
+        for (int i = 0; i < n_cells; ++i)
+            bits |= (seen[size_t(cells[i] / WORD)] >> (cells[i] % WORD) & 1) << i;
+        return bits;
+    }
+
+    void attend_tile(int64_t first_row, int64_t end_row, const int32_t *cells, int n_cells) {
+        const uint64_t all = ~uint64_t(0) >> (TILE - n_cells);
         const int64_t first = first_row * a_.group, end = end_row * a_.group;
         const int n = int(end - first);
-        float *scores = scores_ + first * TILE;
+        float *scores = s_.scores + first * TILE;
         std::fill_n(scores, n * TILE, 0.0f);
-        multiply(scores, queries_ + first * a_.n_embd_k, keys_, n, int(a_.n_embd_k), TILE);
-        for (int64_t i = first; i < end; ++i) {
-            float *of_query = scores_ + i * TILE;
-            const int64_t row = i / a_.group;
-            if (!sees_all_[row]) {
-                const float *mask = masks_ + row * TILE;
-                for (int j = 0; j < TILE; ++j)
-                    of_query[j] += mask[j];
-            }
-            float highest = chunk_.highest[i];
-            float of_tile = -INFINITY;
-            ggml_vec_max_f32(TILE, &of_tile, of_query);
-            if (of_tile > highest) {
-                const float factor = std::exp(highest - of_tile);
-                ggml_vec_scale_f32(int(a_.n_embd_v), chunk_.values + i * a_.n_embd_v, factor);
-                chunk_.weight[i] *= factor;
-                chunk_.highest[i] = highest = of_tile;
-            }
-            chunk_.weight[i] += float(ggml_vec_soft_max_f32(TILE, of_query, of_query, highest));
+        multiply(scores, s_.queries + first * a_.n_embd_k, s_.keys, n, int(a_.n_embd_k), TILE);
+        for (int64_t row = first_row; row < end_row; ++row) {
+            const uint64_t seen = row + 1 == end_row && first_row + 1 == end_row ? all : seen_in_tile(row, cells, n_cells);
+            for (int64_t i = row * a_.group; i < (row + 1) * a_.group; ++i)
+                weigh(i, seen);
         }
-        multiply(chunk_.values + first * a_.n_embd_v, scores, values_, n, TILE, int(a_.n_embd_v));
+        multiply(s_.chunk.values + first * a_.n_embd_v, scores, s_.values, n, TILE, int(a_.n_embd_v));
+    }
+
+    // The scores of a query become weights.
+    void weigh(int64_t query, uint64_t seen) {
+        float *scores = s_.scores + query * TILE;
+        if (seen == 0) {
+            std::fill_n(scores, TILE, 0.0f);
+            return;
+        }
+        if (seen != ~uint64_t(0)) {
+            for (int i = 0; i < TILE; ++i)
+                if ((seen >> i & 1) == 0) scores[i] = -INFINITY;
+        }
+        float &highest = s_.chunk.highest[query];
+        float of_tile = -INFINITY;
+        ggml_vec_max_f32(TILE, &of_tile, scores);
+        if (of_tile > highest) {
+            const float factor = std::exp(highest - of_tile);
+            ggml_vec_scale_f32(int(a_.n_embd_v), s_.chunk.values + query * a_.n_embd_v, factor);
+            s_.chunk.weight[query] *= factor;
+            highest = of_tile;
+        }
+        s_.chunk.weight[query] += float(ggml_vec_soft_max_f32(TILE, scores, scores, highest));
     }
 
     void store_partials(float *partials, int64_t chunk) const {
-        for (int64_t i = 0; i < n_queries_; ++i) {
+        for (int64_t i = 0; i < n_rows_ * a_.group; ++i) {
             const int64_t index = ((stream_ * a_.n_rows + row(i)) * a_.n_heads + head(i)) * a_.n_chunks + chunk;
             float *partial = partials + index * a_.partial_size();
-            partial[0] = chunk_.highest[i];
-            partial[1] = chunk_.weight[i];
-            std::copy_n(chunk_.values + i * a_.n_embd_v, a_.n_embd_v, partial + 2);
+            partial[0] = s_.chunk.highest[i];
+            partial[1] = s_.chunk.weight[i];
+            std::copy_n(s_.chunk.values + i * a_.n_embd_v, a_.n_embd_v, partial + 2);
         }
     }
 
     void store() const;
 
     const Attention &a_;
-    int64_t first_chunk_, end_chunk_, first_row_, n_rows_, kv_head_, stream_, n_queries_;
-    float *keys_, *values_, *queries_, *scores_, *masks_;
-    bool sees_all_[MAX_QUERIES];
-    Sums chunk_, total_;
+    Scratch &s_;
+    int64_t first_chunk_, end_chunk_, first_row_, n_rows_, kv_head_, stream_;
 };
 
 void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head, float weight, const float *values) {
@@ -411,8 +509,8 @@ void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head,
 }
 
 void Block::store() const {
-    for (int64_t i = 0; i < n_queries_; ++i)
-        store_result(a_, stream_, row(i), head(i), total_.weight[i], total_.values + i * a_.n_embd_v);
+    for (int64_t i = 0; i < n_rows_ * a_.group; ++i)
+        store_result(a_, stream_, row(i), head(i), s_.total.weight[i], s_.total.values + i * a_.n_embd_v);
 }
 
 // The chunks of those queries that fall to this thread.

@@ -13,6 +13,6 @@ settings.register_profile(
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("ci")
 
-# Whoever is started in the background of a shell ignores Ctrl-C, and so do the programs that the tests start from there.
+# Whoever is started in the background of a shell ignores Ctrl-C, and so does every program that the tests start then.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

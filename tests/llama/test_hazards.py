@@ -81,7 +81,7 @@ def shim(models: Models) -> Shim:
         {"positions": [2**31 - 1]},
         {"positions": [768]},
         {"seqs": [-1]},
-        {"seqs": [4]},
+        {"seqs": [6]},
         {"outputs": [2]},
         {"outputs": [-1]},
         {"n_rows": 0},
@@ -129,7 +129,7 @@ def test_sample_requests(shim: Shim, models: Models) -> None:
 
 
 def test_memory(shim: Shim) -> None:
-    for seq in (-1, 4, 300, 2**31 - 1, -(2**31)):
+    for seq in (-1, 6, 300, 2**31 - 1, -(2**31)):
         shim.refused("trio_seq_remove", shim.context, seq, 0, -1)
         shim.refused("trio_seq_copy", shim.context, seq, 0, 0, -1)
         shim.refused("trio_seq_copy", shim.context, 0, seq, 0, -1)
