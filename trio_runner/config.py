@@ -80,7 +80,7 @@ class EngineConfig:
     """How the vectors of a prompt's tokens become one; "model": as the file says, else the last token's."""
     step_target: float | None = None
     """Seconds that a step may take which carries rows of a prompt beside sequences that decode: the gap it tears into
-    every stream. None: 2.2 times a step that only decodes, as measured, but no less than 25 ms."""
+    every stream. None: 2.5 times a step that only decodes, as measured, but no less than 25 ms."""
     max_queue: int | None = 128
     """Requests that may wait for a slot before `EngineBusy`; None: no bound."""
     max_backlog: int = 256
