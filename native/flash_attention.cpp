@@ -45,14 +45,9 @@ struct Attention {
     ggml_tensor *dst;
     float scale;
     int64_t n_embd_k, n_embd_v, n_rows, n_heads, n_kv_heads, n_cells, n_streams;
-    int64_t group;      // heads that share keys and values
-    int64_t block_rows; // rows of a block, at most
-    int64_t n_blocks, n_chunks;
-    bool is_split; // chunks are units of their own
+    int64_t group; // heads that share keys and values
 
-    int64_t n_units() const { return n_streams * n_kv_heads * n_blocks * (is_split ? n_chunks : 1); }
     int64_t partial_size() const { return 2 + n_embd_v; }
-    size_t n_partials() const { return size_t(n_streams * n_rows * n_heads * n_chunks * partial_size()); }
 };
 
 bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
@@ -72,7 +67,7 @@ bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
            (mask == nullptr || (mask->type == GGML_TYPE_F16 && mask->ne[2] == 1));
 }
 
-Attention describe(const ggml_compute_params *params, ggml_tensor *dst) {
+Attention describe(ggml_tensor *dst) {
     Attention a{};
     a.q = dst->src[0];
     a.k = dst->src[1];
@@ -88,14 +83,6 @@ Attention describe(const ggml_compute_params *params, ggml_tensor *dst) {
     a.n_cells = a.k->ne[1];
     a.n_kv_heads = a.k->ne[2];
     a.group = a.n_heads / a.n_kv_heads;
-    a.n_blocks = (a.n_rows * a.group + MAX_QUERIES - 1) / MAX_QUERIES;
-    a.block_rows = (a.n_rows + a.n_blocks - 1) / a.n_blocks;
-    while (a.block_rows * a.group > MAX_QUERIES) {
-        ++a.n_blocks;
-        a.block_rows = (a.n_rows + a.n_blocks - 1) / a.n_blocks;
-    }
-    a.n_chunks = (a.n_cells + CHUNK - 1) / CHUNK;
-    a.is_split = a.n_chunks > 1 && a.n_units() < UNITS_PER_THREAD * params->nth && a.n_partials() <= MAX_PARTIALS;
     return a;
 }
 
@@ -203,9 +190,6 @@ void load_values(const char *const *rows, int n_cells, int n_embd, float *values
 
 // ---- who sees what -------------------------------------------------------------------------------------------------
 
-// A set of cells, a bit for each.
-using Cells = std::vector<uint64_t>;
-
 constexpr int WORD = 64;
 
 uint64_t visible_word(const ggml_fp16_t *mask, int n) {
@@ -225,16 +209,6 @@ uint64_t visible_word(const ggml_fp16_t *mask, int n) {
     return bits;
 }
 
-int count_bits(uint64_t word) {
-    int n = 0;
-#if defined(__GNUC__)
-    n = __builtin_popcountll(word);
-#else
-    for (; word != 0; word &= word - 1) ++n;
-#endif
-    return n;
-}
-
 int lowest_bit(uint64_t word) {
 #if defined(__GNUC__)
     return __builtin_ctzll(word);
@@ -244,6 +218,115 @@ int lowest_bit(uint64_t word) {
     return n;
 #endif
 }
+
+// Some rows of one sequence, as far as can be seen, and all cells that any of them sees.
+struct Block {
+    int64_t stream, first_row, end_row;
+    std::vector<int32_t> cells;
+
+    int n_chunks() const { return int((cells.size() + CHUNK - 1) / CHUNK); }
+};
+
+// Who attends to what, and how that is divided among threads. Made by one of them, once for each operation.
+class Plan {
+public:
+    void make(const Attention &attention, int n_threads) {
+        const Attention &a = attention;
+        n_words_ = size_t((a.n_cells + WORD - 1) / WORD);
+        seen_.resize(size_t(a.n_streams * a.n_rows) * n_words_);
+        n_blocks_ = 0;
+        for (int64_t stream = 0; stream < a.n_streams; ++stream) {
+            for (int64_t row = 0; row < a.n_rows; ++row)
+                load_mask(a, stream, row);
+            for (int64_t row = 0; row < a.n_rows;)
+                row = add_block(a, stream, row);
+        }
+        n_chunks = 1;
+        for (size_t i = 0; i < n_blocks_; ++i)
+            n_chunks = std::max(n_chunks, int64_t(blocks_[i].n_chunks()));
+        const auto n_partials = size_t(a.n_streams * a.n_rows * a.n_heads * n_chunks * a.partial_size());
+        is_split = n_chunks > 1 && int64_t(n_blocks_) * a.n_kv_heads < UNITS_PER_THREAD * n_threads &&
+                   n_partials <= MAX_PARTIALS;
+        if (is_split && partials.size() < n_partials) partials.resize(n_partials);
+        units.clear();
+        for (size_t i = 0; i < n_blocks_; ++i) {
+            const int n = blocks_[i].n_chunks();
+            if (!is_split || n == 0) units.push_back({i, 0, n});
+            for (int chunk = 0; is_split && chunk < n; ++chunk)
+                units.push_back({i, chunk, chunk + 1});
+        }
+    }
+
+    const Block &block(size_t index) const { return blocks_[index]; }
+    const uint64_t *seen(const Attention &a, int64_t stream, int64_t row) const {
+        return seen_.data() + size_t(stream * a.n_rows + row) * n_words_;
+    }
+    size_t n_blocks() const { return n_blocks_; }
+
+    struct Unit {
+        size_t block;
+        int first_chunk, end_chunk;
+    };
+    std::vector<Unit> units; // each for every head of keys
+    int64_t n_chunks;        // of the block that has most
+    bool is_split;           // a unit is a chunk, and leaves its sums in `partials`
+    std::vector<float> partials;
+
+private:
+    void load_mask(const Attention &a, int64_t stream, int64_t row) {
+        uint64_t *seen = seen_.data() + size_t(stream * a.n_rows + row) * n_words_;
+        const ggml_fp16_t *mask = nullptr;
+        if (a.mask != nullptr) {
+            mask = reinterpret_cast<const ggml_fp16_t *>(static_cast<const char *>(a.mask->data) +
+                                                         size_t(row) * a.mask->nb[1] +
+                                                         size_t(stream % a.mask->ne[3]) * a.mask->nb[3]);
+        }
+        for (size_t i = 0; i < n_words_; ++i) {
+            const int n = int(std::min(int64_t(WORD), a.n_cells - int64_t(i) * WORD));
+            seen[i] = mask != nullptr ? visible_word(mask + i * WORD, n) : ~uint64_t(0) >> (WORD - n);
+        }
+    }
+
+    // From `row` on, as long as each row sees what the one before it saw, except what lies before all that it sees.
+    // Returns the row after it.
+    int64_t add_block(const Attention &a, int64_t stream, int64_t row) {
+        if (blocks_.size() == n_blocks_) blocks_.emplace_back();
+        Block &block = blocks_[n_blocks_++];
+        const int64_t end = std::min(a.n_rows, row + std::max(MAX_QUERIES / a.group, int64_t(1)));
+        block.stream = stream;
+        block.first_row = row;
+        any_.assign(seen(a, stream, row), seen(a, stream, row) + n_words_);
+        for (++row; row < end && goes_on(seen(a, stream, row - 1), seen(a, stream, row)); ++row) {
+            const uint64_t *more = seen(a, stream, row);
+            for (size_t i = 0; i < n_words_; ++i)
+                any_[i] |= more[i];
+        }
+        block.end_row = row;
+        block.cells.clear();
+        for (size_t i = 0; i < n_words_; ++i) {
+            for (uint64_t word = any_[i]; word != 0; word &= word - 1)
+                block.cells.push_back(int32_t(i) * WORD + lowest_bit(word));
+        }
+        return row;
+    }
+
+    bool goes_on(const uint64_t *before, const uint64_t *seen) const {
+        bool has_begun = false;
+        for (size_t i = 0; i < n_words_; ++i) {
+            uint64_t lost = before[i] & ~seen[i];
+            if (!has_begun && seen[i] != 0) {
+                has_begun = true;
+                lost &= ~uint64_t(0) << lowest_bit(seen[i]);
+            }
+            if (has_begun && lost != 0) return false;
+        }
+        return has_begun;
+    }
+
+    size_t n_words_, n_blocks_;
+    std::vector<uint64_t> seen_, any_; // sets of cells, a bit for each
+    std::vector<Block> blocks_;        // more than there are: their memory is used again
+};
 
 // ---- one block of rows ---------------------------------------------------------------------------------------------
 
@@ -272,55 +355,33 @@ void merge(float &highest, float &weight, float *values, float chunk_highest, fl
     highest = new_highest;
 }
 
-class Block {
+class Worker {
 public:
-    // `unit` counts streams, blocks of rows, chunks if they are units, and heads of keys: those are neighbours in memory.
-    Block(const Attention &attention, int64_t unit) : a_(attention), s_(scratch(attention)) {
-        kv_head_ = unit % a_.n_kv_heads;
-        unit /= a_.n_kv_heads;
-        if (a_.is_split) {
-            first_chunk_ = unit % a_.n_chunks;
-            end_chunk_ = first_chunk_ + 1;
-            unit /= a_.n_chunks;
-        } else {
-            first_chunk_ = 0;
-            end_chunk_ = a_.n_chunks;
-        }
-        first_row_ = unit % a_.n_blocks * a_.block_rows;
-        n_rows_ = std::min(a_.block_rows, a_.n_rows - first_row_);
-        stream_ = unit / a_.n_blocks;
-    }
+    Worker(const Attention &attention, Plan &plan, const Plan::Unit &unit, int64_t kv_head)
+        : a_(attention), plan_(plan), unit_(unit), block_(plan.block(unit.block)), s_(scratch(attention)),
+          kv_head_(kv_head), n_rows_(block_.end_row - block_.first_row) {}
 
-    void run(float *partials) {
-        if (n_rows_ <= 0) return;
+    void run() {
         const int64_t n_queries = n_rows_ * a_.group;
         load_queries();
-        for (int64_t row = 0; row < n_rows_; ++row)
-            load_mask(row);
-        if (!a_.is_split) s_.total.clear(n_queries, a_.n_embd_v);
-        for (int64_t chunk = first_chunk_; chunk < end_chunk_; ++chunk) {
+        s_.total.clear(n_queries, a_.n_embd_v);
+        for (int chunk = unit_.first_chunk; chunk < unit_.end_chunk; ++chunk) {
             s_.chunk.clear(n_queries, a_.n_embd_v);
-            for (int64_t row = 0; row < n_rows_;) {
-                const int64_t end = end_of_sequence(row);
-                attend(row, end, chunk);
-                row = end;
+            attend(chunk);
+            if (plan_.is_split) {
+                store_partials(chunk);
+                return;
             }
-            if (a_.is_split) {
-                store_partials(partials, chunk);
-            } else {
-                for (int64_t i = 0; i < n_queries; ++i)
-                    merge(s_.total.highest[i], s_.total.weight[i], s_.total.values + i * a_.n_embd_v,
-                          s_.chunk.highest[i], s_.chunk.weight[i], s_.chunk.values + i * a_.n_embd_v, a_.n_embd_v);
-            }
+            for (int64_t i = 0; i < n_queries; ++i)
+                merge(s_.total.highest[i], s_.total.weight[i], s_.total.values + i * a_.n_embd_v,
+                      s_.chunk.highest[i], s_.chunk.weight[i], s_.chunk.values + i * a_.n_embd_v, a_.n_embd_v);
         }
-        if (!a_.is_split) store();
+        store(); // also where there was nothing to see
     }
 
 private:
     struct Scratch {
         std::vector<float> floats;
-        std::vector<Cells> seen; // by row
-        Cells sequence;          // what any of its rows sees
         float *keys, *values, *queries, *scores;
         Sums chunk, total;
     };
@@ -337,69 +398,27 @@ private:
         s.scores = s.queries + MAX_QUERIES * a.n_embd_k;
         s.chunk.values = s.scores + MAX_QUERIES * TILE;
         s.total.values = s.chunk.values + MAX_QUERIES * a.n_embd_v;
-        const auto n_words = size_t((a.n_cells + WORD - 1) / WORD);
-        s.seen.resize(MAX_QUERIES);
-        for (Cells &cells : s.seen)
-            if (cells.size() != n_words) cells.assign(n_words, 0);
-        s.sequence.resize(n_words);
         return s;
     }
 
     int64_t head(int64_t query) const { return kv_head_ * a_.group + query % a_.group; }
-    int64_t row(int64_t query) const { return first_row_ + query / a_.group; }
-    int64_t kv_stream() const { return stream_ / (a_.n_streams / a_.k->ne[3]); }
+    int64_t row(int64_t query) const { return block_.first_row + query / a_.group; }
+    int64_t kv_stream() const { return block_.stream / (a_.n_streams / a_.k->ne[3]); }
 
     // In the order of rows, and of heads within them.
     void load_queries() {
         for (int64_t i = 0; i < n_rows_ * a_.group; ++i) {
             const auto *q = reinterpret_cast<const float *>(static_cast<const char *>(a_.q->data) +
                                                             size_t(row(i)) * a_.q->nb[1] + size_t(head(i)) * a_.q->nb[2] +
-                                                            size_t(stream_) * a_.q->nb[3]);
+                                                            size_t(block_.stream) * a_.q->nb[3]);
             for (int64_t j = 0; j < a_.n_embd_k; ++j)
                 s_.queries[i * a_.n_embd_k + j] = q[j] * a_.scale;
         }
     }
 
-    void load_mask(int64_t row) {
-        Cells &seen = s_.seen[size_t(row)];
-        const ggml_fp16_t *mask = nullptr;
-        if (a_.mask != nullptr) {
-            mask = reinterpret_cast<const ggml_fp16_t *>(
-                static_cast<const char *>(a_.mask->data) + size_t(first_row_ + row) * a_.mask->nb[1] +
-                size_t(stream_ % a_.mask->ne[3]) * a_.mask->nb[3]);
-        }
-        for (size_t i = 0; i < seen.size(); ++i) {
-            const int n = int(std::min(int64_t(WORD), a_.n_cells - int64_t(i) * WORD));
-            seen[i] = mask != nullptr ? visible_word(mask + i * WORD, n) : ~uint64_t(0) >> (WORD - n);
-        }
-    }
-
-    // The rows from `row` on that belong to one sequence, as far as can be seen: each sees what the one before it saw,
-    // except what lies before all that it sees. Their cells are in `sequence` then.
-    int64_t end_of_sequence(int64_t row) {
-        s_.sequence = s_.seen[size_t(row)];
-        for (++row; row < n_rows_; ++row) {
-            const Cells &seen = s_.seen[size_t(row)], &before = s_.seen[size_t(row) - 1];
-            bool has_begun = false;
-            for (size_t i = 0; i < seen.size(); ++i) {
-                uint64_t lost = before[i] & ~seen[i];
-                if (!has_begun && seen[i] != 0) {
-                    has_begun = true;
-                    lost &= ~uint64_t(0) << lowest_bit(seen[i]);
-                }
-                if (has_begun && lost != 0) return row;
-            }
-            if (!has_begun) return row;
-            for (size_t i = 0; i < seen.size(); ++i)
-                s_.sequence[i] |= seen[i];
-        }
-        return row;
-    }
-
-    // One chunk of the cells in `sequence`.
-    void attend(int64_t first_row, int64_t end_row, int64_t chunk) {
-        int32_t cells[CHUNK];
-        const int n_cells = list_cells(chunk, cells);
+    void attend(int chunk) {
+        const int32_t *cells = block_.cells.data() + chunk * CHUNK;
+        const int n_cells = int(std::min(size_t(CHUNK), block_.cells.size() - size_t(chunk) * CHUNK));
         const char *keys[CHUNK], *values[CHUNK];
         for (int i = 0; i < n_cells; ++i) {
             keys[i] = at(a_.k, cells[i]);
@@ -411,24 +430,8 @@ private:
             prefetch(values + next, std::min(TILE, n_cells - next), int(a_.n_embd_v));
             load_keys(keys + cell, n, int(a_.n_embd_k), s_.keys);
             load_values(values + cell, n, int(a_.n_embd_v), s_.values);
-            attend_tile(first_row, end_row, cells + cell, n);
+            attend_tile(cells + cell, n);
         }
-    }
-
-    int list_cells(int64_t chunk, int32_t *cells) const {
-        int64_t n_before = chunk * CHUNK;
-        size_t i = 0;
-        for (; i < s_.sequence.size() && n_before >= count_bits(s_.sequence[i]); ++i)
-            n_before -= count_bits(s_.sequence[i]);
-        int n = 0;
-        for (; i < s_.sequence.size() && n < CHUNK; ++i) {
-            uint64_t word = s_.sequence[i];
-            for (; n_before > 0; --n_before)
-                word &= word - 1;
-            for (; word != 0 && n < CHUNK; word &= word - 1)
-                cells[n++] = int32_t(i) * WORD + lowest_bit(word);
-        }
-        return n;
     }
 
     const char *at(const ggml_tensor *tensor, int32_t cell) const {
@@ -438,26 +441,24 @@ private:
 
     // Which of the tile's cells a row sees.
     uint64_t seen_in_tile(int64_t row, const int32_t *cells, int n_cells) const {
-        const Cells &seen = s_.seen[size_t(row)];
+        const uint64_t *seen = plan_.seen(a_, block_.stream, row);
         uint64_t bits = 0;
         for (int i = 0; i < n_cells; ++i)
-            bits |= (seen[size_t(cells[i] / WORD)] >> (cells[i] % WORD) & 1) << i;
+            bits |= (seen[cells[i] / WORD] >> (cells[i] % WORD) & 1) << i;
         return bits;
     }
 
-    void attend_tile(int64_t first_row, int64_t end_row, const int32_t *cells, int n_cells) {
-        const uint64_t all = ~uint64_t(0) >> (TILE - n_cells);
-        const int64_t first = first_row * a_.group, end = end_row * a_.group;
-        const int n = int(end - first);
-        float *scores = s_.scores + first * TILE;
-        std::fill_n(scores, n * TILE, 0.0f);
-        multiply(scores, s_.queries + first * a_.n_embd_k, s_.keys, n, int(a_.n_embd_k), TILE);
-        for (int64_t row = first_row; row < end_row; ++row) {
-            const uint64_t seen = row + 1 == end_row && first_row + 1 == end_row ? all : seen_in_tile(row, cells, n_cells);
+    void attend_tile(const int32_t *cells, int n_cells) {
+        const int n = int(n_rows_ * a_.group);
+        std::fill_n(s_.scores, n * TILE, 0.0f);
+        multiply(s_.scores, s_.queries, s_.keys, n, int(a_.n_embd_k), TILE);
+        for (int64_t row = 0; row < n_rows_; ++row) {
+            const uint64_t seen = n_rows_ == 1 ? ~uint64_t(0) >> (TILE - n_cells)
+                                               : seen_in_tile(block_.first_row + row, cells, n_cells);
             for (int64_t i = row * a_.group; i < (row + 1) * a_.group; ++i)
                 weigh(i, seen);
         }
-        multiply(s_.chunk.values + first * a_.n_embd_v, scores, s_.values, n, TILE, int(a_.n_embd_v));
+        multiply(s_.chunk.values, s_.scores, s_.values, n, TILE, int(a_.n_embd_v));
     }
 
     // The scores of a query become weights.
@@ -483,10 +484,10 @@ private:
         s_.chunk.weight[query] += float(ggml_vec_soft_max_f32(TILE, scores, scores, highest));
     }
 
-    void store_partials(float *partials, int64_t chunk) const {
+    void store_partials(int chunk) const {
         for (int64_t i = 0; i < n_rows_ * a_.group; ++i) {
-            const int64_t index = ((stream_ * a_.n_rows + row(i)) * a_.n_heads + head(i)) * a_.n_chunks + chunk;
-            float *partial = partials + index * a_.partial_size();
+            const int64_t query = (block_.stream * a_.n_rows + row(i)) * a_.n_heads + head(i);
+            float *partial = plan_.partials.data() + (query * plan_.n_chunks + chunk) * a_.partial_size();
             partial[0] = s_.chunk.highest[i];
             partial[1] = s_.chunk.weight[i];
             std::copy_n(s_.chunk.values + i * a_.n_embd_v, a_.n_embd_v, partial + 2);
@@ -496,8 +497,11 @@ private:
     void store() const;
 
     const Attention &a_;
+    Plan &plan_;
+    const Plan::Unit &unit_;
+    const Block &block_;
     Scratch &s_;
-    int64_t first_chunk_, end_chunk_, first_row_, n_rows_, kv_head_, stream_;
+    int64_t kv_head_, n_rows_;
 };
 
 void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head, float weight, const float *values) {
@@ -508,24 +512,27 @@ void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head,
         target[i] = values[i] * inverse;
 }
 
-void Block::store() const {
+void Worker::store() const {
     for (int64_t i = 0; i < n_rows_ * a_.group; ++i)
-        store_result(a_, stream_, row(i), head(i), s_.total.weight[i], s_.total.values + i * a_.n_embd_v);
+        store_result(a_, block_.stream, row(i), head(i), s_.total.weight[i], s_.total.values + i * a_.n_embd_v);
 }
 
-// The chunks of those queries that fall to this thread.
-void merge_partials(const Attention &a, const float *partials, int ith, int nth) {
+// Of the queries that fall to this thread.
+void merge_partials(const Attention &a, const Plan &plan, int ith, int nth) {
     static thread_local std::vector<float> values;
     values.resize(size_t(a.n_embd_v));
-    for (int64_t query = ith; query < a.n_streams * a.n_rows * a.n_heads; query += nth) {
-        float highest = -INFINITY, weight = 0.0f;
-        std::fill(values.begin(), values.end(), 0.0f);
-        for (int64_t chunk = 0; chunk < a.n_chunks; ++chunk) {
-            const float *partial = partials + (query * a.n_chunks + chunk) * a.partial_size();
-            merge(highest, weight, values.data(), partial[0], partial[1], partial + 2, a.n_embd_v);
+    for (size_t index = 0; index < plan.n_blocks(); ++index) {
+        const Block &block = plan.block(index);
+        if (block.cells.empty()) continue;
+        for (int64_t query = block.first_row * a.n_heads + ith; query < block.end_row * a.n_heads; query += nth) {
+            float highest = -INFINITY, weight = 0.0f;
+            std::fill(values.begin(), values.end(), 0.0f);
+            const float *partial = plan.partials.data() +
+                                   (block.stream * a.n_rows * a.n_heads + query) * plan.n_chunks * a.partial_size();
+            for (int chunk = 0; chunk < block.n_chunks(); ++chunk, partial += a.partial_size())
+                merge(highest, weight, values.data(), partial[0], partial[1], partial + 2, a.n_embd_v);
+            store_result(a, block.stream, query / a.n_heads, query % a.n_heads, weight, values.data());
         }
-        const int64_t row = query / a.n_heads;
-        store_result(a, row / a.n_rows, row % a.n_rows, query % a.n_heads, weight, values.data());
     }
 }
 
@@ -536,23 +543,24 @@ extern "C" void ggml_compute_forward_flash_attn_ext(const ggml_compute_params *p
         ggml_flash_attn_ext_upstream(params, dst);
         return;
     }
-    const Attention attention = describe(params, dst);
+    const Attention attention = describe(dst);
     if (params->ith == 0) {
         // The others find it in the work buffer, which all threads share.
-        static thread_local std::vector<float> partials;
-        if (attention.is_split && partials.size() < attention.n_partials()) partials.resize(attention.n_partials());
-        float *data = partials.data();
-        std::memcpy(params->wdata, &data, sizeof data);
+        static thread_local Plan made;
+        made.make(attention, params->nth);
+        Plan *address = &made;
+        std::memcpy(params->wdata, &address, sizeof address);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    float *partials;
-    std::memcpy(&partials, params->wdata, sizeof partials);
-    for (int64_t unit = params->ith; unit < attention.n_units();
-         unit = ggml_threadpool_chunk_add(params->threadpool, 1))
-        Block(attention, unit).run(partials);
-    if (attention.is_split) {
+    Plan *plan;
+    std::memcpy(&plan, params->wdata, sizeof plan);
+    // Heads of the same cells are neighbours in memory.
+    const int64_t n_units = int64_t(plan->units.size()) * attention.n_kv_heads;
+    for (int64_t i = params->ith; i < n_units; i = ggml_threadpool_chunk_add(params->threadpool, 1))
+        Worker(attention, *plan, plan->units[size_t(i / attention.n_kv_heads)], i % attention.n_kv_heads).run();
+    if (plan->is_split) {
         ggml_barrier(params->threadpool);
-        merge_partials(attention, partials, params->ith, params->nth);
+        merge_partials(attention, *plan, params->ith, params->nth);
     }
 }
