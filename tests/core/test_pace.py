@@ -57,12 +57,14 @@ def machines(draw: st.DrawFn) -> Machine:
     return Machine(
         base=draw(st.floats(0.002, 0.05)),
         row=draw(st.floats(5e-6, 2e-4) if is_gpu else st.floats(0.001, 0.06)),
-        growth=draw(st.floats(0, 0.1)),
+        growth=draw(st.floats(0, 0.03 if is_gpu else 0.1)),  # a step on a GPU may lengthen the context by thousands
         noise=draw(st.sampled_from([0.0, 0.05])),
         max_rows=draw(st.sampled_from([64, 512, 2048])),
     )
 
 
+NEW_PROMPT = 0.65
+"""What part of its time the first step of a prompt may take, which is quicker than the end of the one before it."""
 SETTLED = 6
 """Batches after which the time of a step is as it should be."""
 
@@ -76,9 +78,11 @@ def test_streams_wait_only_so_long_for_a_prompt(machine: Machine, n_before: int,
         machine.prefill(pace, 0, 5)
     for _ in range(5):
         machine.run(pace, n_before)
-    steps = machine.prefill(pace, n_now, 40)
-    for seconds, _ in steps[SETTLED:]:
-        assert seconds <= 1.2 * machine.gap(n_now)
+    machine.prefill(pace, n_now, SETTLED)
+    for _ in range(40 - SETTLED):
+        gap = machine.gap(n_now)  # as things are now: it grows as everything does
+        [(seconds, _)] = machine.prefill(pace, n_now, 1)
+        assert seconds <= 1.2 * gap
 
 
 @settings(max_examples=200)
@@ -92,8 +96,7 @@ def test_a_prompt_gets_all_the_time_that_streams_can_spare(machine: Machine, n_s
     gap = STREAM_GAP * machine.seconds(n_streams)
     steps = machine.prefill(pace, n_streams, 40)
     for seconds, n_rows in steps[20:]:
-        # A prompt that starts is quicker than the end of the one before it.
-        assert n_rows == machine.max_rows or seconds >= 0.7 * gap
+        assert n_rows == machine.max_rows or seconds >= NEW_PROMPT * gap
 
 
 @settings(max_examples=200)
@@ -104,7 +107,7 @@ def test_a_step_without_streams_is_bounded_too(machine: Machine) -> None:
     longest = max(LONGEST_STEP, machine.seconds(MIN_ROWS))
     # One such step may be half a prompt, and the next one at once a fifth slower.
     assert all(seconds <= 1.35 * longest for seconds, _ in steps[SETTLED:])
-    assert all(n_rows == machine.max_rows or seconds >= 0.75 * LONGEST_STEP for seconds, n_rows in steps[15:])
+    assert all(n_rows == machine.max_rows or seconds >= NEW_PROMPT * LONGEST_STEP for seconds, n_rows in steps[15:])
     # After a step that was broken off, one that cannot be.
     n_rows = pace.prompt_rows(0, short=True)
     assert machine.seconds(n_rows) <= max(1.2 * SHORT_STEP + machine.base * 3, machine.seconds(MIN_ROWS))
@@ -172,7 +175,7 @@ def test_the_time_that_was_asked_for(machine: Machine, n_streams: int, step_targ
     steps = machine.prefill(pace, n_streams, 60)
     target = max(step_target, machine.seconds(n_streams + MIN_ROWS))
     assert all(seconds <= 1.2 * target for seconds, _ in steps[SETTLED:])
-    assert all(n_rows == machine.max_rows or seconds >= 0.7 * step_target for seconds, n_rows in steps[30:])
+    assert all(n_rows == machine.max_rows or seconds >= NEW_PROMPT * step_target for seconds, n_rows in steps[30:])
 
 
 @given(machines(), st.integers(0, 8), st.booleans())
