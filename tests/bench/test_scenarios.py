@@ -166,8 +166,6 @@ async def test_a_retry_decodes_what_was_missing() -> None:
         measured = await measure("retry", server)
     [decoded] = measured["decoded by the retry"]
     assert 0 < decoded < 180
-    assert measured["missing, by the server's count"] == [decoded]
-    assert measured["decoded twice"] == [0]
 
 
 async def test_a_storm_that_leaves_nothing_behind() -> None:

@@ -155,8 +155,6 @@ async def retry(turn: Turn) -> Measured:
         await trio.sleep(alone * share)
         victim.leave()
     await server.quiet()
-    async with watching(server) as watch:
-        statistics = await watch.look() or {}
     again = await server.complete(ask)
     measured.add(Metric("its first token", "ms"), again.ttft * MS)
     measured.add(Metric("its first token / an idle server's for a new prompt", "x"), again.ttft / alone)
@@ -166,10 +164,6 @@ async def retry(turn: Turn) -> Measured:
         measured.note("the server does not say how much of a prompt it found in its cache")
         return measured
     measured.add(Metric("decoded by the retry", "tokens"), decoded)
-    if server.slots == 1 and "cached_tokens" in statistics:
-        missing = max(n_prompt - statistics["cached_tokens"], 1)  # the last token is always decoded
-        measured.add(Metric("missing, by the server's count", "tokens"), missing)
-        measured.add(Metric("decoded twice", "tokens", difference=True), decoded - missing)
     return measured
 
 
