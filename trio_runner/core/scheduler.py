@@ -142,7 +142,7 @@ class Scheduler:
             n_waiting=len(self._waiting),
             n_running=len(self._running),
             n_paused=sum(sequence.paused for sequence in self._running.values()),
-            n_preempted=sum(sequence.started for sequence in self._waiting.values()),
+            n_preempted=sum(sequence.left is not None for sequence in self._waiting.values()),
             n_cached_tokens=sum(len(slot.tokens) for slot in self._pool.slots),
             n_batches=self._n_batches,
             n_aborted=self._n_aborted,
@@ -223,8 +223,7 @@ class Scheduler:
         n_held = len(slot.tokens)
         del sequence.pending[:n_held]
         if not sequence.prompt_done:
-            sequence.n_cached = min(sequence.n_cached, n_held) if sequence.started else n_held
-        sequence.started = True
+            sequence.n_cached = n_held if sequence.left is None else min(sequence.n_cached, n_held)
 
     def _preempt_background(self) -> bool:
         """Take the slot of the background sequence that came last; False when there is none."""

@@ -43,10 +43,8 @@ class Sequence:
     pending: list[int] = field(init=False)
     slot: Slot = field(default_factory=_no_slot)
     n_cached: int = 0
-    started: bool = False
-    """It had a slot before."""
     left: Slot | None = None
-    """The one that it last gave up."""
+    """The one that it last gave up, if it had one before."""
     prompt_done: bool = False
     paused: bool = False
     leader: Sequence | None = None
