@@ -5,6 +5,7 @@ every token before it. Only "chain" says something: `CHAIN_TEXT` and then the en
 
     llama     two layers of grouped-query attention, byte-level BPE, a chat template; never ends by itself
     single    the same with one layer: what a position holds does not depend on the positions before it
+    tiles     llama with the tokens that stand between the tiles of a picture
     chain     each token has one successor
     spm       llama with a SentencePiece vocabulary with byte fallback, begins with BOS
     swa       gemma3: five of six layers see only a window of the last 32 tokens
@@ -13,6 +14,7 @@ every token before it. Only "chain" says something: `CHAIN_TEXT` and then the en
     bert      encoder with mean pooling: vectors only, nothing is kept
     rerank    bert with a classification head
     lora      an adapter for "llama" that changes what it says
+    mmproj... projectors, see `tests.tiny_projectors`
 """
 
 from __future__ import annotations
@@ -23,25 +25,14 @@ from typing import Final
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
-
-N_CTX: Final = 2048
-N_EMBD: Final = 64
-N_FF: Final = 128
+from tests.tiny_gguf import N_EMBD, N_FF, WORDS, Array, Bpe, ModelFile, ones, zeros
+from tests.tiny_projectors import PROJECTORS
 
 CHAIN_WORDS: Final = (" one", " two", " three", " four", " five", " six", " seven", " eight", " nine", " ten")
 CHAIN_TAIL: Final = " \N{SLIGHTLY SMILING FACE}."
 """Comes in bytes: one character is spread over four tokens."""
 CHAIN_TEXT: Final = "".join(CHAIN_WORDS) + CHAIN_TAIL
-
-CHAT_TEMPLATE: Final = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CONTROL_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-WORDS: Final = ("hello", "world", "the", "and", "model", "count", "story", "user", "assistant", "system", "answer")
 
 
 def tiny_model(name: str, directory: Path) -> Path:
@@ -54,116 +45,14 @@ def tiny_model(name: str, directory: Path) -> Path:
     return path
 
 
-class _Model:
-    """A model file in the making."""
-
-    def __init__(self, path: Path, architecture: str, name: str, *, seed: int) -> None:
-        self.writer = gguf.GGUFWriter(str(path), architecture)
-        self.writer.add_name(name)
-        self._random = np.random.default_rng(seed)
-
-    def random(self, *shape: int, gain: float = 1.0) -> Array:
-        """A matrix (out, in) that keeps the size of its input, times `gain`."""
-        values: Array = self._random.standard_normal(shape, np.float32)
-        return values * np.float32(gain / np.sqrt(shape[-1]))
-
-    def add(self, tensors: dict[str, Array]) -> None:
-        for name, values in tensors.items():
-            self.writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
-
-    def write(self) -> None:
-        self.writer.write_header_to_file()
-        self.writer.write_kv_data_to_file()
-        self.writer.write_tensors_to_file()
-        self.writer.close()
-
-    def add_sizes(self, *, n_layer: int, n_ctx: int = N_CTX, n_ff: int = N_FF) -> None:
-        self.writer.add_context_length(n_ctx)
-        self.writer.add_embedding_length(N_EMBD)
-        self.writer.add_block_count(n_layer)
-        self.writer.add_feed_forward_length(n_ff)
-
-    def add_attention(self, n_head: int, n_head_kv: int) -> None:
-        self.writer.add_head_count(n_head)
-        self.writer.add_head_count_kv(n_head_kv)
-        self.writer.add_layer_norm_rms_eps(1e-5)
-        self.writer.add_rope_freq_base(10000.0)
-
-
-def _ones(*shape: int) -> Array:
-    return np.ones(shape, np.float32)
-
-
-def _zeros(*shape: int) -> Array:
-    return np.zeros(shape, np.float32)
-
-
-# ---- vocabularies ---------------------------------------------------------------------------------------------------
-
-
-def _byte_characters() -> list[str]:
-    """The visible character that stands for each byte in a byte-level BPE vocabulary."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    spare = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
-
-
-class _Bpe:
-    """Control tokens, the 256 bytes, then every beginning of every word, each merged from the one before it."""
-
-    def __init__(self, words: Sequence[str] = WORDS, whole: Sequence[str] = ()) -> None:
-        self.of_byte = _byte_characters()
-        self.tokens = [*CONTROL_TOKENS, *self.of_byte]
-        self.merges: list[str] = []
-        for word in words:
-            characters = [self.of_byte[byte] for byte in f" {word}".encode()]
-            for end in range(1, len(characters)):
-                left, right = "".join(characters[:end]), characters[end]
-                if left + right not in self.tokens:
-                    self.tokens.append(left + right)
-                    self.merges.append(f"{left} {right}")
-        n_normal = len(self.tokens) - len(CONTROL_TOKENS)
-        self.tokens += whole
-        self.types = (
-            [gguf.TokenType.CONTROL] * len(CONTROL_TOKENS)
-            + [gguf.TokenType.NORMAL] * n_normal
-            + [gguf.TokenType.USER_DEFINED] * len(whole)
-        )
-
-    def add_to(self, model: _Model) -> None:
-        writer = model.writer
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_add_bos_token(False)
-        writer.add_chat_template(CHAT_TEMPLATE)
-        writer.add_vocab_size(len(self.tokens))
-
-    def output(self, model: _Model) -> Array:
-        """An output matrix under which only printable ASCII is ever the most probable token."""
-        rows = model.random(len(self.tokens), N_EMBD, gain=5.0)
-        printable = {self.of_byte[byte] for byte in range(0x20, 0x7F)}
-        for token, text in enumerate(self.tokens):
-            if token < len(CONTROL_TOKENS) or not printable.issuperset(text):
-                rows[token] = 0
-        return rows
-
-
-# ---- models ---------------------------------------------------------------------------------------------------------
-
-
-def _llama_layer(model: _Model, layer: int, *, n_head: int, n_head_kv: int, bias: bool = False) -> dict[str, Array]:
+def _llama_layer(model: ModelFile, layer: int, *, n_head: int, n_head_kv: int, bias: bool = False) -> dict[str, Array]:
     head = N_EMBD // n_head
     sizes = {"q": n_head * head, "k": n_head_kv * head, "v": n_head_kv * head}
     tensors = {
-        "attn_norm.weight": _ones(N_EMBD),
+        "attn_norm.weight": ones(N_EMBD),
         **{f"attn_{part}.weight": model.random(size, N_EMBD, gain=2.0) for part, size in sizes.items()},
         "attn_output.weight": model.random(N_EMBD, n_head * head, gain=2.0),
-        "ffn_norm.weight": _ones(N_EMBD),
+        "ffn_norm.weight": ones(N_EMBD),
         "ffn_gate.weight": model.random(N_FF, N_EMBD, gain=2.0),
         "ffn_up.weight": model.random(N_FF, N_EMBD),
         "ffn_down.weight": model.random(N_EMBD, N_FF),
@@ -173,15 +62,17 @@ def _llama_layer(model: _Model, layer: int, *, n_head: int, n_head_kv: int, bias
     return {f"blk.{layer}.{name}": values for name, values in tensors.items()}
 
 
-def _write_llama(path: Path, *, name: str = "tiny-llama", n_layer: int = 2, seed: int = 1) -> None:
-    model, vocabulary = _Model(path, "llama", name, seed=seed), _Bpe()
+def _write_llama(
+    path: Path, *, name: str = "tiny-llama", n_layer: int = 2, seed: int = 1, whole: Sequence[str] = ()
+) -> None:
+    model, vocabulary = ModelFile(path, "llama", name, seed=seed), Bpe(whole=whole)
     model.add_sizes(n_layer=n_layer)
     model.add_attention(4, 2)
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
     for layer in range(n_layer):
         model.add(_llama_layer(model, layer, n_head=4, n_head_kv=2))
-    model.add({"output_norm.weight": _ones(N_EMBD), "output.weight": vocabulary.output(model)})
+    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
 
@@ -189,16 +80,20 @@ def _write_single(path: Path) -> None:
     _write_llama(path, name="tiny-single", n_layer=1, seed=2)
 
 
+def _write_tiles(path: Path) -> None:
+    _write_llama(path, name="tiny-tiles", seed=10, whole=("\n\n", "<fake_token_around_image>", "<global-img>"))
+
+
 def _write_chain(path: Path) -> None:
     """Attention and feed-forward add nothing, so the next token depends on the last one alone. Each link of the chain
     has a direction of its own in the embedding; all other tokens share one, which points to the first link."""
-    model, vocabulary = _Model(path, "llama", "tiny-chain", seed=3), _Bpe(words=("hello",), whole=CHAIN_WORDS)
+    model, vocabulary = ModelFile(path, "llama", "tiny-chain", seed=3), Bpe(words=("hello",), whole=CHAIN_WORDS)
     tail = [vocabulary.tokens.index(vocabulary.of_byte[byte]) for byte in CHAIN_TAIL.encode()]
     links = [vocabulary.tokens.index(word) for word in CHAIN_WORDS] + tail
     n_vocab = len(vocabulary.tokens)
     directions = np.linalg.qr(model.random(N_EMBD, N_EMBD))[0].astype(np.float32)
     embedding = np.tile(directions[0], (n_vocab, 1))
-    output = _zeros(n_vocab, N_EMBD)
+    output = zeros(n_vocab, N_EMBD)
     output[links[0]] = directions[0]
     for index, (link, successor) in enumerate(zip(links, [*links[1:], 2], strict=True), start=1):
         embedding[link] = directions[index]
@@ -208,15 +103,15 @@ def _write_chain(path: Path) -> None:
     model.add_attention(2, 2)  # heads of 32, as quantised KV caches need
     vocabulary.add_to(model)
     layer = _llama_layer(model, 0, n_head=2, n_head_kv=2)
-    layer["blk.0.attn_output.weight"] = _zeros(N_EMBD, N_EMBD)
-    layer["blk.0.ffn_down.weight"] = _zeros(N_EMBD, N_FF)
+    layer["blk.0.attn_output.weight"] = zeros(N_EMBD, N_EMBD)
+    layer["blk.0.ffn_down.weight"] = zeros(N_EMBD, N_FF)
     model.add({"token_embd.weight": embedding, **layer})
-    model.add({"output_norm.weight": _ones(N_EMBD), "output.weight": output * 2.5})
+    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": output * 2.5})
     model.write()
 
 
 def _write_spm(path: Path) -> None:
-    model = _Model(path, "llama", "tiny-spm", seed=4)
+    model = ModelFile(path, "llama", "tiny-spm", seed=4)
     model.add_sizes(n_layer=2)
     model.add_attention(4, 4)
     pieces = ["\u2581", *(chr(code) for code in range(0x21, 0x7F)), "\u2581the", "\u2581a", "\u2581t", "th", "he", "in"]
@@ -238,13 +133,13 @@ def _write_spm(path: Path) -> None:
     model.add({"token_embd.weight": model.random(len(tokens), N_EMBD, gain=8.0)})
     for layer in range(2):
         model.add(_llama_layer(model, layer, n_head=4, n_head_kv=4))
-    model.add({"output_norm.weight": _ones(N_EMBD), "output.weight": output})
+    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": output})
     model.write()
 
 
 def _write_swa(path: Path) -> None:
     n_layer, n_head, head = 6, 2, 32
-    model, vocabulary = _Model(path, "gemma3", "tiny-swa", seed=5), _Bpe()
+    model, vocabulary = ModelFile(path, "gemma3", "tiny-swa", seed=5), Bpe()
     model.add_sizes(n_layer=n_layer)
     model.add_attention(n_head, 1)
     model.writer.add_key_length(head)
@@ -254,10 +149,10 @@ def _write_swa(path: Path) -> None:
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD)})
     for layer in range(n_layer):
         tensors = {
-            **{f"{norm}.weight": _ones(N_EMBD) for norm in ("attn_norm", "post_attention_norm")},
-            **{f"{norm}.weight": _ones(N_EMBD) for norm in ("ffn_norm", "post_ffw_norm")},
-            "attn_q_norm.weight": _ones(head) * 2,
-            "attn_k_norm.weight": _ones(head) * 2,
+            **{f"{norm}.weight": ones(N_EMBD) for norm in ("attn_norm", "post_attention_norm")},
+            **{f"{norm}.weight": ones(N_EMBD) for norm in ("ffn_norm", "post_ffw_norm")},
+            "attn_q_norm.weight": ones(head) * 2,
+            "attn_k_norm.weight": ones(head) * 2,
             "attn_q.weight": model.random(n_head * head, N_EMBD),
             "attn_k.weight": model.random(head, N_EMBD),
             "attn_v.weight": model.random(head, N_EMBD),
@@ -267,12 +162,12 @@ def _write_swa(path: Path) -> None:
             "ffn_down.weight": model.random(N_EMBD, N_FF),
         }
         model.add({f"blk.{layer}.{name}": values for name, values in tensors.items()})
-    model.add({"output_norm.weight": _ones(N_EMBD), "output.weight": vocabulary.output(model)})
+    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
 
 def _write_mrope(path: Path) -> None:
-    model, vocabulary = _Model(path, "qwen2vl", "tiny-mrope", seed=6), _Bpe()
+    model, vocabulary = ModelFile(path, "qwen2vl", "tiny-mrope", seed=6), Bpe()
     model.add_sizes(n_layer=2)
     model.add_attention(2, 1)
     model.writer.add_rope_dimension_sections([4, 6, 6, 0])
@@ -280,13 +175,13 @@ def _write_mrope(path: Path) -> None:
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
     for layer in range(2):
         model.add(_llama_layer(model, layer, n_head=2, n_head_kv=1, bias=True))
-    model.add({"output_norm.weight": _ones(N_EMBD), "output.weight": vocabulary.output(model)})
+    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
 
 def _write_mamba(path: Path) -> None:
     n_layer, n_inner, n_state, n_conv, rank = 2, 2 * N_EMBD, 16, 4, 4
-    model, vocabulary = _Model(path, "mamba", "tiny-mamba", seed=7), _Bpe()
+    model, vocabulary = ModelFile(path, "mamba", "tiny-mamba", seed=7), Bpe()
     model.add_sizes(n_layer=n_layer, n_ff=0)
     writer = model.writer
     writer.add_head_count(0)
@@ -299,19 +194,19 @@ def _write_mamba(path: Path) -> None:
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
     for layer in range(n_layer):
         tensors = {
-            "attn_norm.weight": _ones(N_EMBD),
+            "attn_norm.weight": ones(N_EMBD),
             "ssm_in.weight": model.random(2 * n_inner, N_EMBD),
             "ssm_conv1d.weight": model.random(n_inner, n_conv),
-            "ssm_conv1d.bias": _zeros(n_inner),
+            "ssm_conv1d.bias": zeros(n_inner),
             "ssm_x.weight": model.random(rank + 2 * n_state, n_inner),
             "ssm_dt.weight": model.random(n_inner, rank),
-            "ssm_dt.bias": _ones(n_inner) * -2,
+            "ssm_dt.bias": ones(n_inner) * -2,
             "ssm_a": -np.tile(np.arange(1, n_state + 1, dtype=np.float32), (n_inner, 1)),
-            "ssm_d": _ones(n_inner),
+            "ssm_d": ones(n_inner),
             "ssm_out.weight": model.random(N_EMBD, n_inner, gain=2.0),
         }
         model.add({f"blk.{layer}.{name}": values for name, values in tensors.items()})
-    model.add({"output_norm.weight": _ones(N_EMBD), "output.weight": vocabulary.output(model)})
+    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
 
@@ -320,7 +215,7 @@ def _write_bert(path: Path, *, name: str = "tiny-bert", rank: bool = False) -> N
     letters = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
     words = [f"\u2581{word}" for word in (*letters, *WORDS)]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters]
-    model = _Model(path, "bert", name, seed=8)
+    model = ModelFile(path, "bert", name, seed=8)
     model.add_sizes(n_layer=n_layer, n_ctx=n_ctx)
     writer = model.writer
     writer.add_head_count(4)
@@ -343,22 +238,22 @@ def _write_bert(path: Path, *, name: str = "tiny-bert", rank: bool = False) -> N
             "token_embd.weight": model.random(len(tokens), N_EMBD, gain=8.0),
             "position_embd.weight": model.random(n_ctx, N_EMBD),
             "token_types.weight": model.random(2, N_EMBD),
-            "token_embd_norm.weight": _ones(N_EMBD),
-            "token_embd_norm.bias": _zeros(N_EMBD),
+            "token_embd_norm.weight": ones(N_EMBD),
+            "token_embd_norm.bias": zeros(N_EMBD),
         }
     )
     for layer in range(n_layer):
         tensors: dict[str, Array] = {}
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            tensors |= {f"{part}.weight": model.random(N_EMBD, N_EMBD), f"{part}.bias": _zeros(N_EMBD)}
-        tensors |= {"ffn_up.weight": model.random(N_FF, N_EMBD), "ffn_up.bias": _zeros(N_FF)}
-        tensors |= {"ffn_down.weight": model.random(N_EMBD, N_FF), "ffn_down.bias": _zeros(N_EMBD)}
+            tensors |= {f"{part}.weight": model.random(N_EMBD, N_EMBD), f"{part}.bias": zeros(N_EMBD)}
+        tensors |= {"ffn_up.weight": model.random(N_FF, N_EMBD), "ffn_up.bias": zeros(N_FF)}
+        tensors |= {"ffn_down.weight": model.random(N_EMBD, N_FF), "ffn_down.bias": zeros(N_EMBD)}
         for part in ("attn_output_norm", "layer_output_norm"):
-            tensors |= {f"{part}.weight": _ones(N_EMBD), f"{part}.bias": _zeros(N_EMBD)}
+            tensors |= {f"{part}.weight": ones(N_EMBD), f"{part}.bias": zeros(N_EMBD)}
         model.add({f"blk.{layer}.{name}": values for name, values in tensors.items()})
     if rank:
-        model.add({"cls.weight": model.random(N_EMBD, N_EMBD), "cls.bias": _zeros(N_EMBD)})
-        model.add({"cls.output.weight": model.random(1, N_EMBD), "cls.output.bias": _zeros(1)})
+        model.add({"cls.weight": model.random(N_EMBD, N_EMBD), "cls.bias": zeros(N_EMBD)})
+        model.add({"cls.output.weight": model.random(1, N_EMBD), "cls.output.bias": zeros(1)})
     model.write()
 
 
@@ -368,7 +263,7 @@ def _write_rerank(path: Path) -> None:
 
 def _write_lora(path: Path) -> None:
     rank = 4
-    model = _Model(path, "llama", "tiny-lora", seed=9)
+    model = ModelFile(path, "llama", "tiny-lora", seed=9)
     model.writer.add_type(gguf.GGUFType.ADAPTER)
     model.writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     model.writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
@@ -381,6 +276,7 @@ def _write_lora(path: Path) -> None:
 MODELS: Final[dict[str, Callable[[Path], None]]] = {
     "llama": _write_llama,
     "single": _write_single,
+    "tiles": _write_tiles,
     "chain": _write_chain,
     "spm": _write_spm,
     "swa": _write_swa,
@@ -389,5 +285,6 @@ MODELS: Final[dict[str, Callable[[Path], None]]] = {
     "bert": _write_bert,
     "rerank": _write_rerank,
     "lora": _write_lora,
+    **PROJECTORS,
 }
 GENERATIVE: Final = ("llama", "single", "chain", "spm", "swa", "mrope", "mamba")

@@ -22,6 +22,7 @@ from trio_runner.llama.gguf import GgufArray, check_gguf
 
 Models = Callable[[str], Path]
 
+ARCHITECTURES = {"swa": "gemma3", "mrope": "qwen2vl", "mamba": "mamba", "bert": "bert", "rerank": "bert"}
 U32, F32, STRING, ARRAY = 4, 6, 8, 9
 
 
@@ -32,9 +33,7 @@ def test_sound_files_pass(models: Models, name: str) -> None:
     reader = gguf.GGUFReader(path)
     assert header.version == 3
     assert header.name == f"tiny-{name}"
-    assert header.architecture == {"swa": "gemma3", "mrope": "qwen2vl", "mamba": "mamba"}.get(
-        name, "bert" if name in ("bert", "rerank") else "llama"
-    )
+    assert header.architecture == ARCHITECTURES.get(name, "clip" if name.startswith("mmproj") else "llama")
     assert [(tensor.name, tensor.shape, tensor.offset, tensor.n_bytes) for tensor in header.tensors] == [
         (tensor.name, tuple(tensor.shape), tensor.data_offset, tensor.n_bytes) for tensor in reader.tensors
     ]
