@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from os import fspath
+from pathlib import PurePath
 from typing import Literal, TypeAlias
 
 KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -19,16 +21,36 @@ MAX_SLOTS = 128
 MAX_THREADS = 512
 
 
+MAX_ADAPTER_NAME = 64
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError for what cannot be the name of an adapter, which also stands in paths of URLs."""
+    if not isinstance(name, str) or len(name) > MAX_ADAPTER_NAME or not _ADAPTER_NAME.fullmatch(name):
+        raise ValueError(
+            f"the name of an adapter has up to {MAX_ADAPTER_NAME} letters, digits, dots, dashes and underscores, "
+            "and begins with a letter or digit"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """A LoRA adapter file and how strongly it applies."""
+    """A LoRA adapter file, how strongly it applies to requests that choose no adapters, and its name to those that do:
+    the file's, without its ending, unless given."""
 
     path: str
     scale: float = 1.0
+    name: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", fspath(self.path))
         if not math.isfinite(self.scale):
             raise ValueError(f"the scale of adapter {self.path} must be finite")
+        if not self.name:
+            stem = re.sub(r"[^A-Za-z0-9._-]", "_", PurePath(self.path).stem).lstrip("._-")
+            object.__setattr__(self, "name", stem[:MAX_ADAPTER_NAME] or "adapter")
+        check_adapter_name(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +58,8 @@ class ModelConfig:
     """Which file to load and where its weights go. Raises ValueError for a value outside its range."""
 
     path: str
+    projector: str | None = None
+    """A file (mmproj) with what turns images into rows for this model."""
     adapters: tuple[AdapterConfig, ...] = ()
     gpu_layers: int = -1
     """Layers to put on GPUs, if a backend for one is there; -1 all."""
@@ -51,6 +75,11 @@ class ModelConfig:
         object.__setattr__(self, "path", fspath(self.path))
         if not self.path:
             raise ValueError("path must name a model file")
+        if self.projector is not None:
+            object.__setattr__(self, "projector", fspath(self.projector))
+        names = [adapter.name for adapter in self.adapters]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two adapters have the same name: {', '.join(sorted(names))}")
         if not -1 <= self.gpu_layers <= 2**31 - 1:
             raise ValueError("gpu_layers must be -1 or more")
         if self.main_gpu < 0:

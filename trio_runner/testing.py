@@ -3,28 +3,47 @@
     async with trio_runner.open_engine(ToyLoader(), slots=2) as engine:
         ...
 
-The next token of a sequence is a hash of every token its slot holds and of where: one stale, missing, misplaced or
-foreign entry of the KV cache gives another text. `toy_text` says what the right one is. What llama.cpp would answer
-with an abort or with silent rubbish is an AssertionError here.
+The next token of a sequence is a hash of everything its slot holds and of where, and of the adapters that it was made
+with: one stale, missing, misplaced or foreign entry of the KV cache gives another text. `toy_text` says what the right
+one is. What llama.cpp would answer with an abort or with silent rubbish is an AssertionError here.
+
+Images are a few rows each, of a model that sees colours only by their digest (`ToyProjector`); adapters are known by
+the paths they are loaded from.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_runner.config import EngineConfig
+from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
-from trio_runner.engine.runtime import ModelInfo, Runtime, Sampler
-from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest
+from trio_runner.core.prompt import Item, Media, MediaRow
+from trio_runner.engine.runtime import (
+    NO_ADAPTERS,
+    NO_MEDIA,
+    Adapter,
+    EncodedImage,
+    EncodedMedia,
+    LoadedAdapter,
+    ModelInfo,
+    Runtime,
+    Sampler,
+)
+from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError
 from trio_runner.events import TokenInfo
 from trio_runner.request import SamplingParams
+
+if TYPE_CHECKING:
+    from trio_runner.images import Pixels
 
 N_VOCAB = 257
 END = 256
@@ -34,24 +53,39 @@ N_EMBD = 8
 _ALPHABET = b"abcdefgh \xc3\xa9"
 
 
-def toy_next(tokens: Sequence[int]) -> int:
-    """The token that follows `tokens` at positions 0, 1, 2, ..."""
-    digest = hashlib.blake2b(",".join(map(str, tokens)).encode(), digest_size=4).digest()
+ToyAdapters: TypeAlias = Sequence[tuple[str, float]]
+"""(path, scale)"""
+
+
+def toy_basis(adapters: ToyAdapters = (), source: Sequence[int] = ()) -> str:
+    """What the toy makes of its adapters and of what an encoder has read; "" of neither."""
+    return f"{sorted(adapters)}{list(source)}" if adapters or source else ""
+
+
+def _named(item: Item) -> str:
+    return f"{item.media.key.hex()}:{item.row}" if isinstance(item, MediaRow) else str(item)
+
+
+def toy_next(items: Sequence[Item], basis: str = "") -> int:
+    """The token that follows `items`, the first ones of a slot, on `toy_basis`."""
+    digest = hashlib.blake2b((",".join(map(_named, items)) + basis).encode(), digest_size=4).digest()
     number = int.from_bytes(digest, "big")
     return END if number % 61 == 0 else _ALPHABET[number % len(_ALPHABET)]
 
 
-def toy_continuation(prompt: Sequence[int], n_tokens: int) -> list[int]:
+def toy_continuation(prompt: Sequence[Item], n_tokens: int, basis: str = "") -> list[int]:
     """The first `n_tokens` tokens after `prompt`, up to and including the end token, in an endless context."""
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < n_tokens and (len(tokens) == len(prompt) or tokens[-1] != END):
-        tokens.append(toy_next(tokens))
-    return tokens[len(prompt) :]
+    items = list(prompt)
+    tokens: list[int] = []
+    while len(tokens) < n_tokens and tokens[-1:] != [END]:
+        tokens.append(toy_next([*items, *tokens], basis))
+    return tokens
 
 
-def toy_text(prompt: str, n_tokens: int) -> str:
+def toy_text(prompt: str | Sequence[Item], n_tokens: int, basis: str = "") -> str:
     """The text the toy generates after `prompt`, at most `n_tokens` tokens of it, in an endless context."""
-    tokens = toy_continuation(list(prompt.encode()), n_tokens)
+    items: Sequence[Item] = list(prompt.encode()) if isinstance(prompt, str) else prompt
+    tokens = toy_continuation(items, n_tokens, basis)
     return _whole_characters(bytes(token for token in tokens if token != END))
 
 
@@ -71,6 +105,69 @@ class ToySampler:
         self.closed = True
 
 
+class ToyAdapter:
+    """Loaded from a path that does not exist: one that names nothing good ("bad" in it) is refused."""
+
+    def __init__(self, path: str) -> None:
+        if "bad" in path:
+            raise LoadError("the toy does not like this adapter", path=path)
+        self.path = path
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ToyEncoding:
+    """Calls `on_encode(encoding)`, which may wait for `cancelled`, and then is quick."""
+
+    def __init__(self, projector: ToyProjector, pixels: Pixels) -> None:
+        self.pixels = pixels
+        self.cancelled = threading.Event()
+        self._projector = projector
+
+    def run(self) -> EncodedImage:
+        projector = self._projector
+        with projector.lock:
+            assert not projector.closed
+            projector.encoded.append(self.pixels.digest)
+            if projector.on_encode is not None:
+                projector.on_encode(self)
+            if self.cancelled.is_set():
+                raise EngineClosed("encoding was cancelled")
+            return projector.image(self.pixels)
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class ToyProjector:
+    """An image is between tokens of its own: `<`, as many rows as its digest says, `>`. `folded`: its rows share
+    positions; `causal`: see `Media`."""
+
+    def __init__(self, *, folded: bool = False, causal: bool = True) -> None:
+        self.folded, self.causal = folded, causal
+        self.digest = b"toy"
+        self.on_encode: Callable[[ToyEncoding], None] | None = None
+        self.encoded: list[bytes] = []
+        """The digests of all images, in the order in which they were encoded."""
+        self.lock = threading.Lock()
+        self.closed = False
+
+    def encoding(self, pixels: Pixels) -> ToyEncoding:
+        return ToyEncoding(self, pixels)
+
+    def image(self, pixels: Pixels) -> EncodedImage:
+        n_rows = 2 + pixels.digest[0] % 5
+        media = Media(pixels.digest, n_rows, 2 if self.folded else n_rows, self.causal)
+        rows = np.full((n_rows, N_EMBD), pixels.digest[0], np.float32)
+        items = (ord("<"), *(MediaRow(media, row) for row in range(n_rows)), ord(">"))
+        return EncodedImage(items, {media: EncodedMedia(rows)})
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class ToyModel:
     """Tokens are the bytes of the text."""
 
@@ -85,6 +182,7 @@ class ToyModel:
             causal=causal,
         )
         self.samplers: list[ToySampler] = []
+        self.adapters: list[ToyAdapter] = []
         self.closed = False
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -103,8 +201,14 @@ class ToyModel:
         self.samplers.append(ToySampler(params))
         return self.samplers[-1]
 
+    def adapter(self, path: str) -> ToyAdapter:
+        assert not self.closed
+        self.adapters.append(ToyAdapter(path))
+        return self.adapters[-1]
+
     def close(self) -> None:
         assert all(sampler.closed for sampler in self.samplers)
+        assert all(adapter.closed for adapter in self.adapters)
         self.closed = True
 
 
@@ -113,7 +217,20 @@ class _Cell:
     """One entry of the KV cache. Slots that share it share its position, as in llama.cpp."""
 
     position: int
-    token: int
+    item: Item
+    basis: str
+
+
+def _positions(items: Sequence[Item], start: int) -> list[int]:
+    """Of consecutive `items`, the first of them at `start`."""
+    positions = []
+    for item in items:
+        positions.append(start)
+        if not isinstance(item, MediaRow) or not item.media.folded:
+            start += 1
+        elif item.row == item.media.n_rows - 1:
+            start += item.media.n_positions
+    return positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +257,14 @@ class ToyContext:
         self.closed = False
         self._cells: list[list[_Cell]] = [[] for _ in range(limits.first_embed_slot + limits.n_embed_slots)]
 
-    def held(self, slot: int) -> list[int]:
-        """The tokens that `slot` holds. Raises AssertionError unless they are at positions 0, 1, 2, ..."""
+    def held(self, slot: int) -> list[Item]:
+        """The tokens and rows that `slot` holds. Raises AssertionError unless they are at positions 0, 1, 2, ..., or
+        where an image has them, and were all made with the same adapters."""
         cells = self._cells[slot]
-        assert [cell.position for cell in cells] == list(range(len(cells))), "positions have a hole or a double"
-        return [cell.token for cell in cells]
+        items = [cell.item for cell in cells]
+        assert [cell.position for cell in cells] == _positions(items, 0), "positions have a hole or a double"
+        assert len({cell.basis for cell in cells}) <= 1, "what one slot holds was made with different adapters"
+        return items
 
     def length(self, slot: int) -> int:
         return self._cells[slot][-1].position + 1 if self._cells[slot] else 0
@@ -160,11 +280,11 @@ class ToyContext:
                 self._cells[slot] = kept
             case Copy(source, target, end):
                 assert not self._cells[target], "the target of a copy must be empty"
-                assert end <= self.length(source), "a copy of what is not there"
+                assert end <= len(self._cells[source]), "a copy of what is not there"
                 assert max(source, target) < self.limits.first_embed_slot, (
                     "nothing is shared with a lane for embeddings"
                 )
-                self._cells[target] = self._cells[source][:end]
+                self._cells[target] = [cell for cell in self._cells[source] if cell.position < end]
             case Slide(slot, start, end, delta):
                 assert self.limits.can_shift, "this context cannot shift"
                 for cell in self._cells[slot]:
@@ -172,26 +292,38 @@ class ToyContext:
                         cell.position += delta
         return True
 
-    def decode(self, batch: Batch, samplers: Mapping[int, Sampler]) -> StepResult:
+    def decode(
+        self,
+        batch: Batch,
+        samplers: Mapping[int, Sampler],
+        *,
+        media: Mapping[Media, EncodedMedia] = NO_MEDIA,
+        adapters: Mapping[int, Adapter] = NO_ADAPTERS,
+    ) -> StepResult:
         assert not self.closed
         assert 0 < batch.n_rows <= self.limits.max_rows
         assert len({chunk.uid for chunk in batch.chunks}) == len(batch.chunks)
+        assert len({(chunk.media is None, chunk.media is None or chunk.media.causal) for chunk in batch.chunks}) == 1
         for chunk in batch.chunks:
             self._check_lane(chunk, batch.embeddings)
+            self._check_rows(chunk, media)
+        assert sum(len(chunk.source) for chunk in batch.chunks) <= self.limits.max_rows, "too much to read at once"
         self.batches.append(batch)
         interruption = self.on_decode(batch) if self.on_decode else None
         if interruption is None and batch.number == self.aborted_number:
             interruption = Interruption(DecodeOutcome.ABORTED)
+        named = [(_path(adapters[uid]), scale) for uid, scale in batch.adapters]
         if interruption is not None:
-            return self._interrupt(batch, interruption)
+            return self._interrupt(batch, interruption, named)
         sampled: dict[int, Sampled] = {}
         vectors: dict[int, object] = {}
         for chunk in batch.chunks:
-            tokens = self._hold(chunk, len(chunk.tokens))
+            basis = toy_basis(named, chunk.source)
+            items = self._hold(chunk, len(chunk.items), basis)
             if chunk.output and batch.embeddings:
-                vectors[chunk.uid] = toy_vector(tokens)
+                vectors[chunk.uid] = toy_vector(items, basis)
             elif chunk.output:
-                sampled[chunk.uid] = self._sample(tokens, samplers[chunk.uid])
+                sampled[chunk.uid] = self._sample(items, basis, samplers[chunk.uid])
         return StepResult(DecodeOutcome.OK, sampled, vectors, {}, seconds=0.001 * batch.n_rows)
 
     def abort(self, number: int) -> None:
@@ -207,22 +339,43 @@ class ToyContext:
             assert chunk.output, "a batch of embeddings ends each of its texts"
             assert self.limits.embeds_last_row or chunk.start == 0, "all rows of a text make its vector"
 
-    def _interrupt(self, batch: Batch, interruption: Interruption) -> StepResult:
+    def _check_rows(self, chunk: Chunk, media: Mapping[Media, EncodedMedia]) -> None:
+        assert bool(chunk.source) == (self.limits.decoder_start is not None), (
+            "an encoder has something to read, or none"
+        )
+        if chunk.media is None:
+            assert all(isinstance(item, int) for item in chunk.items), "tokens and rows of images in one chunk"
+            return
+        rows = [item for item in chunk.items if isinstance(item, MediaRow) and item.media == chunk.media]
+        numbers = [item.row for item in rows]
+        assert numbers == list(range(numbers[0], numbers[0] + len(chunk.items))), "rows of two images in one chunk"
+        assert media[chunk.media].rows.shape == (chunk.media.n_rows, N_EMBD)
+        if chunk.media.whole:
+            assert len(rows) == chunk.media.n_rows, "a part of an image that stays whole"
+
+    def _interrupt(self, batch: Batch, interruption: Interruption, named: ToyAdapters) -> StepResult:
         n_rows = interruption.n_rows
         for chunk in batch.chunks:
-            self._hold(chunk, max(n_rows, 0))
-            n_rows -= len(chunk.tokens)
+            n_done = max(min(n_rows, len(chunk.items)), 0)
+            if chunk.media is not None and chunk.media.whole and n_done < len(chunk.items):
+                n_done = 0
+            self._hold(chunk, n_done, toy_basis(named, chunk.source))
+            n_rows -= len(chunk.items)
             if interruption.outcome in _BROKEN_OFF and not self.limits.can_trim:
                 self._cells[chunk.slot] = []  # recurrent state that was caught half-way is worth nothing
         kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks}
         return StepResult(interruption.outcome, {}, {}, kept)
 
-    def _hold(self, chunk: Chunk, n_rows: int) -> list[int]:
+    def _hold(self, chunk: Chunk, n_rows: int, basis: str) -> list[Item]:
         if not self.limits.has_memory:
-            return list(chunk.tokens[:n_rows])
-        assert chunk.start == self.length(chunk.slot), "rows must follow what the slot holds"
+            return list(chunk.items[:n_rows])
+        assert chunk.start == len(self._cells[chunk.slot]), "rows must follow what the slot holds"
         assert chunk.stop <= self.limits.n_ctx, "the slot is full"
-        self._cells[chunk.slot] += [_Cell(chunk.start + i, token) for i, token in enumerate(chunk.tokens[:n_rows])]
+        items = chunk.items[:n_rows]
+        positions = _positions(items, chunk.position)
+        self._cells[chunk.slot] += [
+            _Cell(position, item, basis) for position, item in zip(positions, items, strict=True)
+        ]
         first = self.limits.first_embed_slot
         n_embedding = sum(map(len, self._cells[first:]))
         assert n_embedding <= self.limits.max_rows, "the lanes for embeddings are full"
@@ -231,10 +384,10 @@ class ToyContext:
         return self.held(chunk.slot)
 
     @staticmethod
-    def _sample(tokens: Sequence[int], sampler: Sampler) -> Sampled:
+    def _sample(items: Sequence[Item], basis: str, sampler: Sampler) -> Sampled:
         assert isinstance(sampler, ToySampler)
         assert not sampler.closed
-        token = toy_next(tokens)
+        token = toy_next(items, basis)
         logprob = -1.0
         if token == END:
             return Sampled(token, is_end=True, logprob=logprob)
@@ -245,20 +398,28 @@ class ToyContext:
         return Sampled(token, piece, logprob=logprob, top=top)
 
 
-def toy_vector(tokens: Sequence[int]) -> NDArray[np.float32]:
+def _path(adapter: Adapter) -> str:
+    assert isinstance(adapter, ToyAdapter)
+    assert not adapter.closed
+    return adapter.path
+
+
+def toy_vector(items: Sequence[Item], basis: str = "") -> NDArray[np.float32]:
     """The vector of a prompt, shape (8,)."""
-    digest = hashlib.blake2b(",".join(map(str, tokens)).encode(), digest_size=N_EMBD).digest()
+    digest = hashlib.blake2b((",".join(map(_named, items)) + basis).encode(), digest_size=N_EMBD).digest()
     return np.frombuffer(digest, np.uint8).astype(np.float32)
 
 
 @dataclass(slots=True)
 class ToyLoader:
     """Loads a toy. `limits` replaces fields of the Limits that follow from the engine's configuration; `on_load` may
-    wait or raise; `model` and `context` are what was loaded last."""
+    wait or raise; `projector`, if any, and `adapters` come with it; `model` and `context` are what was loaded last."""
 
     limits: Mapping[str, object] = field(default_factory=dict)
     on_load: Callable[[Callable[[float], None], Callable[[], bool]], None] | None = None
     on_decode: Callable[[Batch], Interruption | None] | None = None
+    projector: ToyProjector | None = None
+    adapters: tuple[AdapterConfig, ...] = ()
     model: ToyModel | None = None
     context: ToyContext | None = None
 
@@ -280,4 +441,8 @@ class ToyLoader:
         limits = replace(limits, **self.limits)  # type: ignore[arg-type]
         self.model = ToyModel()
         self.context = ToyContext(limits, on_decode=self.on_decode)
-        return Runtime(self.model, self.context)
+        adapters = tuple(
+            LoadedAdapter(adapter.name, self.model.adapter(adapter.path), adapter.scale, adapter.path)
+            for adapter in self.adapters
+        )
+        return Runtime(self.model, self.context, self.projector, adapters)

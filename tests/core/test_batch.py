@@ -3,7 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.core.batch import Batch, Wanting, plan_batch
+from trio_runner.core.batch import Batch, Chunk, Wanting, plan_batch
+from trio_runner.core.prompt import Media, MediaRow
 
 
 @st.composite
@@ -17,51 +18,50 @@ def wantings(draw: st.DrawFn) -> list[Wanting]:
             pending=[0] if decodes else list(range(draw(st.integers(1, 12)))),
             decoding=decodes,
             output=decodes or draw(st.booleans()),
+            source=draw(st.sampled_from([(), (1, 2)])),
         )
         for i, decodes in enumerate(decoding)
     ]
 
 
-def rows(batch: Batch) -> dict[int, int]:
-    return {chunk.uid: len(chunk.tokens) for chunk in batch.chunks}
+def rows(chunks: tuple[Chunk, ...]) -> dict[int, int]:
+    return {chunk.uid: len(chunk.items) for chunk in chunks}
 
 
 @given(wantings(), st.integers(1, 20), st.integers(1, 20))
 def test_plan(wanting: list[Wanting], max_rows: int, prompt_rows: int) -> None:
     before = [(want, list(want.pending)) for want in wanting]
-    batch = plan_batch(iter(wanting), max_rows=max_rows, prompt_rows=prompt_rows, number=17)
+    chunks = plan_batch(iter(wanting), max_rows=max_rows, prompt_rows=prompt_rows)
     assert [(want, list(want.pending)) for want in wanting] == before, "what it was given was changed"
-    assert not batch.embeddings
-    assert batch.number == 17
-
     by_uid = {want.uid: want for want in wanting}
-    assert len(rows(batch)) == len(batch.chunks), "two chunks of one sequence"
+    assert len(rows(chunks)) == len(chunks), "two chunks of one sequence"
     # No row too many, none wasted while somebody whose turn it is wants it.
     in_turn = wanting[:max_rows]
     n_decoding = sum(want.decoding for want in in_turn)
     n_prompts = sum(len(want.pending) for want in in_turn if not want.decoding)
-    assert batch.n_rows == n_decoding + min(max_rows - n_decoding, prompt_rows, n_prompts)
-    for chunk in batch.chunks:
+    assert Batch(chunks).n_rows == n_decoding + min(max_rows - n_decoding, prompt_rows, n_prompts)
+    for chunk in chunks:
         want = by_uid[chunk.uid]
-        assert chunk.tokens
-        assert (chunk.slot, chunk.start) == (want.slot, want.start)
-        assert chunk.tokens == tuple(want.pending[: len(chunk.tokens)])
-        assert chunk.stop == want.start + len(chunk.tokens)
-        assert chunk.output == (want.output and len(chunk.tokens) == len(want.pending))
+        assert chunk.items
+        assert (chunk.slot, chunk.start, chunk.position) == (want.slot, want.start, want.start)
+        assert chunk.source == want.source
+        assert chunk.items == tuple(want.pending[: len(chunk.items)])
+        assert chunk.stop == want.start + len(chunk.items)
+        assert chunk.output == (want.output and len(chunk.items) == len(want.pending))
 
 
 @given(wantings(), st.integers(1, 20), st.integers(1, 20))
 def test_who_decodes_comes_first_and_each_prompt_gets_its_share(
     wanting: list[Wanting], max_rows: int, prompt_rows: int
 ) -> None:
-    batch = plan_batch(wanting, max_rows=max_rows, prompt_rows=prompt_rows)
-    got = rows(batch)
+    chunks = plan_batch(wanting, max_rows=max_rows, prompt_rows=prompt_rows)
+    got = rows(chunks)
     in_turn = wanting[:max_rows]
     decoding = [want.uid for want in in_turn if want.decoding]
     remain = min(max_rows - len(decoding), prompt_rows)
     prefilling = [want for want in in_turn if not want.decoding][:remain]
     # Nobody is left out while the rows suffice, and then whose turn is last.
-    assert [chunk.uid for chunk in batch.chunks] == decoding + [want.uid for want in prefilling]
+    assert [chunk.uid for chunk in chunks] == decoding + [want.uid for want in prefilling]
     assert all(got[uid] == 1 for uid in decoding)
     # Whoever did not get all it wants got as much as anybody else, give or take the row that cannot be split.
     most = max((got[want.uid] for want in prefilling), default=0)
@@ -92,3 +92,23 @@ def test_prompts_have_so_many_rows_and_no_more() -> None:
     assert shares(5000, 5000, 1, prompt_rows=41) == [20, 20, 1]
     # Fewer rows than prompts: those whose turn it is.
     assert shares(9, 9, 9, 9, 9, prompt_rows=2, n_decoding=1) == [1, 1, 0, 0, 0]
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(12, 20), st.integers(1, 20))
+def test_what_cannot_be_divided_is_not(lengths: list[int], max_rows: int, prompt_rows: int) -> None:
+    wanting = [Wanting(i, i, 0, [0] * n, decoding=False, whole=True) for i, n in enumerate(lengths)]
+    got = rows(plan_batch(wanting, max_rows=max_rows, prompt_rows=prompt_rows))
+    assert all(n_rows == lengths[uid] for uid, n_rows in got.items())
+    assert 0 in got, "who comes first does not get on"
+    assert sum(got.values()) <= max(min(max_rows, prompt_rows), lengths[0])
+    room = min(max_rows, prompt_rows) - sum(got.values())
+    assert all(n > room for uid, n in enumerate(lengths) if uid not in got), "one more would have fitted"
+
+
+def test_rows_of_images_make_a_batch_of_their_own_kind() -> None:
+    text, image = Media(b"a", 3, 3), Media(b"b", 3, 1, causal=False)
+    rows_of = [tuple(MediaRow(media, row) for row in range(3)) for media in (text, image)]
+    batches = [Batch((Chunk(0, 0, 0, items, output=False),)) for items in [*rows_of, (1, 2)]]
+    assert [batch.of_media for batch in batches] == [True, True, False]
+    assert [batch.causal for batch in batches] == [True, False, True]
+    assert [media.whole for media in (text, image)] == [False, True]

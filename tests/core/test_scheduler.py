@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.core.world import World, alone
+from tests.core.world import World, alone, basis_of, rows_of
 from trio_runner.core import scheduler
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, Slide, Trim
+from trio_runner.core.prompt import Item, Media, cut_before, fit_prompt
 from trio_runner.core.sequence import SequenceSpec
 from trio_runner.errors import InvalidGrammar, NativeError
 from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
@@ -50,6 +51,7 @@ def limits(draw: st.DrawFn) -> Limits:
         embeds_last_row=draw(st.booleans()),
         can_trim=can_trim,
         can_shift=can_trim and draw(st.booleans()),
+        decoder_start=draw(st.sampled_from([None, None, None, None, A])),
     )
 
 
@@ -58,6 +60,8 @@ def submission(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of a SequenceSpec; World.submit makes them fit the context."""
     return {
         "prompt": COMMON[: draw(st.integers(0, 40))] + tuple(draw(st.lists(st.sampled_from([A, B]), min_size=1))),
+        "images": draw(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), max_size=2)),
+        "adapters": draw(st.sampled_from([(), (), ((1, 1.0),), ((1, 0.5), (2, 1.0))])),
         "n_keep": draw(st.integers(0, 12)),
         "max_tokens": draw(st.integers(1, 60)),
         "stop": draw(STOPS),
@@ -93,8 +97,33 @@ MOVES = st.lists(
 
 ASKED = (
     *("prompt", "n_keep", "max_tokens", "stop", "cache_prompt", "shift", "progress", "logprobs"),
-    *("embedding", "background"),
+    *("embedding", "background", "adapters", "source"),
 )
+
+
+def images(limits: Limits) -> list[Media]:
+    """Two that a model with these limits could have: one that cannot shift may have images whose rows share positions;
+    and for something that both kinds of attention are tried with."""
+    folded, causal = limits.can_trim and not limits.can_shift, limits.embeds_last_row
+    n_rows = [3, 7] if causal and not folded else [min(n, limits.max_rows) for n in (3, 7)]
+    return [Media(f"image {n}".encode(), n, min(n, 2) if folded else n, causal) for n in n_rows]
+
+
+def fitted(world: World, what: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a SequenceSpec that fits the context."""
+    limits = world.limits
+    fields = {name: value for name, value in what.items() if name != "images"} | {"stop": ()}
+    if limits.decoder_start is not None:
+        source = what["prompt"][: limits.max_rows]
+        return fields | {"prompt": (limits.decoder_start,), "source": source, "n_keep": 1, "embedding": False}
+    if what["embedding"]:
+        return fields | {"prompt": what["prompt"][: min(limits.n_ctx, limits.max_rows)]}
+    items: list[Item] = list(what["prompt"])
+    for place, number in what["images"]:
+        place = cut_before(items, min(place, len(items)), any_media=True)
+        items[place:place] = rows_of(images(limits)[number])
+    prompt = fit_prompt(items, n_ctx=limits.n_ctx, n_keep=what["n_keep"], adds_bos=False, truncate=True)
+    return fields | {"prompt": prompt.items, "n_keep": prompt.n_keep}
 
 
 def play(world: World, moves: list[Move]) -> None:
@@ -103,9 +132,7 @@ def play(world: World, moves: list[Move]) -> None:
         uid = what % len(world.specs) if isinstance(what, int) and world.specs else 0
         match name:
             case "submit":
-                longest = min(n_ctx, world.limits.max_rows) if what["embedding"] else n_ctx
-                fits = {"prompt": what["prompt"][:longest], "n_keep": min(what["n_keep"], n_ctx - 1)}
-                fields = what | fits | {"stop": ()}
+                fields = fitted(world, what)
                 said = alone(SequenceSpec(uid=0, **fields), n_ctx).text
                 stop = tuple(said[start : start + length] + after for start, length, after in what["stop"])
                 world.submit(**fields | {"stop": stop})
@@ -148,7 +175,7 @@ def check_survivors(world: World) -> None:
             assert isinstance(last.error, NativeError)
             assert world.alone(uid).text.startswith(world.text(uid)) or spec.embedding
             continue
-        assert last.usage.prompt_tokens == len(spec.prompt)
+        assert last.usage.prompt_tokens == len(spec.prompt) + len(spec.source)
         assert last.usage.cached_tokens < len(spec.prompt)
         assert spec.cache_prompt or last.usage.cached_tokens == 0
         if uid in world.expired and not last.usage.completion_tokens:
@@ -157,7 +184,7 @@ def check_survivors(world: World) -> None:
         if isinstance(last, Embedded):
             assert spec.embedding
             assert isinstance(last.vector, np.ndarray)
-            assert np.array_equal(last.vector, toy_vector(spec.prompt))
+            assert np.array_equal(last.vector, toy_vector(spec.prompt, basis_of(spec)))
         else:
             assert world.outcome(uid) == world.alone(uid)
             assert last.usage.prompt_seconds > 0
@@ -206,7 +233,8 @@ def test_the_same_text_alone_or_in_company(limits: Limits, slowness: float, move
                 last = world.events[uid][-1]
                 assert isinstance(last, (Finished, Embedded))
                 if isinstance(last, Embedded) or last.usage.completion_tokens:
-                    assert last.usage.cached_tokens + world.n_prefilled[uid] == last.usage.prompt_tokens
+                    n_source = len(world.specs[uid].source)
+                    assert last.usage.cached_tokens + world.n_prefilled[uid] == last.usage.prompt_tokens - n_source
 
 
 @settings(max_examples=50)
@@ -425,7 +453,7 @@ def test_an_abort_in_the_last_row_decodes_only_that_one_again() -> None:
     uid = world.submit(prompt=(A, B, C), max_tokens=3)
     world.step(Interruption(DecodeOutcome.ABORTED, 3))
     world.run()
-    assert (batches[1].chunks[0].start, batches[1].chunks[0].tokens) == (2, (C,))
+    assert (batches[1].chunks[0].start, batches[1].chunks[0].items) == (2, (C,))
     assert world.outcome(uid) == world.alone(uid)
 
 
@@ -723,7 +751,7 @@ def test_who_could_not_use_the_prefix_does_not_wait_for_it(cache_prompt: bool, c
     for prompt in make_prompts(2, 100):
         world.submit(prompt=prompt, max_tokens=5, cache_prompt=cache_prompt)
     world.run()
-    assert [len(chunk.tokens) for chunk in batches[0].chunks] == [16, 16]
+    assert [len(chunk.items) for chunk in batches[0].chunks] == [16, 16]
     check_survivors(world)
 
 

@@ -73,19 +73,19 @@ class PoolWorld:
 
     def acquire(self, prompt: list[int], reuse: bool) -> Slot | None:
         predicted = self.predict(prompt, reuse)
-        others = {slot.id: list(slot.tokens) for slot in self.pool.slots}
+        others = {slot.id: list(slot.items) for slot in self.pool.slots}
         acquired = self.pool.acquire(tuple(prompt), reuse=reuse)
         if acquired is None or predicted is None:
             assert acquired is None
             assert predicted is None
             return None
         slot, ops = acquired
-        assert (slot.id, len(slot.tokens)) == predicted
+        assert (slot.id, len(slot.items)) == predicted
         self.apply(slot, ops)
-        assert len(slot.tokens) < len(prompt)
-        assert slot.tokens == prompt[: len(slot.tokens)]
+        assert len(slot.items) < len(prompt)
+        assert slot.items == prompt[: len(slot.items)]
         del others[slot.id]
-        assert all(self.pool.slots[other].tokens == tokens for other, tokens in others.items())
+        assert all(self.pool.slots[other].items == tokens for other, tokens in others.items())
         assert slot.busy
         self.touch(slot, busy=True)
         return slot
@@ -103,20 +103,20 @@ class PoolWorld:
 
     def extend(self, slot: Slot, tokens: list[int]) -> None:
         """As a follower does; `tokens` goes on from what the slot holds."""
-        wanted = [*slot.tokens, *tokens]
+        wanted = [*slot.items, *tokens]
         others = [other for other in range(self.limits.first_embed_slot) if other != slot.id]
         longest = max((min(naive_prefix(self.context.held(n), wanted), len(wanted) - 1) for n in others), default=0)
-        longest = max(longest, len(slot.tokens))
-        before = len(slot.tokens)
+        longest = max(longest, len(slot.items))
+        before = len(slot.items)
         ops = self.pool.extend(slot, wanted)
         assert bool(ops) == (longest > before)
         self.apply(slot, ops)
-        assert slot.tokens == wanted[:longest]
+        assert slot.items == wanted[:longest]
         self.check()
 
     def slide(self, slot: Slot, n_keep: int, n_discard: int) -> None:
         """As a context shift does, or else nothing: another slot in use has the same cells."""
-        n_held = len(slot.tokens)
+        n_held = len(slot.items)
         if n_keep + n_discard > n_held:
             return
         others = {other.id: self.context.held(other.id) for other in self.pool.slots if other is not slot}
@@ -126,14 +126,14 @@ class PoolWorld:
         if ops is None:
             in_use = [other for other in others if self.lanes[other].busy]
             assert any(self.may_share(slot.id, other, n_keep + n_discard) for other in in_use)
-            assert {other: self.pool.slots[other].tokens for other in others} == others
+            assert {other: self.pool.slots[other].items for other in others} == others
             return
         assert not any(self.lanes[other].busy for other in sharing)
         for op in ops:
             assert isinstance(op, Trim)
             assert not self.lanes[op.slot].busy
             assert (op.start, op.end) == (n_keep + n_discard, None)
-        del slot.tokens[n_keep : n_keep + n_discard]
+        del slot.items[n_keep : n_keep + n_discard]
         for op in (*ops, *shift_ops(slot.id, n_held, n_keep=n_keep, discard=n_discard)):
             assert self.context.apply(op)
         slot.n_shared = min(slot.n_shared, n_keep)
@@ -149,8 +149,8 @@ class PoolWorld:
             assert isinstance(op, Trim)
             assert not self.lanes[op.slot].busy
             assert self.context.apply(op)
-        self.context.decode(Batch((Chunk(0, slot.id, len(slot.tokens), tuple(tokens), output=False),)), {})
-        slot.tokens += tokens
+        self.context.decode(Batch((Chunk(0, slot.id, len(slot.items), tuple(tokens), output=False),)), {})
+        slot.items += tokens
 
     def release(self, slot: Slot) -> None:
         assert self.pool.release(slot) == []
@@ -162,14 +162,14 @@ class PoolWorld:
 
     def check(self) -> None:
         for slot in self.pool.slots:
-            assert slot.tokens == self.context.held(slot.id)
+            assert slot.items == self.context.held(slot.id)
             assert slot.busy == self.lanes[slot.id].busy
             # Every cell that really is shared lies below n_shared.
             for other in self.pool.slots:
                 if other is not slot:
                     cells = {id(cell) for cell in self.context._cells[other.id]}
                     shared = [n for n, cell in enumerate(self.context._cells[slot.id], start=1) if id(cell) in cells]
-                    assert max(shared, default=0) <= slot.n_shared <= len(slot.tokens)
+                    assert max(shared, default=0) <= slot.n_shared <= len(slot.items)
         assert self.pool.n_busy == sum(lane.busy for lane in self.lanes)
 
 
@@ -205,7 +205,7 @@ def test_the_right_slot_with_the_right_edits(
                 slot = world.acquire(prompt, reuse)
                 if slot is not None:
                     # Sometimes only part of the prompt is decoded before the sequence is cancelled.
-                    rest = prompt[len(slot.tokens) :]
+                    rest = prompt[len(slot.items) :]
                     world.decode(slot, rest[: max(1, len(rest) - prompt[-1])])
                     busy.append(slot)
             case _ if chosen is None:
@@ -214,7 +214,7 @@ def test_the_right_slot_with_the_right_edits(
                 busy.remove(chosen)
                 world.release(chosen)
             case ("go on", _, list(tokens)):
-                if len(chosen.tokens) + len(tokens) <= 64:
+                if len(chosen.items) + len(tokens) <= 64:
                     world.decode(chosen, tokens)
             case ("extend", _, list(tokens)):
                 if can_trim:
@@ -224,7 +224,7 @@ def test_the_right_slot_with_the_right_edits(
                     world.slide(chosen, n_keep, n_discard)
             case ("trim", _, int(start)):
                 if can_trim or start == 0:
-                    assert world.context.apply(chosen.trim(min(start, len(chosen.tokens))))
+                    assert world.context.apply(chosen.trim(min(start, len(chosen.items))))
         world.check()
 
 
@@ -241,10 +241,10 @@ def test_the_right_slot_with_the_right_edits(
 def test_what_is_not_in_use_makes_room_the_oldest_first(can_trim: bool, n_rows: int, left: list[int]) -> None:
     pool = SlotPool(make_limits(2, n_spare_slots=1, can_trim=can_trim))
     for slot, n_held, last_used in zip(pool.slots, (64, 40, 24), (1, 2, 3), strict=True):
-        slot.tokens, slot.last_used = list(range(n_held)), last_used
+        slot.items, slot.last_used = list(range(n_held)), last_used
     pool.slots[0].busy = True  # however old
     ops = pool.make_room(n_rows)
-    assert [len(slot.tokens) for slot in pool.slots] == left
+    assert [len(slot.items) for slot in pool.slots] == left
     assert len(ops) == sum(n != n_held for n, n_held in zip(left, (64, 40, 24), strict=True))
 
 
@@ -261,15 +261,15 @@ def test_embeddings_share_the_rows_of_one_batch(n_lanes: int, max_rows: int, mov
                 assert slot.id in range(2, 2 + n_lanes)
                 assert slot.id not in taken
                 assert pool[slot.id] is slot
-                assert slot.tokens == []
+                assert slot.items == []
                 taken[slot.id] = n_tokens
         elif taken:
             slot = pool[sorted(taken)[n % len(taken)]]
             # What was decoded of it, if anything, is no prompt of anybody.
-            slot.tokens += [1] * (n % (taken.pop(slot.id) + 1))
-            expected = [Trim(slot.id, 0)] if slot.tokens else []
+            slot.items += [1] * (n % (taken.pop(slot.id) + 1))
+            expected = [Trim(slot.id, 0)] if slot.items else []
             assert pool.release(slot) == expected
-            assert slot.tokens == []
+            assert slot.items == []
         assert pool.n_busy == len(taken)
     assert not any(slot.busy for slot in pool.slots)
 
@@ -313,7 +313,7 @@ def test_which_slot(
     else:  # recurrent state is used whole or not at all
         assert acquired[0].id == 0
         assert acquired[1] == ([Trim(0, 0)] if contents[0] else [])
-        assert acquired[0].tokens == []
+        assert acquired[0].items == []
 
 
 def test_a_fork_from_a_slot_in_use() -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from itertools import count
+
+import numpy as np
 
 from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp
-from trio_runner.core.prompt import common_prefix
+from trio_runner.core.prompt import Item, Media, MediaRow, common_prefix, cut_after, cut_before
 from trio_runner.core.scheduler import Scheduler
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.engine.runtime import Sampler
+from trio_runner.engine.runtime import Adapter, EncodedMedia, Sampler
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.request import SamplingParams
-from trio_runner.testing import END, Interruption, ToyContext, ToySampler, toy_next
+from trio_runner.testing import N_EMBD, END, Interruption, ToyAdapter, ToyContext, ToySampler, toy_basis, toy_next
 
 # --- the oracle ------------------------------------------------------------------------------------------------------
 
@@ -31,11 +33,12 @@ class Alone:
 
 
 def alone(spec: SequenceSpec, n_ctx: int) -> Alone:
-    """Recompute everything from the list of tokens, one token after the other, with nothing cached."""
+    """Recompute everything from the list of items, one token after the other, with nothing cached."""
     held = list(spec.prompt)
+    basis = basis_of(spec)
     data = b""
     for n_sampled in count(1):
-        token = toy_next(held)
+        token = toy_next(held, basis)
         if token == END:
             return Alone(whole_text(data), "stop", None, n_sampled)
         data += bytes([token])
@@ -49,9 +52,17 @@ def alone(spec: SequenceSpec, n_ctx: int) -> Alone:
             if not spec.shift:
                 return Alone(whole_text(data), "length", None, n_sampled)
             discardable = n_ctx - spec.n_keep
-            held = held[: spec.n_keep] + held[spec.n_keep + max(discardable // 2, 1) :]
+            held = held[: spec.n_keep] + held[cut_after(held, spec.n_keep + max(discardable // 2, 1)) :]
         held.append(token)
     raise AssertionError("unreachable")
+
+
+def basis_of(spec: SequenceSpec) -> str:
+    return toy_basis([(str(uid), scale) for uid, scale in spec.adapters], spec.source)
+
+
+def rows_of(media: Media) -> tuple[Item, ...]:
+    return tuple(MediaRow(media, row) for row in range(media.n_rows))
 
 
 def whole_text(data: bytes) -> str:
@@ -117,6 +128,8 @@ class World:
         self.scheduler = Scheduler(self.limits)
         self.context = ToyContext(self.limits, on_decode=lambda batch: self._interruption)
         self.samplers: dict[int, Sampler] = {}
+        self.media: dict[Media, EncodedMedia] = {}
+        self.adapters: dict[int, Adapter] = {}
         self.ops: list[MemoryOp] = []
         self.paused: set[int] = set()
         self.sampled: set[int] = set()
@@ -131,6 +144,11 @@ class World:
         self.events[uid] = []
         self.n_prefilled[uid] = 0
         self.samplers[uid] = ToySampler(sampling or SamplingParams())
+        for item in spec.prompt:
+            if isinstance(item, MediaRow):
+                self.media[item.media] = EncodedMedia(np.zeros((item.media.n_rows, N_EMBD), np.float32))
+        for adapter, _ in spec.adapters:
+            self.adapters[adapter] = ToyAdapter(str(adapter))
         self.scheduler.submit(spec)
         return uid
 
@@ -206,7 +224,7 @@ class World:
         if self.on_batch is not None:
             self.on_batch(batch)
         self._interruption = interruption
-        result = self.context.decode(batch, self.samplers)
+        result = self.context.decode(batch, self.samplers, media=self.media, adapters=self.adapters)
         self._count_prefilled(batch, result)
         result = replace(result, seconds=result.seconds * self.slowness)
         for uid, event in self.scheduler.commit(batch, result):
@@ -220,11 +238,11 @@ class World:
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
         needs_all_rows = batch.embeddings and not self.limits.embeds_last_row
         for chunk in batch.chunks:
-            n_rows = len(chunk.tokens)
+            n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
                 # What a batch that was broken off has left counts, except a last row whose logits are lost.
-                n_rows = max(result.kept.get(chunk.uid, 0) - chunk.start, 0)
-                n_rows -= chunk.output and n_rows == len(chunk.tokens)
+                n_rows = max(len(self.context.held(chunk.slot)) - chunk.start, 0)
+                n_rows = cut_before(chunk.items, n_rows - (chunk.output and n_rows == len(chunk.items)))
                 if needs_all_rows or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
                     n_rows = 0
             if chunk.uid not in self.sampled:
@@ -286,7 +304,7 @@ class World:
         """Rule 1, once all edits are done."""
         pool = self.scheduler._pool
         for slot in (*pool.slots, *pool.embed_slots):
-            assert slot.tokens == self.context.held(slot.id), f"slot {slot.id} is not what the KV cache holds"
+            assert slot.items == self.context.held(slot.id), f"slot {slot.id} is not what the KV cache holds"
 
     def check_waiting(self) -> None:
         """First come, first served, interactive ones first; and nobody waits without need."""
@@ -306,17 +324,19 @@ class World:
                 has_room = n_reserved + len(self.specs[first].prompt) <= self.limits.max_rows
                 assert len(running) == self.limits.n_embed_slots or not has_room, "an embedding waits without need"
             elif not self.scheduler._crowded:
-                assert len(running) == self.limits.n_slots, "a slot is free while somebody waits"
+                n_reserved = sum(len(self.specs[uid].source) for uid in running)
+                has_room = n_reserved + len(self.specs[first].source) <= self.limits.max_rows
+                assert len(running) == self.limits.n_slots or not has_room, "a slot is free while somebody waits"
                 is_outranked = any(self.specs[uid].background for uid in running)
                 assert self.specs[first].background or not is_outranked, "an interactive one waits for a background one"
 
     def _rank(self, uid: int) -> tuple[bool, int]:
         return self.specs[uid].background, uid
 
-    def _held_for_prompts(self) -> list[list[int]]:
-        return [list(slot.tokens) for slot in self.scheduler._pool.slots]
+    def _held_for_prompts(self) -> list[tuple[Hashable, list[Item]]]:
+        return [(slot.basis, list(slot.items)) for slot in self.scheduler._pool.slots]
 
-    def check_admission(self, ran: set[int], held: list[list[int]]) -> None:
+    def check_admission(self, ran: set[int], held: list[tuple[Hashable, list[Item]]]) -> None:
         """Who got a slot, if nobody else did in the same step, goes on from the longest prefix that anybody held."""
         started = [self.scheduler._running[uid] for uid in self.running if uid not in ran]
         assert all(sequence.spec.uid not in self.paused for sequence in started), "a slot for a paused sequence"
@@ -325,8 +345,10 @@ class World:
             return
         sequence = started[0]
         if sequence.spec.cache_prompt and sequence.leader is None and not sequence.prompt_done:
-            longest = max(common_prefix(tokens, sequence.spec.prompt) for tokens in held)
-            assert len(sequence.slot.tokens) >= min(longest, len(sequence.spec.prompt) - 1), "a prefix was not used"
+            prompt, basis = sequence.spec.prompt, sequence.spec.basis
+            longest = max((common_prefix(items, prompt) for other, items in held if other == basis), default=0)
+            longest = cut_before(prompt, min(longest, len(prompt) - 1))
+            assert len(sequence.slot.items) >= longest, "a prefix was not used"
 
     def check_following(self) -> None:
         """Who waits for another's prefix waits for somebody who gets on."""
@@ -337,8 +359,10 @@ class World:
                 assert running.get(leader.spec.uid) is leader, "it waits for somebody who has left"
                 assert leader.spec.uid not in self.paused, "it waits for somebody who is paused"
                 assert leader not in followed, "they wait for each other"
-                n_common = min(common_prefix(leader.tokens, followed[-1].tokens), len(followed[-1].tokens) - 1)
-                assert len(leader.slot.tokens) < n_common, "it waits for what is there"
+                items = followed[-1].items
+                n_common = cut_before(items, min(common_prefix(leader.items, items), len(items) - 1))
+                assert leader.spec.basis == followed[-1].spec.basis, "what it waits for is of no use to it"
+                assert len(leader.slot.items) < n_common, "it waits for what is there"
                 followed.append(leader)
 
     def check_nobody_is_passed_over(self, batch: Batch, *, failed: bool) -> None:
@@ -357,13 +381,13 @@ class World:
             assert batch.number not in self.numbers, "two batches of the same number"
             self.numbers.add(batch.number)
         for chunk in batch.chunks:
-            assert chunk.tokens, "a chunk without rows"
+            assert chunk.items, "a chunk without rows"
             assert chunk.uid in self.running
             assert chunk.uid not in self.paused, "rows for a paused sequence"
             if not self.specs[chunk.uid].embedding or not self.limits.embeds_last_row:
                 assert self.specs[chunk.uid].embedding == batch.embeddings
             elif batch.embeddings:
-                assert len(chunk.tokens) == 1, "rows of an embedding that tokens could have been beside"
+                assert len(chunk.items) == 1, "rows of an embedding that tokens could have been beside"
 
     def check_idle(self) -> None:
         """All is done: every slot is free and nobody is remembered."""
@@ -373,7 +397,7 @@ class World:
         pool = self.scheduler._pool
         assert pool.n_busy == 0
         assert not pool._reserved
-        assert not any(slot.tokens for slot in pool.embed_slots)
+        assert not any(slot.items for slot in pool.embed_slots)
         statistics = self.scheduler.statistics()
         n_held = sum(len(self.context.held(slot)) for slot in range(self.limits.first_embed_slot))
         assert (statistics.n_waiting, statistics.n_running, statistics.n_paused) == (0, 0, 0)

@@ -129,7 +129,7 @@ async def test_breaking_off_a_batch_changes_no_text_of_the_others(toy: Toy, n_ke
         await until(lambda: engine.statistics().generations == 4)
         gate.let()
         await gate.reached(5)
-        assert {len(chunk.tokens) for chunk in gate.batches[-1].chunks} == {1, 10, N_PROMPT}
+        assert {len(chunk.items) for chunk in gate.batches[-1].chunks} == {1, 10, N_PROMPT}
         generation.close()
         await until(lambda: gate.n_aborted == 1)
         gate.open()

@@ -53,7 +53,7 @@ async def test_only_the_culprit_fails(toy: Toy, outcome: DecodeOutcome) -> None:
     """Every batch with a certain token in it fails, whatever else is in it."""
 
     def dislike(batch: Batch) -> Interruption | None:
-        tainted = any(POISON in chunk.tokens for chunk in batch.chunks)
+        tainted = any(POISON in chunk.items for chunk in batch.chunks)
         return Interruption(outcome) if tainted else None
 
     toy.on_decode = dislike
@@ -75,7 +75,7 @@ async def test_a_culprit_in_the_middle_of_its_text(toy: Toy) -> None:
     def dislike(batch: Batch) -> Interruption | None:
         for chunk in batch.chunks:
             # What its prompt shares with another may have been found in the cache.
-            if chunk.stop == len(culprit) and chunk.tokens == tuple(culprit.encode())[chunk.start :]:
+            if chunk.stop == len(culprit) and chunk.items == tuple(culprit.encode())[chunk.start :]:
                 uids.append(chunk.uid)
             if chunk.uid in uids and chunk.start > 30:
                 return Interruption(DecodeOutcome.INVALID)

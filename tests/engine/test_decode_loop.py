@@ -82,7 +82,7 @@ def test_whoever_leaves_costs_others_no_more_rows_than_it_had(n_mine: int, n_oth
     bench.submit(2, "another" + prompt_of(n_others - 7))
     bench.context.on_decode = breaker = Breaker(bench, 1)
     bench.loop.run()
-    assert [len(chunk.tokens) for chunk in bench.context.batches[0].chunks] == [n_mine, n_others]
+    assert [len(chunk.items) for chunk in bench.context.batches[0].chunks] == [n_mine, n_others]
     assert breaker.aborted[0] == aborts
 
 

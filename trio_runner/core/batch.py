@@ -6,13 +6,19 @@ import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeAlias
 
+from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.events import TokenInfo
+
+AdapterSet: TypeAlias = tuple[tuple[int, float], ...]
+"""(uid of an adapter, scale), in the order of the uids, no scale 0: what is added to the model's weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive rows of one sequence: `tokens` go to positions `start`, `start` + 1, ... of `slot`.
+    """Consecutive rows of one sequence, all of them tokens, or all of one image: `items` follow the `start` rows that
+    `slot` holds, at positions `position`, `position` + 1, ... or where the image says.
 
     With `output`, the last row's logits are computed and sampled (or the sequence's vector, in an embeddings batch).
     """
@@ -20,27 +26,55 @@ class Chunk:
     uid: int
     slot: int
     start: int
-    tokens: tuple[int, ...]
+    items: tuple[Item, ...]
     output: bool
+    position: int = -1
+    """Not `start` only where rows before it share positions."""
+    source: tuple[int, ...] = ()
+    """What the encoder has read, if the model has one."""
+
+    def __post_init__(self) -> None:
+        if self.position < 0:
+            object.__setattr__(self, "position", self.start)
 
     @property
     def stop(self) -> int:
-        """The position after the last row."""
-        return self.start + len(self.tokens)
+        """How many rows the slot holds then."""
+        return self.start + len(self.items)
+
+    @property
+    def media(self) -> Media | None:
+        """The image that the rows are of; None for tokens."""
+        first = self.items[0] if self.items else None
+        return first.media if isinstance(first, MediaRow) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step, at most one chunk per sequence. `embeddings`: vectors are wanted instead of tokens."""
+    """The rows of one step, at most one chunk per sequence, all of one kind. `embeddings`: vectors are wanted instead of
+    tokens."""
 
     chunks: tuple[Chunk, ...]
     embeddings: bool = False
+    adapters: AdapterSet = ()
+    """On top of the model's weights, for all rows."""
     number: int = 0
     """Its name to whoever wants to break it off; no two batches of a context that are not empty share one."""
 
     @property
     def n_rows(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+        return sum(len(chunk.items) for chunk in self.chunks)
+
+    @property
+    def of_media(self) -> bool:
+        """Its rows are those of images, which llama.cpp does not take together with tokens."""
+        return bool(self.chunks) and self.chunks[0].media is not None
+
+    @property
+    def causal(self) -> bool:
+        """False: the rows of each image look both ways."""
+        media = self.chunks[0].media if self.chunks else None
+        return media is None or media.causal
 
 
 class DecodeOutcome(enum.Enum):
@@ -86,43 +120,53 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Wanting:
-    """A sequence that could use rows: `pending` tokens to go to `slot` from position `start` on."""
+    """A sequence that could use rows: `pending` items to go to `slot` after the `start` rows that it holds."""
 
     uid: int
     slot: int
     start: int
-    pending: Sequence[int]
+    pending: Sequence[Item]
     decoding: bool
     """The prompt is done: the one pending token is the one sampled last."""
     output: bool = True
     """The last pending row is to be sampled."""
+    whole: bool = False
+    """All of `pending` in one batch, or nothing."""
+    position: int = -1
+    source: tuple[int, ...] = ()
 
 
-def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int, number: int = 0) -> Batch:
+def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int) -> tuple[Chunk, ...]:
     """Fill one batch of at most `max_rows` rows, `prompt_rows` of them for prompts.
 
     Sequences that decode come first, one row each, so that no prompt of another delays their next token by more than
-    this one step. What is left is dealt to the prompts in equal shares, in the order given; what a short prompt leaves
-    of its share goes to the others. Where sequences outnumber rows the first ones get a row each: whoever gives the
-    order in turns starves nobody. `wanting` is not mutated.
+    this one step. What cannot be divided comes next, as long as there is room, and the first of it in any case. What is
+    left is dealt to the other prompts in equal shares, in the order given; what a short prompt leaves of its share goes
+    to the others. Where sequences outnumber rows the first ones get a row each: whoever gives the order in turns
+    starves nobody. `wanting` is not mutated.
     """
     decoding: list[Wanting] = []
     prefilling: list[Wanting] = []
     for want in islice(wanting, max_rows):
         (decoding if want.decoding else prefilling).append(want)
-    chunks = [_chunk(want, 1) for want in decoding]
-    remain = min(max_rows - len(chunks), prompt_rows)
-    del prefilling[remain:]
-    # Shortest first, so that one pass settles what each leaves over; the batch itself keeps the given order.
+    remain = min(max_rows - len(decoding), prompt_rows)
     shares: dict[int, int] = {}
-    for n_served, want in enumerate(sorted(prefilling, key=lambda want: len(want.pending))):
-        share = min(len(want.pending), -(-remain // (len(prefilling) - n_served)))
+    for want in prefilling:
+        if want.whole and (len(want.pending) <= remain or not shares):
+            shares[want.uid] = len(want.pending)
+            remain = max(remain - len(want.pending), 0)
+    divisible = [want for want in prefilling if not want.whole][:remain]
+    # Shortest first, so that one pass settles what each leaves over; the batch itself keeps the given order.
+    for n_served, want in enumerate(sorted(divisible, key=lambda want: len(want.pending))):
+        share = min(len(want.pending), -(-remain // (len(divisible) - n_served)))
         shares[want.uid] = share
         remain -= share
-    chunks += [_chunk(want, shares[want.uid]) for want in prefilling]
-    return Batch(tuple(chunks), number=number)
+    chunks = [_chunk(want, 1) for want in decoding]
+    chunks += [_chunk(want, shares[want.uid]) for want in prefilling if want.uid in shares]
+    return tuple(chunks)
 
 
 def _chunk(want: Wanting, n_rows: int) -> Chunk:
-    tokens = tuple(want.pending[:n_rows])
-    return Chunk(want.uid, want.slot, want.start, tokens, output=want.output and n_rows == len(want.pending))
+    items = tuple(want.pending[:n_rows])
+    output = want.output and n_rows == len(want.pending)
+    return Chunk(want.uid, want.slot, want.start, items, output, want.position, want.source)

@@ -32,6 +32,9 @@ class Limits:
     """False: positions cannot be renumbered; a full slot decodes what it keeps again."""
     can_generate: bool = True
     """False: the model has no tokens to sample, only vectors."""
+    decoder_start: int | None = None
+    """Not None: an encoder reads the prompt, and the text begins with this token. What all sequences together have it
+    read is at most `max_rows` tokens, for it reads everything at once."""
 
     @property
     def first_embed_slot(self) -> int:

@@ -14,8 +14,8 @@ turn. A background sequence may be put back to wait, with all it has, when an in
 Edits count as done once `next_step` returned them. Rows count only once they are committed: a batch may be thrown away
 instead, and planned anew.
 
-Rule 1: `slot.tokens` is what the KV cache holds once the edits returned so far are done. Nothing else remembers that.
-Rule 2: `slot.tokens + sequence.pending` is everything the sequence's next token depends on.
+Rule 1: `slot.items` is what the KV cache holds once the edits returned so far are done. Nothing else remembers that.
+Rule 2: `slot.items + sequence.pending` is everything the sequence's next token depends on.
 Rule 3: whatever happens to one sequence, the others only ever lose time.
 """
 
@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import takewhile
+from typing import NamedTuple, TypeAlias
 
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult, Wanting, plan_batch
+from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult, Wanting, plan_batch
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
-from trio_runner.core.prompt import common_prefix
+from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_after, cut_before, n_positions
 from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason
 from trio_runner.core.shift import n_discard, shift_ops
 from trio_runner.core.slots import Slot, SlotPool
@@ -69,6 +70,15 @@ class SchedulerStatistics:
     n_sampled: int = 0
 
 
+class Kind(NamedTuple):
+    """What a batch computes and how: rows of different kinds cannot go together."""
+
+    vectors: bool
+    of_media: bool
+    causal: bool
+    adapters: AdapterSet
+
+
 MIN_FOLLOW = 32
 """Tokens that another sequence must spare a prompt to be worth waiting for."""
 N_SHORT_STEPS = 10
@@ -88,7 +98,8 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # in the order in which they got their slots
         self._ops: list[MemoryOp] = []
         self._turn = 0
-        self._embeddings_turn = False
+        self._kind: Kind | None = None  # of the last batch
+        self._kind_turns: dict[Kind, int] = {}  # the last batch of each kind that there are rows of
         self._n_short_steps = 0
         # Rows that the next batch may have; fewer only while a batch that failed is being cut down.
         self._max_rows = limits.max_rows
@@ -143,7 +154,7 @@ class Scheduler:
             n_running=len(self._running),
             n_paused=sum(sequence.paused for sequence in self._running.values()),
             n_preempted=sum(sequence.left is not None for sequence in self._waiting.values()),
-            n_cached_tokens=sum(len(slot.tokens) for slot in self._pool.slots),
+            n_cached_tokens=sum(len(slot.items) for slot in self._pool.slots),
             n_batches=self._n_batches,
             n_aborted=self._n_aborted,
             n_prompt_rows=self._n_prompt_rows,
@@ -190,22 +201,31 @@ class Scheduler:
 
     def _admit(self) -> None:
         while (sequence := self._first_waiting(embedding=True)) is not None:
-            embed_slot = self._pool.acquire_for_embedding(len(sequence.pending))
+            embed_slot = self._pool.acquire_for_embedding(len(sequence.pending), sequence.spec.basis)
             if embed_slot is None:
                 break
             self._start(sequence, embed_slot)
         while not self._crowded and (sequence := self._first_waiting(embedding=False)) is not None:
-            reuse, own = sequence.spec.cache_prompt, sequence.left
-            acquired = self._pool.acquire(sequence.pending, reuse=reuse, own=own)
-            if acquired is None and not sequence.spec.background and self._preempt_background():
-                acquired = self._pool.acquire(sequence.pending, reuse=reuse, own=own)
+            acquired = self._acquire(sequence)
+            while acquired is None and not sequence.spec.background and self._preempt_background():
+                acquired = self._acquire(sequence)
             if acquired is None:
                 return
             slot, ops = acquired
             self._ops += ops
             self._start(sequence, slot)
-            if reuse:
+            if sequence.spec.cache_prompt:
                 self._follow(sequence)
+
+    def _acquire(self, sequence: Sequence) -> tuple[Slot, list[MemoryOp]] | None:
+        spec = sequence.spec
+        return self._pool.acquire(
+            sequence.pending,
+            reuse=spec.cache_prompt,
+            own=sequence.left,
+            basis=spec.basis,
+            n_source=len(spec.source),
+        )
 
     def _first_waiting(self, *, embedding: bool) -> Sequence | None:
         candidates = (
@@ -220,7 +240,7 @@ class Scheduler:
         del self._waiting[sequence.spec.uid]
         self._running[sequence.spec.uid] = sequence
         sequence.slot, sequence.last_turn = slot, self._turn
-        n_held = len(slot.tokens)
+        n_held = len(slot.items)
         del sequence.pending[:n_held]
         if not sequence.prompt_done:
             sequence.n_cached = n_held if sequence.left is None else min(sequence.n_cached, n_held)
@@ -235,9 +255,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait, with all it has; what its slot holds stays as long as nobody takes it."""
-        if len(sequence.tokens) > self._limits.n_ctx:
+        if len(sequence.items) > self._limits.n_ctx:
             self._shift(sequence)  # as it would have done in the next step
-        sequence.pending[:0] = sequence.slot.tokens
+        sequence.pending[:0] = sequence.slot.items
         sequence.left = sequence.slot
         sequence.left.parked = True
         self._leave_slot(sequence)
@@ -254,14 +274,16 @@ class Scheduler:
 
     def _follow(self, sequence: Sequence) -> None:
         """Find a running sequence that will soon hold more of the start of this prompt than its own slot does."""
-        tokens = sequence.tokens
-        n_best = len(sequence.slot.tokens) + MIN_FOLLOW - 1
+        items = sequence.items
+        n_best = len(sequence.slot.items) + MIN_FOLLOW - 1
         for other in self._running.values():
             if other is sequence:
                 return  # the ones after it may follow it themselves
             if other.paused or other.spec.embedding or not self._limits.can_trim or len(other.pending) == 1:
                 continue
-            n_common = min(common_prefix(other.tokens, tokens), len(tokens) - 1)
+            if other.spec.basis != sequence.spec.basis:
+                continue
+            n_common = cut_before(items, min(common_prefix(other.items, items), len(items) - 1))
             if n_common > n_best:
                 n_best = n_common
                 sequence.leader, sequence.n_follow = other, n_common
@@ -280,14 +302,14 @@ class Scheduler:
         if leader is None:
             return False
         runs = self._running.get(leader.spec.uid) is leader and not leader.paused
-        if runs and len(leader.slot.tokens) < sequence.n_follow:
+        if runs and len(leader.slot.items) < sequence.n_follow:
             return True
         sequence.leader = None
-        tokens, n_held = sequence.tokens, len(sequence.slot.tokens)
-        self._ops += self._pool.extend(sequence.slot, tokens)
-        sequence.pending = tokens[len(sequence.slot.tokens) :]
+        items, n_held = sequence.items, len(sequence.slot.items)
+        self._ops += self._pool.extend(sequence.slot, items)
+        sequence.pending = items[len(sequence.slot.items) :]
         if not sequence.prompt_done:
-            sequence.n_cached += len(sequence.slot.tokens) - n_held
+            sequence.n_cached += len(sequence.slot.items) - n_held
         self._follow(sequence)
         return sequence.leader is not None
 
@@ -297,17 +319,28 @@ class Scheduler:
         ready = self._in_turn()
         if not ready:
             return Batch(())
-        embed = [sequence for sequence in ready if self._wants_vector(sequence)]
-        others = [sequence for sequence in ready if not self._wants_vector(sequence)]
-        n_decoding = sum(sequence.decoding for sequence in others)
-        # One batch computes either logits or vectors: where both are wanted they take turns.
-        self._embeddings_turn = bool(embed) and (not others or not self._embeddings_turn)
+        by_kind: dict[Kind, list[Sequence]] = {}
+        for sequence in ready:
+            by_kind.setdefault(self._kind_of(sequence), []).append(sequence)
+        kind = self._kind = self._whose_turn(by_kind)
         self._n_planned += 1
-        batch = self._plan_embeddings(embed, n_decoding) if self._embeddings_turn else self._plan_tokens(others)
+        # Who decodes waits for this batch, whether in it or not.
+        n_decoding = sum(sequence.decoding for sequence in ready)
+        chunks = self._plan_rows(kind, by_kind[kind], n_decoding)
         self._turn += 1
-        for chunk in batch.chunks:
+        self._kind_turns[kind] = self._turn
+        for chunk in chunks:
             self._running[chunk.uid].last_turn = self._turn
-        return batch
+        return Batch(chunks, embeddings=kind.vectors, adapters=kind.adapters, number=self._n_planned)
+
+    def _whose_turn(self, by_kind: dict[Kind, list[Sequence]]) -> Kind:
+        """The kind whose last batch is longest ago; before the first one, who waited longest for it counts."""
+        last = self._kind_turns
+        self._kind_turns = {
+            kind: last.get(kind, min(sequence.last_turn for sequence in sequences))
+            for kind, sequences in by_kind.items()
+        }
+        return min(by_kind, key=lambda kind: (self._kind_turns[kind], kind == self._kind))
 
     def _in_turn(self) -> list[Sequence]:
         """The sequences that want rows, who waited longest first; one alone while a failure is traced."""
@@ -325,52 +358,60 @@ class Scheduler:
         """The next rows of this sequence belong in an embeddings batch."""
         return sequence.spec.embedding and (not self._limits.embeds_last_row or len(sequence.pending) == 1)
 
-    def _plan_tokens(self, sequences: list[Sequence]) -> Batch:
+    def _kind_of(self, sequence: Sequence) -> Kind:
+        """Of the next rows of this sequence."""
+        first = sequence.pending[0]
+        of_media = isinstance(first, MediaRow)
+        causal = not isinstance(first, MediaRow) or first.media.causal
+        return Kind(self._wants_vector(sequence), of_media, causal, sequence.spec.adapters)
+
+    def _plan_rows(self, kind: Kind, sequences: list[Sequence], n_decoding: int) -> tuple[Chunk, ...]:
         for sequence in sequences:
-            if len(sequence.slot.tokens) + len(sequence.pending) > self._limits.n_ctx:
+            if len(sequence.slot.items) + len(sequence.pending) > self._limits.n_ctx:
                 self._shift(sequence)
-        wanting = [
-            Wanting(
-                sequence.spec.uid,
-                sequence.slot.id,
-                len(sequence.slot.tokens),
-                sequence.pending[:-1] if sequence.spec.embedding else sequence.pending,
-                sequence.decoding,
-                output=not sequence.spec.embedding,
-            )
-            for sequence in sequences
-        ]
-        n_decoding = sum(want.decoding for want in wanting)
-        prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
-        batch = plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows, number=self._n_planned)
-        self._ops += self._pool.make_room(sum(len(chunk.tokens) for chunk in batch.chunks if not self._embeds(chunk)))
-        return batch
+        prompt_rows = self._limits.max_rows
+        if n_decoding or not kind.vectors:
+            prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
+        # A context shift may have put rows of another kind first.
+        wanting = [self._wanting(sequence) for sequence in sequences if self._kind_of(sequence) == kind]
+        chunks = plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows)
+        self._ops += self._pool.make_room(sum(len(chunk.items) for chunk in chunks if not self._embeds(chunk)))
+        return chunks
+
+    def _wanting(self, sequence: Sequence) -> Wanting:
+        """As many of the next rows as may go into one batch, were there room: tokens up to an image, or one image."""
+        spec, slot, pending = sequence.spec, sequence.slot, sequence.pending
+        wants_vector = self._wants_vector(sequence)
+        if spec.embedding and not wants_vector:
+            pending = pending[:-1]
+        first = pending[0]
+        if isinstance(first, MediaRow):
+            rows = pending[: first.media.n_rows - first.row]
+        else:
+            rows = list(takewhile(lambda item: not isinstance(item, MediaRow), pending[: self._limits.max_rows + 1]))
+        return Wanting(
+            spec.uid,
+            slot.id,
+            len(slot.items),
+            rows,
+            sequence.decoding,
+            output=wants_vector or (not spec.embedding and len(rows) == len(pending)),
+            whole=wants_vector or (isinstance(first, MediaRow) and first.media.whole),
+            position=slot.position,
+            source=spec.source,
+        )
 
     def _embeds(self, chunk: Chunk) -> bool:
         return self._running[chunk.uid].spec.embedding
 
-    def _plan_embeddings(self, sequences: list[Sequence], n_decoding: int) -> Batch:
-        """All rows that a text has left, of as many texts as fit; beside sequences that decode, of one at least."""
-        chunks: list[Chunk] = []
-        remain = self._limits.max_rows
-        if n_decoding:
-            remain = max(self._pace.prompt_rows(n_decoding), len(sequences[0].pending))
-        for sequence in sequences:
-            if len(sequence.pending) <= remain:
-                remain -= len(sequence.pending)
-                start = len(sequence.slot.tokens)
-                chunks.append(
-                    Chunk(sequence.spec.uid, sequence.slot.id, start, tuple(sequence.pending), output=True),
-                )
-        return Batch(tuple(chunks), embeddings=True, number=self._n_planned)
-
     def _shift(self, sequence: Sequence) -> None:
         slot = sequence.slot
-        n_held, n_keep = len(slot.tokens), sequence.spec.n_keep
+        n_held, n_keep = len(slot.items), sequence.spec.n_keep
         discard = n_discard(n_held, n_ctx=self._limits.n_ctx, n_keep=n_keep)
+        discard = cut_after(slot.items, n_keep + discard) - n_keep  # no half of an image
         can_slide = self._limits.can_shift and self._limits.can_trim
         trims = self._pool.unshare(slot, n_keep + discard) if can_slide else None
-        del slot.tokens[n_keep : n_keep + discard]
+        del slot.items[n_keep : n_keep + discard]
         if trims is None:
             self._start_over(sequence)
         else:
@@ -381,7 +422,7 @@ class Scheduler:
         """Empty the slot and decode again all that it should hold."""
         if not sequence.prompt_done:
             sequence.n_cached = 0
-        sequence.pending[:0] = sequence.slot.tokens
+        sequence.pending[:0] = sequence.slot.items
         self._ops.append(sequence.slot.trim(0))
 
     # -- results ----------------------------------------------------------------------------------------------------
@@ -404,7 +445,7 @@ class Scheduler:
                 sequence.completion_seconds += result.seconds
             else:
                 sequence.prompt_seconds += result.seconds
-            self._hold(sequence, chunk.tokens)
+            self._hold(sequence, chunk.items)
             if sequence.spec.progress and not was_decoding:
                 n_done = len(sequence.spec.prompt) - len(sequence.pending)
                 yield chunk.uid, PromptProgress(n_done, len(sequence.spec.prompt), sequence.n_cached)
@@ -428,7 +469,7 @@ class Scheduler:
         if piece is not None:
             yield spec.uid, piece
         reason = finish_reason(text, sampled, spec)
-        if reason is None and not spec.shift and len(sequence.slot.tokens) == self._limits.n_ctx:
+        if reason is None and not spec.shift and len(sequence.slot.items) == self._limits.n_ctx:
             reason = "length"
         if reason is None:
             sequence.pending.append(sampled.token)
@@ -438,20 +479,20 @@ class Scheduler:
         self._forget_cut(sequence)
         yield self._finish(sequence, reason)
 
-    def _hold(self, sequence: Sequence, tokens: tuple[int, ...]) -> None:
-        """`tokens`, which were pending, are in the KV cache now."""
+    def _hold(self, sequence: Sequence, items: tuple[Item, ...]) -> None:
+        """`items`, which were pending, are in the KV cache now."""
         if self._limits.has_memory:
-            sequence.slot.tokens += tokens
+            sequence.slot.hold(items)
         if not sequence.prompt_done:
-            self._n_prompt_rows += len(tokens)
-        del sequence.pending[: len(tokens)]
+            self._n_prompt_rows += len(items)
+        del sequence.pending[: len(items)]
 
     def _forget_cut(self, sequence: Sequence) -> None:
         """Drop tokens whose text a stop string cut off: the conversation will go on without them. The token sampled
         last was never decoded."""
-        n_cut = min(sequence.text.n_cut() - 1, len(sequence.slot.tokens))
+        n_cut = min(sequence.text.n_cut() - 1, len(sequence.slot.items))
         if sequence.text.stop_matched is not None and n_cut > 0 and self._limits.can_trim:
-            self._ops.append(sequence.slot.trim(len(sequence.slot.tokens) - n_cut))
+            self._ops.append(sequence.slot.trim(len(sequence.slot.items) - n_cut))
 
     def _keep_finished_rows(self, batch: Batch, result: StepResult) -> None:
         """Whole micro-batches of a batch that was broken off are in the KV cache: keep them, they cost time. A last
@@ -461,19 +502,19 @@ class Scheduler:
             sequence = self._running.get(chunk.uid)
             if sequence is None or not self._limits.has_memory:
                 continue
-            n_held = result.kept.get(chunk.uid, 0)
-            if needs_all_rows or not chunk.start <= n_held <= chunk.stop:
+            n_kept = _n_kept(sequence.slot, chunk, result.kept.get(chunk.uid, 0))
+            if needs_all_rows or n_kept is None:
                 self._start_over(sequence)
                 continue
-            if chunk.output and n_held == chunk.stop:
-                n_held -= 1
-                self._ops.append(Trim(chunk.slot, n_held))
-            self._hold(sequence, chunk.tokens[: n_held - chunk.start])
+            n_useful = cut_before(chunk.items, n_kept - (chunk.output and n_kept == len(chunk.items)))
+            if n_useful < n_kept:
+                self._ops.append(Trim(chunk.slot, chunk.position + n_positions(chunk.items[:n_useful])))
+            self._hold(sequence, chunk.items[:n_useful])
 
     def _make_space(self) -> bool:
         """The KV cache is full, which slots of fixed size should prevent: give up what idle slots hold; then let one
         sequence wait until another one ends; then try with fewer rows. False when none of it is left."""
-        idle = [slot for slot in self._pool.slots if not slot.busy and slot.tokens]
+        idle = [slot for slot in self._pool.slots if not slot.busy and slot.items]
         self._ops += [slot.trim(0) for slot in idle]
         if idle:
             return True
@@ -512,3 +553,14 @@ class Scheduler:
         if sequence.spec.uid in self._running:
             self._leave_slot(sequence)
             self._crowded = False
+
+
+def _n_kept(slot: Slot, chunk: Chunk, length: int) -> int | None:
+    """How many rows of a chunk that `slot` did not hold before are in the KV cache, which has `length` positions of it
+    now; None: not even those that it held."""
+    if length == slot.length:
+        return 0
+    if chunk.media is not None and chunk.media.folded:
+        return len(chunk.items) if length > chunk.position else None
+    n_kept = length - chunk.position
+    return n_kept if 0 <= n_kept <= len(chunk.items) else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from trio_runner.core.batch import Sampled
+from trio_runner.core.batch import AdapterSet, Sampled
+from trio_runner.core.prompt import Item
 from trio_runner.core.slots import Slot
 from trio_runner.core.stop import StopMatcher
 from trio_runner.core.utf8 import Utf8Assembler
@@ -16,7 +18,10 @@ class SequenceSpec:
     """What the scheduler is asked to run. The prompt fits a slot; see `core.prompt.fit_prompt`."""
 
     uid: int
-    prompt: tuple[int, ...]
+    prompt: tuple[Item, ...]
+    source: tuple[int, ...] = ()
+    """What the encoder reads, if the model has one."""
+    adapters: AdapterSet = ()
     n_keep: int = 0
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -29,6 +34,11 @@ class SequenceSpec:
     progress: bool = False
     logprobs: bool = False
 
+    @property
+    def basis(self) -> Hashable:
+        """What the KV cache of its rows depends on besides the rows before them."""
+        return (self.adapters, self.source) if self.adapters or self.source else None
+
 
 def _no_slot() -> Slot:
     return Slot(-1)
@@ -40,7 +50,7 @@ class Sequence:
     of it, while the sequence waits for a slot."""
 
     spec: SequenceSpec
-    pending: list[int] = field(init=False)
+    pending: list[Item] = field(init=False)
     slot: Slot = field(default_factory=_no_slot)
     n_cached: int = 0
     left: Slot | None = None
@@ -66,14 +76,14 @@ class Sequence:
         return self.prompt_done and len(self.pending) == 1
 
     @property
-    def tokens(self) -> list[int]:
-        """Everything that the next token depends on."""
-        return self.slot.tokens + self.pending
+    def items(self) -> list[Item]:
+        """Everything that the next token depends on, in its basis."""
+        return self.slot.items + self.pending
 
     @property
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=len(self.spec.prompt),
+            prompt_tokens=len(self.spec.prompt) + len(self.spec.source),
             cached_tokens=self.n_cached,
             completion_tokens=self.text.n_tokens,
             prompt_seconds=self.prompt_seconds,

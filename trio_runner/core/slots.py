@@ -6,22 +6,26 @@ that slot, or in another one that shares those positions, which costs no memory 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Trim
-from trio_runner.core.prompt import common_prefix
+from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_before, n_positions
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One lane. `tokens` is what its part of the KV cache really holds, by position."""
+    """One lane. `items` is what its part of the KV cache really holds, row by row."""
 
     id: int
-    tokens: list[int] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
+    basis: Hashable = None
+    """What else that depends on, such as adapters: of use only to who has the same."""
+    n_folded: int = 0
+    """So many positions fewer than rows it takes, as rows of an image may share one."""
     n_shared: int = 0
-    """Positions below this may be the same cells as another slot's, since a copy: renumbering them here would
+    """Rows below this may be the same cells as another slot's, since a copy: renumbering them here would
     renumber them there. Never too low, sometimes too high, as it is not told when the other slot lets go."""
     busy: bool = False
     parked: bool = False
@@ -29,11 +33,31 @@ class Slot:
     last_used: int = 0
     """Tick of the pool when it was last taken or released; 0 never."""
 
+    @property
+    def position(self) -> int:
+        """Where the next row goes."""
+        return len(self.items) - self.n_folded
+
+    @property
+    def length(self) -> int:
+        """As `Context.length` tells it: one more than the last position. Of rows that share one, it is their first."""
+        last = self.items[-1] if self.n_folded else None
+        if isinstance(last, MediaRow) and last.media.folded:
+            return self.position - last.media.n_positions + 1
+        return self.position
+
+    def hold(self, items: Sequence[Item]) -> None:
+        """These rows have been decoded."""
+        self.items += items
+        self.n_folded += len(items) - n_positions(items)
+
     def trim(self, start: int) -> Trim:
-        """Forget all positions from `start` on."""
-        del self.tokens[start:]
+        """Forget all rows from `start` on, where no image that stays whole is cut."""
+        if self.n_folded:
+            self.n_folded = start - n_positions(self.items[:start])
+        del self.items[start:]
         self.n_shared = min(self.n_shared, start)
-        return Trim(self.id, start)
+        return Trim(self.id, self.position)
 
 
 class SlotPool:
@@ -44,7 +68,7 @@ class SlotPool:
         self.slots = tuple(Slot(slot_id) for slot_id in range(first))
         self.embed_slots = tuple(Slot(slot_id) for slot_id in range(first, first + limits.n_embed_slots))
         self._limits = limits
-        self._reserved: dict[int, int] = {}  # rows that each embedding slot in use may hold
+        self._reserved: dict[int, int] = {}  # rows that a slot in use may hold which must go into one batch with others
         self._tick = 0
 
     def __getitem__(self, slot_id: int) -> Slot:
@@ -55,105 +79,120 @@ class SlotPool:
         return sum(slot.busy for slot in (*self.slots, *self.embed_slots))
 
     def acquire(
-        self, tokens: Sequence[int], *, reuse: bool, own: Slot | None = None
+        self,
+        items: Sequence[Item],
+        *,
+        reuse: bool,
+        own: Slot | None = None,
+        basis: Hashable = None,
+        n_source: int = 0,
     ) -> tuple[Slot, list[MemoryOp]] | None:
-        """Take a free slot for `tokens`; None when as many as may be are in use. Without `reuse` it starts empty, or
-        with what is still in `own`.
+        """Take a free slot for `items`; None when as many as may be are in use, or the encoder has no room left for
+        `n_source` tokens. Without `reuse` it starts empty, or with what is still in `own`.
 
-        Carrying out the returned edits makes the KV cache hold `slot.tokens`, which is now a proper prefix of
-        `tokens`: the last one is always left to decode, for without it there are no logits to sample from.
+        Carrying out the returned edits makes the KV cache hold `slot.items`, which is now a proper prefix of
+        `items`: the last one is always left to decode, for without it there are no logits to sample from.
 
         The longest prefix that any slot holds, in use or not, is kept. A free slot that holds it is taken itself if
         that forgets no more than giving up the slot left unused for longest would; else the latter forks the prefix.
         Where that is a parked one of somebody else, all others are in use or parked too.
         """
         free = sorted((slot for slot in self.slots if not slot.busy), key=_worth)
-        if len(self.slots) - len(free) == self._limits.n_slots:
+        if len(self.slots) - len(free) == self._limits.n_slots or not self._has_room(n_source):
             return None
-        n_kept = {slot: self._n_reusable(slot, tokens) if reuse or slot is own else 0 for slot in self.slots}
+        n_kept = {slot: self._n_reusable(slot, items, basis) if reuse or slot is own else 0 for slot in self.slots}
         slot = oldest = free[0]
         source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
         if n_kept[source] > 0 and not source.busy and (source is own or not source.parked):
-            n_lost, n_lost_oldest = (len(slot.tokens) - n_kept[slot] for slot in (source, oldest))
+            n_lost, n_lost_oldest = (len(slot.items) - n_kept[slot] for slot in (source, oldest))
             if n_lost <= n_lost_oldest:
                 slot = source
         ops: list[MemoryOp] = []
         if n_kept[slot] < n_kept[source]:
             ops += self._fork(source, slot, n_kept[source])
-        elif n_kept[slot] < len(slot.tokens):
+        elif n_kept[slot] < len(slot.items):
             ops.append(slot.trim(n_kept[slot]))
-        slot.busy, slot.parked = True, False
+        slot.busy, slot.parked, slot.basis = True, False, basis
+        if n_source:
+            self._reserved[slot.id] = n_source
         self._touch(slot)
         return slot, ops
 
-    def extend(self, slot: Slot, tokens: Sequence[int]) -> list[MemoryOp]:
-        """Let a slot in use, which holds a prefix of `tokens`, hold the longest one that any other slot has now."""
+    def extend(self, slot: Slot, items: Sequence[Item]) -> list[MemoryOp]:
+        """Let a slot in use, which holds a prefix of `items`, hold the longest one that any other slot has now."""
         n_kept, source = max(
-            ((self._n_reusable(other, tokens), other) for other in self.slots if other is not slot),
+            ((self._n_reusable(other, items, slot.basis), other) for other in self.slots if other is not slot),
             key=lambda pair: pair[0],
             default=(0, slot),
         )
-        return self._fork(source, slot, n_kept) if n_kept > len(slot.tokens) else []
+        return self._fork(source, slot, n_kept) if n_kept > len(slot.items) else []
 
     def make_room(self, n_rows: int) -> list[MemoryOp]:
-        """Edits after which `n_rows` more positions fit: what was left unused for longest goes, its end first. Slots in
+        """Edits after which `n_rows` more rows fit: what was left unused for longest goes, its end first. Slots in
         use are never touched."""
-        n_excess = sum(len(slot.tokens) for slot in self.slots) + n_rows - self._limits.n_slots * self._limits.n_ctx
+        n_excess = sum(len(slot.items) for slot in self.slots) + n_rows - self._limits.n_slots * self._limits.n_ctx
         ops: list[MemoryOp] = []
         for slot in sorted(self.slots, key=_worth) if n_excess > 0 else ():
-            if n_excess > 0 and slot.tokens and not slot.busy:
-                n_lost = min(n_excess, len(slot.tokens)) if self._limits.can_trim else len(slot.tokens)
-                n_excess -= n_lost
-                ops.append(slot.trim(len(slot.tokens) - n_lost))
+            if n_excess > 0 and slot.items and not slot.busy:
+                n_held = len(slot.items)
+                start = cut_before(slot.items, max(n_held - n_excess, 0)) if self._limits.can_trim else 0
+                n_excess -= n_held - start
+                ops.append(slot.trim(start))
         return ops
 
-    def acquire_for_embedding(self, n_tokens: int) -> Slot | None:
+    def acquire_for_embedding(self, n_tokens: int, basis: Hashable = None) -> Slot | None:
         """Take a slot for the embedding of a text; None while there is no slot, or no room, left."""
         free = [slot for slot in self.embed_slots if not slot.busy]
-        if not free or sum(self._reserved.values()) + n_tokens > self._limits.max_rows:
+        if not free or not self._has_room(n_tokens):
             return None
         self._reserved[free[0].id] = n_tokens
-        free[0].busy = True
+        free[0].busy, free[0].basis = True, basis
         return free[0]
 
     def release(self, slot: Slot) -> list[MemoryOp]:
         """Give a slot back. What it holds stays, for the next prompt that starts the same way; except what was held
-        for an embedding."""
+        for an embedding, or on the basis of what the encoder has read."""
         slot.busy = False
         self._touch(slot)
-        if self._reserved.pop(slot.id, None) is None or not slot.tokens:
+        if self._reserved.pop(slot.id, None) is None or not slot.items:
             return []
         return [slot.trim(0)]
 
     def unshare(self, slot: Slot, start: int) -> list[MemoryOp] | None:
-        """Edits after which no other slot shares positions of `slot` from `start` on: slots that are free give them
+        """Edits after which no other slot shares rows of `slot` from `start` on: slots that are free give them
         up. None, and nothing changed, when a slot in use shares them."""
         sharing = [
             other
             for other in self.slots
             if other is not slot
+            and other.basis == slot.basis
             and min(slot.n_shared, other.n_shared) > start
-            and common_prefix(slot.tokens, other.tokens) > start
+            and common_prefix(slot.items, other.items) > start
         ]
         if any(other.busy for other in sharing):
             return None
         return [other.trim(start) for other in sharing]
 
-    def _n_reusable(self, slot: Slot, tokens: Sequence[int]) -> int:
+    def _n_reusable(self, slot: Slot, items: Sequence[Item], basis: Hashable) -> int:
         """Recurrent state cannot go back to an earlier position, nor be copied in part: it can be used whole, in its
         own slot, or not at all."""
-        n_kept = min(common_prefix(slot.tokens, tokens), len(tokens) - 1)
+        if slot.basis != basis:
+            return 0
+        n_kept = cut_before(items, min(common_prefix(slot.items, items), len(items) - 1))
         if self._limits.can_trim:
             return n_kept
-        return n_kept if not slot.busy and n_kept == len(slot.tokens) else 0
+        return n_kept if not slot.busy and n_kept == len(slot.items) else 0
 
-    def _fork(self, source: Slot, target: Slot, n_tokens: int) -> list[MemoryOp]:
-        ops: list[MemoryOp] = [target.trim(0)] if target.tokens else []
-        ops.append(Copy(source.id, target.id, n_tokens))
-        target.tokens[:] = source.tokens[:n_tokens]
-        target.n_shared = n_tokens
-        source.n_shared = max(source.n_shared, n_tokens)
+    def _fork(self, source: Slot, target: Slot, n_rows: int) -> list[MemoryOp]:
+        ops: list[MemoryOp] = [target.trim(0)] if target.items else []
+        target.hold(source.items[:n_rows])
+        ops.append(Copy(source.id, target.id, target.position))
+        target.n_shared = n_rows
+        source.n_shared = max(source.n_shared, n_rows)
         return ops
+
+    def _has_room(self, n_rows: int) -> bool:
+        return sum(self._reserved.values()) + n_rows <= self._limits.max_rows
 
     def _touch(self, slot: Slot) -> None:
         self._tick += 1

@@ -137,7 +137,7 @@ class DecodeLoop:
         batch = step.batch
         # Say what is in flight, look for mail, and only then decode: whoever lets go later than that sees the sequence
         # in flight and breaks it off, whoever let go earlier is found in the mailbox.
-        rows = {chunk.uid: len(chunk.tokens) for chunk in batch.chunks}
+        rows = {chunk.uid: len(chunk.items) for chunk in batch.chunks}
         self._in_flight = _InFlight(batch.number, rows, set(step.followers), self._is_breakable)
         if self._mailbox:
             self._in_flight = None

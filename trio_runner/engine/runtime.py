@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trio_runner.config import EngineConfig
 from trio_runner.core.batch import Batch, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp
+from trio_runner.core.prompt import Item, Media
 from trio_runner.request import SamplingParams
+
+if TYPE_CHECKING:
+    from trio_runner.images import Pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +49,62 @@ class Sampler(Protocol):
         """Free it. Idempotent."""
 
 
+class Adapter(Protocol):
+    """A LoRA on top of a model."""
+
+    def close(self) -> None:
+        """Free it, now or when no context has it set any more. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedMedia:
+    """What takes the place of tokens: `rows`, shape (n_rows, n_embd of the model's input). `positions`, shape
+    (4, n_rows), relative to the first one, for models with M-RoPE."""
+
+    rows: NDArray[np.float32]
+    positions: NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """An image as a part of a prompt: rows, and maybe tokens around and between them."""
+
+    items: tuple[Item, ...]
+    media: Mapping[Media, EncodedMedia]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(media.rows.nbytes for media in self.media.values())
+
+
+class Encoding(Protocol):
+    """One image on its way through the projector."""
+
+    def run(self) -> EncodedImage:
+        """Blocks; one at a time computes. Raises `InvalidImage` for one that the model cannot take, `EngineClosed` soon
+        after it was cancelled."""
+
+    def cancel(self) -> None:
+        """From any thread; never blocks."""
+
+
+class Projector(Protocol):
+    """Turns images into rows that the model takes like tokens. Any thread may use it."""
+
+    @property
+    def digest(self) -> bytes:
+        """Of all that the rows of an image depend on besides its pixels."""
+
+    def encoding(self, pixels: Pixels) -> Encoding: ...
+
+    def close(self) -> None:
+        """Free it, after its encodings. Idempotent."""
+
+
+NO_MEDIA: Final[Mapping[Media, EncodedMedia]] = MappingProxyType({})
+NO_ADAPTERS: Final[Mapping[int, Adapter]] = MappingProxyType({})
+
+
 class Model(Protocol):
     """Weights and vocabulary: read-only, so any thread may call it."""
 
@@ -56,8 +120,11 @@ class Model(Protocol):
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
         """A sampler whose penalties have seen `prompt`. Raises `InvalidGrammar` or `InvalidRequest`."""
 
+    def adapter(self, path: str) -> Adapter:
+        """Load a LoRA for this model. Raises `LoadError`."""
+
     def close(self) -> None:
-        """Free it, after its context and samplers. Idempotent."""
+        """Free it, after its context, samplers and adapters. Idempotent."""
 
 
 class Context(Protocol):
@@ -72,9 +139,16 @@ class Context(Protocol):
     def length(self, slot: int) -> int:
         """Positions that `slot` holds: one more than the last, 0 when empty."""
 
-    def decode(self, batch: Batch, samplers: Mapping[int, Sampler]) -> StepResult:
-        """Run one batch and sample its outputs with the samplers of their uids. Raises `NativeError` when the
-        context cannot be used any more; everything else is an outcome."""
+    def decode(
+        self,
+        batch: Batch,
+        samplers: Mapping[int, Sampler],
+        *,
+        media: Mapping[Media, EncodedMedia] = NO_MEDIA,
+        adapters: Mapping[int, Adapter] = NO_ADAPTERS,
+    ) -> StepResult:
+        """Run one batch and sample its outputs with the samplers of their uids; `media` and `adapters` have what the
+        batch names. Raises `NativeError` when the context cannot be used any more; everything else is an outcome."""
 
     def abort(self, number: int) -> None:
         """Make `decode` of the batch of this number, running or yet to start, return ABORTED soon; a batch of any other
@@ -84,12 +158,24 @@ class Context(Protocol):
         """Free it. Idempotent."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedAdapter:
+    """An adapter under the name that requests know it by. `scale` is for those that choose none."""
+
+    name: str
+    adapter: Adapter
+    scale: float
+    path: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A loaded model with the context that the engine will own."""
+    """A loaded model with the context that the engine will own, and what was loaded with it."""
 
     model: Model
     context: Context
+    projector: Projector | None = None
+    adapters: tuple[LoadedAdapter, ...] = ()
 
 
 class Loader(Protocol):

@@ -304,16 +304,16 @@ class Context:
         outputs: list[tuple[Chunk, int]] = []
         row = 0
         for chunk in batch.chunks:
-            n_tokens = len(chunk.tokens)
+            n_tokens = len(chunk.items)
             if n_tokens == 1:  # most rows of most steps
-                tokens[row] = chunk.tokens[0]
+                tokens[row] = chunk.items[0]
                 positions[row] = chunk.start
                 seqs[row] = chunk.slot
                 flags[row] = 0
                 row += 1
             else:
                 stop = row + n_tokens
-                tokens[row:stop] = chunk.tokens
+                tokens[row:stop] = chunk.items
                 np.add(self._positions_from_zero[:n_tokens], chunk.start, out=positions[row:stop])
                 seqs[row:stop] = chunk.slot
                 flags[row:stop] = 0
