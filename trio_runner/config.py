@@ -110,6 +110,8 @@ class EngineConfig:
     step_target: float | None = None
     """Seconds that a step may take which carries rows of a prompt beside sequences that decode: the gap it tears into
     every stream. None: 2.5 times a step that only decodes, as measured, but no less than 25 ms."""
+    image_cache_bytes: int = 256 << 20
+    """Rows of images that are kept, so that an image is encoded once."""
     max_queue: int | None = 128
     """Requests that may wait for a slot before `EngineBusy`; None: no bound."""
     max_backlog: int = 256
@@ -136,6 +138,8 @@ class EngineConfig:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}")
         if self.step_target is not None and not 0.001 <= self.step_target <= 60:
             raise ValueError("step_target must be between 0.001 and 60 seconds")
+        if self.image_cache_bytes < 0:
+            raise ValueError("image_cache_bytes must not be negative")
         if self.max_queue is not None and self.max_queue < 0:
             raise ValueError("max_queue must not be negative")
         if self.max_backlog < 1:

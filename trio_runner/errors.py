@@ -6,6 +6,7 @@
     |  |- PromptTooLong     (n_prompt, n_ctx)
     |  |- InvalidGrammar
     |  |- InvalidImage
+    |  |- UnknownAdapter    (name)
     |  '- Unsupported       (feature)
     |- EngineBusy           the queue is full; `retry_after` seconds
     |- EngineClosed         we shut it
@@ -61,6 +62,16 @@ class InvalidGrammar(RequestError):
 
 class InvalidImage(RequestError):
     """The image cannot be decoded or is outside the limits."""
+
+
+class UnknownAdapter(RequestError):
+    """There is no adapter of this `name`, or it was unloaded."""
+
+    status = 404
+
+    def __init__(self, name: str, *, param: str = "adapters") -> None:
+        super().__init__(f"{param}: there is no adapter {name!r}", param=param)
+        self.name = name
 
 
 class Unsupported(RequestError):

@@ -8,11 +8,12 @@ aborts, allocates without limit, or quietly samples rubbish.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from trio_runner.errors import InvalidRequest
+from trio_runner.images import ImageSource, is_image_source
 
 MAX_TEXT_BYTES = 4 << 20
 """Bytes of one prompt or content, which are refused before they are tokenised: that takes seconds per megabyte."""
@@ -25,6 +26,14 @@ MAX_DRY_BREAKER_BYTES = 64
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_WINDOW = 1 << 20
 """Tokens a repetition penalty may look back; llama.cpp allocates the window at once."""
+
+MAX_IMAGES = 16
+"""Of one prompt."""
+MAX_ADAPTERS = 16
+"""That one request may choose."""
+MAX_ADAPTER_SCALE = 1e3
+MAX_DOCUMENTS = 4096
+"""To be ranked by one request, or texts to be embedded."""
 
 MAX_DEADLINE = 86400 * 365.0
 """Seconds."""
@@ -77,7 +86,7 @@ def _check_list(name: str, value: object, max_items: int) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _check_prompt(name: str, value: object) -> None:
+def _check_content(name: str, value: object) -> None:
     if isinstance(value, str):
         _check_text(name, value)
     elif isinstance(value, tuple):
@@ -85,6 +94,67 @@ def _check_prompt(name: str, value: object) -> None:
             _check_int(name, token, 0, 2**31 - 1)
     else:
         raise InvalidRequest(f"{name} must be text or a list of tokens, not {type(value).__name__}", param=name)
+
+
+def _check_prompt(name: str, value: object) -> None:
+    if isinstance(value, Chat):
+        return
+    if not isinstance(value, tuple) or all(isinstance(part, int) for part in value):
+        _check_content(name, value)
+        return
+    for index, part in enumerate(value):
+        if isinstance(part, str):
+            _check_text(f"{name}[{index}]", part)
+        elif not is_image_source(part):
+            raise InvalidRequest(f"{name}[{index}] must be text or an image, not {type(part).__name__}", param=name)
+    n_images = sum(not isinstance(part, str) for part in value)
+    if n_images > MAX_IMAGES:
+        raise InvalidRequest(f"{name} has {n_images} images, but at most {MAX_IMAGES} are allowed", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """An adapter of the engine by its name, and how strongly it applies; 0 not at all."""
+
+    name: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_text("adapters.name", self.name)
+        _check_number("adapters.scale", self.scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+
+
+def _check_adapters(value: object) -> tuple[AdapterChoice, ...] | None:
+    if value is None:
+        return None
+    choices = _check_list("adapters", value, MAX_ADAPTERS)
+    for choice in choices:
+        if not isinstance(choice, AdapterChoice):
+            raise InvalidRequest("adapters must be a list of AdapterChoice", param="adapters")
+    if len({choice.name for choice in choices}) < len(choices):
+        raise InvalidRequest("adapters names one of them twice", param="adapters")
+    return choices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation, which the chat template in the model's file makes a prompt of; see `core.chat`."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    documents: tuple[Mapping[str, Any], ...] | None = None
+    add_generation_prompt: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.messages, (str, bytes, Mapping)) or not isinstance(self.messages, Sequence):
+            raise InvalidRequest("messages must be a list", param="messages")
+        object.__setattr__(self, "messages", tuple(self.messages))
+
+
+Part: TypeAlias = str | ImageSource
+Prompt: TypeAlias = str | tuple[int, ...] | tuple[Part, ...] | Chat
 
 
 _FLOATS: dict[str, tuple[float, float]] = {
@@ -195,7 +265,12 @@ class SamplingParams:
 class GenerateRequest:
     """Text to continue, and when to stop. Raises `InvalidRequest` for a value outside its range."""
 
-    prompt: str | tuple[int, ...]
+    prompt: Prompt
+    """Text, or tokens, or a mixture of texts and images, or a conversation."""
+    image_data: tuple[tuple[int, ImageSource], ...] = ()
+    """(N, image): what `[img-N]` stands for in a prompt that is text."""
+    adapters: tuple[AdapterChoice, ...] | None = None
+    """None: all that the engine has, at the scales it was given for them."""
     max_tokens: int | None = None
     """Exactly so many tokens at most; None goes on until the model ends or the context is full."""
     stop: tuple[str, ...] = ()
@@ -221,6 +296,14 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         _check_prompt("prompt", self.prompt)
+        object.__setattr__(self, "image_data", _check_list("image_data", self.image_data, MAX_IMAGES))
+        for index, pair in enumerate(self.image_data):
+            if not isinstance(pair, tuple) or len(pair) != 2 or not is_image_source(pair[1]):
+                raise InvalidRequest(f"image_data[{index}] must be (id, image)", param="image_data")
+            _check_int(f"image_data[{index}].id", pair[0], 0, 2**31 - 1)
+        if self.image_data and not isinstance(self.prompt, str):
+            raise InvalidRequest("image_data is for a prompt of text: others have their images in them", param="prompt")
+        object.__setattr__(self, "adapters", _check_adapters(self.adapters))
         if not isinstance(self.sampling, SamplingParams):
             raise InvalidRequest("sampling must be SamplingParams", param="sampling")
         if self.max_tokens is not None:
@@ -244,12 +327,41 @@ class EmbedRequest:
     content: str | tuple[int, ...]
     normalize: bool = False
     """Scale the vector to length 1."""
+    dimensions: int | None = None
+    """Only so many elements, the first ones, for models that were trained for it; before it is normalised."""
+    truncate: bool = False
+    """A text that is too long loses its end; False refuses it with `PromptTooLong`."""
+    adapters: tuple[AdapterChoice, ...] | None = None
+    """As in `GenerateRequest`."""
 
     def __post_init__(self) -> None:
-        _check_prompt("content", self.content)
+        _check_content("content", self.content)
         _check_bool("normalize", self.normalize)
+        _check_bool("truncate", self.truncate)
+        if self.dimensions is not None:
+            _check_int("dimensions", self.dimensions, 1, 2**31 - 1)
+        object.__setattr__(self, "adapters", _check_adapters(self.adapters))
 
 
-def as_prompt(value: str | Sequence[int]) -> str | tuple[int, ...]:
-    """Text unchanged; any other sequence as a tuple, ready for a request."""
-    return value if isinstance(value, str) else tuple(value)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankRequest:
+    """Documents to score by how well each answers a query. Raises `InvalidRequest` for a value of the wrong type."""
+
+    query: str
+    documents: tuple[str, ...]
+    truncate: bool = False
+    """A document that is too long, together with the query, loses its end."""
+    adapters: tuple[AdapterChoice, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("query", self.query, MAX_TEXT_BYTES)
+        object.__setattr__(self, "documents", _check_list("documents", self.documents, MAX_DOCUMENTS))
+        for index, document in enumerate(self.documents):
+            _check_text(f"documents[{index}]", document, MAX_TEXT_BYTES)
+        _check_bool("truncate", self.truncate)
+        object.__setattr__(self, "adapters", _check_adapters(self.adapters))
+
+
+def as_prompt(value: str | Chat | Sequence[int] | Sequence[Part]) -> Prompt:
+    """Text and conversations unchanged; any other sequence as a tuple, ready for a request."""
+    return value if isinstance(value, (str, Chat)) else cast(Prompt, tuple(value))

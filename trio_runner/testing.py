@@ -161,7 +161,7 @@ class ToyProjector:
         n_rows = 2 + pixels.digest[0] % 5
         media = Media(pixels.digest, n_rows, 2 if self.folded else n_rows, self.causal)
         rows = np.full((n_rows, N_EMBD), pixels.digest[0], np.float32)
-        items = (ord("<"), *(MediaRow(media, row) for row in range(n_rows)), ord(">"))
+        items: tuple[Item, ...] = (ord("<"), *(MediaRow(media, row) for row in range(n_rows)), ord(">"))
         return EncodedImage(items, {media: EncodedMedia(rows)})
 
     def close(self) -> None:
@@ -437,6 +437,7 @@ class ToyLoader:
             max_rows=config.batch_size,
             n_spare_slots=config.slots,
             n_embed_slots=config.slots,
+            n_vector=N_EMBD,
         )
         limits = replace(limits, **self.limits)  # type: ignore[arg-type]
         self.model = ToyModel()

@@ -51,15 +51,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step, at most one chunk per sequence, all of one kind. `embeddings`: vectors are wanted instead of
+    """The rows of one step, at most one chunk per sequence, all of one kind. `embeddings`: vectors are wanted, not
     tokens."""
 
     chunks: tuple[Chunk, ...]
     embeddings: bool = False
-    adapters: AdapterSet = ()
-    """On top of the model's weights, for all rows."""
     number: int = 0
     """Its name to whoever wants to break it off; no two batches of a context that are not empty share one."""
+    adapters: AdapterSet = ()
+    """On top of the model's weights, for all rows."""
 
     @property
     def n_rows(self) -> int:

@@ -32,6 +32,10 @@ class Limits:
     """False: positions cannot be renumbered; a full slot decodes what it keeps again."""
     can_generate: bool = True
     """False: the model has no tokens to sample, only vectors."""
+    ranks: bool = False
+    """Its vectors are scores of a document for a query."""
+    n_vector: int = 0
+    """Elements of a vector."""
     decoder_start: int | None = None
     """Not None: an encoder reads the prompt, and the text begins with this token. What all sequences together have it
     read is at most `max_rows` tokens, for it reads everything at once."""

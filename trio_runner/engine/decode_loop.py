@@ -10,10 +10,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trio_runner.core.batch import DecodeOutcome
+from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
+from trio_runner.core.prompt import Media
 from trio_runner.core.scheduler import Emission, Scheduler, SchedulerStatistics, Step
-from trio_runner.engine.mailbox import Cancel, Close, Expire, Mail, Mailbox, Pause, Resume, Submit
-from trio_runner.engine.runtime import Context, Sampler
+from trio_runner.engine.mailbox import Cancel, Close, Expire, Mail, Mailbox, Pause, Resume, Retire, Submit
+from trio_runner.engine.runtime import Adapter, Context, EncodedMedia, Sampler
 from trio_runner.events import Embedded, Finished
 
 logger = logging.getLogger("trio_runner.engine")
@@ -53,7 +54,9 @@ class DecodeLoop:
         self._mailbox = mailbox
         self._deliver = deliver
         self._scheduler = Scheduler(context.limits, step_target)
+        self._submitted: dict[int, Submit] = {}
         self._samplers: dict[int, Sampler] = {}
+        self._retired: dict[int, Adapter] = {}
         self._in_flight: _InFlight | None = None
         self._is_breakable = True
         self._closing = False
@@ -101,22 +104,31 @@ class DecodeLoop:
             self.refuse_mail()
             for sampler in self._samplers.values():
                 sampler.close()
+            for adapter in self._retired.values():
+                adapter.close()
 
     def refuse_mail(self) -> None:
-        """Close the samplers of sequences that will never run. Only when `run` is over, on whichever thread."""
+        """Close the samplers of sequences that will never run, and adapters that nobody has any more. Only when `run`
+        is over, on whichever thread."""
         for mail in self._mailbox.take():
             if isinstance(mail, Submit) and mail.sampler is not None:
                 mail.sampler.close()
+            elif isinstance(mail, Retire):
+                mail.adapter.close()
 
     def _read(self, mail: Mail) -> None:
         match mail:
             case Submit(spec, sampler):
+                self._submitted[spec.uid] = mail
                 if sampler is not None:
                     self._samplers[spec.uid] = sampler
                 self._scheduler.submit(spec)
+            case Retire(uid, adapter):
+                self._retired[uid] = adapter
+                self._close_retired()
             case Cancel(uid):
                 self._scheduler.cancel(uid)
-                self._drop_sampler(uid)
+                self._drop(uid)
             case Expire(uid):
                 self._hand_out(self._scheduler.expire(uid))
             case Pause(uid):
@@ -142,7 +154,7 @@ class DecodeLoop:
         if self._mailbox:
             self._in_flight = None
             return
-        result = self._context.decode(batch, self._samplers)
+        result = self._decode(batch)
         self._in_flight = None
         # The batch after one that was broken off runs to its end, for whoever wants it: cancelling in a loop cannot
         # stop the others.
@@ -156,11 +168,31 @@ class DecodeLoop:
         self.statistics = self._scheduler.statistics()
         for uid, event in emissions:
             if isinstance(event, (Finished, Embedded)):
-                self._drop_sampler(uid)
+                self._drop(uid)
         if emissions:
             self._deliver(emissions)
 
-    def _drop_sampler(self, uid: int) -> None:
+    def _decode(self, batch: Batch) -> StepResult:
+        if not batch.of_media and not batch.adapters:
+            return self._context.decode(batch, self._samplers)
+        media: dict[Media, EncodedMedia] = {}
+        adapters: dict[int, Adapter] = {}
+        for chunk in batch.chunks:
+            mail = self._submitted[chunk.uid]
+            media.update(mail.media)
+            adapters.update(mail.adapters)
+        return self._context.decode(batch, self._samplers, media=media, adapters=adapters)
+
+    def _drop(self, uid: int) -> None:
+        """What a sequence had that is gone."""
+        self._submitted.pop(uid, None)
         sampler = self._samplers.pop(uid, None)
         if sampler is not None:
             sampler.close()
+        if self._retired:
+            self._close_retired()
+
+    def _close_retired(self) -> None:
+        used = {uid for mail in self._submitted.values() for uid in mail.adapters}
+        for uid in self._retired.keys() - used:
+            self._retired.pop(uid).close()

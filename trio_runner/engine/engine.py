@@ -17,9 +17,9 @@ import logging
 import math
 import os
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -27,19 +27,39 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from trio_runner.config import EngineConfig, ModelConfig
+from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.core.limits import Limits
 from trio_runner.core.pooling import normalize as normalize_vector
 from trio_runner.core.scheduler import Emission, SchedulerStatistics
+from trio_runner.engine.adapters import AdapterInfo, AdapterTable
 from trio_runner.engine.deadlines import Deadlines
 from trio_runner.engine.decode_loop import DecodeLoop
 from trio_runner.engine.generation import Embedding, Generation, Reader
-from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Submit
-from trio_runner.engine.prepare import prepare, tokenize
-from trio_runner.engine.runtime import Loader, ModelInfo, Runtime
-from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, LoadError, ReaderStalled, RunnerError
+from trio_runner.engine.image_store import ImageStore
+from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Retire, Submit
+from trio_runner.engine.prepare import AnyRequest, NamedImage, PairRequest, has_parts, parts_of, prepare, size, tokenize
+from trio_runner.engine.runtime import EncodedImage, Loader, ModelInfo, Runtime
+from trio_runner.errors import (
+    EngineBroken,
+    EngineBusy,
+    EngineClosed,
+    InvalidRequest,
+    LoadError,
+    ReaderStalled,
+    RunnerError,
+)
 from trio_runner.events import Embedded, Finished, Usage
-from trio_runner.request import EmbedRequest, GenerateRequest, SamplingParams, as_prompt
+from trio_runner.images import load_pixels
+from trio_runner.request import (
+    AdapterChoice,
+    Chat,
+    EmbedRequest,
+    GenerateRequest,
+    Part,
+    RerankRequest,
+    SamplingParams,
+    as_prompt,
+)
 
 logger = logging.getLogger("trio_runner.engine")
 
@@ -53,6 +73,8 @@ MAX_HELPERS = 2
 LONG_TEXT = 1 << 16
 """Characters of a text that takes long to tokenise, about a tenth of a second and more: one at a time, so that short
 ones never wait behind it."""
+MAX_PICTURES = 8
+"""Images that are decoded, or wait as pixels for the projector, at the same time: up to 50 MB each."""
 MAX_RETRY_AFTER = 60.0
 """Seconds; an estimate beyond that is worth nothing."""
 
@@ -78,6 +100,11 @@ class EngineStatistics:
     generations: int
     """Requests in flight: waiting, running, paused, or with their last events not handed over yet."""
     scheduler: SchedulerStatistics
+    images_encoded: int = 0
+    images_found: int = 0
+    """That were asked for while they were kept, or being encoded for somebody else."""
+    image_bytes: int = 0
+    """Kept."""
 
     @property
     def busy(self) -> int:
@@ -115,6 +142,10 @@ class Engine:
         self._idle = trio.Event()
         self._helpers = trio.CapacityLimiter(MAX_HELPERS)
         self._long_helper = trio.CapacityLimiter(1)
+        self._pictures = trio.CapacityLimiter(MAX_PICTURES)
+        self._picture_helper = trio.CapacityLimiter(1)
+        self._images: ImageStore | None = None
+        self._adapters = AdapterTable()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -139,7 +170,24 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         scheduler = self._loop.statistics if self._loop is not None else SchedulerStatistics()
-        return EngineStatistics(self._status, self.config.slots, len(self._requests), scheduler)
+        statistics = EngineStatistics(self._status, self.config.slots, len(self._requests), scheduler)
+        images = self._images
+        if images is None:
+            return statistics
+        return replace(
+            statistics, images_encoded=images.n_encoded, images_found=images.n_found, image_bytes=images.n_bytes
+        )
+
+    @property
+    def has_projector(self) -> bool:
+        """Whether prompts may have images. Raises as `info`."""
+        return self._ready_runtime().projector is not None
+
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """Those that requests can choose from. Raises as `info`."""
+        self._ready_runtime()
+        return self._adapters.infos()
 
     async def wait_ready(self) -> None:
         """Until the model is loaded. Raises `LoadError` if that failed, `EngineBroken` if the engine died,
@@ -149,9 +197,12 @@ class Engine:
 
     # -- what it does -------------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerateRequest | str | Sequence[int], /, **options: Any) -> Generation:
-        """Continue a prompt: a whole request, or text or tokens with any fields of `GenerateRequest` and
-        `SamplingParams` by name. Nothing happens before the generation is entered, started or iterated.
+    def generate(
+        self, request: GenerateRequest | Chat | str | Sequence[int] | Sequence[Part], /, **options: Any
+    ) -> Generation:
+        """Continue a prompt: a whole request, or text, or tokens, or a list of texts and images, with any fields of
+        `GenerateRequest` and `SamplingParams` by name. Nothing happens before the generation is entered, started or
+        iterated.
 
         Raises `InvalidRequest` for a value outside its range and TypeError for a name that is no field.
         """
@@ -169,29 +220,92 @@ class Engine:
             raise TypeError("options go into the request")
         return Generation(self, request)
 
-    async def embed(self, texts: Sequence[str], *, normalize: bool = False) -> NDArray[np.float32]:
-        """One vector per text, shape (len(texts), n_embd). Raises as `Generation.start`; then no vector is lost, for
-        none is returned."""
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Continue a conversation, which the chat template in the model's file makes a prompt of; the rest as
+        `generate`. A message's content is text, or a list of parts: `{"type": "text", "text": ...}` and
+        `{"type": "image", "image": ...}`."""
+        chat = Chat(
+            messages=tuple(messages),
+            tools=None if tools is None else tuple(tools),
+            documents=None if documents is None else tuple(documents),
+            add_generation_prompt=add_generation_prompt,
+            variables=template_variables or {},
+        )
+        return self.generate(chat, **options)
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool = False,
+        dimensions: int | None = None,
+        truncate: bool = False,
+        adapters: Sequence[AdapterChoice] | None = None,
+    ) -> NDArray[np.float32]:
+        """One vector per text, shape (len(texts), n) with n the model's n_embd, or `dimensions`. See `EmbedRequest`.
+        Raises as `Generation.start`; then no vector is lost, for none is returned."""
         if isinstance(texts, str):
             raise TypeError("embed takes a list of texts")
-        requests = [EmbedRequest(content=text, normalize=normalize) for text in texts]
+        choices = None if adapters is None else tuple(adapters)
+        requests = [
+            EmbedRequest(content=text, normalize=normalize, dimensions=dimensions, truncate=truncate, adapters=choices)
+            for text in texts
+        ]
         await self.wait_ready()
-        vectors: list[NDArray[np.float32]] = []
-        in_flight: deque[Embedding] = deque()
+        embedded = await self._all_vectors(requests)
+        vectors = [_vector(one, request) for one, request in zip(embedded, requests, strict=True)]
+        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.limits.n_vector), np.float32)
+
+    async def embed_request(self, request: EmbedRequest) -> Embedded:
+        """The vector of one request, float32, shape (n,), and what it cost. Raises as `Generation.start`."""
+        embedding = Embedding(self, request)
+        try:
+            await embedding.start()
+            embedded = await embedding.result()
+        finally:
+            embedding.close()
+        return Embedded(_vector(embedded, request), embedded.usage)
+
+    async def rerank(
+        self, query: str | RerankRequest, documents: Sequence[str] = (), *, truncate: bool = False
+    ) -> NDArray[np.float32]:
+        """How well each document answers the query, shape (len(documents),): the model's own scores, of which only
+        the order means something. Raises as `Generation.start`, `Unsupported` if the model was not made for it."""
+        if isinstance(query, str):
+            query = RerankRequest(query=query, documents=tuple(documents), truncate=truncate)
+        pairs = [PairRequest(query.query, document, query.truncate, query.adapters) for document in query.documents]
+        await self.wait_ready()
+        embedded = await self._all_vectors(pairs)
+        return np.array([np.asarray(one.vector, np.float32).flat[0] for one in embedded], np.float32)
+
+    async def _all_vectors(self, requests: Sequence[EmbedRequest | PairRequest]) -> list[Embedded]:
+        """In the order of the requests, which run in the order of their lengths: texts that share a batch wait for the
+        longest of them."""
+        vectors: dict[int, Embedded] = {}
+        in_flight: deque[tuple[int, Embedding]] = deque()
         # A window, so that a long list neither fills the queue nor starves the requests of others.
-        slots, max_queue = self.config.slots, self.config.max_queue
-        window = 2 * slots if max_queue is None else slots + min(slots, max_queue)
+        lanes, max_queue = self.limits.n_embed_slots, self.config.max_queue
+        window = 2 * lanes if max_queue is None else lanes + min(lanes, max_queue)
 
         async def take_first() -> None:
-            embedded = await in_flight[0].result()
+            index, embedding = in_flight[0]
+            vectors[index] = await embedding.result()
             in_flight.popleft()
-            vectors.append(_vector(embedded, normalize))
 
         try:
-            for request in requests:
+            for index in sorted(range(len(requests)), key=lambda index: size(requests[index]), reverse=True):
                 if len(in_flight) == window:
                     await take_first()
-                embedding = Embedding(self, request)
+                embedding = Embedding(self, requests[index])
                 # Others may have filled the queue meanwhile; those before this one make room in it.
                 while True:
                     try:
@@ -201,23 +315,39 @@ class Engine:
                         if not in_flight:
                             raise
                     await take_first()
-                in_flight.append(embedding)
+                in_flight.append((index, embedding))
             while in_flight:
                 await take_first()
         finally:
-            for embedding in in_flight:
+            for _, embedding in in_flight:
                 embedding.close()
-        return np.stack(vectors) if vectors else np.empty((0, self.info.n_embd), np.float32)
+        return [vectors[index] for index in range(len(requests))]
 
-    async def embed_request(self, request: EmbedRequest) -> Embedded:
-        """The vector of one request, float32, shape (n_embd,), and what it cost. Raises as `Generation.start`."""
-        embedding = Embedding(self, request)
+    async def load_adapter(
+        self, path: str | os.PathLike[str], *, name: str | None = None, scale: float = 0.0
+    ) -> AdapterInfo:
+        """Load a LoRA while others are served; `name`: the file's without its ending, unless given. `scale` is for
+        requests that choose no adapters. Raises `LoadError`, `InvalidRequest` for a name that is taken, and as
+        `wait_ready`."""
+        await self.wait_ready()
         try:
-            await embedding.start()
-            embedded = await embedding.result()
+            config = AdapterConfig(os.fspath(path), scale, name or "")
+        except ValueError as error:
+            raise InvalidRequest(str(error), param="name") from None
+        self._adapters.reserve(config.name)
+        try:
+            call = partial(self._ready_runtime().model.adapter, config.path)
+            adapter = await self._help(call, LONG_TEXT, discard=lambda adapter: adapter.close())
         finally:
-            embedding.close()
-        return Embedded(_vector(embedded, request.normalize), embedded.usage)
+            self._adapters.release(config.name)
+        info = AdapterInfo(config.name, config.path, config.scale)
+        self._adapters.add(info, adapter)
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """No request gets it from now on; it is freed when those that have it are done. Raises `UnknownAdapter`."""
+        self._ready_runtime()
+        self._mailbox.put(Retire(*self._adapters.remove(name)))
 
     async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The tokens of `text`. Raises `InvalidRequest`, and as `wait_ready`."""
@@ -250,7 +380,7 @@ class Engine:
     def max_backlog(self) -> int:
         return self.config.max_backlog
 
-    async def submit(self, reader: Reader, request: GenerateRequest | EmbedRequest) -> int:
+    async def submit(self, reader: Reader, request: AnyRequest) -> int:
         """Prepare a sequence on a helper thread and queue it. Returns its uid. A deadline that passes before that ends
         it here."""
         uid = next(self._uids)
@@ -258,15 +388,14 @@ class Engine:
         if isinstance(request, GenerateRequest) and request.deadline is not None:
             deadline = trio.current_time() + request.deadline
         mail: Submit | None = None
-        kind = type(request)
+        kind = _kind(request)
         self._refuse_if_full(request)
         self._preparing[kind] += 1  # its place in the queue, from now on
         try:
             with trio.CancelScope(deadline=deadline):
                 await self.wait_ready()
-                text = request.prompt if isinstance(request, GenerateRequest) else request.content
-                call = partial(prepare, request, self._ready_runtime(), uid)
-                mail = await self._help(call, len(text), discard=_close_sampler)
+                self._adapters.choose(request.adapters)
+                mail = await self._prepare(request, uid)
         finally:
             self._preparing[kind] -= 1
         # No checkpoint from here to the return: a sequence that is queued has a reader that knows its uid.
@@ -276,14 +405,33 @@ class Engine:
             return uid
         try:
             self._ready_runtime()
+            chosen, adapters = self._adapters.choose(request.adapters)
         except RunnerError:
             _close_sampler(mail)
             raise
         self._requests[uid] = _InFlight(reader, kind)
-        self._mailbox.put(mail)
+        self._mailbox.put(replace(mail, spec=replace(mail.spec, adapters=chosen), adapters=adapters))
         if deadline < math.inf:
             self._overdue.set(uid, deadline)
         return uid
+
+    async def _prepare(self, request: AnyRequest, uid: int) -> Submit:
+        runtime = self._ready_runtime()
+        n_characters = size(request)
+        parts: list[str | EncodedImage] | None = None
+        if isinstance(request, GenerateRequest) and has_parts(request, runtime):
+            named = await self._help(partial(parts_of, request, runtime), n_characters)
+            parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
+        call = partial(prepare, request, runtime, uid, parts)
+        return await self._help(call, n_characters, discard=_close_sampler)
+
+    async def _encode(self, image: NamedImage) -> EncodedImage:
+        self._ready_runtime()
+        assert self._images is not None, "an image, and no projector"
+        async with self._pictures:
+            decode = partial(load_pixels, image.source, param=image.param)
+            pixels = await trio.to_thread.run_sync(decode, limiter=self._picture_helper, abandon_on_cancel=True)
+            return await self._images.encode(pixels, param=image.param)
 
     def cancel(self, uid: int, error: Exception | None = None) -> None:
         """Let go of a sequence; with `error`, its reader is told. Ignores a uid that has ended."""
@@ -316,6 +464,8 @@ class Engine:
                 nursery.start_soon(self._stop_when_cancelled)
                 runtime = await self._load()
                 if runtime is not None:
+                    if runtime.projector is not None:
+                        self._images = ImageStore(runtime.projector, self.config.image_cache_bytes, nursery)
                     nursery.start_soon(self._stalled.watch)
                     nursery.start_soon(self._overdue.watch)
                     try:
@@ -351,6 +501,8 @@ class Engine:
             self._emissions.extend(emissions)
             token.run_sync_soon(self._hand_over, idempotent=True)
 
+        for loaded in runtime.adapters:
+            self._adapters.add(AdapterInfo(loaded.name, loaded.path, loaded.scale), loaded.adapter)
         loop = DecodeLoop(runtime.context, self._mailbox, deliver, step_target=self.config.step_target)
         self._runtime, self._loop = runtime, loop
         if self._status == "loading":
@@ -373,11 +525,18 @@ class Engine:
             for limiter in (self._helpers, self._long_helper):
                 for _ in range(int(limiter.total_tokens)):
                     await limiter.acquire_on_behalf_of(object())
+            if self._images is not None:
+                self._images.close()
+                await self._images.closed()
         if self._loop is not None:
             # What was submitted between the end of the decode thread and the news of it.
             self._loop.refuse_mail()
-        self._runtime = self._loop = None
+        self._runtime = self._loop = self._images = None
         runtime.context.close()
+        for adapter in self._adapters.clear():
+            adapter.close()
+        if runtime.projector is not None:
+            runtime.projector.close()
         runtime.model.close()
 
     async def _stop_when_cancelled(self) -> None:
@@ -389,6 +548,8 @@ class Engine:
             self._mailbox.put(Close())
             if self._loop is not None:
                 self._loop.interrupt_all()
+            if self._images is not None:
+                self._images.close()
 
     def _drop_stalled(self, uid: int) -> None:
         self.cancel(uid, ReaderStalled(f"nothing was read for {self.config.stall_timeout:g} seconds"))
@@ -429,13 +590,13 @@ class Engine:
         self._status = "broken"
         self._settled.set()
 
-    def _refuse_if_full(self, request: GenerateRequest | EmbedRequest) -> None:
+    def _refuse_if_full(self, request: AnyRequest) -> None:
         slots, max_queue = self.config.slots, self.config.max_queue
         if max_queue is None:
             return
         if isinstance(request, GenerateRequest) and request.priority == "background":
             max_queue //= 2  # the other half is for those who are waited for
-        kind = type(request)
+        kind = _kind(request)
         n_in_flight = self._preparing[kind] + sum(other.kind is kind for other in self._requests.values())
         n_excess = n_in_flight - slots - max_queue + 1
         if n_excess > 0:
@@ -583,6 +744,10 @@ def _close_sampler(mail: Submit | None) -> None:
         mail.sampler.close()
 
 
-def _vector(embedded: Embedded, normalize: bool) -> NDArray[np.float32]:
-    vector = np.asarray(embedded.vector, dtype=np.float32)
-    return normalize_vector(vector) if normalize else vector
+def _kind(request: AnyRequest) -> Kind:
+    return GenerateRequest if isinstance(request, GenerateRequest) else EmbedRequest
+
+
+def _vector(embedded: Embedded, request: EmbedRequest) -> NDArray[np.float32]:
+    vector = np.asarray(embedded.vector, dtype=np.float32)[: request.dimensions]
+    return normalize_vector(vector) if request.normalize else vector

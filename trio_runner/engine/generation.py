@@ -15,6 +15,7 @@ from typing import Protocol
 
 import trio
 
+from trio_runner.engine.prepare import AnyRequest, PairRequest
 from trio_runner.events import Embedded, Event, Finished, Usage
 from trio_runner.request import EmbedRequest, GenerateRequest
 
@@ -34,7 +35,7 @@ class Desk(Protocol):
     @property
     def max_backlog(self) -> int: ...
 
-    async def submit(self, reader: Reader, request: GenerateRequest | EmbedRequest) -> int: ...
+    async def submit(self, reader: Reader, request: AnyRequest) -> int: ...
 
     def cancel(self, uid: int) -> None: ...
 
@@ -189,7 +190,7 @@ class Generation:
 class Embedding:
     """One vector on its way. Same rules; there is one event, or an error."""
 
-    def __init__(self, desk: Desk, request: EmbedRequest) -> None:
+    def __init__(self, desk: Desk, request: EmbedRequest | PairRequest) -> None:
         self.request = request
         self._desk = desk
         self._uid: int | None = None

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from trio_runner.core.prompt import Media
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.engine.runtime import Sampler
+from trio_runner.engine.runtime import Adapter, EncodedMedia, Sampler
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Run this sequence; `sampler`, None for embeddings, belongs to the decode thread from now on."""
+    """Run this sequence; `sampler`, None for embeddings, belongs to the decode thread from now on. `media` and
+    `adapters` are what the sequence names."""
 
     spec: SequenceSpec
     sampler: Sampler | None
+    media: Mapping[Media, EncodedMedia] = field(default_factory=dict)
+    adapters: Mapping[int, Adapter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """No sequence that comes after this mail has this adapter: close it when the last of those before it has ended."""
+
+    uid: int
+    adapter: Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,7 @@ class Close:
     """Stop, whatever is running."""
 
 
-Mail: TypeAlias = Submit | Cancel | Expire | Pause | Resume | Close
+Mail: TypeAlias = Submit | Retire | Cancel | Expire | Pause | Resume | Close
 
 
 class Mailbox:

@@ -35,7 +35,15 @@ class ModelInfo:
     n_params: int = 0
     size: int = 0
     """Bytes of all tensors."""
+    token_bos: int | None = None
+    token_eos: int | None = None
+    token_sep: int | None = None
     adds_bos: bool = False
+    """The tokens of a text begin with `token_bos`; likewise for the other two."""
+    adds_eos: bool = False
+    adds_sep: bool = False
+    bos_text: str = ""
+    eos_text: str = ""
     causal: bool = True
     chat_template: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
