@@ -72,6 +72,23 @@ struct ContextDeleter {
     void operator()(llama_context *context) const { llama_free(context); }
 };
 
+// While alive, rows see later ones of their sequence too.
+class BothWays {
+public:
+    BothWays(llama_context *context, bool wanted) : context_(context), wanted_(wanted && llama_get_causal_attn(context)) {
+        if (wanted_) llama_set_causal_attn(context_, false);
+    }
+    ~BothWays() {
+        if (wanted_) llama_set_causal_attn(context_, true);
+    }
+    BothWays(const BothWays &) = delete;
+    BothWays &operator=(const BothWays &) = delete;
+
+private:
+    llama_context *context_;
+    bool wanted_;
+};
+
 } // namespace
 
 struct trio_context {
@@ -85,6 +102,8 @@ struct trio_context {
     std::atomic<uint64_t> aborted_number{0};
     uint64_t running_number = 0; // of the batch that is being decoded
     bool abort_armed = true;     // false while an interrupted graph would leave the KV cache wrong
+    std::vector<std::shared_ptr<Lora>> adapters; // that are set
+    bool plan_pending = false;                   // they were changed; the next batch plans its graphs anew
     std::unique_ptr<llama_context, ContextDeleter> native;
     llama_memory_t memory = nullptr;
     trio_context_info info{};
@@ -99,6 +118,7 @@ struct trio_context {
     uint64_t step = 0;
     std::vector<int8_t> outputs;         // of the last batch
     std::vector<int32_t> last_positions; // of each sequence in the batch being checked; -1: not in it
+    std::vector<int8_t> has_source;      // of each sequence: the encoder has read it
     std::vector<int32_t> tokens, positions, n_seq_ids;
     std::vector<llama_seq_id> seqs;
     std::vector<llama_seq_id *> seq_pointers;
@@ -143,6 +163,10 @@ template <class Body> int32_t guard_context(trio_context *context, Body &&body) 
     }
 }
 
+bool is_encoder_decoder(const trio_model &model) {
+    return model.info.has_encoder && model.info.has_decoder;
+}
+
 llama_context_params native_params(const trio_context_params &params, trio_context *context) {
     llama_context_params native = llama_context_default_params();
     native.n_ctx = params.n_ctx;
@@ -164,13 +188,21 @@ llama_context_params native_params(const trio_context_params &params, trio_conte
     native.no_perf = true;
     native.swa_full = params.swa_full != 0;
     native.kv_unified = true;
+    if (is_encoder_decoder(*context->model.get())) {
+        // The decoder is handed what is not pooled. Biases of positions are not for flash attention, and the cache for
+        // it would be turned around in every step.
+        native.pooling_type = LLAMA_POOLING_TYPE_NONE;
+        native.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    }
     return native;
 }
 
 void validate(const trio_model &model, const trio_context_params &params) {
     check(!model.vocab_only, "the model was loaded without its weights");
-    check(!model.info.has_encoder, "encoder-decoder models such as T5 are not supported");
-    check(model.info.has_decoder != 0, "the model has no decoder");
+    // What drafts for another model is fed by that model's layers.
+    check(!model.info.has_encoder || model.architecture == "t5" || model.architecture == "t5encoder",
+          "a model that only drafts for another one cannot be used by itself");
+    check(model.info.has_decoder || model.info.has_encoder, "the model has neither encoder nor decoder");
     check(params.n_ctx >= 1 && params.n_ctx <= uint32_t(INT32_MAX), "n_ctx is out of range");
     check(params.n_batch >= 1 && params.n_batch <= MAX_BATCH, "n_batch is out of range");
     check(params.n_ubatch >= 1 && params.n_ubatch <= params.n_batch, "n_ubatch must be between 1 and n_batch");
@@ -244,34 +276,81 @@ void sample_one(trio_context &context, int32_t index, const trio_sample_request 
 
 // ---- decoding ------------------------------------------------------------------------------------------------------
 
+void check_positions(const trio_context_info &info, const int32_t *positions, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        if (positions[i] < 0 || positions[i] >= info.n_positions) {
+            throw Refused("position " + std::to_string(positions[i]) + " is outside the context of " +
+                          std::to_string(info.n_positions));
+        }
+    }
+}
+
+void check_inputs(const trio_context_info &info, const trio_batch &batch) {
+    check(info.n_embd_in > 0, "the model takes tokens only");
+    check(batch.tokens == nullptr, "a batch has either tokens or inputs");
+    // One that is not a number would spread from its cell to sequences that do not even see it.
+    const size_t n = size_t(batch.n_rows) * size_t(info.n_embd_in);
+    check(std::all_of(batch.inputs, batch.inputs + n, [](float value) { return std::isfinite(value); }),
+          "an input is not a finite number");
+}
+
 // Tells whether the batch is narrow: few rows, and none that are part of a prompt.
+bool check_rows(trio_context &context, const trio_batch &batch) {
+    const trio_context_info &info = context.info;
+    const auto n_rows = size_t(batch.n_rows);
+    check_pointer(batch.positions, "positions");
+    check_pointer(batch.seqs, "seqs");
+    if (batch.inputs != nullptr) {
+        check_inputs(info, batch);
+    } else {
+        check_pointer(batch.tokens, "tokens");
+        for (size_t row = 0; row < n_rows; ++row)
+            context.model->check_token(batch.tokens[row]);
+    }
+    check_positions(info, batch.positions, n_rows * size_t(batch.inputs != nullptr ? info.n_input_positions : 1));
+    const bool may_share = batch.inputs != nullptr && info.n_input_positions > 1;
+    bool is_narrow = batch.n_rows <= FEW_ROWS;
+    std::fill(context.last_positions.begin(), context.last_positions.end(), -1);
+    for (size_t row = 0; row < n_rows; ++row) {
+        context.check_seq(batch.seqs[row]);
+        const int32_t position = batch.positions[row];
+        int32_t &last_position = context.last_positions[size_t(batch.seqs[row])];
+        if (may_share) {
+            check(position >= last_position, "positions of a sequence must not go back");
+        } else { // llama.cpp itself would take the same position twice
+            check(last_position < 0 || position == last_position + 1, "positions of a sequence must follow one another");
+        }
+        is_narrow = is_narrow && last_position < 0;
+        last_position = position;
+    }
+    return is_narrow;
+}
+
 bool check_batch(trio_context &context, const trio_batch &batch) {
     const trio_context_info &info = context.info;
     check(batch.n_rows >= 1 && batch.n_rows <= info.n_batch, "n_rows must be between 1 and n_batch");
-    check((info.has_memory && info.causal) || batch.n_rows <= context.n_ubatch,
+    check((info.has_memory && info.causal && !batch.both_ways) || batch.n_rows <= context.n_ubatch,
           "attention looks both ways: n_rows must not be more than n_ubatch");
     check(info.has_memory || batch.embeddings, "the model computes vectors only");
-    check_pointer(batch.tokens, "tokens");
-    check_pointer(batch.positions, "positions");
-    check_pointer(batch.seqs, "seqs");
+    check(!info.has_encoder || !batch.embeddings, "an encoder-decoder model computes no vectors");
     check_pointer(batch.outputs, "outputs");
-    bool is_narrow = batch.n_rows <= FEW_ROWS;
-    std::fill(context.last_positions.begin(), context.last_positions.end(), -1);
+    const bool is_narrow = check_rows(context, batch);
     for (int32_t row = 0; row < batch.n_rows; ++row) {
-        context.model->check_token(batch.tokens[row]);
-        context.check_seq(batch.seqs[row]);
-        const int32_t position = batch.positions[row];
-        if (position < 0 || position >= info.n_positions) {
-            throw Refused("position " + std::to_string(position) + " is outside the context of " +
-                          std::to_string(info.n_positions));
-        }
-        // llama.cpp itself would take the same position twice.
-        int32_t &last_position = context.last_positions[size_t(batch.seqs[row])];
-        check(last_position < 0 || position == last_position + 1, "positions of a sequence must follow one another");
-        is_narrow = is_narrow && last_position < 0;
-        last_position = position;
         check(batch.outputs[row] == 0 || batch.outputs[row] == 1, "outputs must be 0 or 1");
+        check(!info.has_encoder || context.has_source[size_t(batch.seqs[row])],
+              "the encoder has read nothing for a sequence");
     }
+    return is_narrow;
+}
+
+bool check_source(trio_context &context, const trio_batch &batch) {
+    check(context.info.has_encoder != 0, "the model has no encoder beside its decoder");
+    check(batch.n_rows >= 1 && batch.n_rows <= context.n_ubatch, "n_rows must be between 1 and n_ubatch");
+    check(batch.inputs == nullptr, "an encoder takes tokens only");
+    const bool is_narrow = check_rows(context, batch);
+    std::fill(context.last_positions.begin(), context.last_positions.end(), -1);
+    for (int32_t row = 0; row < batch.n_rows; ++row)
+        check(batch.positions[row] == ++context.last_positions[size_t(batch.seqs[row])], "a source begins at position 0");
     return is_narrow;
 }
 
@@ -311,34 +390,61 @@ void attach_threads(trio_context &context, bool is_narrow) {
     context.is_narrow = is_narrow;
 }
 
+// What llama.cpp is given is a copy: it takes no pointers to what is constant.
+llama_batch fill_native(trio_context &context, const trio_batch &batch) {
+    const auto n_rows = size_t(batch.n_rows);
+    llama_batch native{};
+    native.n_tokens = batch.n_rows;
+    if (batch.inputs != nullptr) {
+        native.embd = const_cast<float *>(batch.inputs); // but these are many, and only read
+    } else {
+        std::copy_n(batch.tokens, n_rows, context.tokens.begin());
+        native.token = context.tokens.data();
+    }
+    const size_t n_positions = batch.inputs != nullptr ? n_rows * size_t(context.info.n_input_positions) : n_rows;
+    std::copy_n(batch.positions, n_positions, context.positions.begin());
+    std::copy_n(batch.seqs, n_rows, context.seqs.begin());
+    native.pos = context.positions.data();
+    native.n_seq_id = context.n_seq_ids.data();
+    native.seq_id = context.seq_pointers.data();
+    native.logits = context.native_outputs.data();
+    return native;
+}
+
 int32_t decode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     const auto n_rows = size_t(batch.n_rows);
-    std::copy_n(batch.tokens, n_rows, context.tokens.begin());
-    std::copy_n(batch.positions, n_rows, context.positions.begin());
-    std::copy_n(batch.seqs, n_rows, context.seqs.begin());
+    const llama_batch native = fill_native(context, batch);
     // llama.cpp outputs every row of an embeddings batch, and says so on every batch that did not ask for it.
     if (batch.embeddings) {
         std::fill_n(context.native_outputs.begin(), n_rows, int8_t(1));
     } else {
         std::copy_n(batch.outputs, n_rows, context.native_outputs.begin());
     }
-    llama_batch native{};
-    native.n_tokens = batch.n_rows;
-    native.token = context.tokens.data();
-    native.pos = context.positions.data();
-    native.n_seq_id = context.n_seq_ids.data();
-    native.seq_id = context.seq_pointers.data();
-    native.logits = context.native_outputs.data();
     if (context.is_narrow != is_narrow) attach_threads(context, is_narrow);
     if (context.embeddings != (batch.embeddings != 0)) {
         llama_set_embeddings(context.native.get(), batch.embeddings != 0);
         context.embeddings = batch.embeddings != 0;
     }
+    const BothWays both_ways(context.native.get(), batch.both_ways != 0);
+    std::unique_lock<std::mutex> planning(context.model->adapters_mutex, std::defer_lock);
+    if (context.plan_pending) planning.lock();
     // An interrupted K-shift would renumber positions and leave the keys as they were.
     context.abort_armed = !context.shift_pending;
     const int32_t code = llama_decode(context.native.get(), native);
     context.abort_armed = true;
+    if (code != -1) context.plan_pending = false;
     if (code == 0 || code == 2 || code < -1) context.shift_pending = false;
+    return code;
+}
+
+int32_t encode(trio_context &context, const trio_batch &batch, bool is_narrow) {
+    const llama_batch native = fill_native(context, batch);
+    std::fill_n(context.native_outputs.begin(), size_t(batch.n_rows), int8_t(1));
+    if (context.is_narrow != is_narrow) attach_threads(context, is_narrow);
+    std::unique_lock<std::mutex> planning(context.model->adapters_mutex, std::defer_lock);
+    if (context.plan_pending) planning.lock();
+    const int32_t code = llama_encode(context.native.get(), native);
+    if (code != -1) context.plan_pending = false;
     return code;
 }
 
@@ -375,8 +481,19 @@ int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t co
 int32_t max_positions(const trio_model &model, bool has_memory, int32_t n_ctx) {
     const bool is_encoder = !has_memory;
     const bool has_rope = llama_model_rope_type(model.native) != LLAMA_ROPE_TYPE_NONE;
-    const bool has_table = is_encoder || !(has_rope || model.info.is_recurrent || model.info.is_hybrid);
+    const bool has_bias = is_encoder_decoder(model); // by the distance, however far
+    const bool has_table = is_encoder || !(has_rope || has_bias || model.info.is_recurrent || model.info.is_hybrid);
     return has_table ? std::min(n_ctx, model.info.n_ctx_train) : n_ctx;
+}
+
+int32_t n_input_positions(const trio_model &model) {
+    const auto type = llama_model_rope_type(model.native);
+    return type == LLAMA_ROPE_TYPE_MROPE || type == LLAMA_ROPE_TYPE_IMROPE ? GGML_MROPE_SECTIONS : 1;
+}
+
+int32_t decoder_start(const trio_model &model) {
+    const int32_t token = llama_model_decoder_start_token(model.native);
+    return token >= 0 && token < model.info.n_vocab ? token : std::max(model.info.token_bos, 0);
 }
 
 } // namespace
@@ -394,6 +511,7 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         {
             // One KV cache for all sequences may hold more than the model's context, and any model may give vectors.
             ExpectWarnings expected;
+            std::lock_guard<std::mutex> planning(model->adapters_mutex);
             opened->native.reset(llama_init_from_model(model->native, native_params(*params, opened.get())));
         }
         if (!opened->native) {
@@ -427,10 +545,14 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         info.n_positions = max_positions(*model, info.has_memory != 0, info.n_ctx);
         info.n_embd_out = info.pooling_type == LLAMA_POOLING_TYPE_RANK ? int32_t(llama_model_n_cls_out(model->native))
                                                                        : llama_model_n_embd_out(model->native);
+        info.has_encoder = is_encoder_decoder(*model);
+        info.n_embd_in = info.has_memory && !info.has_encoder ? llama_model_n_embd_inp(model->native) : 0;
+        info.n_input_positions = n_input_positions(*model);
+        info.decoder_start = info.has_encoder ? decoder_start(*model) : -1;
 
         const auto n_batch = size_t(info.n_batch);
         opened->tokens.resize(n_batch);
-        opened->positions.resize(n_batch);
+        opened->positions.resize(n_batch * size_t(info.n_input_positions));
         opened->seqs.resize(n_batch);
         opened->native_outputs.resize(n_batch);
         opened->outputs.reserve(n_batch);
@@ -439,6 +561,7 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         for (size_t row = 0; row < n_batch; ++row)
             opened->seq_pointers[row] = &opened->seqs[row];
         opened->last_positions.resize(size_t(info.n_seq_max));
+        opened->has_source.resize(size_t(info.n_seq_max));
         *context = opened.release();
         return TRIO_OK;
     });
@@ -463,20 +586,23 @@ int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *ad
     return guard_context(context, [&] {
         check_pointer(context, "context")->check_alive();
         check(n_adapters >= 0, "n_adapters is negative");
+        std::vector<std::shared_ptr<Lora>> loras;
         std::vector<llama_adapter_lora *> native;
         std::vector<float> native_scales;
         for (int32_t i = 0; i < n_adapters; ++i) {
-            const trio_adapter *adapter = check_pointer(check_pointer(adapters, "adapters")[i], "an adapter");
-            check(adapter->model == context->model.get(), "an adapter belongs to another model");
-            check(std::find(native.begin(), native.end(), adapter->native) == native.end(),
-                  "an adapter is named twice");
-            native.push_back(adapter->native);
+            const auto &lora = check_pointer(check_pointer(adapters, "adapters")[i], "an adapter")->lora;
+            check(lora->model() == context->model.get(), "an adapter belongs to another model");
+            check(std::find(loras.begin(), loras.end(), lora) == loras.end(), "an adapter is named twice");
+            loras.push_back(lora);
+            native.push_back(lora->native());
             native_scales.push_back(check_pointer(scales, "scales")[i]);
             check(std::isfinite(native_scales.back()), "a scale is not finite");
         }
         const int32_t code =
             llama_set_adapters_lora(context->native.get(), native.data(), native.size(), native_scales.data());
         if (code != 0) throw Failure(TRIO_E_NATIVE, "llama.cpp refused the adapters");
+        context->plan_pending = true;
+        context->adapters.swap(loras); // freed only now are those that nobody else needs
         return TRIO_OK;
     });
 }
@@ -569,6 +695,26 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
         const int32_t n_samples = request != nullptr ? request->n_samples : 0;
         for (int32_t index = 0; index < n_samples; ++index)
             sample_one(*context, index, *request, *result);
+        return TRIO_OK;
+    });
+}
+
+int32_t trio_encode(trio_context *context, const trio_batch *batch) {
+    return guard_context(context, [&] {
+        check_pointer(context, "context")->check_alive();
+        check_pointer(batch, "batch");
+        const bool is_narrow = check_source(*context, *batch);
+        context->running_number = batch->number;
+        if (context->is_aborted()) {
+            set_last_error("aborted");
+            return TRIO_ABORTED;
+        }
+        context->has_vectors = false;
+        const int32_t code = finish_decode(*context, *batch, encode(*context, *batch, is_narrow));
+        if (code != TRIO_OK) return code;
+        std::fill(context->has_source.begin(), context->has_source.end(), int8_t(0));
+        for (int32_t row = 0; row < batch->n_rows; ++row)
+            context->has_source[size_t(batch->seqs[row])] = 1;
         return TRIO_OK;
     });
 }

@@ -6,6 +6,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -82,6 +83,9 @@ template <class Body> int32_t guard(Body &&body) noexcept {
 // rethrows what it throws. Throws Failure where such a thread cannot be had.
 void on_big_stack(size_t n_bytes, const std::function<void()> &work);
 
+// Progress of a load, for llama.cpp and mtmd: false tells them to give up.
+bool on_progress(float progress, void *load);
+
 // Copies text to a caller's buffer, cut to size and NUL-terminated. Returns the full length.
 int32_t copy_text(const std::string &text, char *buffer, int32_t size);
 
@@ -105,20 +109,18 @@ struct trio_load {
     std::atomic<bool> cancelled{false};
 };
 
-struct trio_adapter {
-    trio_model *model;
-    llama_adapter_lora *native; // freed with the model
-};
-
 // Counted, so that a model outlives whatever still uses it, in whatever order the handles are freed.
 struct trio_model {
     llama_model *native = nullptr;
     const llama_vocab *vocab = nullptr;
     bool vocab_only = false;
+    std::string architecture;
     trio_model_info info{};
     std::vector<std::string> control_texts;      // special tokens found only where the caller asks for them
     std::vector<std::string> user_defined_texts; // special tokens found always
-    std::vector<std::unique_ptr<trio_adapter>> adapters;
+    // llama.cpp keeps a set of a model's adapters. It adds to it and removes from it when they are opened and freed, and
+    // walks it when a context plans its graphs: when it is made, and in the step after its adapters were changed.
+    std::mutex adapters_mutex;
     std::atomic<int32_t> references{1};
 
     void retain() { references.fetch_add(1, std::memory_order_relaxed); }
@@ -140,6 +142,24 @@ public:
 
 private:
     trio_model *model_;
+};
+
+// Weights of an adapter: what its handle and the contexts that have it set share.
+class Lora {
+public:
+    Lora(trio_model *model, llama_adapter_lora *native) : model_(model), native_(native) {}
+    ~Lora() {
+        std::lock_guard<std::mutex> lock(model_->adapters_mutex);
+        llama_adapter_lora_free(native_);
+    }
+    Lora(const Lora &) = delete;
+    Lora &operator=(const Lora &) = delete;
+    trio_model *model() const { return model_.get(); }
+    llama_adapter_lora *native() const { return native_; }
+
+private:
+    ModelReference model_;
+    llama_adapter_lora *native_;
 };
 
 // The three penalties on repeated tokens. llama.cpp's own sampler looks every candidate up in a hash table; this one goes
@@ -174,6 +194,10 @@ struct Scratch {
 };
 
 } // namespace trio
+
+struct trio_adapter {
+    std::shared_ptr<trio::Lora> lora;
+};
 
 struct trio_sampler {
     trio_sampler(trio_model *owner, const trio_sampler_params &params);

@@ -13,6 +13,7 @@
 
 #include "ggml-backend.h"
 #include "ggml.h"
+#include "mtmd-helper.h"
 
 #ifdef _WIN32
 #include <windows.h>
@@ -307,6 +308,7 @@ int32_t trio_init(const char *plugin_dir, int32_t log_level) {
         log_ring().set_level(log_level);
         llama_log_set(on_log, nullptr);
         ggml_log_set(on_log, nullptr);
+        mtmd_helper_log_set(on_log, nullptr); // and mtmd's own
         ggml_set_abort_callback(on_ggml_abort);
         ggml_backend_load_all_from_path(plugin_dir);
         llama_backend_init();

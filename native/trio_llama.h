@@ -11,8 +11,9 @@
  *   - A pointer argument is read or written only during the call, never kept. Text is UTF-8; lengths are in bytes.
  *   - A function that fills a buffer returns the number of elements the whole answer has. If that is more than the
  *     buffer holds, call again with a larger one.
- *   - A context and the samplers used with it belong to one thread at a time. A model may be read by any thread.
- *     trio_abort() and the trio_load_* functions may be called from any thread at any time.
+ *   - A context and the samplers used with it belong to one thread at a time. A model may be read by any thread, and
+ *     adapters and projectors opened, used and freed on any, also while contexts of the model decode.
+ *     trio_abort(), trio_media_cancel() and the trio_load_* functions may be called from any thread at any time.
  */
 #ifndef TRIO_LLAMA_H
 #define TRIO_LLAMA_H
@@ -23,7 +24,7 @@ extern "C" {
 
 /* cdef: begin (cffi reads from here) */
 
-#define TRIO_LLAMA_ABI 2 /* grows with every incompatible change of this file */
+#define TRIO_LLAMA_ABI 3 /* grows with every incompatible change of this file */
 
 #define TRIO_OK 0
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
@@ -32,7 +33,7 @@ extern "C" {
 #define TRIO_E_NATIVE -2    /* a C++ exception, memory exhaustion included; out of trio_step: poisoned as below */
 #define TRIO_E_ASSERT -3    /* an assert of llama.cpp fired: the context (if any) is poisoned: it can only be freed */
 #define TRIO_E_FATAL -4     /* llama.cpp could not compute; micro-batches already done stay in the cache */
-#define TRIO_E_CANCELLED -5 /* loading was cancelled */
+#define TRIO_E_CANCELLED -5 /* loading, or the encoding of an image, was cancelled */
 #define TRIO_E_LOAD -6      /* the file could not be loaded; trio_last_error() has llama.cpp's own words */
 #define TRIO_E_GRAMMAR -7   /* the grammar does not parse, or can never produce a token */
 
@@ -40,6 +41,8 @@ typedef struct trio_model trio_model;
 typedef struct trio_adapter trio_adapter;
 typedef struct trio_context trio_context;
 typedef struct trio_sampler trio_sampler;
+typedef struct trio_projector trio_projector;
+typedef struct trio_media trio_media;
 typedef struct trio_load trio_load;
 
 /* ---- library ---------------------------------------------------------------------------------------------------- */
@@ -92,12 +95,13 @@ void trio_load_cancel(trio_load *load);          /* the load returns TRIO_E_CANC
 void trio_load_free(trio_load *load);
 
 int32_t trio_model_open(const char *path, const trio_model_params *params, trio_load *load, trio_model **model);
-void trio_model_free(trio_model *model); /* after its contexts, samplers and adapters */
+void trio_model_free(trio_model *model); /* its contexts, samplers, adapters and projectors keep it alive */
 
 typedef struct trio_model_info {
     int32_t n_vocab, n_ctx_train, n_embd, n_layer, n_head, n_head_kv, n_swa;
     int32_t has_encoder, has_decoder, is_recurrent, is_hybrid, is_diffusion;
-    int32_t has_vocab, add_bos, add_eos, token_bos, token_eos, token_eot, token_nl; /* -1 where the model has none */
+    int32_t has_vocab, add_bos, add_eos, add_sep;
+    int32_t token_bos, token_eos, token_sep, token_eot, token_nl; /* -1 where the model has none */
     int32_t causal;       /* 0: attention looks both ways, as in BERT */
     int32_t pooling_type; /* of the file: -1 unspecified, 0 none, 1 mean, 2 cls, 3 last, 4 rank */
     int32_t max_piece;    /* bytes of the longest token's piece */
@@ -118,8 +122,10 @@ int32_t trio_detokenize(const trio_model *model, const int32_t *tokens, int32_t 
 int32_t trio_token_bytes(const trio_model *model, int32_t token, char *buffer, int32_t size);
 int32_t trio_token_is_end(const trio_model *model, int32_t token);
 
-/* A LoRA adapter; freed with the model. */
+/* A LoRA adapter, tried on a few tokens. The weights of one whose header was not looked at first may crash the process:
+ * ggml multiplies tensors of any type and shape that llama.cpp lets through. */
 int32_t trio_adapter_open(trio_model *model, const char *path, trio_adapter **adapter);
+void trio_adapter_free(trio_adapter *adapter); /* its memory goes when no context has it set any more */
 
 /* ---- context ---------------------------------------------------------------------------------------------------- */
 
@@ -150,9 +156,14 @@ typedef struct trio_context_info {
     int32_t causal;       /* 0: attention looks both ways, so a step must carry whole texts */
     int32_t n_positions;  /* positions must stay below this: n_ctx, or less where positions are a trained table */
     int32_t n_embd_out;   /* floats in one pooled vector */
+    int32_t n_embd_in;    /* floats in one row of a batch's inputs; 0: the model takes tokens only */
+    int32_t n_input_positions; /* of one such row: 1, or 4 with M-RoPE */
+    int32_t has_encoder;       /* 1: trio_encode() must have read a sequence's source before trio_step() */
+    int32_t decoder_start;     /* then the token that such a sequence begins with; -1 otherwise */
 } trio_context_info;
 
 int32_t trio_context_get_info(const trio_context *context, trio_context_info *info);
+/* From the next batch on, instead of those set before. Changing them costs the next batch a new plan. */
 int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *adapters, const float *scales,
                                   int32_t n_adapters);
 
@@ -200,15 +211,19 @@ void trio_sampler_free(trio_sampler *sampler);
 
 /* ---- the step --------------------------------------------------------------------------------------------------- */
 
-/* One row per token to decode, as parallel arrays of n_rows. */
+/* One row per token or row of an image, as parallel arrays of n_rows. Positions of a sequence follow one another, and
+ * what it holds. With M-RoPE they may leave some out behind what it holds, and rows of an image share theirs. */
 typedef struct trio_batch {
     int32_t n_rows;
-    const int32_t *tokens;
+    const int32_t *tokens; /* NULL where there are inputs */
     const int32_t *positions;
     const int32_t *seqs;
     const int8_t *outputs; /* 1 where logits, or the vector, are wanted */
     int32_t embeddings;    /* 1: compute vectors instead of logits, for the whole batch */
     uint64_t number;       /* its name for trio_abort(); 0: it cannot be aborted */
+    const float *inputs;   /* rows of n_embd_in floats instead of tokens. Then there are n_input_positions arrays of
+                              positions, one behind the other; the first one counts as the positions of the rows */
+    int32_t both_ways;     /* 1: rows of a sequence see each other, later ones too; at most n_ubatch rows */
 } trio_batch;
 
 /* What to sample after the batch has run, as parallel arrays of n_samples. */
@@ -242,9 +257,64 @@ typedef struct trio_sample_result {
 int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sample_request *request,
                   trio_sample_result *result);
 
+/* Has the encoder read the source of every sequence in the batch, all of it, in rows of tokens at positions 0, 1, 2, ...;
+ * at most n_ubatch rows. What other sequences had it read is forgotten, unless the result is not TRIO_OK. */
+int32_t trio_encode(trio_context *context, const trio_batch *batch);
+
 /* Copies the vector of the last embeddings step: the sequence's pooled one, or, where pooling is "none", the one of
  * the given row. Returns the number of floats. */
 int32_t trio_embedding(trio_context *context, int32_t seq, int32_t row, float *values, int32_t size);
+
+/* ---- images ----------------------------------------------------------------------------------------------------- */
+
+typedef struct trio_projector_params {
+    int32_t n_threads;
+    int32_t use_gpu;
+    int32_t flash_attention; /* -1 auto, 0 off, 1 on */
+    int32_t max_rows;        /* about the most rows of an image, where the projector can choose; 0: as the file says */
+} trio_projector_params;
+
+/* What turns images into rows for this model: a file that is called mmproj. */
+int32_t trio_projector_open(trio_model *model, const char *path, const trio_projector_params *params, trio_load *load,
+                            trio_projector **projector);
+void trio_projector_free(trio_projector *projector); /* its media keep it alive */
+
+typedef struct trio_projector_info {
+    int32_t n_embd; /* floats in one row: n_embd_in of the model's contexts */
+    int32_t has_vision, has_audio;
+    int32_t mrope;     /* 1: rows have four positions each */
+    int32_t both_ways; /* 1: rows of an image want to see each other */
+    int32_t max_rows;  /* in one chunk of a large square image */
+} trio_projector_info;
+
+int32_t trio_projector_get_info(const trio_projector *projector, trio_projector_info *info);
+
+/* One image, as a sequence of chunks: rows, and text around and between them. Fails with TRIO_E_INVALID where the
+ * projector cannot take it. Data is width times height pixels of 3 bytes, red, green and blue, from the top left on. */
+int32_t trio_media_open(trio_projector *projector, const uint8_t *data, int64_t n_bytes, int32_t width, int32_t height,
+                        trio_media **media);
+void trio_media_free(trio_media *media); /* not while it is being encoded */
+
+typedef struct trio_chunk_info {
+    int32_t is_text;
+    int32_t n_rows;      /* or tokens */
+    int32_t n_positions; /* how much further the position is behind it; with M-RoPE fewer than rows */
+    int32_t both_ways;
+} trio_chunk_info;
+
+int32_t trio_media_count(const trio_media *media);
+int32_t trio_media_get_chunk(const trio_media *media, int32_t index, trio_chunk_info *info);
+int32_t trio_media_tokens(const trio_media *media, int32_t index, int32_t *tokens, int32_t size);
+
+/* The positions of a chunk of rows, as a batch has them, where the first one is 0. */
+int32_t trio_media_positions(const trio_media *media, int32_t index, int32_t *positions, int32_t size);
+
+/* Computes the n_rows * n_embd floats of a chunk of rows; `size` floats must have room for them. One chunk at a time is
+ * computed, whatever image of the projector it belongs to; the others wait. */
+int32_t trio_media_encode(trio_media *media, int32_t index, float *rows, int64_t size);
+
+/* A trio_media_encode() of this image that waits, or runs, or comes later, returns TRIO_E_CANCELLED. */
+void trio_media_cancel(trio_media *media);
 
 /* cdef: end */
 

@@ -8,6 +8,7 @@
 #include <new>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 
 using namespace trio;
 
@@ -53,13 +54,14 @@ trio_model_info describe(const trio_model &model) {
     info.has_vocab = llama_vocab_type(vocab) != LLAMA_VOCAB_TYPE_NONE;
     info.add_bos = llama_vocab_get_add_bos(vocab);
     info.add_eos = llama_vocab_get_add_eos(vocab);
+    info.add_sep = llama_vocab_get_add_sep(vocab);
     info.token_bos = llama_vocab_bos(vocab);
     info.token_eos = llama_vocab_eos(vocab);
+    info.token_sep = llama_vocab_sep(vocab);
     info.token_eot = llama_vocab_eot(vocab);
     info.token_nl = llama_vocab_nl(vocab);
-    const std::string architecture = meta_value(native, "general.architecture");
-    info.causal = meta_value(native, architecture + ".attention.causal") != "false" && !info.is_diffusion;
-    const std::string pooling = meta_value(native, architecture + ".pooling_type");
+    info.causal = meta_value(native, model.architecture + ".attention.causal") != "false" && !info.is_diffusion;
+    const std::string pooling = meta_value(native, model.architecture + ".pooling_type");
     info.pooling_type = pooling.empty() ? -1 : std::atoi(pooling.c_str());
     info.size = llama_model_size(native);
     info.n_params = llama_model_n_params(native);
@@ -108,18 +110,62 @@ void check_special_tokens(const trio_model &model, const char *text, int32_t len
     }
 }
 
-bool on_progress(float progress, void *data) {
-    auto *load = static_cast<trio_load *>(data);
-    load->progress.store(progress, std::memory_order_relaxed);
-    return !load->cancelled.load(std::memory_order_relaxed);
-}
-
 llama_load_mode load_mode(const trio_model_params &params) {
     if (params.use_mmap) return params.use_mlock ? LLAMA_LOAD_MODE_MMAP_MLOCK : LLAMA_LOAD_MODE_MMAP;
     return params.use_mlock ? LLAMA_LOAD_MODE_MLOCK : LLAMA_LOAD_MODE_NONE;
 }
 
+// The whole file comes into memory before anybody has to wait for it.
+void read_through(const char *path) {
+    std::ifstream file(path, std::ios::binary);
+    std::vector<char> buffer(size_t(1) << 20);
+    while (file.read(buffer.data(), std::streamsize(buffer.size()))) {
+    }
+}
+
+// Decodes a few tokens in a context of its own, on this thread alone. What in an adapter does not fit the model asserts
+// when a graph is built or computed: here, where it is caught, and not in the middle of everybody's text.
+void try_adapter(const trio_model &model, llama_adapter_lora *adapter) {
+    constexpr int32_t N_TOKENS = 4; // several rows go through other code than one
+    ExpectWarnings expected;        // about a context that short
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx = 64;
+    params.n_batch = params.n_ubatch = N_TOKENS;
+    params.n_threads = params.n_threads_batch = 1;
+    params.pooling_type = LLAMA_POOLING_TYPE_NONE;
+    params.flash_attn_type = model.info.has_encoder ? LLAMA_FLASH_ATTN_TYPE_DISABLED : LLAMA_FLASH_ATTN_TYPE_AUTO;
+    params.no_perf = true;
+    params.kv_unified = true;
+    params.embeddings = !model.info.has_decoder;
+    std::unique_ptr<llama_context, decltype(&llama_free)> context(llama_init_from_model(model.native, params),
+                                                                  llama_free);
+    if (!context) throw Failure(TRIO_E_NATIVE, "no context to try the adapter in: " + Scope::errors());
+    params.embeddings = params.embeddings || llama_get_memory(context.get()) == nullptr;
+    llama_set_embeddings(context.get(), params.embeddings);
+
+    float scale = 1.0f;
+    llama_set_adapters_lora(context.get(), &adapter, 1, &scale);
+    std::vector<llama_token> tokens(N_TOKENS, std::max(model.info.token_bos, 0));
+    const llama_batch batch = llama_batch_get_one(tokens.data(), N_TOKENS);
+    int32_t code = 0;
+    if (model.info.has_encoder && model.info.has_decoder) code = llama_encode(context.get(), batch);
+    if (code == 0) code = llama_decode(context.get(), batch);
+    if (code != 0) throw Failure(TRIO_E_LOAD, "the model cannot be used with the adapter: " + Scope::errors());
+    const float *values = params.embeddings ? llama_get_embeddings_ith(context.get(), N_TOKENS - 1)
+                                            : llama_get_logits_ith(context.get(), N_TOKENS - 1);
+    const int32_t n = params.embeddings ? llama_model_n_embd_out(model.native) : model.info.n_vocab;
+    if (values == nullptr || !std::all_of(values, values + n, [](float value) { return std::isfinite(value); })) {
+        throw Failure(TRIO_E_LOAD, "with the adapter, the model does not compute numbers");
+    }
+}
+
 } // namespace
+
+bool trio::on_progress(float progress, void *data) {
+    auto *load = static_cast<trio_load *>(data);
+    load->progress.store(progress, std::memory_order_relaxed);
+    return !load->cancelled.load(std::memory_order_relaxed);
+}
 
 void trio_model::release() {
     if (references.fetch_sub(1, std::memory_order_acq_rel) == 1) {
@@ -201,6 +247,7 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         opened->vocab = llama_model_get_vocab(native);
         opened->vocab_only = native_params.vocab_only;
         try {
+            opened->architecture = meta_value(native, "general.architecture");
             opened->info = describe(*opened);
             collect_special_texts(*opened);
         } catch (...) {
@@ -325,13 +372,33 @@ int32_t trio_adapter_open(trio_model *model, const char *path, trio_adapter **ad
         check_pointer(adapter, "adapter");
         *adapter = nullptr;
         check(!model->vocab_only, "the model has no weights to adapt");
-        llama_adapter_lora *native = llama_adapter_lora_init(model->native, path);
-        if (native == nullptr) {
-            const std::string errors = Scope::errors();
-            throw Failure(TRIO_E_LOAD, errors.empty() ? "llama.cpp could not load the adapter" : errors);
+        read_through(path);
+        auto opened = std::make_unique<trio_adapter>();
+        {
+            std::lock_guard<std::mutex> lock(model->adapters_mutex);
+            llama_adapter_lora *native = llama_adapter_lora_init(model->native, path);
+            if (native == nullptr) {
+                const std::string errors = Scope::errors();
+                throw Failure(TRIO_E_LOAD, errors.empty() ? "llama.cpp could not load the adapter" : errors);
+            }
+            opened->lora = std::make_shared<Lora>(model, native);
+            if (llama_adapter_get_alora_n_invocation_tokens(native) > 0) {
+                throw Failure(TRIO_E_LOAD, "an adapter that tokens of the prompt turn on (aLoRA) is not supported");
+            }
+            try {
+                try_adapter(*model, native);
+            } catch (const Assert &failure) {
+                throw Failure(TRIO_E_LOAD, std::string("the adapter does not fit the model: ") + failure.what());
+            }
         }
-        model->adapters.push_back(std::make_unique<trio_adapter>(trio_adapter{model, native}));
-        *adapter = model->adapters.back().get();
+        *adapter = opened.release();
+        return TRIO_OK;
+    });
+}
+
+void trio_adapter_free(trio_adapter *adapter) {
+    guard([&] {
+        delete adapter;
         return TRIO_OK;
     });
 }
