@@ -13,13 +13,14 @@ import pytest
 import trio_runner
 
 PACKAGE = Path(trio_runner.__file__).parent
-VALUES = {"request", "events", "errors", "config"}
+VALUES = {"request", "events", "errors", "config", "images"}
 
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "events": set(),
     "config": {"errors"},
-    "request": {"errors"},
+    "images": {"errors"},
+    "request": {"errors", "images"},
     "core": {"core", *VALUES},
     "llama": {"llama", "core", "engine.runtime", *VALUES},
     "engine": {"engine", "core", *VALUES},
@@ -47,6 +48,7 @@ OUTSIDE: dict[str, set[str]] = {
     "numpy": {"core.pooling", "core.grammar", "llama", "engine", "server", "testing", ""},
     "msgspec": {"server", ""},
     "matplotlib": {"bench.report"},
+    "PIL": {"images"},
 }
 """Who may import what is not ours: the packages that belong to some rooms only; "" are the front doors."""
 
