@@ -19,18 +19,21 @@ from trio_runner.errors import (
     ReaderStalled,
     RequestError,
     RunnerError,
+    UnknownAdapter,
     Unsupported,
 )
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.request import EmbedRequest, GenerateRequest, SamplingParams
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest, SamplingParams
 
 if typing.TYPE_CHECKING:
+    from trio_runner.engine.adapters import AdapterInfo
     from trio_runner.engine.engine import Engine, EngineStatistics, open_engine
     from trio_runner.engine.generation import Generation
 else:
     # These bring trio and numpy along, which take longer than all the rest of the command line's start.
     _SLOW = dict.fromkeys(["Engine", "EngineStatistics", "open_engine"], "trio_runner.engine.engine")
     _SLOW["Generation"] = "trio_runner.engine.generation"
+    _SLOW["AdapterInfo"] = "trio_runner.engine.adapters"
 
     def __getattr__(name):
         if name not in _SLOW:
@@ -45,7 +48,10 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterChoice",
     "AdapterConfig",
+    "AdapterInfo",
+    "Chat",
     "EmbedRequest",
     "Embedded",
     "Engine",
@@ -67,12 +73,14 @@ __all__ = [
     "PromptProgress",
     "PromptTooLong",
     "ReaderStalled",
+    "RerankRequest",
     "RequestError",
     "RunnerError",
     "SampledToken",
     "SamplingParams",
     "TextPiece",
     "TokenInfo",
+    "UnknownAdapter",
     "Unsupported",
     "Usage",
     "open_engine",

@@ -1,4 +1,4 @@
-"""The command line: `trio-runner serve | run | embed | info | bench | fetch`, and the door to the drop-in mode.
+"""The command line: `trio-runner serve | run | embed | rerank | info | bench | fetch`, and the way to the drop-in mode.
 
 What was asked for goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure that one line on stderr
 explains, 2 for a wrong command line, 128 plus the signal's number for a command that a signal ended; `serve` ends with
@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -30,7 +30,7 @@ from trio_runner import __version__
 from trio_runner.config import KV_TYPES, POOLINGS, AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import RunnerError
 from trio_runner.models import DEFAULT_MODEL, resolve_model
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.request import Chat, GenerateRequest, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -90,14 +90,25 @@ def cli() -> None:
 
 
 def read_adapter(text: str) -> AdapterConfig:
-    """PATH or PATH:SCALE; the last colon begins the scale if a number follows it."""
-    path, _, scale = text.rpartition(":")
+    """FILE."""
+    return _adapter(text, 1.0)
+
+
+def read_scaled_adapter(text: str) -> AdapterConfig:
+    """FILE=SCALE; the last = counts."""
+    path, sign, scale = text.rpartition("=")
     try:
         factor = float(scale)
     except ValueError:
-        return AdapterConfig(text)
+        sign = ""
+    if not sign or not path:
+        raise click.BadParameter(f"{text!r} is not a file, = and a number")
+    return _adapter(path, factor)
+
+
+def _adapter(path: str, scale: float) -> AdapterConfig:
     try:
-        return AdapterConfig(path, factor) if path else AdapterConfig(text)
+        return AdapterConfig(path, scale)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 
@@ -123,7 +134,9 @@ class EngineOptions:
     gpu_layers: int
     main_gpu: int
     tensor_split: tuple[float, ...] | None
+    mmproj: str | None
     lora: tuple[AdapterConfig, ...]
+    lora_scaled: tuple[AdapterConfig, ...]
     flash_attention: FlashAttention
     kv_type: KvType
     mmap: bool
@@ -156,7 +169,8 @@ class EngineOptions:
             )
             model = ModelConfig(
                 path=self.model,
-                adapters=self.lora,
+                projector=self.mmproj,
+                adapters=(*self.lora, *self.lora_scaled),
                 gpu_layers=self.gpu_layers,
                 main_gpu=self.main_gpu,
                 tensor_split=self.tensor_split or (),
@@ -180,8 +194,16 @@ _ENGINE_OPTIONS = (
     click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers to put on GPUs; -1 all."),
     click.option("--main-gpu", type=int, default=0, show_default=True, help="The GPU for what is not split."),
     click.option("--tensor-split", type=read_proportions, metavar="A,B,...", help="Proportion of the model per GPU."),
+    click.option("--mmproj", metavar="FILE", help="Projector of the model: prompts may have images then."),
     click.option(
-        "--lora", type=read_adapter, metavar="PATH[:SCALE]", multiple=True, help="LoRA adapter; may be repeated."
+        "--lora", type=read_adapter, metavar="FILE", multiple=True, help="LoRA adapter at scale 1; may be repeated."
+    ),
+    click.option(
+        "--lora-scaled",
+        type=read_scaled_adapter,
+        metavar="FILE=SCALE",
+        multiple=True,
+        help="The same at another scale; 0: only for requests that choose it.",
     ),
     click.option("--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True),
     click.option(
@@ -341,6 +363,11 @@ def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: Callable[[E
 @click.option("--allowed-host", multiple=True, help="Accept this name in the Host header; may be repeated.")
 @click.option("--allowed-origin", multiple=True, help="Let web pages from this origin call; may be repeated.")
 @click.option(
+    "--adapter-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Let clients load the LoRA adapters in this directory, and unload any.",
+)
+@click.option(
     "--max-queue",
     type=int,
     default=EngineConfig().max_queue,
@@ -357,6 +384,7 @@ def serve(
     api_key_file: Path | None,
     allowed_host: tuple[str, ...],
     allowed_origin: tuple[str, ...],
+    adapter_dir: Path | None,
     max_queue: int,
     parent: int | None,
 ) -> int:
@@ -369,7 +397,7 @@ def serve(
     api_key = read_api_key(api_key_file)
     model, engine = options.configs(slots=EngineConfig().slots, max_queue=max_queue)
 
-    from trio_runner.service import ServiceConfig, run_service, run_to_exit_code
+    from trio_runner.service import ServiceConfig, max_body_bytes, run_service, run_to_exit_code
 
     service = ServiceConfig(
         host=host,
@@ -378,6 +406,8 @@ def serve(
         api_key=api_key,
         allowed_hosts=allowed_host,
         allowed_origins=allowed_origin,
+        adapter_dir=adapter_dir,
+        max_body_bytes=max_body_bytes(model),
         parent=parent,
     )
 
@@ -441,6 +471,14 @@ def sampling_options(function: Callable[P, R]) -> Callable[P, R]:
 
 @cli.command()
 @click.argument("prompt", required=False)
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="A picture before the prompt, for a model with --mmproj; may be repeated.",
+)
+@click.option("--chat", is_flag=True, help="PROMPT is what a user says, to the model's chat template.")
 @click.option("--max-tokens", "-n", type=int, help="Tokens at most.  [default: until the model ends]")
 @click.option("--stop", multiple=True, help="End before this text; may be repeated.")
 @click.option("--shift", is_flag=True, help="Go on beyond a full context, forgetting the oldest text.")
@@ -455,6 +493,8 @@ def run(
     options: EngineOptions,
     /,
     prompt: str | None,
+    images: tuple[Path, ...],
+    chat: bool,
     max_tokens: int | None,
     stop: tuple[str, ...],
     shift: bool,
@@ -463,7 +503,7 @@ def run(
 ) -> int:
     """Continue PROMPT and stream the text to stdout. Without PROMPT, or with "-", it is read from stdin."""
     set_up_logging(options.verbose)
-    request = make_request(prompt, max_tokens, stop, shift, grammar_file, sampling)
+    request = make_request(make_prompt(prompt, images, chat), max_tokens, stop, shift, grammar_file, sampling)
     # A pager may keep the text waiting for as long as its reader likes.
     configs = options.configs(slots=1, stall_timeout=float("inf"))
 
@@ -485,8 +525,20 @@ def run(
     return run_with_engine(configs, generate)
 
 
+def make_prompt(text: str | None, images: tuple[Path, ...], chat: bool) -> Prompt:
+    """What `run` asks to be continued. Raises `click.UsageError`."""
+    if text is None or text == "-":
+        if text is None and sys.stdin.isatty():
+            raise click.UsageError("a prompt is missing")
+        text = read_stdin().removesuffix("\n")
+    if chat:
+        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        return Chat(messages=({"role": "user", "content": parts if images else text},))
+    return cast(Prompt, (*images, text)) if images else text
+
+
 def make_request(
-    prompt: str | None,
+    prompt: Prompt,
     max_tokens: int | None,
     stop: tuple[str, ...],
     shift: bool,
@@ -494,10 +546,6 @@ def make_request(
     sampling: dict[str, float | None],
 ) -> GenerateRequest:
     """What `run` asks of the engine. Raises `click.UsageError`."""
-    if prompt is None or prompt == "-":
-        if prompt is None and sys.stdin.isatty():
-            raise click.UsageError("a prompt is missing")
-        prompt = read_stdin().removesuffix("\n")
     try:
         grammar = grammar_file.read_text(encoding="utf-8") if grammar_file is not None else ""
         chosen = {name: value for name, value in sampling.items() if value is not None}
@@ -518,18 +566,42 @@ def read_stdin() -> str:
 @cli.command()
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 @click.option("--normalize", is_flag=True, help="Scale every vector to length 1.")
+@click.option("--dimensions", type=click.IntRange(1), help="Only so many elements, the first ones.")
+@click.option("--truncate", is_flag=True, help="Cut off the end of a text that is too long.")
 @engine_options
-def embed(options: EngineOptions, /, texts: tuple[str, ...], normalize: bool) -> int:
+def embed(
+    options: EngineOptions, /, texts: tuple[str, ...], normalize: bool, dimensions: int | None, truncate: bool
+) -> int:
     """Print the embedding of every TEXT as a JSON array, one per line. "-" stands for the lines of stdin."""
     set_up_logging(options.verbose)
     all_texts = [line for text in texts for line in (read_stdin().splitlines() if text == "-" else [text])]
     configs = options.configs(slots=EngineConfig().slots)
 
     async def print_vectors(engine: Engine) -> None:
-        for vector in await engine.embed(all_texts, normalize=normalize):
+        vectors = await engine.embed(all_texts, normalize=normalize, dimensions=dimensions, truncate=truncate)
+        for vector in vectors:
             click.echo(f"[{','.join(str(number) for number in vector)}]")  # the shortest text of each float32
 
     return run_with_engine(configs, print_vectors)
+
+
+@cli.command()
+@click.argument("query")
+@click.argument("documents", nargs=-1, required=True, metavar="DOCUMENT...")
+@click.option("--truncate", is_flag=True, help="Cut off the end of a document that is too long.")
+@engine_options
+def rerank(options: EngineOptions, /, query: str, documents: tuple[str, ...], truncate: bool) -> int:
+    """Print the score of every DOCUMENT for QUERY, one per line, by a model made for it. "-" stands for the lines of
+    stdin."""
+    set_up_logging(options.verbose)
+    texts = [line for text in documents for line in (read_stdin().splitlines() if text == "-" else [text])]
+    configs = options.configs(slots=EngineConfig().slots)
+
+    async def print_scores(engine: Engine) -> None:
+        for score in await engine.rerank(query, texts, truncate=truncate):
+            click.echo(str(score))
+
+    return run_with_engine(configs, print_scores)
 
 
 @cli.command()
@@ -575,6 +647,10 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
         "context": {
             "tokens per slot": limits.n_ctx,
             "generates text": limits.can_generate,
+            "takes images": engine.has_projector,
+            "ranks": limits.ranks,
+            "reads with an encoder": limits.decoder_start is not None,
+            "can go back in a text": limits.can_trim,
             "can shift": limits.can_shift,
         },
         "devices": {

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from trio_runner import __version__
 from trio_runner.config import MAX_THREADS, AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.errors import LoadError, RunnerError, Unsupported
+from trio_runner.errors import LoadError, RunnerError
 from trio_runner.go_flags import Flag, FlagError, FlagSet, HelpRequested, Value
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,16 @@ def main(arguments: Sequence[str], program: str = "trio-runner") -> int:
 
     parent = os.getppid()  # before it can be gone
     # Slow imports, and all that is above works without the native library.
-    from trio_runner.service import ServiceConfig, run_service, run_to_exit_code
+    from trio_runner.service import ServiceConfig, max_body_bytes, run_service, run_to_exit_code
 
     logger.info("starting trio runner")
-    service = ServiceConfig(host="127.0.0.1", port=settings.port, drain_timeout=1.0, parent=parent)
+    service = ServiceConfig(
+        host="127.0.0.1",
+        port=settings.port,
+        drain_timeout=1.0,
+        max_body_bytes=max_body_bytes(settings.model),
+        parent=parent,
+    )
 
     async def serve() -> None:
         await run_service(settings.model, settings.engine, service)
@@ -102,13 +108,11 @@ def _prefix(error: Exception) -> str:
 
 
 def read_settings(values: Mapping[str, Value]) -> Settings:
-    """Translate the parsed flags. Raises `ValueError`, `LoadError` or `Unsupported` where they cannot be had."""
+    """Translate the parsed flags. Raises `ValueError` or `LoadError` where they cannot be had."""
     model, lora, tensor_split = str(values["model"]), str(values["lora"]), str(values["tensor-split"])
     parallel, threads = int(values["parallel"]), int(values["threads"])
     if not model:
         raise LoadError("--model is missing")
-    if values["mmproj"]:
-        raise Unsupported("images", "this version cannot load a projector (--mmproj)", param="mmproj")
     if parallel < 1:
         raise ValueError("parallel must be 1 or more")
     port = int(values["port"])
@@ -117,6 +121,7 @@ def read_settings(values: Mapping[str, Value]) -> Settings:
     return Settings(
         ModelConfig(
             path=model,
+            projector=str(values["mmproj"]) or None,
             adapters=(AdapterConfig(lora),) if lora else (),
             gpu_layers=max(int(values["n-gpu-layers"]), -1),
             main_gpu=int(values["main-gpu"]),

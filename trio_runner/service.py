@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import trio
@@ -17,6 +18,7 @@ import trio
 from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.engine.engine import leaves, open_engine
 from trio_runner.errors import EngineClosed, LoadError, RunnerError
+from trio_runner.server.app import MAX_BODY_BYTES, MAX_BODY_BYTES_WITH_IMAGES
 from trio_runner.server.serve import serve
 
 if TYPE_CHECKING:
@@ -51,8 +53,16 @@ class ServiceConfig:
     """Names in the Host header besides those of this machine."""
     allowed_origins: tuple[str, ...] = ()
     """Web pages that may call the server."""
+    adapter_dir: Path | None = None
+    """Clients may load the adapters in it."""
+    max_body_bytes: int = MAX_BODY_BYTES
     parent: int | None = None
     """The process that started us: end at once when it is gone."""
+
+
+def max_body_bytes(model: ModelConfig) -> int:
+    """What a request may have, which is more where there are images in it."""
+    return MAX_BODY_BYTES if model.projector is None else MAX_BODY_BYTES_WITH_IMAGES
 
 
 async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, service: ServiceConfig) -> None:
@@ -78,6 +88,8 @@ async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, 
                         port=service.port,
                         shutdown=shutdown,
                         drain_timeout=service.drain_timeout,
+                        adapter_dir=service.adapter_dir,
+                        max_body_bytes=service.max_body_bytes,
                         api_key=service.api_key,
                         allowed_hosts=service.allowed_hosts,
                         allowed_origins=service.allowed_origins,

@@ -57,12 +57,11 @@ class AdapterTable:
         self._coming.discard(info.name)
         self._by_name[info.name] = next(self._uids), adapter, info
 
-    def remove(self, name: str) -> tuple[int, Adapter]:
+    def remove(self, name: str) -> tuple[int, Adapter, AdapterInfo]:
         """Its uid, and the adapter. Raises `UnknownAdapter`."""
         if name not in self._by_name:
             raise UnknownAdapter(name, param="name")
-        uid, adapter, _ = self._by_name.pop(name)
-        return uid, adapter
+        return self._by_name.pop(name)
 
     def clear(self) -> tuple[Adapter, ...]:
         """All that were in it."""

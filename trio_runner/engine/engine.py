@@ -260,10 +260,14 @@ class Engine:
             EmbedRequest(content=text, normalize=normalize, dimensions=dimensions, truncate=truncate, adapters=choices)
             for text in texts
         ]
+        vectors = [np.asarray(embedded.vector) for embedded in await self.embed_requests(requests)]
+        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.limits.n_vector), np.float32)
+
+    async def embed_requests(self, requests: Sequence[EmbedRequest]) -> list[Embedded]:
+        """As `embed_request`, of many at once: all of them, or none."""
         await self.wait_ready()
         embedded = await self._all_vectors(requests)
-        vectors = [_vector(one, request) for one, request in zip(embedded, requests, strict=True)]
-        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.limits.n_vector), np.float32)
+        return [Embedded(_vector(one, request), one.usage) for one, request in zip(embedded, requests, strict=True)]
 
     async def embed_request(self, request: EmbedRequest) -> Embedded:
         """The vector of one request, float32, shape (n,), and what it cost. Raises as `Generation.start`."""
@@ -344,10 +348,12 @@ class Engine:
         self._adapters.add(info, adapter)
         return info
 
-    def unload_adapter(self, name: str) -> None:
+    def unload_adapter(self, name: str) -> AdapterInfo:
         """No request gets it from now on; it is freed when those that have it are done. Raises `UnknownAdapter`."""
         self._ready_runtime()
-        self._mailbox.put(Retire(*self._adapters.remove(name)))
+        uid, adapter, info = self._adapters.remove(name)
+        self._mailbox.put(Retire(uid, adapter))
+        return info
 
     async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The tokens of `text`. Raises `InvalidRequest`, and as `wait_ready`."""

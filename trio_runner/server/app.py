@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quart import Response
@@ -23,19 +24,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
+MAX_BODY_BYTES_WITH_IMAGES = 64 << 20
 BODY_TIMEOUT = 30.0
 """Seconds a client may take to send a body."""
 
 
-def create_app(engine: Engine, *, access: Access | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> QuartTrio:
-    """An application that serves `engine`, which may still be loading. It needs no lifespan and starts no task."""
+def create_app(
+    engine: Engine,
+    *,
+    access: Access | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    adapter_dir: Path | None = None,
+) -> QuartTrio:
+    """An application that serves `engine`, which may still be loading. It needs no lifespan and starts no task.
+    Clients may load the adapters in `adapter_dir`."""
     app = QuartTrio("trio_runner.server", static_folder=None)
     app.config.update(
         RESPONSE_TIMEOUT=None,  # Quart's default cuts every stream after a minute, without a word
         BODY_TIMEOUT=BODY_TIMEOUT,
         MAX_CONTENT_LENGTH=max_body_bytes,
     )
-    add_routes(app, engine)
+    add_routes(app, engine, adapter_dir)
 
     async def on_runner_error(error: RunnerError) -> Response:
         return problem_response(problem(error))
@@ -62,7 +71,7 @@ def create_app(engine: Engine, *, access: Access | None = None, max_body_bytes: 
 
 
 def _allowed(error: MethodNotAllowed) -> str:
-    return "GET" if "GET" in (error.valid_methods or ()) else "POST"
+    return ", ".join(sorted(set(error.valid_methods or ()) & {"GET", "POST", "DELETE"}))
 
 
 class Gate:
@@ -98,7 +107,7 @@ class Gate:
 
 
 _PREFLIGHT = {
-    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Methods": "DELETE, GET, POST",
     "Access-Control-Allow-Headers": "authorization, content-type",
     "Access-Control-Max-Age": "600",
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sized
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from trio_runner.errors import RunnerError
+from trio_runner.errors import LoadError, RunnerError, Unsupported
 from trio_runner.server import runner_api
 from trio_runner.server.body import EventBody
 from trio_runner.server.problems import Problem
@@ -41,15 +43,17 @@ def _own(generation: Generation) -> None:
     cast(dict[str, Any], request.scope)[OWNED].append(generation)
 
 
-def add_routes(app: QuartTrio, engine: Engine) -> None:
-    """Serve `engine` on the paths of the original runner."""
+def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) -> None:
+    """Serve `engine` on the paths of the original runner, and some more. Clients may load the adapters in
+    `adapter_dir`, if there is one."""
     helper = trio.CapacityLimiter(1)
 
     async def convert(data: S, into: Callable[[S], T]) -> T:
         """What `into` makes of `data`, while others are served. Raises as `into`."""
-        if len(data) < LARGE:
-            return into(data)
-        return await trio.to_thread.run_sync(into, data, limiter=helper, abandon_on_cancel=True)
+        return into(data) if len(data) < LARGE else await run_helper(partial(into, data))
+
+    async def run_helper(call: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(call, limiter=helper, abandon_on_cancel=True)
 
     async def body(parse: Callable[[bytes], T]) -> T:
         """The body, as `parse` understands it. Raises as `parse`."""
@@ -69,10 +73,40 @@ def add_routes(app: QuartTrio, engine: Engine) -> None:
     async def embedding() -> Response:
         asked = await body(runner_api.embedding)
         try:
-            embedded = await engine.embed_request(asked)
+            if isinstance(asked, tuple):
+                vectors = await engine.embed_requests(asked)
+                return json_response(await run_helper(partial(runner_api.embeddings_line, vectors)))
+            return json_response(runner_api.embedding_line(await engine.embed_request(asked)))
         except RunnerError as error:
             return problem_response(runner_api.not_admitted(error))
-        return json_response(runner_api.embedding_line(embedded))
+
+    async def rerank() -> Response:
+        asked, top_n = await body(runner_api.rerank)
+        scores = await engine.rerank(asked)
+        return json_response(runner_api.rerank_line(scores.tolist(), top_n))
+
+    async def list_adapters() -> Response:
+        await engine.wait_ready()
+        return json_response(runner_api.adapters_line(engine.adapters))
+
+    def own_adapters() -> Path:
+        if adapter_dir is None:
+            raise Unsupported("adapters", "this server was not told of a directory of adapters (--adapter-dir)")
+        return adapter_dir
+
+    async def load_adapter() -> Response:
+        directory = own_adapters()
+        file, name, scale = await body(runner_api.adapter)
+        try:
+            info = await engine.load_adapter(directory / file, name=name, scale=scale)
+        except LoadError as error:
+            return problem_response(runner_api.adapter_problem(error, file))
+        return json_response(runner_api.adapter_line(info))
+
+    async def unload_adapter(name: str) -> Response:
+        own_adapters()
+        await engine.wait_ready()
+        return json_response(runner_api.adapter_line(engine.unload_adapter(name)))
 
     async def tokenize() -> Response:
         text, add_special, parse_special = await body(runner_api.tokenize)
@@ -90,10 +124,13 @@ def add_routes(app: QuartTrio, engine: Engine) -> None:
     async def statistics() -> Response:
         return json_response(runner_api.statistics_line(engine.statistics()))
 
-    for handler in (completion, embedding, tokenize, detokenize):
+    for handler in (completion, embedding, tokenize, detokenize, rerank):
         app.add_url_rule(f"/{handler.__name__}", view_func=handler, methods=["POST"])
 
     app.add_url_rule("/statistics", view_func=statistics, methods=["GET"])
+    app.add_url_rule("/adapters", view_func=list_adapters, methods=["GET"])
+    app.add_url_rule("/adapters", view_func=load_adapter, methods=["POST"])
+    app.add_url_rule("/adapters/<name>", view_func=unload_adapter, methods=["DELETE"])
 
     # Any method at all, which add_url_rule cannot say.
     rule = app.url_rule_class("/health", endpoint="health")

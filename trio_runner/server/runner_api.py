@@ -20,12 +20,24 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import msgspec
 import numpy as np
 
-from trio_runner.errors import EngineBusy, InvalidRequest, RequestError, RunnerError, Unsupported
+from trio_runner.errors import EngineBusy, InvalidImage, InvalidRequest, LoadError, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.request import MAX_LOGPROBS, MAX_TEXT_BYTES, EmbedRequest, GenerateRequest, SamplingParams
+from trio_runner.images import MAX_IMAGE_BYTES
+from trio_runner.request import (
+    MAX_DOCUMENTS,
+    MAX_IMAGES,
+    MAX_LOGPROBS,
+    MAX_TEXT_BYTES,
+    AdapterChoice,
+    EmbedRequest,
+    GenerateRequest,
+    RerankRequest,
+    SamplingParams,
+)
 from trio_runner.server.problems import Problem, problem, problem_text
 
 if TYPE_CHECKING:
+    from trio_runner.engine.adapters import AdapterInfo
     from trio_runner.engine.engine import EngineStatistics
 
 NO_SEQUENCE = "Failed to create new sequence: "
@@ -112,16 +124,45 @@ def _go_text(name: str, value: Any) -> str:
     return "" if value is None else _text(name, value)  # null in a list is Go's zero value
 
 
+_BASE64_PIECE = 1 << 20
+"""Characters that are decoded in one go, a multiple of four; see `MAX_VALUES`."""
+
+
 def _image(name: str, value: Any) -> tuple[int, bytes]:
     if not isinstance(value, dict):
-        _wrong(name, "a list of objects", value)
+        _wrong(name, "an object", value)
     image_id, data = _integer(f"{name}.id", value.get("id", 0)), value.get("data", "")
     if not isinstance(data, str):
         _wrong(f"{name}.data", "a string", data)
+    if not data:
+        raise InvalidImage(f"{name}.data is empty", param=f"{name}.data")
+    if len(data) > MAX_IMAGE_BYTES * 3 // 2:  # with line breaks
+        raise InvalidImage(f"{name}.data has more than {MAX_IMAGE_BYTES} bytes", param=f"{name}.data")
+    data = data.replace("\r", "").replace("\n", "")
     try:
-        return image_id, base64.b64decode(data.replace("\r", "").replace("\n", ""), validate=True)
+        pieces = [
+            base64.b64decode(data[start : start + _BASE64_PIECE], validate=True)
+            for start in range(0, len(data), _BASE64_PIECE)
+        ]
     except ValueError:
-        raise InvalidRequest(f"{name}.data must be base64", param=name) from None
+        raise InvalidRequest(f"{name}.data must be base64", param=f"{name}.data") from None
+    return image_id, b"".join(pieces)
+
+
+def _images(name: str, value: Any) -> tuple[tuple[int, bytes], ...]:
+    if not isinstance(value, list):
+        _wrong(name, "a list of objects", value)
+    if len(value) > MAX_IMAGES:
+        raise InvalidRequest(f"{name} has {len(value)} images, but at most {MAX_IMAGES} are allowed", param=name)
+    return tuple(_image(f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
+def _adapter(name: str, value: Any) -> AdapterChoice:
+    if not isinstance(value, dict):
+        _wrong(name, "a list of objects", value)
+    if "name" not in value:
+        raise InvalidRequest(f"{name} must have a name", param=name)
+    return AdapterChoice(_text(f"{name}.name", value["name"]), _number(f"{name}.scale", value.get("scale", 1.0)))
 
 
 def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -163,7 +204,8 @@ _MODEL_OPTIONS: dict[str, Check] = {
 
 _COMPLETION: dict[str, Check] = {
     "prompt": _text,
-    "image_data": _list_of(_image, "objects"),
+    "image_data": _images,
+    "adapters": _list_of(_adapter, "objects"),
     "n_predict": _integer,
     "n_keep": _integer,
     "stop": _list_of(_go_text, "strings"),
@@ -177,7 +219,35 @@ _COMPLETION: dict[str, Check] = {
     **_SAMPLING,
     **_MODEL_OPTIONS,
 }
-_EMBEDDING: dict[str, Check] = {"content": _text, "cache_prompt": _boolean}
+
+
+def _texts(name: str, value: Any) -> str | tuple[str, ...]:
+    """One text, or a list of them."""
+    if isinstance(value, str):
+        return _text(name, value)
+    if not isinstance(value, list):
+        _wrong(name, "a string or a list of strings", value)
+    if len(value) > MAX_DOCUMENTS:
+        raise InvalidRequest(f"{name} has {len(value)} texts, but at most {MAX_DOCUMENTS} are allowed", param=name)
+    return tuple(_text(f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
+_EMBEDDING: dict[str, Check] = {
+    "content": _texts,
+    "cache_prompt": _boolean,
+    "normalize": _boolean,
+    "truncate": _boolean,
+    "dimensions": _integer,
+    "adapters": _list_of(_adapter, "objects"),
+}
+_RERANK: dict[str, Check] = {
+    "query": _text,
+    "documents": _list_of(_text, "strings"),
+    "top_n": _integer,
+    "truncate": _boolean,
+    "adapters": _list_of(_adapter, "objects"),
+}
+_ADAPTER: dict[str, Check] = {"file": _text, "name": _text, "scale": _number}
 _TOKENIZE: dict[str, Check] = {"content": _text, "add_special": _boolean, "parse_special": _boolean}
 _DETOKENIZE: dict[str, Check] = {"tokens": _tokens}
 
@@ -240,13 +310,13 @@ def _decode(body: bytes, fields: Mapping[str, Check], *, refusal: str) -> dict[s
 def completion(body: bytes) -> GenerateRequest:
     """The request in the body of POST /completion. Raises `RequestError` that names the field."""
     given = _decode(body, _COMPLETION, refusal="Bad request")
-    if given.get("image_data"):
-        raise Unsupported("images", "image_data needs a model with a projector", param="image_data")
     if not given.get("prompt"):
         raise InvalidRequest(f"{NO_SEQUENCE}no input provided: prompt is empty", param="prompt")
     n_predict = given.get("n_predict", -1)
     return GenerateRequest(
         prompt=given["prompt"],
+        image_data=given.get("image_data", ()),
+        adapters=given.get("adapters"),
         max_tokens=min(n_predict, 2**31 - 1) if n_predict > 0 else None,
         stop=given.get("stop", ()),
         sampling=_sampling(given),
@@ -271,12 +341,58 @@ def _sampling(given: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**params)
 
 
-def embedding(body: bytes) -> EmbedRequest:
-    """The request in the body of POST /embedding. Raises `RequestError` that names the field."""
-    content = _decode(body, _EMBEDDING, refusal="bad request: {}").get("content")
+def embedding(body: bytes) -> EmbedRequest | tuple[EmbedRequest, ...]:
+    """The request in the body of POST /embedding; several, if its content is a list. Raises `RequestError` that names
+    the field."""
+    given = _decode(body, _EMBEDDING, refusal="bad request: {}")
+    content = given.get("content")
     if not content:
         raise InvalidRequest(f"{NO_SEQUENCE}no input provided: content is empty", param="content")
-    return EmbedRequest(content=content)
+
+    def request(text: str) -> EmbedRequest:
+        return EmbedRequest(
+            content=text,
+            normalize=given.get("normalize", False),
+            truncate=given.get("truncate", False),
+            dimensions=given.get("dimensions"),
+            adapters=given.get("adapters"),
+        )
+
+    return request(content) if isinstance(content, str) else tuple(map(request, content))
+
+
+def rerank(body: bytes) -> tuple[RerankRequest, int | None]:
+    """The request in the body of POST /rerank, and how many of the best are wanted. Raises `RequestError` that names
+    the field."""
+    given = _decode(body, _RERANK, refusal="bad request: {}")
+    for name in ("query", "documents"):
+        if not given.get(name):
+            raise InvalidRequest(f"{name} is missing or empty", param=name)
+    top_n: int | None = given.get("top_n")
+    if top_n is not None and top_n < 1:
+        raise InvalidRequest(f"top_n must be 1 or more, not {top_n}", param="top_n")
+    request = RerankRequest(
+        query=given["query"],
+        documents=given["documents"],
+        truncate=given.get("truncate", False),
+        adapters=given.get("adapters"),
+    )
+    return request, top_n
+
+
+def adapter(body: bytes) -> tuple[str, str | None, float]:
+    """(file, name, scale) of POST /adapters. Raises `RequestError` that names the field."""
+    given = _decode(body, _ADAPTER, refusal="bad request: {}")
+    file = given.get("file", "")
+    # The name of a file and nothing else: what else is on this machine is none of a client's business.
+    if not file or file.startswith(".") or any(sign in file for sign in "/\\\0"):
+        raise InvalidRequest("file must be the name of a file in the directory of adapters", param="file")
+    return file, given.get("name"), given.get("scale", 0.0)
+
+
+def adapter_problem(error: LoadError, file: str) -> Problem:
+    """Of a file that is no adapter for this model; where it stands is not said."""
+    return Problem(422, f"file: {file}: {' '.join(error.reason.split())}")
 
 
 def tokenize(body: bytes) -> tuple[str, bool, bool]:
@@ -372,10 +488,44 @@ class CompletionLines:
 
 def embedding_line(embedded: Embedded) -> bytes:
     """The answer of /embedding. Raises `RunnerError` if a value is not finite, which JSON cannot say."""
+    return f'{{"embedding":{_vector(embedded)}}}\n'.encode()
+
+
+def embeddings_line(embedded: Sequence[Embedded]) -> bytes:
+    """The answer of /embedding to a list. Raises as `embedding_line`."""
+    return f'{{"embeddings":[{",".join(map(_vector, embedded))}]}}\n'.encode()
+
+
+def _vector(embedded: Embedded) -> str:
     vector = np.asarray(embedded.vector, dtype=np.float32)
     if not np.isfinite(vector).all():
         raise RunnerError("the embedding contains a value that is not finite")
-    return f'{{"embedding":[{",".join(map(str, vector))}]}}\n'.encode()  # str of a float32 is its shortest form
+    return f"[{','.join(map(str, vector))}]"  # str of a float32 is its shortest form
+
+
+def rerank_line(scores: Sequence[float], top_n: int | None) -> bytes:
+    """The answer of /rerank: the best first, of equal ones the earlier. Raises `RunnerError` if a score is not
+    finite."""
+    if not np.isfinite(scores).all():
+        raise RunnerError("a score is not finite")
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
+    results = (f'{{"index":{index},"relevance_score":{_float32(scores[index])}}}' for index in best)
+    return f'{{"results":[{",".join(results)}]}}\n'.encode()
+
+
+def adapters_line(adapters: Sequence[AdapterInfo]) -> bytes:
+    """The answer of GET /adapters."""
+    return f'{{"adapters":[{",".join(map(_adapter_object, adapters))}]}}\n'.encode()
+
+
+def adapter_line(info: AdapterInfo) -> bytes:
+    """The answer of POST and DELETE /adapters."""
+    return _adapter_object(info).encode() + b"\n"
+
+
+def _adapter_object(info: AdapterInfo) -> str:
+    file = _quoted(info.path.replace("\\", "/").rpartition("/")[2])
+    return f'{{"name":{_quoted(info.name)},"file":{file},"scale":{_float32(info.scale)}}}'
 
 
 def tokens_line(tokens: Sequence[int]) -> bytes:
@@ -409,6 +559,9 @@ def statistics_line(statistics: EngineStatistics) -> bytes:
         "aborted": scheduler.n_aborted,
         "prompt_rows": scheduler.n_prompt_rows,
         "sampled": scheduler.n_sampled,
+        "images_encoded": statistics.images_encoded,
+        "images_found": statistics.images_found,
+        "image_bytes": statistics.image_bytes,
     }
     return msgspec.json.encode(fields) + b"\n"
 

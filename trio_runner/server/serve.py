@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -15,7 +16,7 @@ from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 
 from trio_runner.server.access import Access, host_names
-from trio_runner.server.app import create_app
+from trio_runner.server.app import MAX_BODY_BYTES, create_app
 from trio_runner.server.connection import Connection
 from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
 
@@ -44,6 +45,8 @@ async def serve(
     api_key: str | None = None,
     allowed_hosts: Iterable[str] = (),
     allowed_origins: Iterable[str] = (),
+    adapter_dir: Path | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
     shutdown: trio.Event | None = None,
     drain_timeout: float = 5.0,
     max_connections: int = MAX_CONNECTIONS,
@@ -72,7 +75,8 @@ async def serve(
             hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
             origins=frozenset(origin.lower() for origin in allowed_origins),
         )
-        server = _Server(create_app(engine, access=access), engine.config.stall_timeout, max_connections)
+        app = create_app(engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir)
+        server = _Server(app, engine.config.stall_timeout, max_connections)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
