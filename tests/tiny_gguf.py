@@ -41,6 +41,9 @@ class ModelFile:
         for name, values in tensors.items():
             self.writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
 
+    def add_layer(self, layer: int, tensors: dict[str, Array], *, prefix: str = "") -> None:
+        self.add({f"{prefix}blk.{layer}.{name}": values for name, values in tensors.items()})
+
     def write(self) -> None:
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
@@ -53,7 +56,7 @@ class ModelFile:
         self.writer.add_block_count(n_layer)
         self.writer.add_feed_forward_length(n_ff)
 
-    def add_attention(self, n_head: int, n_head_kv: int) -> None:
+    def add_attention(self, n_head: int, n_head_kv: int | Sequence[int]) -> None:
         self.writer.add_head_count(n_head)
         self.writer.add_head_count_kv(n_head_kv)
         self.writer.add_layer_norm_rms_eps(1e-5)

@@ -11,6 +11,9 @@ every token before it. Only "chain" says something: `CHAIN_TEXT` and then the en
     swa       gemma3: five of six layers see only a window of the last 32 tokens
     mrope     qwen2vl: positions with several components, which cannot be renumbered
     mamba     recurrent: a state that cannot be taken back
+    lfm2      hybrid: one layer of attention between two with such a state
+    gpt2      positions are a table of 96
+    t5        encoder and decoder; a prompt ends with EOS, a text begins with token 0
     bert      encoder with mean pooling: vectors only, nothing is kept
     rerank    bert with a classification head
     lora      an adapter for "llama" that changes what it says
@@ -45,21 +48,27 @@ def tiny_model(name: str, directory: Path) -> Path:
     return path
 
 
-def _llama_layer(model: ModelFile, layer: int, *, n_head: int, n_head_kv: int, bias: bool = False) -> dict[str, Array]:
+def _attention(model: ModelFile, *, n_head: int, n_head_kv: int) -> dict[str, Array]:
     head = N_EMBD // n_head
     sizes = {"q": n_head * head, "k": n_head_kv * head, "v": n_head_kv * head}
-    tensors = {
+    return {
         "attn_norm.weight": ones(N_EMBD),
         **{f"attn_{part}.weight": model.random(size, N_EMBD, gain=2.0) for part, size in sizes.items()},
         "attn_output.weight": model.random(N_EMBD, n_head * head, gain=2.0),
+    }
+
+
+def _feed_forward(model: ModelFile) -> dict[str, Array]:
+    return {
         "ffn_norm.weight": ones(N_EMBD),
         "ffn_gate.weight": model.random(N_FF, N_EMBD, gain=2.0),
         "ffn_up.weight": model.random(N_FF, N_EMBD),
         "ffn_down.weight": model.random(N_EMBD, N_FF),
     }
-    if bias:
-        tensors |= {f"attn_{part}.bias": model.random(size) for part, size in sizes.items()}
-    return {f"blk.{layer}.{name}": values for name, values in tensors.items()}
+
+
+def _add_llama_layer(model: ModelFile, layer: int, *, n_head: int, n_head_kv: int) -> None:
+    model.add_layer(layer, _attention(model, n_head=n_head, n_head_kv=n_head_kv) | _feed_forward(model))
 
 
 def _write_llama(
@@ -71,7 +80,7 @@ def _write_llama(
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
     for layer in range(n_layer):
-        model.add(_llama_layer(model, layer, n_head=4, n_head_kv=2))
+        _add_llama_layer(model, layer, n_head=4, n_head_kv=2)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
@@ -102,10 +111,10 @@ def _write_chain(path: Path) -> None:
     model.add_sizes(n_layer=1)
     model.add_attention(2, 2)  # heads of 32, as quantised KV caches need
     vocabulary.add_to(model)
-    layer = _llama_layer(model, 0, n_head=2, n_head_kv=2)
-    layer["blk.0.attn_output.weight"] = zeros(N_EMBD, N_EMBD)
-    layer["blk.0.ffn_down.weight"] = zeros(N_EMBD, N_FF)
-    model.add({"token_embd.weight": embedding, **layer})
+    model.add({"token_embd.weight": embedding})
+    layer = _attention(model, n_head=2, n_head_kv=2) | _feed_forward(model)
+    silent = {"attn_output.weight": zeros(N_EMBD, N_EMBD), "ffn_down.weight": zeros(N_EMBD, N_FF)}
+    model.add_layer(0, layer | silent)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": output * 2.5})
     model.write()
 
@@ -132,7 +141,7 @@ def _write_spm(path: Path) -> None:
     output[:259] = 0
     model.add({"token_embd.weight": model.random(len(tokens), N_EMBD, gain=8.0)})
     for layer in range(2):
-        model.add(_llama_layer(model, layer, n_head=4, n_head_kv=4))
+        _add_llama_layer(model, layer, n_head=4, n_head_kv=4)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": output})
     model.write()
 
@@ -161,7 +170,7 @@ def _write_swa(path: Path) -> None:
             "ffn_up.weight": model.random(N_FF, N_EMBD),
             "ffn_down.weight": model.random(N_EMBD, N_FF),
         }
-        model.add({f"blk.{layer}.{name}": values for name, values in tensors.items()})
+        model.add_layer(layer, tensors)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
@@ -174,7 +183,9 @@ def _write_mrope(path: Path) -> None:
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
     for layer in range(2):
-        model.add(_llama_layer(model, layer, n_head=2, n_head_kv=1, bias=True))
+        _add_llama_layer(model, layer, n_head=2, n_head_kv=1)
+        biases = {"q": N_EMBD, "k": N_EMBD // 2, "v": N_EMBD // 2}
+        model.add_layer(layer, {f"attn_{part}.bias": model.random(size) for part, size in biases.items()})
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
@@ -205,8 +216,80 @@ def _write_mamba(path: Path) -> None:
             "ssm_d": ones(n_inner),
             "ssm_out.weight": model.random(N_EMBD, n_inner, gain=2.0),
         }
-        model.add({f"blk.{layer}.{name}": values for name, values in tensors.items()})
+        model.add_layer(layer, tensors)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
+    model.write()
+
+
+def _write_lfm2(path: Path) -> None:
+    n_conv, n_head, n_head_kv = 3, 2, (0, 1, 0)
+    model, vocabulary = ModelFile(path, "lfm2", "tiny-lfm2", seed=11), Bpe()
+    model.add_sizes(n_layer=len(n_head_kv))
+    model.add_attention(n_head, n_head_kv)
+    model.writer.add_shortconv_l_cache(n_conv)
+    vocabulary.add_to(model)
+    model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
+    for layer, n_shared in enumerate(n_head_kv):
+        if n_shared:
+            tensors = _attention(model, n_head=n_head, n_head_kv=n_shared)
+            tensors |= {f"attn_{part}_norm.weight": ones(N_EMBD // n_head) * 2 for part in "qk"}
+        else:
+            tensors = {
+                "attn_norm.weight": ones(N_EMBD),
+                "shortconv.in_proj.weight": model.random(3 * N_EMBD, N_EMBD),
+                "shortconv.conv.weight": model.random(N_EMBD, n_conv),
+                "shortconv.out_proj.weight": model.random(N_EMBD, N_EMBD, gain=2.0),
+            }
+        model.add_layer(layer, tensors | _feed_forward(model))
+    model.add({"token_embd_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
+    model.write()
+
+
+def _write_gpt2(path: Path) -> None:
+    n_ctx, n_layer = 96, 2
+    model, vocabulary = ModelFile(path, "gpt2", "tiny-gpt2", seed=12), Bpe()
+    model.add_sizes(n_layer=n_layer, n_ctx=n_ctx)
+    model.writer.add_head_count(4)
+    model.writer.add_layer_norm_eps(1e-5)
+    vocabulary.add_to(model)
+    model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
+    model.add({"position_embd.weight": model.random(n_ctx, N_EMBD, gain=8.0)})
+    shapes = {"attn_qkv": (3 * N_EMBD, N_EMBD), "attn_output": (N_EMBD, N_EMBD)}
+    shapes |= {"ffn_up": (N_FF, N_EMBD), "ffn_down": (N_EMBD, N_FF)}
+    for layer in range(n_layer):
+        tensors: dict[str, Array] = {}
+        for norm in ("attn_norm", "ffn_norm"):
+            tensors |= {f"{norm}.weight": ones(N_EMBD), f"{norm}.bias": zeros(N_EMBD)}
+        for part, shape in shapes.items():
+            tensors |= {f"{part}.weight": model.random(*shape, gain=2.0), f"{part}.bias": zeros(shape[0])}
+        model.add_layer(layer, tensors)
+    model.add({"output_norm.weight": ones(N_EMBD), "output_norm.bias": zeros(N_EMBD)})
+    model.add({"output.weight": vocabulary.output(model)})
+    model.write()
+
+
+def _write_t5(path: Path) -> None:
+    n_layer, n_head, n_buckets = 2, 4, 32
+    model, vocabulary = ModelFile(path, "t5", "tiny-t5", seed=14), Bpe()
+    model.add_sizes(n_layer=n_layer)
+    model.add_attention(n_head, n_head)
+    model.writer.add_relative_attn_buckets_count(n_buckets)
+    model.writer.add_decoder_start_token_id(0)
+    model.writer.add_add_eos_token(True)
+    vocabulary.add_to(model)
+    model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
+    for half, attentions in {"enc": ("attn",), "dec": ("attn", "cross_attn")}.items():
+        model.add({f"{half}.blk.0.attn_rel_b.weight": model.random(n_buckets, n_head, gain=16.0)})
+        for layer in range(n_layer):
+            tensors: dict[str, Array] = {}
+            for attention in attentions:
+                tensors |= {f"{attention}_{part}.weight": model.random(N_EMBD, N_EMBD, gain=2.0) for part in "qkvo"}
+                tensors |= {f"{attention}_norm.weight": ones(N_EMBD)}
+            tensors |= {"ffn_up.weight": model.random(N_FF, N_EMBD, gain=2.0), "ffn_down.weight": model.random(N_EMBD, N_FF)}
+            tensors |= {"ffn_norm.weight": ones(N_EMBD)}
+            model.add_layer(layer, tensors, prefix=f"{half}.")
+        model.add({f"{half}.output_norm.weight": ones(N_EMBD)})
+    model.add({"output.weight": vocabulary.output(model)})
     model.write()
 
 
@@ -250,7 +333,7 @@ def _write_bert(path: Path, *, name: str = "tiny-bert", rank: bool = False) -> N
         tensors |= {"ffn_down.weight": model.random(N_EMBD, N_FF), "ffn_down.bias": zeros(N_EMBD)}
         for part in ("attn_output_norm", "layer_output_norm"):
             tensors |= {f"{part}.weight": ones(N_EMBD), f"{part}.bias": zeros(N_EMBD)}
-        model.add({f"blk.{layer}.{name}": values for name, values in tensors.items()})
+        model.add_layer(layer, tensors)
     if rank:
         model.add({"cls.weight": model.random(N_EMBD, N_EMBD), "cls.bias": zeros(N_EMBD)})
         model.add({"cls.output.weight": model.random(1, N_EMBD), "cls.output.bias": zeros(1)})
@@ -282,9 +365,12 @@ MODELS: Final[dict[str, Callable[[Path], None]]] = {
     "swa": _write_swa,
     "mrope": _write_mrope,
     "mamba": _write_mamba,
+    "lfm2": _write_lfm2,
+    "gpt2": _write_gpt2,
+    "t5": _write_t5,
     "bert": _write_bert,
     "rerank": _write_rerank,
     "lora": _write_lora,
     **PROJECTORS,
 }
-GENERATIVE: Final = ("llama", "single", "chain", "spm", "swa", "mrope", "mamba")
+GENERATIVE: Final = ("llama", "single", "chain", "spm", "swa", "mrope", "mamba", "lfm2", "gpt2")
