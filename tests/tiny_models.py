@@ -3,21 +3,26 @@
 The weights are random, from fixed seeds, so the text is gibberish, but always the same gibberish, and it depends on
 every token before it. Only "chain" says something: `CHAIN_TEXT` and then the end, whatever the prompt.
 
-    llama     two layers of grouped-query attention, byte-level BPE, a chat template; never ends by itself
-    single    the same with one layer: what a position holds does not depend on the positions before it
-    tiles     llama with the tokens that stand between the tiles of a picture
-    chain     each token has one successor
-    spm       llama with a SentencePiece vocabulary with byte fallback, begins with BOS
-    swa       gemma3: five of six layers see only a window of the last 32 tokens
-    mrope     qwen2vl: positions with several components, which cannot be renumbered
-    mamba     recurrent: a state that cannot be taken back
-    lfm2      hybrid: one layer of attention between two with such a state
-    gpt2      positions are a table of 96
-    t5        encoder and decoder; a prompt ends with EOS, a text begins with token 0
-    bert      encoder with mean pooling: vectors only, nothing is kept
-    rerank    bert with a classification head
-    lora      an adapter for "llama" that changes what it says
-    mmproj... projectors, see `tests.tiny_projectors`
+    llama         two layers of grouped-query attention, byte-level BPE, a chat template; never ends by itself
+    single        the same with one layer: what a position holds does not depend on the positions before it
+    tiles         llama with the tokens that stand between the tiles of a picture
+    chain         each token has one successor
+    spm           llama with a SentencePiece vocabulary with byte fallback, begins with BOS
+    swa           gemma3: five of six layers see only a window of the last 32 tokens
+    mrope         qwen2vl: positions with several components, which cannot be renumbered
+    mamba         recurrent: a state that cannot be taken back
+    lfm2          hybrid: one layer of attention between two with such a state
+    gpt2          positions are a table of 96
+    t5            encoder and decoder: a prompt ends with EOS, a text begins with token 0
+    bert          encoder with mean pooling: vectors only, nothing is kept
+    bert-cls      the same with the vector of the first token
+    qwen-embed    qwen3 with the vector of the last token, which is EOS
+    rerank        bert with a classification head
+    rerank-causal qwen3 with one, and with a template for query and document
+    lora          an adapter for "llama" that changes what it says
+    lora-b        another one
+    lora-zero     one that changes nothing
+    mmproj...     projectors, see tests/tiny_projectors.py
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ CHAIN_WORDS: Final = (" one", " two", " three", " four", " five", " six", " seve
 CHAIN_TAIL: Final = " \N{SLIGHTLY SMILING FACE}."
 """Comes in bytes: one character is spread over four tokens."""
 CHAIN_TEXT: Final = "".join(CHAIN_WORDS) + CHAIN_TAIL
+
+RERANK_TEMPLATE: Final = "<|im_start|>user\nquery: {query}\ndocument: {document}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def tiny_model(name: str, directory: Path) -> Path:
@@ -285,15 +292,18 @@ def _write_t5(path: Path) -> None:
             for attention in attentions:
                 tensors |= {f"{attention}_{part}.weight": model.random(N_EMBD, N_EMBD, gain=2.0) for part in "qkvo"}
                 tensors |= {f"{attention}_norm.weight": ones(N_EMBD)}
-            tensors |= {"ffn_up.weight": model.random(N_FF, N_EMBD, gain=2.0), "ffn_down.weight": model.random(N_EMBD, N_FF)}
-            tensors |= {"ffn_norm.weight": ones(N_EMBD)}
+            tensors |= {
+                "ffn_norm.weight": ones(N_EMBD),
+                "ffn_up.weight": model.random(N_FF, N_EMBD, gain=2.0),
+                "ffn_down.weight": model.random(N_EMBD, N_FF),
+            }
             model.add_layer(layer, tensors, prefix=f"{half}.")
         model.add({f"{half}.output_norm.weight": ones(N_EMBD)})
     model.add({"output.weight": vocabulary.output(model)})
     model.write()
 
 
-def _write_bert(path: Path, *, name: str = "tiny-bert", rank: bool = False) -> None:
+def _write_bert(path: Path, *, name: str = "tiny-bert", pooling: gguf.PoolingType = gguf.PoolingType.MEAN) -> None:
     n_ctx, n_layer = 512, 2
     letters = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
     words = [f"\u2581{word}" for word in (*letters, *WORDS)]
@@ -304,7 +314,7 @@ def _write_bert(path: Path, *, name: str = "tiny-bert", rank: bool = False) -> N
     writer.add_head_count(4)
     writer.add_layer_norm_eps(1e-12)
     writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType.RANK if rank else gguf.PoolingType.MEAN)
+    writer.add_pooling_type(pooling)
     writer.add_token_type_count(2)
     writer.add_tokenizer_model("bert")
     writer.add_token_list(tokens)
@@ -334,26 +344,67 @@ def _write_bert(path: Path, *, name: str = "tiny-bert", rank: bool = False) -> N
         for part in ("attn_output_norm", "layer_output_norm"):
             tensors |= {f"{part}.weight": ones(N_EMBD), f"{part}.bias": zeros(N_EMBD)}
         model.add_layer(layer, tensors)
-    if rank:
+    if pooling == gguf.PoolingType.RANK:
         model.add({"cls.weight": model.random(N_EMBD, N_EMBD), "cls.bias": zeros(N_EMBD)})
         model.add({"cls.output.weight": model.random(1, N_EMBD), "cls.output.bias": zeros(1)})
     model.write()
 
 
+def _write_bert_cls(path: Path) -> None:
+    _write_bert(path, name="tiny-bert-cls", pooling=gguf.PoolingType.CLS)
+
+
 def _write_rerank(path: Path) -> None:
-    _write_bert(path, name="tiny-rerank", rank=True)
+    _write_bert(path, name="tiny-rerank", pooling=gguf.PoolingType.RANK)
 
 
-def _write_lora(path: Path) -> None:
+def _write_qwen3(path: Path, *, name: str, pooling: gguf.PoolingType) -> None:
+    n_layer, n_head, n_head_kv = 2, 4, 2
+    model, vocabulary = ModelFile(path, "qwen3", name, seed=15), Bpe()
+    model.add_sizes(n_layer=n_layer)
+    model.add_attention(n_head, n_head_kv)
+    model.writer.add_pooling_type(pooling)
+    vocabulary.add_to(model)
+    model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
+    for layer in range(n_layer):
+        _add_llama_layer(model, layer, n_head=n_head, n_head_kv=n_head_kv)
+        model.add_layer(layer, {f"attn_{part}_norm.weight": ones(N_EMBD // n_head) for part in "qk"})
+    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
+    if pooling == gguf.PoolingType.RANK:
+        model.writer.add_string("tokenizer.chat_template.rerank", RERANK_TEMPLATE)
+        model.writer.add_classifier_output_labels(["yes", "no"])
+        model.add({"cls.output.weight": model.random(2, N_EMBD, gain=2.0)})
+    else:
+        model.writer.add_add_eos_token(True)
+    model.write()
+
+
+def _write_qwen_embed(path: Path) -> None:
+    _write_qwen3(path, name="tiny-qwen-embed", pooling=gguf.PoolingType.LAST)
+
+
+def _write_rerank_causal(path: Path) -> None:
+    _write_qwen3(path, name="tiny-rerank-causal", pooling=gguf.PoolingType.RANK)
+
+
+def _write_lora(path: Path, *, name: str = "tiny-lora", seed: int = 9, gain: float = 4.0) -> None:
     rank = 4
-    model = ModelFile(path, "llama", "tiny-lora", seed=9)
+    model = ModelFile(path, "llama", name, seed=seed)
     model.writer.add_type(gguf.GGUFType.ADAPTER)
     model.writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     model.writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     for layer in range(2):
-        name = f"blk.{layer}.ffn_down.weight"
-        model.add({f"{name}.lora_a": model.random(rank, N_FF), f"{name}.lora_b": model.random(N_EMBD, rank, gain=4.0)})
+        a, b = model.random(rank, N_FF), model.random(N_EMBD, rank, gain=gain)
+        model.add_layer(layer, {"ffn_down.weight.lora_a": a, "ffn_down.weight.lora_b": b})
     model.write()
+
+
+def _write_lora_b(path: Path) -> None:
+    _write_lora(path, name="tiny-lora-b", seed=16)
+
+
+def _write_lora_zero(path: Path) -> None:
+    _write_lora(path, name="tiny-lora-zero", gain=0.0)
 
 
 MODELS: Final[dict[str, Callable[[Path], None]]] = {
@@ -369,8 +420,13 @@ MODELS: Final[dict[str, Callable[[Path], None]]] = {
     "gpt2": _write_gpt2,
     "t5": _write_t5,
     "bert": _write_bert,
+    "bert-cls": _write_bert_cls,
+    "qwen-embed": _write_qwen_embed,
     "rerank": _write_rerank,
+    "rerank-causal": _write_rerank_causal,
     "lora": _write_lora,
+    "lora-b": _write_lora_b,
+    "lora-zero": _write_lora_zero,
     **PROJECTORS,
 }
 GENERATIVE: Final = ("llama", "single", "chain", "spm", "swa", "mrope", "mamba", "lfm2", "gpt2")
