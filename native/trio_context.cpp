@@ -440,6 +440,9 @@ int32_t decode(trio_context &context, const trio_batch &batch, bool is_narrow) {
 int32_t encode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     const llama_batch native = fill_native(context, batch);
     std::fill_n(context.native_outputs.begin(), size_t(batch.n_rows), int8_t(1));
+    // llama.cpp wants them to follow what the decoder holds; an encoder minds distances only.
+    for (int32_t row = 0; row < batch.n_rows; ++row)
+        native.pos[row] += llama_memory_seq_pos_max(context.memory, batch.seqs[row]) + 1;
     if (context.is_narrow != is_narrow) attach_threads(context, is_narrow);
     std::unique_lock<std::mutex> planning(context.model->adapters_mutex, std::defer_lock);
     if (context.plan_pending) planning.lock();

@@ -271,10 +271,12 @@ typedef struct trio_projector_params {
     int32_t n_threads;
     int32_t use_gpu;
     int32_t flash_attention; /* -1 auto, 0 off, 1 on */
-    int32_t max_rows;        /* about the most rows of an image, where the projector can choose; 0: as the file says */
+    int32_t max_rows; /* about the most rows of an image that must be in one batch (they look both ways, or share
+                         positions), where the projector can choose; 0: as the file says */
 } trio_projector_params;
 
-/* What turns images into rows for this model: a file that is called mmproj. */
+/* What turns images into rows for this model: a file that is called mmproj. The file has to be trusted: mtmd misses few
+ * of the tensors that it needs before it uses them. */
 int32_t trio_projector_open(trio_model *model, const char *path, const trio_projector_params *params, trio_load *load,
                             trio_projector **projector);
 void trio_projector_free(trio_projector *projector); /* its media keep it alive */
@@ -306,7 +308,8 @@ int32_t trio_media_count(const trio_media *media);
 int32_t trio_media_get_chunk(const trio_media *media, int32_t index, trio_chunk_info *info);
 int32_t trio_media_tokens(const trio_media *media, int32_t index, int32_t *tokens, int32_t size);
 
-/* The positions of a chunk of rows, as a batch has them, where the first one is 0. */
+/* The positions of a chunk of rows, as a batch has them, where the first one is 0. Further on, that is added to all of
+ * them, except to the last of four arrays. */
 int32_t trio_media_positions(const trio_media *media, int32_t index, int32_t *positions, int32_t size);
 
 /* Computes the n_rows * n_embd floats of a chunk of rows; `size` floats must have room for them. One chunk at a time is

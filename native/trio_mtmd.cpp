@@ -222,7 +222,6 @@ mtmd_context_params native_params(const trio_projector_params &params, trio_proj
     native.n_threads = params.n_threads;
     native.flash_attn_type = llama_flash_attn_type(params.flash_attention);
     native.warmup = false;
-    native.image_max_tokens = params.max_rows > 0 ? params.max_rows : -1;
     native.cb_eval = on_node;
     native.cb_eval_user_data = projector;
     if (load != nullptr) {
@@ -232,30 +231,41 @@ mtmd_context_params native_params(const trio_projector_params &params, trio_proj
     return native;
 }
 
-mtmd::context_ptr open_native(const char *path, trio_projector &projector, mtmd_context_params params,
-                              const trio_load *load) {
-    const llama_model *model = projector.model->native;
-    mtmd::context_ptr native(mtmd_init_from_file(path, model, params));
-    if (!native && params.image_max_tokens > 0 && Scope::errors().find("image_min_pixels") != std::string::npos) {
-        // Fewer rows than the file has for the smallest image. Sides are rounded up to whole rows: leave room for it.
-        params.image_min_tokens = std::max(params.image_max_tokens / 2, 1);
-        native.reset(mtmd_init_from_file(path, model, params));
-    }
-    if (native) return native;
-    if (load != nullptr && load->cancelled.load()) throw Failure(TRIO_E_CANCELLED, "loading was cancelled");
-    throw Failure(TRIO_E_LOAD, mtmd_errors("mtmd could not load the file"));
+// Throws Refused for what would go wrong with every image.
+int32_t try_images(const trio_projector &projector) {
+    const std::vector<Chunk> small = describe_all(projector, tokenize(projector, nullptr, SMALL_SIDE, SMALL_SIDE));
+    const std::vector<Chunk> behind = describe_all(projector, tokenize(projector, nullptr, SMALL_SIDE, SMALL_SIDE, "a"));
+    check(max_rows(small) == max_rows(behind), "images whose rows depend on where they stand are not supported");
+    return max_rows(describe_all(projector, tokenize(projector, nullptr, LARGE_SIDE, LARGE_SIDE)));
 }
 
-// Throws Refused for what would go wrong with every image. Fills in the rest of the info.
-void try_images(trio_projector &projector) {
-    const std::vector<Chunk> small =
-        describe_all(projector, tokenize(projector, nullptr, SMALL_SIDE, SMALL_SIDE));
-    const std::vector<Chunk> behind =
-        describe_all(projector, tokenize(projector, nullptr, SMALL_SIDE, SMALL_SIDE, "a"));
-    const std::vector<Chunk> large =
-        describe_all(projector, tokenize(projector, nullptr, LARGE_SIDE, LARGE_SIDE));
-    check(max_rows(small) == max_rows(behind), "images whose rows depend on where they stand are not supported");
-    projector.info.max_rows = max_rows(large);
+void open_native(trio_projector &projector, const char *path, mtmd_context_params params, const trio_load *load) {
+    const llama_model *model = projector.model->native;
+    projector.native.reset();
+    projector.native.reset(mtmd_init_from_file(path, model, params));
+    if (!projector.native && params.image_max_tokens > 0 &&
+        Scope::errors().find("image_min_pixels") != std::string::npos) {
+        // Fewer rows than the smallest image has. Sides are rounded up to whole rows: leave room for it.
+        params.image_min_tokens = std::max(params.image_max_tokens / 2, 1);
+        projector.native.reset(mtmd_init_from_file(path, model, params));
+    }
+    const mtmd_context *native = projector.native.get();
+    if (native == nullptr) {
+        if (load != nullptr && load->cancelled.load()) throw Failure(TRIO_E_CANCELLED, "loading was cancelled");
+        throw Failure(TRIO_E_LOAD, mtmd_errors("mtmd could not load the file"));
+    }
+    trio_projector_info &info = projector.info;
+    info.n_embd = llama_model_n_embd_inp(model);
+    info.has_vision = mtmd_support_vision(native);
+    info.has_audio = mtmd_support_audio(native);
+    info.mrope = mtmd_decode_use_mrope(native);
+    info.both_ways = mtmd_decode_use_non_causal(native, nullptr);
+    if (!info.has_vision) throw Failure(TRIO_E_LOAD, "the projector is for sounds, not for images");
+    try {
+        info.max_rows = try_images(projector);
+    } catch (const Refused &refused) {
+        throw Failure(TRIO_E_LOAD, refused.what());
+    }
 }
 
 } // namespace
@@ -278,19 +288,12 @@ int32_t trio_projector_open(trio_model *model, const char *path, const trio_proj
 
         auto opened = std::make_unique<trio_projector>(model);
         opened->n_threads = params->n_threads;
-        opened->native = open_native(path, *opened, native_params(*params, opened.get(), load), load);
-        const mtmd_context *native = opened->native.get();
-        trio_projector_info &info = opened->info;
-        info.n_embd = llama_model_n_embd_inp(model->native);
-        info.has_vision = mtmd_support_vision(native);
-        info.has_audio = mtmd_support_audio(native);
-        info.mrope = mtmd_decode_use_mrope(native);
-        info.both_ways = mtmd_decode_use_non_causal(native, nullptr);
-        if (!info.has_vision) throw Failure(TRIO_E_LOAD, "the projector is for sounds, not for images");
-        try {
-            try_images(*opened);
-        } catch (const Refused &refused) {
-            throw Failure(TRIO_E_LOAD, refused.what());
+        mtmd_context_params native = native_params(*params, opened.get(), load);
+        open_native(*opened, path, native, load);
+        const trio_projector_info &info = opened->info;
+        if ((info.mrope || info.both_ways) && params->max_rows > 0 && info.max_rows > params->max_rows) {
+            native.image_max_tokens = params->max_rows;
+            open_native(*opened, path, native, load);
         }
         if (load != nullptr) load->progress.store(1.0f, std::memory_order_relaxed);
         *projector = opened.release();
