@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Trim
-from trio_runner.llama import Context, LlamaLoader, Model, Sampler
+from trio_runner.core.prompt import Item, Media, MediaRow, n_positions
+from trio_runner.engine.runtime import NO_MEDIA, EncodedMedia
+from trio_runner.llama import Context, LlamaLoader, Model, Projector, Sampler
 from trio_runner.request import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0)
@@ -16,17 +19,27 @@ PROMPT = "hello world, the model and the answer"
 
 
 class Running:
-    """A loaded model with its context."""
+    """A loaded model with its context. Steps have all `adapters` (uids are 0, 1, ...) unless they say otherwise."""
 
-    def __init__(self, path: Path, *, adapters: tuple[AdapterConfig, ...] = (), **config: object) -> None:
+    def __init__(
+        self, path: Path, *, projector: Path | None = None, adapters: tuple[AdapterConfig, ...] = (), **config: object
+    ) -> None:
         settings = {"slots": 2, "context_length": 256, "batch_size": 64, "threads": 1, "kv_type": "f32"} | config
-        loader = LlamaLoader(ModelConfig(path=str(path), adapters=adapters))
+        mmproj = None if projector is None else str(projector)
+        loader = LlamaLoader(ModelConfig(path=str(path), projector=mmproj, adapters=adapters))
         runtime = loader(EngineConfig(**settings), progress=lambda _: None, cancelled=lambda: False)  # type: ignore[arg-type]
         assert isinstance(runtime.model, Model)
         assert isinstance(runtime.context, Context)
         self.model = runtime.model
         self.context = runtime.context
         self.limits = runtime.context.limits
+        self.adapters = {uid: loaded.adapter for uid, loaded in enumerate(runtime.adapters)}
+        self.adapter_set: AdapterSet = tuple(
+            (uid, loaded.scale) for uid, loaded in enumerate(runtime.adapters) if loaded.scale
+        )
+        if projector is not None:
+            assert isinstance(runtime.projector, Projector)
+            self.projector = runtime.projector
 
     def tokens(self, text: str = PROMPT) -> list[int]:
         return self.model.tokenize(text, add_special=True, parse_special=True)
@@ -39,9 +52,13 @@ class Running:
         *chunks: Chunk,
         samplers: dict[int, Sampler] | None = None,
         embeddings: bool = False,
+        adapters: AdapterSet | None = None,
+        media: Mapping[Media, EncodedMedia] = NO_MEDIA,
         number: int = 0,
     ) -> StepResult:
-        return self.context.decode(Batch(chunks, embeddings, number), samplers or {})
+        adapter_set = self.adapter_set if adapters is None else adapters
+        batch = Batch(chunks, embeddings=embeddings, adapters=adapter_set, number=number)
+        return self.context.decode(batch, samplers or {}, media=media, adapters=self.adapters)
 
     def prefill(self, tokens: Sequence[int], *, slot: int = 0, start: int = 0, rows: int = 64) -> int:
         """Decode tokens without output, `rows` at a time. Returns the position after them."""
@@ -49,6 +66,17 @@ class Running:
             part = tuple(tokens[begin : begin + rows])
             assert self.step(Chunk(0, slot, start + begin, part, output=False)).outcome is DecodeOutcome.OK
         return start + len(tokens)
+
+    def place(self, items: Sequence[Item], media: Mapping[Media, EncodedMedia], *, slot: int = 0) -> int:
+        """Decode tokens and images without output, into an empty slot. Returns the position after them."""
+        position = 0
+        for _, group in groupby(items, _image_of):
+            part = tuple(group)
+            chunk = Chunk(0, slot, position, part, output=False)
+            result = self.step(chunk, media=media)
+            assert result.outcome is DecodeOutcome.OK, result.message
+            position += n_positions(part)
+        return position
 
     def go_on(
         self, token: int, position: int, n_tokens: int, *, slot: int = 0, params: SamplingParams = GREEDY
@@ -82,6 +110,10 @@ class Running:
 
     def text(self, prompt: str = PROMPT, n_tokens: int = 24, params: SamplingParams = GREEDY) -> str:
         return b"".join(sampled.piece for sampled in self.generate(prompt, n_tokens, params=params)).decode()
+
+
+def _image_of(item: Item) -> Media | None:
+    return item.media if isinstance(item, MediaRow) else None
 
 
 def tokens_of(result: Sequence[Sampled]) -> list[int]:

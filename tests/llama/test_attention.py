@@ -56,7 +56,7 @@ def run(running: Running, shares: Sequence[Sequence[int]]) -> list[Sampled]:
 
 def open_running(path: Path, **config: object) -> Running:
     settings = {"slots": 4, "context_length": 700, "batch_size": 640, "kv_type": "f16"} | config
-    return Running(path, adapters=(), **settings)
+    return Running(path, projector=None, adapters=(), **settings)
 
 
 def alone() -> list[list[int]]:

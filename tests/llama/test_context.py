@@ -53,6 +53,7 @@ def test_a_character_may_be_spread_over_tokens(models: Models) -> None:
         ("swa", True, True),
         ("mrope", True, False),
         ("mamba", False, False),
+        ("lfm2", False, False),
     ],
 )
 def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim: bool, can_shift: bool) -> None:
@@ -65,7 +66,8 @@ def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim:
         max_rows=64,
         can_trim=can_trim,
         can_shift=can_shift,
-        embeds_last_row=name != "mamba",
+        embeds_last_row=can_trim,
+        n_vector=64,
     )
     assert running.context.length(0) == 0
 
@@ -77,6 +79,8 @@ def test_limits_of_an_encoder(models: Models, name: str) -> None:
     assert not limits.can_generate
     assert not limits.embeds_last_row
     assert limits.n_ctx == 64
+    assert limits.ranks == (name == "rerank")
+    assert limits.n_vector == (1 if name == "rerank" else 64)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)

@@ -11,7 +11,7 @@ import pytest
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import EngineClosed, LoadError, NativeError
-from trio_runner.llama import LlamaLoader, Model, devices, drain_log, system_info
+from trio_runner.llama import LlamaLoader, Model, Projector, devices, drain_log, system_info
 from trio_runner.llama import loader as loader_module
 from trio_runner.llama.library import check, logger, native
 from trio_runner.llama.model import LoadProgress
@@ -66,6 +66,14 @@ def test_native_load_stops_when_cancelled(models: Models) -> None:
         Model(ModelConfig(path=str(models("llama"))), progress)
 
 
+def test_native_load_of_a_projector_stops_when_cancelled(models: Models) -> None:
+    progress = LoadProgress()
+    progress.cancel()
+    model = Model(ModelConfig(path=str(models("llama"))))
+    with pytest.raises(EngineClosed):
+        Projector(model, str(models("mmproj")), max_rows=64, progress=progress)
+
+
 def test_watcher_cancels_a_load_that_runs(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """The load waits, as a long one would, until the watching thread has seen the cancellation."""
     monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.001)
@@ -100,21 +108,70 @@ def test_errors_name_the_file(models: Models, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="is for llama") as error:
         load(LlamaLoader(ModelConfig(path=str(models("mamba")), adapters=(AdapterConfig(str(models("lora"))),))))
     assert error.value.path == str(models("lora"))
-    with pytest.raises(LoadError):
-        load(LlamaLoader(ModelConfig(path=str(models("lora")))))
 
 
-def test_native_errors_of_a_load_come_with_llama_cpps_words(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"), [("lora", "an adapter, not a model"), ("mmproj", "projector .*, not a model")]
+)
+def test_what_is_no_model_is_called_what_it_is(models: Models, name: str, words: str) -> None:
+    with pytest.raises(LoadError, match=words) as error:
+        load(LlamaLoader(ModelConfig(path=str(models(name)))))
+    assert error.value.path == str(models(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama", r"a model \(llama\), not a projector"),
+        ("lora", r"an? adapter \(llama\), not a projector"),
+        ("mmproj-wide", "n_embd = 64.*n_embd = 128"),
+    ],
+)
+def test_what_is_no_projector_of_this_model_is_refused(models: Models, name: str, words: str) -> None:
+    path = str(models(name))
+    with pytest.raises(LoadError, match=words) as error:
+        load(LlamaLoader(ModelConfig(path=str(models("llama")), projector=path)))
+    assert error.value.path == path
+
+
+def test_model_that_takes_tokens_only_has_no_projector(models: Models) -> None:
+    config = ModelConfig(path=str(models("bert")), projector=str(models("mmproj")))
+    with pytest.raises(LoadError, match="tokens only"):
+        load(LlamaLoader(config))
+
+
+def test_progress_is_that_of_all_files(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.001)
+    adapters = (AdapterConfig(str(models("lora")), name="one"), AdapterConfig(str(models("lora")), 0.0, name="other"))
+    seen: list[float] = []
+    config = ModelConfig(path=str(models("llama")), projector=str(models("mmproj")), adapters=adapters)
+    runtime = LlamaLoader(config)(SMALL, progress=seen.append, cancelled=lambda: False)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    assert runtime.projector is not None
+    assert [(loaded.name, loaded.scale, loaded.path) for loaded in runtime.adapters] == [
+        ("one", 1.0, str(models("lora"))),
+        ("other", 0.0, str(models("lora"))),
+    ]
+
+
+@pytest.fixture
+def renamed(models: Models, tmp_path: Path) -> str:
+    """A model without one of its tensors."""
     data = models("llama").read_bytes().replace(b"blk.0.attn_norm.weight", b"blk.0.attn_morn.weight")
     path = tmp_path / "renamed.gguf"
     path.write_bytes(data)
+    return str(path)
+
+
+def test_native_errors_of_a_load_come_with_llama_cpps_words(renamed: str) -> None:
     with pytest.raises(LoadError, match=r"blk\.0\.attn_norm\.weight"):
-        load(LlamaLoader(ModelConfig(path=str(path))))
+        load(LlamaLoader(ModelConfig(path=renamed)))
 
 
-def test_log_goes_to_the_logger(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_goes_to_the_logger(renamed: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger.name), pytest.raises(LoadError):
-        load(LlamaLoader(ModelConfig(path=str(models("lora")))))
+        load(LlamaLoader(ModelConfig(path=renamed)))
     drain_log()
     assert any(record.name == logger.name for record in caplog.records)
 

@@ -8,6 +8,7 @@ from trio_runner.llama.gguf import GgufHeader, check_gguf
 from trio_runner.llama.library import Device, devices, drain_log, system_info
 from trio_runner.llama.loader import LlamaLoader
 from trio_runner.llama.model import Model
+from trio_runner.llama.projector import Projector
 from trio_runner.llama.sampler import Sampler
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "GgufHeader",
     "LlamaLoader",
     "Model",
+    "Projector",
     "Sampler",
     "check_gguf",
     "default_threads",

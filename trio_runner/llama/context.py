@@ -7,16 +7,18 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.config import MAX_SLOTS, EngineConfig
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
+from trio_runner.core.prompt import Media, MediaRow
 from trio_runner.engine import runtime
+from trio_runner.engine.runtime import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeError, RunnerError
 from trio_runner.events import TokenInfo
 from trio_runner.llama.adapter import Adapter
@@ -81,7 +83,7 @@ class Context:
     `LoadError` where llama.cpp cannot create it: no memory, a setting that this model does not allow, a damaged file.
     """
 
-    def __init__(self, model: Model, config: EngineConfig, adapters: tuple[Adapter, ...] = ()) -> None:
+    def __init__(self, model: Model, config: EngineConfig) -> None:
         loaded = native()
         self._ffi, self._lib = loaded.ffi, loaded.lib
         self._model = model
@@ -121,9 +123,13 @@ class Context:
         info = self._ffi.new("trio_context_info *")
         check("trio_context_get_info", self._lib.trio_context_get_info(self._handle, info))
         self._n_embd_out = int(info.n_embd_out)
+        self._n_embd_in = int(info.n_embd_in)
+        self._n_input_positions = int(info.n_input_positions)
         self._has_memory = bool(info.has_memory)
+        self._has_encoder = bool(info.has_encoder)
+        self._adapters: AdapterSet = ()  # that are set
+        self._sources: dict[int, tuple[int, ...]] = {}  # what the encoder has read, by slot
         self._allocate(config)
-        self._set_adapters(adapters)
 
         has_vocab = bool(model.native_info.has_vocab)
         can_generate = self._has_memory and info.pooling_type != _POOLING_RANK and has_vocab
@@ -149,6 +155,9 @@ class Context:
             # A recurrent state claims that it can shift, but the part to drop cannot be taken out of it.
             can_shift=bool(info.can_shift) and can_trim,
             can_generate=can_generate,
+            ranks=info.pooling_type == _POOLING_RANK,
+            n_vector=self._n_embd_out,
+            decoder_start=int(info.decoder_start) if self._has_encoder else None,
         )
 
     def _allocate(self, config: EngineConfig) -> None:
@@ -158,13 +167,14 @@ class Context:
         self._max_rows = n_rows
         self._positions_from_zero: NDArray[np.int32] = np.arange(n_rows, dtype=np.int32)
         self._tokens: NDArray[np.int32] = np.zeros(n_rows, np.int32)
-        self._positions: NDArray[np.int32] = np.zeros(n_rows, np.int32)
+        self._positions: NDArray[np.int32] = np.zeros(n_rows * self._n_input_positions, np.int32)
         self._seqs: NDArray[np.int32] = np.zeros(n_rows, np.int32)
         self._outputs: NDArray[np.int8] = np.zeros(n_rows, np.int8)
+        self._native_tokens = ffi.from_buffer("int32_t[]", self._tokens)
         self._batch = ffi.new(
             "trio_batch *",
             {
-                "tokens": ffi.from_buffer("int32_t[]", self._tokens),
+                "tokens": self._native_tokens,
                 "positions": ffi.from_buffer("int32_t[]", self._positions),
                 "seqs": ffi.from_buffer("int32_t[]", self._seqs),
                 "outputs": ffi.from_buffer("int8_t[]", self._outputs),
@@ -196,22 +206,15 @@ class Context:
             self._lib.TRIO_E_FATAL: DecodeOutcome.FATAL,
         }
 
-    def _set_adapters(self, adapters: tuple[Adapter, ...]) -> None:
-        if not adapters:
-            return
-        handles = self._ffi.new("trio_adapter *[]", [adapter.handle for adapter in adapters])
-        scales = self._ffi.new("float[]", [adapter.scale for adapter in adapters])
-        code = self._lib.trio_context_set_adapters(self._handle, handles, scales, len(adapters))
-        check("trio_context_set_adapters", code)
-
     def _warm_up(self, can_generate: bool) -> bool:
         """Decode two tokens, check that numbers come out, and leave the memory empty. Tells whether it can trim."""
         token = max(self._model.native_info.token_bos, 0)
+        source = (token,) if self._has_encoder else ()
         if can_generate:
             sampler = self._model.sampler(SamplingParams(temperature=0.0, repeat_penalty=1.0), ())
             samplers: dict[int, runtime.Sampler] = {0: sampler}
-            self._warm_up_step(Batch((Chunk(0, 0, 0, (token,), output=False),)), samplers)
-            self._warm_up_step(Batch((Chunk(0, 0, 1, (token,), output=True),)), samplers)
+            self._warm_up_step(Batch((Chunk(0, 0, 0, (token,), output=False, source=source),)), samplers)
+            self._warm_up_step(Batch((Chunk(0, 0, 1, (token,), output=True, source=source),)), samplers)
             sampler.close()
         else:
             self._warm_up_step(Batch((Chunk(0, 0, 0, (token,), output=True),), embeddings=True), {})
@@ -232,6 +235,11 @@ class Context:
     @property
     def limits(self) -> Limits:
         return self._limits
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows of images can take the place of tokens."""
+        return self._n_embd_in > 0
 
     @property
     def handle(self) -> Any:
@@ -259,29 +267,40 @@ class Context:
         check("trio_seq_range", self._lib.trio_seq_range(self.handle, slot, first, last))
         return int(last[0]) + 1
 
-    def decode(self, batch: Batch, samplers: Mapping[int, runtime.Sampler]) -> StepResult:
-        """Run one batch and sample its outputs with the samplers of their uids.
+    def decode(
+        self,
+        batch: Batch,
+        samplers: Mapping[int, runtime.Sampler],
+        *,
+        media: Mapping[Media, EncodedMedia] = NO_MEDIA,
+        adapters: Mapping[int, runtime.Adapter] = NO_ADAPTERS,
+    ) -> StepResult:
+        """Run one batch and sample its outputs with the samplers of their uids; `media` and `adapters` have what the
+        batch names.
 
         Raises `NativeError` when the context cannot be used any more; everything else is an outcome. A recurrent model
         keeps nothing of the batch's slots after ABORTED and FATAL.
         """
         handle = self.handle
-        if batch.n_rows > self._max_rows:
-            message = f"the batch has {batch.n_rows} rows, but at most {self._max_rows} are allowed"
+        n_rows = max(batch.n_rows, sum(len(chunk.source) for chunk in batch.chunks))
+        if n_rows > self._max_rows:
+            message = f"the batch has {n_rows} rows, but at most {self._max_rows} are allowed"
             return StepResult(DecodeOutcome.INVALID, {}, {}, {}, message=message)
         started = time.perf_counter()
-        n_rows, outputs = self._fill_rows(batch)
-        if not batch.embeddings:
-            self._fill_request(outputs, samplers)
-        request, result = (self._ffi.NULL, self._ffi.NULL) if batch.embeddings else (self._request, self._result)
-        self._batch.n_rows = n_rows
-        self._batch.embeddings = batch.embeddings
-        self._batch.number = batch.number
-        code = self._lib.trio_step(handle, self._batch, request, result)
-        outcome = self._outcomes.get(code)
-        if outcome is None:
-            check("trio_step", code)
-            raise NativeError("trio_step", code, "unknown code")
+        self._set_adapters(batch.adapters, adapters)
+        outcome = self._encode_sources(batch) if self._has_encoder else DecodeOutcome.OK
+        if outcome is DecodeOutcome.OK:
+            self._batch.n_rows, outputs = self._fill_rows(batch)
+            inputs = self._fill_inputs(batch, media) if batch.of_media else None
+            self._batch.inputs = self._ffi.NULL if inputs is None else self._ffi.from_buffer("float[]", inputs)
+            self._batch.tokens = self._native_tokens if inputs is None else self._ffi.NULL
+            self._batch.both_ways = not batch.causal
+            if not batch.embeddings:
+                self._fill_request(outputs, samplers)
+            request, result = (self._ffi.NULL, self._ffi.NULL) if batch.embeddings else (self._request, self._result)
+            self._batch.embeddings = batch.embeddings
+            self._batch.number = batch.number
+            outcome = self._outcome("trio_step", self._lib.trio_step(handle, self._batch, request, result))
         if outcome is not DecodeOutcome.OK:
             message = last_error()
             # llama.cpp calls it an error when a batch is broken off; to us it is what was asked for.
@@ -298,30 +317,90 @@ class Context:
                 sampled[chunk.uid] = self._read_sampled(index)
         return StepResult(outcome, sampled, vectors, {}, time.perf_counter() - started)
 
+    def _outcome(self, function: str, code: int) -> DecodeOutcome:
+        outcome = self._outcomes.get(code)
+        if outcome is None:
+            check(function, code)
+            raise NativeError(function, code, "unknown code")
+        return outcome
+
+    def _set_adapters(self, wanted: AdapterSet, adapters: Mapping[int, runtime.Adapter]) -> None:
+        if wanted == self._adapters:
+            return
+        handles = []
+        for uid, _ in wanted:
+            adapter = adapters[uid]
+            assert isinstance(adapter, Adapter)
+            handles.append(adapter.handle)
+        pointers = self._ffi.new("trio_adapter *[]", handles)
+        scales = self._ffi.new("float[]", [scale for _, scale in wanted])
+        code = self._lib.trio_context_set_adapters(self.handle, pointers, scales, len(wanted))
+        check("trio_context_set_adapters", code)
+        self._adapters = wanted
+        self._sources = {}  # were read with others
+
+    def _encode_sources(self, batch: Batch) -> DecodeOutcome:
+        """Have the encoder read what the batch's slots begin with, unless it has. It reads for all of them at once, and
+        forgets what it has read for others."""
+        if all(self._sources.get(chunk.slot) == chunk.source for chunk in batch.chunks):
+            return DecodeOutcome.OK
+        sources = Batch(tuple(Chunk(chunk.uid, chunk.slot, 0, chunk.source, output=False) for chunk in batch.chunks))
+        self._batch.n_rows, _ = self._fill_rows(sources)
+        self._batch.inputs = self._ffi.NULL
+        self._batch.tokens = self._native_tokens
+        self._batch.number = batch.number
+        outcome = self._outcome("trio_encode", self._lib.trio_encode(self.handle, self._batch))
+        if outcome is DecodeOutcome.OK:
+            self._sources = {chunk.slot: chunk.source for chunk in batch.chunks}
+        return outcome
+
     def _fill_rows(self, batch: Batch) -> tuple[int, list[tuple[Chunk, int]]]:
         """Lay the chunks out as rows. Returns the number of rows, and each chunk with output with its last row."""
         tokens, positions, seqs, flags = self._tokens, self._positions, self._seqs, self._outputs
+        of_media = batch.of_media
         outputs: list[tuple[Chunk, int]] = []
         row = 0
         for chunk in batch.chunks:
-            n_tokens = len(chunk.items)
-            if n_tokens == 1:  # most rows of most steps
-                tokens[row] = chunk.items[0]
-                positions[row] = chunk.start
+            items = cast("tuple[int, ...]", chunk.items)  # if not of media
+            n_items = len(items)
+            if n_items == 1 and not of_media:  # most rows of most steps
+                tokens[row] = items[0]
+                positions[row] = chunk.position
                 seqs[row] = chunk.slot
                 flags[row] = 0
                 row += 1
             else:
-                stop = row + n_tokens
-                tokens[row:stop] = chunk.items
-                np.add(self._positions_from_zero[:n_tokens], chunk.start, out=positions[row:stop])
+                stop = row + n_items
+                if not of_media:
+                    tokens[row:stop] = items
+                    np.add(self._positions_from_zero[:n_items], chunk.position, out=positions[row:stop])
                 seqs[row:stop] = chunk.slot
                 flags[row:stop] = 0
                 row = stop
-            if chunk.output and n_tokens:
+            if chunk.output and n_items:
                 flags[row - 1] = 1
                 outputs.append((chunk, row - 1))
         return row, outputs
+
+    def _fill_inputs(self, batch: Batch, media: Mapping[Media, EncodedMedia]) -> NDArray[np.float32]:
+        """Lay the positions of rows of images out, and return the rows themselves."""
+        n_rows = batch.n_rows
+        positions = self._positions[: n_rows * self._n_input_positions].reshape(self._n_input_positions, n_rows)
+        parts: list[NDArray[np.float32]] = []
+        row = 0
+        for chunk in batch.chunks:
+            first = chunk.items[0]
+            assert isinstance(first, MediaRow)
+            encoded, begin, end = media[first.media], first.row, first.row + len(chunk.items)
+            parts.append(encoded.rows[begin:end])
+            own = positions[:, row : row + len(chunk.items)]
+            if encoded.positions is None:
+                own[:] = np.arange(chunk.position, chunk.position + len(chunk.items), dtype=np.int32)
+            else:
+                own[:] = encoded.positions[:, begin:end]
+                own[:3] += chunk.position - encoded.positions[0, begin]
+            row += len(chunk.items)
+        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def _fill_request(self, outputs: list[tuple[Chunk, int]], samplers: Mapping[int, runtime.Sampler]) -> None:
         for index, (chunk, row) in enumerate(outputs):

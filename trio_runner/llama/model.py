@@ -13,9 +13,14 @@ from numpy.typing import NDArray
 from trio_runner.config import ModelConfig
 from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
+from trio_runner.llama.adapter import Adapter
 from trio_runner.llama.library import check, drain_log, last_error, native, read_text
 from trio_runner.llama.sampler import Sampler
 from trio_runner.request import MAX_TEXT_BYTES, SamplingParams
+
+
+def _token(token: int) -> int | None:
+    return token if token >= 0 else None
 
 
 class LoadProgress:
@@ -102,11 +107,23 @@ class Model:
             n_layer=raw.n_layer,
             n_params=raw.n_params,
             size=raw.size,
+            token_bos=_token(raw.token_bos),
+            token_eos=_token(raw.token_eos),
+            token_sep=_token(raw.token_sep),
             adds_bos=bool(raw.add_bos),
+            adds_eos=bool(raw.add_eos),
+            adds_sep=bool(raw.add_sep),
+            bos_text=self._token_text(raw.token_bos),
+            eos_text=self._token_text(raw.token_eos),
             causal=bool(raw.causal),
             chat_template=metadata.get("tokenizer.chat_template"),
             metadata=metadata,
         )
+
+    def _token_text(self, token: int) -> str:
+        if token < 0 or not self.native_info.has_vocab:
+            return ""
+        return read_text("trio_token_bytes", self._handle, token).decode(errors="replace")
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """The tokens of `text`. Raises `InvalidRequest` for half a surrogate pair, for more than `MAX_TEXT_BYTES`, and
@@ -177,6 +194,12 @@ class Model:
         self._check_tokens(prompt, "prompt")
         return Sampler(self.handle, params, prompt, n_vocab=self._info.n_vocab)
 
+    def adapter(self, path: str) -> Adapter:
+        """Load a LoRA for this model, and try it: blocks. From any thread, also while a context decodes. Raises
+        `LoadError`."""
+        return Adapter(self.handle, self._info, path)
+
     def close(self) -> None:
-        """Let go of the model; its memory is freed when its contexts and samplers are too. Idempotent."""
+        """Let go of the model; its memory is freed when its contexts, samplers, adapters and projectors are too.
+        Idempotent."""
         self._handle = None

@@ -1,0 +1,211 @@
+"""Projector: images become rows that a model takes like tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trio_runner.core.prompt import Item, Media, MediaRow
+from trio_runner.engine.runtime import EncodedImage, EncodedMedia
+from trio_runner.errors import EngineClosed, InvalidImage, LoadError, NativeError
+from trio_runner.images import Pixels
+from trio_runner.llama.gguf import check_gguf
+from trio_runner.llama.library import check, drain_log, last_error, native
+from trio_runner.llama.model import LoadProgress, Model
+
+ARCHITECTURE: Final = "clip"
+"""What a projector's file gives as its architecture, whatever it is."""
+_FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
+_N_POSITIONS: Final = 4  # of a row, with M-RoPE
+_DIGEST_BYTES: Final = 32
+
+
+def check_projector(path: str) -> None:
+    """Look at a file's header. Raises `LoadError` unless it is that of a projector."""
+    header = check_gguf(path)
+    if header.architecture != ARCHITECTURE:
+        kind = header.metadata.get("general.type", "model")
+        raise LoadError(f"this is a {kind} ({header.architecture}), not a projector (mmproj)", path=path)
+
+
+class Projector:
+    """The projector in a file: `trio_runner.engine.runtime.Projector` over llama.cpp. Keeps its model alive.
+
+    `max_rows` is what fits into a batch: images whose rows must share one are scaled down to about that many, where the
+    projector can. Blocks while it loads, with the GIL released. Raises `LoadError`, or `EngineClosed` when `progress`
+    was cancelled.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        path: str,
+        *,
+        max_rows: int,
+        threads: int = 1,
+        use_gpu: bool = False,
+        flash_attention: str = "auto",
+        progress: LoadProgress | None = None,
+    ) -> None:
+        check_projector(path)
+        loaded = native()
+        self.path = path
+        self.max_rows = max_rows
+        params = loaded.ffi.new(
+            "trio_projector_params *",
+            {
+                "n_threads": threads,
+                "use_gpu": use_gpu,
+                "flash_attention": _FLASH_ATTENTION[flash_attention],
+                "max_rows": max_rows,
+            },
+        )
+        out = loaded.ffi.new("trio_projector **")
+        load = loaded.ffi.NULL if progress is None else progress.handle
+        try:
+            code = loaded.lib.trio_projector_open(model.handle, os.fsencode(path), params, load, out)
+            check("trio_projector_open", code)
+        except LoadError as failure:
+            raise LoadError(failure.reason, path=path) from None
+        except NativeError as failure:
+            raise LoadError(failure.message, path=path) from failure
+        finally:
+            drain_log()
+        # Freed with the last reference: an encoding keeps it alive through close().
+        self._handle: Any = loaded.ffi.gc(out[0], loaded.lib.trio_projector_free)
+        info = loaded.ffi.new("trio_projector_info *")
+        check("trio_projector_get_info", loaded.lib.trio_projector_get_info(self._handle, info))
+        self.n_embd = int(info.n_embd)
+        self.has_mrope = bool(info.mrope)
+        if (info.mrope or info.both_ways) and info.max_rows > max_rows:
+            raise LoadError(_too_many_rows(info.max_rows, max_rows), path=path)
+        self._digest = _file_digest(path, max_rows)
+
+    @property
+    def digest(self) -> bytes:
+        """Of the file, and of how many rows an image may have."""
+        return self._digest
+
+    @property
+    def handle(self) -> Any:
+        """The shim's trio_projector. Raises `EngineClosed` after close()."""
+        if self._handle is None:
+            raise EngineClosed("the projector has been closed")
+        return self._handle
+
+    def encoding(self, pixels: Pixels) -> Encoding:
+        """One image on its way; nothing has been done yet. Raises `EngineClosed` after close()."""
+        return Encoding(self, pixels)
+
+    def close(self) -> None:
+        """Let go of it; its memory is freed when its encodings are too. Idempotent."""
+        self._handle = None
+
+
+class Encoding:
+    """One image on its way through a projector. `run` is called once, `cancel` any number of times."""
+
+    def __init__(self, projector: Projector, pixels: Pixels) -> None:
+        loaded = native()
+        self._ffi, self._lib = loaded.ffi, loaded.lib
+        self._projector = projector
+        self._handle = projector.handle
+        self._pixels = pixels
+        self._media: Any = None
+        self._cancelled = False
+
+    def run(self) -> EncodedImage:
+        """Blocks, with the GIL released; one image at a time is computed.
+
+        Raises `InvalidImage` for one that the projector cannot take, `EngineClosed` soon after it was cancelled.
+        """
+        pixels, ffi = self._pixels, self._ffi
+        self._check_wanted()
+        out = ffi.new("trio_media **")
+        data = ffi.from_buffer("uint8_t[]", pixels.data)
+        code = self._lib.trio_media_open(self._handle, data, len(pixels.data), pixels.width, pixels.height, out)
+        if code == self._lib.TRIO_E_INVALID:
+            message = last_error()
+            drain_log(at_most=logging.DEBUG)  # not our error
+            raise InvalidImage(message)
+        check("trio_media_open", code)
+        self._media = ffi.gc(out[0], self._lib.trio_media_free)
+        try:
+            self._check_wanted()  # whoever cancelled it before that could not tell the media
+            return self._encode_all()
+        finally:
+            self._media = None  # freed with the last reference
+
+    def _encode_all(self) -> EncodedImage:
+        items: list[Item] = []
+        encoded: dict[Media, EncodedMedia] = {}
+        info = self._ffi.new("trio_chunk_info *")
+        for index in range(check("trio_media_count", self._lib.trio_media_count(self._media))):
+            check("trio_media_get_chunk", self._lib.trio_media_get_chunk(self._media, index, info))
+            if info.is_text:
+                items += self._integers("trio_media_tokens", index, info.n_rows).tolist()
+                continue
+            media, rows = self._encode(index, info)
+            encoded[media] = rows
+            items += [MediaRow(media, row) for row in range(media.n_rows)]
+        return EncodedImage(tuple(items), encoded)
+
+    def _encode(self, index: int, info: Any) -> tuple[Media, EncodedMedia]:
+        projector = self._projector
+        n_rows, n_positions = int(info.n_rows), int(info.n_positions)
+        positions: NDArray[np.int32] | None = None
+        if projector.has_mrope:
+            positions = self._integers("trio_media_positions", index, _N_POSITIONS * n_rows).reshape(-1, n_rows)
+            # Rows that share a position are told by there being fewer positions than rows. A single line of them takes
+            # as many; what follows it may as well stand one further on.
+            if n_positions == n_rows > 1 and positions[0, -1] == positions[0, 0]:
+                n_positions += 1
+        key = hashlib.blake2b(self._pixels.digest, digest_size=_DIGEST_BYTES)
+        key.update(projector.digest + index.to_bytes(4, "little"))
+        media = Media(key.digest(), n_rows, n_positions, causal=not info.both_ways)
+        if media.whole and n_rows > projector.max_rows:
+            raise InvalidImage(_too_many_rows(n_rows, projector.max_rows))
+        rows: NDArray[np.float32] = np.empty((n_rows, projector.n_embd), np.float32)
+        buffer = self._ffi.from_buffer("float[]", rows)
+        code = self._lib.trio_media_encode(self._media, index, buffer, rows.size)
+        if code == self._lib.TRIO_E_CANCELLED:
+            drain_log(at_most=logging.DEBUG)  # mtmd calls it an error
+            raise EngineClosed("encoding was cancelled")
+        check("trio_media_encode", code)
+        return media, EncodedMedia(rows, positions)
+
+    def _integers(self, function: str, index: int, n: int) -> NDArray[np.int32]:
+        values: NDArray[np.int32] = np.empty(n, np.int32)
+        buffer = self._ffi.from_buffer("int32_t[]", values)
+        check(function, getattr(self._lib, function)(self._media, index, buffer, n))
+        return values
+
+    def _check_wanted(self) -> None:
+        if self._cancelled:
+            raise EngineClosed("encoding was cancelled")
+
+    def cancel(self) -> None:
+        """Make `run`, now or later, raise `EngineClosed` soon. From any thread; never blocks. Idempotent."""
+        self._cancelled = True
+        media = self._media  # a reference of our own
+        if media is not None:
+            self._lib.trio_media_cancel(media)
+
+
+def _too_many_rows(n_rows: int, max_rows: int) -> str:
+    return f"an image of {n_rows} rows, which must be in one batch, but --batch-size is {max_rows}"
+
+
+def _file_digest(path: str, max_rows: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES))
+    except OSError as failure:
+        raise LoadError(f"cannot be read: {failure}", path=path) from failure
+    digest.update(max_rows.to_bytes(4, "little"))
+    return digest.digest()
