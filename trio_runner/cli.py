@@ -841,7 +841,9 @@ def _serve_arguments(options: EngineOptions) -> list[str]:
         if isinstance(value, bool):
             arguments.append(flag if value else parameter.secondary_opts[0])
         elif name == "lora":
-            arguments += [f"{flag}={adapter.path}:{adapter.scale}" for adapter in value]
+            arguments += [f"{flag}={adapter.path}" for adapter in value]
+        elif name == "lora_scaled":
+            arguments += [f"{flag}={adapter.path}={adapter.scale}" for adapter in value]
         else:
             arguments.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return arguments

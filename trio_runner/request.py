@@ -32,6 +32,8 @@ MAX_IMAGES = 16
 MAX_ADAPTERS = 16
 """That one request may choose."""
 MAX_ADAPTER_SCALE = 1e3
+MAX_ADAPTER_NAME_BYTES = 256
+"""No adapter has a name as long as that, and a refusal repeats it."""
 MAX_DOCUMENTS = 4096
 """To be ranked by one request, or texts to be embedded."""
 
@@ -120,7 +122,7 @@ class AdapterChoice:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_text("adapters.name", self.name)
+        _check_text("adapters.name", self.name, MAX_ADAPTER_NAME_BYTES)
         _check_number("adapters.scale", self.scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
 
 

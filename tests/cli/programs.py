@@ -41,8 +41,13 @@ def on_decode(batch):
         raise RuntimeError("the toy broke")
 
 if os.environ.get("TOY_ENDLESS"):
-    testing.toy_next = lambda tokens: ord("a") + len(tokens) % 26
-trio_runner.engine.engine._loader = lambda model: testing.ToyLoader(on_load=on_load, on_decode=on_decode)
+    testing.toy_next = lambda items, basis: ord("a") + len(items) % 26
+
+def loader(model):
+    projector = testing.ToyProjector() if model.projector is not None else None
+    return testing.ToyLoader({"ranks": "TOY_RANKS" in os.environ}, on_load, on_decode, projector, model.adapters)
+
+trio_runner.engine.engine._loader = loader
 
 sys.executable = os.environ.get("TOY_PYTHON", sys.executable)
 

@@ -17,10 +17,10 @@ from tests.cli.programs import ROOT
 from trio_runner import cli, service
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import EngineBroken, LoadError, RunnerError
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.request import Chat, GenerateRequest, SamplingParams
 from trio_runner.terminal import TextOutput
 
-COMMANDS = ["serve", "run", "embed", "info", "fetch"]
+COMMANDS = ["serve", "run", "embed", "rerank", "info", "bench", "fetch"]
 
 
 @dataclasses.dataclass
@@ -57,19 +57,28 @@ def test_defaults_are_those_of_the_configuration(call: Call) -> None:
     assert call.service == service.ServiceConfig()
     assert cli.main(["run", "hello"]) == 0
     assert call.engine == EngineConfig(slots=1, stall_timeout=float("inf"))
-    assert cli.main(["embed", "hello"]) == 0
-    assert call.engine == EngineConfig()
+    for command in (["embed", "hello"], ["rerank", "hello", "you"]):
+        assert cli.main(command) == 0
+        assert call.model == ModelConfig(path="/fetched/SmolLM2-135M-Instruct")
+        assert call.engine == EngineConfig()
 
 
-def test_every_option_arrives(call: Call) -> None:
+def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
     command = "serve -m m.gguf --slots 2 --context-length 100 --batch-size 32 --threads 3 --gpu-layers 7 --main-gpu 1"
-    command += " --tensor-split 3,1.5 --lora a.gguf --lora b.gguf:0.5 --flash-attention on --kv-type q8_0 --no-mmap"
+    command += " --tensor-split 3,1.5 --lora a.gguf --lora-scaled b.gguf=0.5 --lora c.gguf --lora-scaled d=1=-2"
+    command += f" --mmproj p.gguf --flash-attention on --kv-type q8_0 --no-mmap --adapter-dir {tmp_path}"
     command += " --mlock --check-tensors --step-target 40 --pooling mean --max-queue 9 --host ::1 --port 0"
     command += " --drain-timeout 2.5 --allowed-host a.example --allowed-origin https://b.example -v"
     assert cli.main(command.split()) == 0
     assert call.model == ModelConfig(
         path="/fetched/m.gguf",
-        adapters=(AdapterConfig("a.gguf"), AdapterConfig("b.gguf", 0.5)),
+        projector="p.gguf",
+        adapters=(
+            AdapterConfig("a.gguf"),
+            AdapterConfig("c.gguf"),
+            AdapterConfig("b.gguf", 0.5),
+            AdapterConfig("d=1", -2.0),
+        ),
         gpu_layers=7,
         main_gpu=1,
         tensor_split=(3.0, 1.5),
@@ -89,8 +98,33 @@ def test_every_option_arrives(call: Call) -> None:
         max_queue=9,
     )
     assert call.service == service.ServiceConfig(
-        host="::1", port=0, drain_timeout=2.5, allowed_hosts=("a.example",), allowed_origins=("https://b.example",)
+        host="::1",
+        port=0,
+        drain_timeout=2.5,
+        allowed_hosts=("a.example",),
+        allowed_origins=("https://b.example",),
+        adapter_dir=tmp_path,
+        max_body_bytes=64 << 20,
     )
+
+
+def test_what_bench_is_told_of_an_engine_it_tells_its_server(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "bench --slots 2 --context-length 100 --batch-size 32 --threads 3 --gpu-layers 7 --main-gpu 1 --mlock"
+    command += " --tensor-split 3,1.5 --lora a.gguf --lora-scaled b.gguf=0.5 --lora c:1 --lora-scaled d=1=-2 --no-mmap"
+    command += " --mmproj p.gguf --flash-attention on --kv-type q8_0 --check-tensors --step-target 40 --pooling mean"
+    told: list[list[str]] = []
+
+    def tell(options: cli.EngineOptions) -> list[str]:
+        told.append(serve_arguments(options))
+        raise RunnerError("enough")
+
+    serve_arguments = cli._serve_arguments
+    monkeypatch.setattr(cli, "_serve_arguments", tell)
+    assert cli.main(command.split()) == 1
+    assert cli.main(["serve", *told[0]]) == 0
+    told_of = call.model, call.engine
+    assert cli.main(["serve", *command.split()[1:]]) == 0
+    assert told_of == (call.model, call.engine)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +140,17 @@ def test_every_option_arrives(call: Call) -> None:
         "serve --flash-attention maybe",
         "serve --tensor-split 1,x",
         "serve --tensor-split 1,-1",
-        "serve --lora a:nan",
-        "serve --lora a:inf",
+        "serve --lora-scaled a",
+        "serve --lora-scaled a=",
+        "serve --lora-scaled =1",
+        "serve --lora-scaled a=b",
+        "serve --lora-scaled a=nan",
+        "serve --lora-scaled a=-inf",
+        "serve --lora-scaled a:1",
+        "serve --lora x/a.gguf --lora y/a.gguf",
+        "serve --lora a.gguf --lora-scaled a.gguf=2",
+        "serve --adapter-dir /no/such/directory",
+        f"serve --adapter-dir {__file__}",
         "serve --drain-timeout -1",
         "serve --max-queue -1",
         "serve --max-queue none",
@@ -126,7 +169,14 @@ def test_every_option_arrives(call: Call) -> None:
         "run x --stop " + "y" * 2000,
         "run x --grammar-file /no/such/file",
         "run x y",
+        "run x --image /no/such/file",
+        "run x --image /",
         "embed",
+        "embed x --dimensions 0",
+        "embed x --dimensions few",
+        "rerank",
+        "rerank x",
+        "rerank x y --normalize",
         "fetch x y",
         "nonsense",
         "bench --rounds 0",
@@ -141,26 +191,18 @@ def test_a_wrong_command_line_is_a_usage_error(command: str, call: Call, capsys:
     assert call == Call()
 
 
-@pytest.mark.parametrize(
-    ("text", "adapter"),
-    [
-        ("a.gguf", AdapterConfig("a.gguf", 1.0)),
-        ("a.gguf:0.25", AdapterConfig("a.gguf", 0.25)),
-        ("a.gguf:-1", AdapterConfig("a.gguf", -1.0)),
-        ("C:a.gguf", AdapterConfig("C:a.gguf", 1.0)),
-        ("C:a.gguf:2", AdapterConfig("C:a.gguf", 2.0)),
-        (":2", AdapterConfig(":2", 1.0)),
-    ],
-)
-def test_adapters(text: str, adapter: AdapterConfig) -> None:
-    assert cli.read_adapter(text) == adapter
+@pytest.mark.parametrize("path", ["a.gguf", "a.gguf:0.25", "C:a.gguf", "C:\\a.gguf", "a=1", "a=b=", "dir=1/é", "=2"])
+@pytest.mark.parametrize(("text", "scale"), [("0.25", 0.25), ("-1", -1.0), ("+2e-1", 0.2), ("0", 0.0)])
+def test_adapters(path: str, text: str, scale: float) -> None:
+    assert cli.read_adapter(path) == AdapterConfig(path, 1.0)
+    assert cli.read_scaled_adapter(f"{path}={text}") == AdapterConfig(path, scale)
 
 
 def test_requests(tmp_path: Path) -> None:
     def make(*options: str) -> GenerateRequest:
         values = cli.run.make_context("run", ["prompt", *options]).params
         own = {name: values.pop(name) for name in ("prompt", "max_tokens", "stop", "shift", "grammar_file")}
-        for name in [field.name for field in dataclasses.fields(cli.EngineOptions)]:
+        for name in ["images", "chat", *(field.name for field in dataclasses.fields(cli.EngineOptions))]:
             del values[name]
         return cli.make_request(**own, sampling=values)
 
@@ -174,6 +216,15 @@ def test_requests(tmp_path: Path) -> None:
         shift=True,
         sampling=SamplingParams(temperature=0.0, top_k=5, seed=7, grammar='root ::= "é"'),
     )
+
+
+def test_prompts() -> None:
+    a, b = Path("a.png"), Path("b.png")
+    assert cli.make_prompt("hello", (), False) == "hello"
+    assert cli.make_prompt("hello", (a, b), False) == (a, b, "hello")
+    assert cli.make_prompt("hello", (), True) == Chat(messages=({"role": "user", "content": "hello"},))
+    parts = [{"type": "image", "image": a}, {"type": "image", "image": b}, {"type": "text", "text": "hello"}]
+    assert cli.make_prompt("hello", (a, b), True) == Chat(messages=({"role": "user", "content": parts},))
 
 
 @pytest.mark.parametrize("key", ["", " \n", "ключ", "a\x00b"])
@@ -199,6 +250,27 @@ def test_help_goes_to_stdout(arguments: list[str], capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert out.startswith("Usage: trio-runner")
     assert not err
+
+
+_ENGINE = ["--mmproj FILE", "--lora FILE", "--lora-scaled FILE=SCALE"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("serve", [*_ENGINE, "--adapter-dir DIRECTORY"]),
+        ("run", [*_ENGINE, "--image FILE", "--chat"]),
+        ("embed", [*_ENGINE, "--dimensions INTEGER", "--truncate", "--normalize"]),
+        ("rerank", [*_ENGINE, "--truncate", "QUERY DOCUMENT..."]),
+        ("info", _ENGINE),
+        ("bench", _ENGINE),
+    ],
+)
+def test_help_lists_what_a_command_takes(command: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert [option for option in options if option not in text] == []
+    assert ("--adapter-dir" in text) == (command == "serve")
 
 
 def test_help_says_how_to_reach_the_other_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from trio_runner import cli, dropin
+from trio_runner import cli, dropin, service
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.errors import LoadError, Unsupported
+from trio_runner.errors import LoadError
 
 
 def read(*arguments: str) -> dropin.Settings:
@@ -28,10 +28,11 @@ def test_the_defaults_are_the_originals() -> None:
 def test_everything_a_server_of_that_era_sends() -> None:
     command = "--model m.gguf --ctx-size 8192 --batch-size 512 --embedding --log-disable --n-gpu-layers 33 --verbose"
     command += " --main-gpu 1 --lora a.gguf --threads 8 --memory-f32 --flash-attn --no-mmap --mlock --numa distribute"
-    command += " --parallel 4 --tensor-split 3,1 --multiuser-cache --port 43210"
+    command += " --parallel 4 --tensor-split 3,1 --multiuser-cache --port 43210 --mmproj p.gguf"
     assert read(*command.split()) == dropin.Settings(
         ModelConfig(
             path="m.gguf",
+            projector="p.gguf",
             adapters=(AdapterConfig("a.gguf", 1.0),),
             gpu_layers=33,
             main_gpu=1,
@@ -53,6 +54,20 @@ def test_context_is_divided_among_the_slots() -> None:
     assert read("-model", "m", "-ctx-size", "1000", "-parallel", "3").engine.context_length == 333
 
 
+@pytest.mark.parametrize(("flags", "limit"), [([], 8 << 20), (["-mmproj", ""], 8 << 20), (["-mmproj", "p"], 64 << 20)])
+def test_a_request_may_be_larger_where_it_may_have_images(
+    flags: list[str], limit: int, monkeypatch: pytest.MonkeyPatch, restored_logging: None
+) -> None:
+    limits = []
+
+    async def run_service(model: ModelConfig, engine: EngineConfig, options: service.ServiceConfig) -> None:
+        limits.append(options.max_body_bytes)
+
+    monkeypatch.setattr(service, "run_service", run_service)
+    assert dropin.main(["-model", "m", *flags]) == 0
+    assert limits == [limit]
+
+
 @pytest.mark.parametrize(
     ("text", "split"),
     [("", ()), ("1", (1.0,)), ("1,x,2", (1.0, 0.0, 2.0)), ("nan,inf,-1,1e999", (0.0,) * 4), (",", (0.0, 0.0))],
@@ -71,13 +86,12 @@ def test_tensor_split(text: str, split: tuple[float, ...]) -> None:
         (("-model", "m", "-ctx-size", "0"), "context_length must be"),
         (("-model", "m", "-port", "70000"), "port must be"),
         (("-model", "m", "-batch-size", "0"), "batch_size must be"),
-        (("-model", "m", "-mmproj", "p"), "mmproj"),
     ],
 )
 def test_values_that_cannot_be_had(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], restored_logging: None
 ) -> None:
-    with pytest.raises((ValueError, LoadError, Unsupported), match=message):
+    with pytest.raises((ValueError, LoadError), match=message):
         read(*arguments)
     assert dropin.main(arguments) == 1
     out, err = capsys.readouterr()

@@ -40,7 +40,7 @@ async def test_an_adapter_changes_what_is_said(models: Path) -> None:
     command = ["run", "hello world", "-m", str(tiny_model("llama", models)), "--temperature", "0", "-n", "16"]
     lora = str(tiny_model("lora", models))
     said = []
-    for options in ([], ["--lora", f"{lora}:0"], ["--lora", lora]):
+    for options in ([], ["--lora-scaled", f"{lora}=0"], ["--lora", lora]):
         async with program(*command, *options, *ONE_THREAD, toy=False) as runner:
             assert await runner.ended() == 0, runner.log
             said.append(runner.output)

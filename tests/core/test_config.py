@@ -3,12 +3,23 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.config import KV_TYPES, MAX_SLOTS, MAX_THREADS, POOLINGS, AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.config import (
+    KV_TYPES,
+    MAX_ADAPTER_NAME,
+    MAX_SLOTS,
+    MAX_THREADS,
+    POOLINGS,
+    AdapterConfig,
+    EngineConfig,
+    ModelConfig,
+    check_adapter_name,
+)
 
 BAD_ENGINE: list[tuple[str, Any]] = [
     ("slots", 0),
@@ -28,6 +39,7 @@ BAD_ENGINE: list[tuple[str, Any]] = [
     ("step_target", -1.0),
     ("step_target", 61.0),
     ("step_target", math.nan),
+    ("image_cache_bytes", -1),
     ("max_queue", -1),
     ("max_backlog", 0),
     ("stall_timeout", 0.0),
@@ -36,6 +48,8 @@ BAD_ENGINE: list[tuple[str, Any]] = [
 ]
 BAD_MODEL: list[tuple[str, Any]] = [
     ("path", ""),
+    ("adapters", (AdapterConfig("a/x.gguf"), AdapterConfig("b/x.gguf"))),
+    ("adapters", (AdapterConfig("a.gguf", name="x"), AdapterConfig("b.gguf", 0.5, name="x"))),
     ("gpu_layers", -2),
     ("gpu_layers", 2**31),
     ("main_gpu", -1),
@@ -63,6 +77,40 @@ def test_adapter_scale(scale: float) -> None:
         AdapterConfig("lora.gguf", scale)
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a.gguf", "a"),
+        ("dir/v1.2-b_C.gguf", "v1.2-b_C"),
+        ("dir.d/plain", "plain"),
+        ("C:x y.gguf", "C_x_y"),
+        ("é.gguf", "adapter"),
+        ("-.gguf", "adapter"),
+        ("_a.gguf", "a"),
+        ("a" * 200, "a" * MAX_ADAPTER_NAME),
+        ("", "adapter"),
+    ],
+)
+def test_an_adapter_is_named_after_its_file(path: str, name: str) -> None:
+    assert AdapterConfig(path).name == name
+    assert AdapterConfig(path, name="other").name == "other"
+
+
+@given(st.text())
+def test_every_adapter_has_a_name_that_stands_in_urls(path: str) -> None:
+    name = AdapterConfig(path).name
+    check_adapter_name(name)
+    assert quote(name, safe="") == name
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", "../x", "a/b", "a b", "-a", ".a", "_a", "é", "a\n", "a\0", "a" * (MAX_ADAPTER_NAME + 1)]
+)
+def test_names_that_no_adapter_has(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        AdapterConfig("a.gguf", name=name)
+
+
 @given(
     st.builds(
         EngineConfig,
@@ -74,6 +122,7 @@ def test_adapter_scale(scale: float) -> None:
         kv_type=st.sampled_from(KV_TYPES),
         step_target=st.none() | st.floats(0.001, 60),
         pooling=st.sampled_from(POOLINGS),
+        image_cache_bytes=st.integers(0, 2**40),
         max_queue=st.none() | st.integers(0, 10**6),
         max_backlog=st.integers(1, 10**6),
         stall_timeout=st.floats(min_value=0, exclude_min=True, allow_nan=False),
@@ -90,4 +139,7 @@ def test_all_slots_together_have_a_bound() -> None:
 
 
 def test_a_path_becomes_text() -> None:
-    assert ModelConfig(path=Path("a") / "b.gguf").path == str(Path("a", "b.gguf"))  # type: ignore[arg-type]
+    path = Path("a") / "b.gguf"
+    assert ModelConfig(path=path).path == str(path)  # type: ignore[arg-type]
+    assert ModelConfig(path="m", projector=path).projector == str(path)  # type: ignore[arg-type]
+    assert AdapterConfig(path).path == str(path)  # type: ignore[arg-type]

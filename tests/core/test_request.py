@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,18 +14,28 @@ from hypothesis import strategies as st
 
 from trio_runner.errors import InvalidRequest
 from trio_runner.request import (
+    MAX_ADAPTER_NAME_BYTES,
+    MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
     MAX_DEADLINE,
+    MAX_DOCUMENTS,
     MAX_DRY_BREAKER_BYTES,
     MAX_DRY_BREAKERS,
     MAX_GRAMMAR_BYTES,
+    MAX_IMAGES,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
+    MAX_TEXT_BYTES,
     MAX_WINDOW,
     RANDOM_SEED,
+    AdapterChoice,
+    Chat,
     EmbedRequest,
     GenerateRequest,
+    Part,
+    RerankRequest,
     SamplingParams,
     as_prompt,
 )
@@ -67,7 +79,14 @@ NOT_INTEGERS: list[Any] = [None, True, False, "1", 1.0, math.nan, (1,), HUGE, -H
 NOT_BOOLS: list[Any] = [None, 0, 1, "true", 1.0]
 NOT_TEXTS: list[Any] = [None, 1, b"a", ("a",), SURROGATE]
 NOT_LISTS: list[Any] = [None, 1, "ab", {"a": 1}, b"ab"]
-PROMPTS: list[Any] = [None, 1, b"a", SURROGATE, (1, 2.0), (True,), (-1,), (INT_MAX + 1,), ("a",), (None,), {1}, (HUGE,)]
+TOKENS: list[Any] = [None, 1, b"a", SURROGATE, (1, 2.0), (True,), (-1,), (INT_MAX + 1,), (None,), {1}, (HUGE,)]
+PICTURE = b"a picture, for all that anybody knows here"
+ADAPTERS: list[Any] = [
+    *[value for value in NOT_LISTS if value is not None],
+    *[("a",), (None,), ({"name": "a"},), (("a", 1.0),)],
+    (AdapterChoice("a"), AdapterChoice("a", 2.0)),
+    tuple(AdapterChoice(str(index)) for index in range(MAX_ADAPTERS + 1)),
+]
 
 BAD_SAMPLING: dict[str, list[Any]] = {
     **{name: [*NOT_NUMBERS, low - 1, high * 2] for name, (low, high) in NUMBERS.items()},
@@ -92,7 +111,19 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     ],
 }
 BAD_GENERATE: dict[str, list[Any]] = {
-    "prompt": PROMPTS,
+    "prompt": [
+        *TOKENS,
+        *[("a", 1), (1, "a"), ("a", None), (PICTURE, SURROGATE), (bytearray(b"a"),), (["a"],), ("a", True)],
+        (PICTURE,) * (MAX_IMAGES + 1),
+        ["a"],
+    ],
+    "image_data": [
+        *NOT_LISTS,
+        *[(PICTURE,), ((1,),), ([1, PICTURE],), ((1, PICTURE, 1),), ((1, "picture.png"),), ((1, None),)],
+        *[((number, PICTURE),) for number in (*NOT_INTEGERS, -1, INT_MAX + 1)],
+        ((1, PICTURE),) * (MAX_IMAGES + 1),
+    ],
+    "adapters": ADAPTERS,
     "max_tokens": [0, -1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]],
     "stop": [
         *NOT_LISTS,
@@ -105,7 +136,28 @@ BAD_GENERATE: dict[str, list[Any]] = {
     "priority": [None, 1, True, "", "urgent", "Background", b"background", ["background"], {}],
     "deadline": [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1],
 }
-BAD_EMBED: dict[str, list[Any]] = {"content": PROMPTS, "normalize": NOT_BOOLS}
+BAD_EMBED: dict[str, list[Any]] = {
+    "content": [*TOKENS, ("a",), (PICTURE,)],
+    "normalize": NOT_BOOLS,
+    "truncate": NOT_BOOLS,
+    "dimensions": [0, -1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]],
+    "adapters": ADAPTERS,
+}
+BAD_RERANK: dict[str, list[Any]] = {
+    "query": [*NOT_TEXTS, "a" * (MAX_TEXT_BYTES + 1)],
+    "documents": [
+        *NOT_LISTS,
+        *[("a", text) for text in (*NOT_TEXTS, "a" * (MAX_TEXT_BYTES + 1))],
+        ("a",) * (MAX_DOCUMENTS + 1),
+    ],
+    "truncate": NOT_BOOLS,
+    "adapters": ADAPTERS,
+}
+BAD_CHOICE: dict[str, list[Any]] = {
+    "name": [*NOT_TEXTS, "a" * (MAX_ADAPTER_NAME_BYTES + 1)],
+    "scale": [*NOT_NUMBERS, MAX_ADAPTER_SCALE + 1, -MAX_ADAPTER_SCALE - 1],
+}
+BAD_CHAT: dict[str, list[Any]] = {"messages": [None, 1, "ab", b"ab", {"role": "user"}, {1}, iter(())]}
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
@@ -125,19 +177,70 @@ def test_sampling_params_names_the_bad_field(name: str, value: Any) -> None:
 def test_generate_request_names_the_bad_field(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=name) as caught:
         GenerateRequest(**{"prompt": "a", name: value})
-    assert caught.value.param == name
+    assert field_of(caught.value) == name
 
 
 @pytest.mark.parametrize(("name", "value"), cases(BAD_EMBED))
 def test_embed_request_names_the_bad_field(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=name) as caught:
         EmbedRequest(**{"content": "a", name: value})
+    assert field_of(caught.value) == name
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_RERANK))
+def test_rerank_request_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        RerankRequest(**{"query": "a", "documents": ("a",), name: value})
+    assert field_of(caught.value) == name
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_CHOICE))
+def test_adapter_choice_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        AdapterChoice(**{"name": "a", name: value})
+    assert caught.value.param == f"adapters.{name}"
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_CHAT))
+def test_chat_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        Chat(**{name: value})
     assert caught.value.param == name
+
+
+def field_of(error: InvalidRequest) -> str | None:
+    """The param without what says which part of the field it is."""
+    return error.param.partition("[")[0] if error.param is not None else None
+
+
+def test_the_bad_part_of_a_list_is_named() -> None:
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: GenerateRequest(prompt=("a", SURROGATE)), "prompt[1]"),
+        (lambda: GenerateRequest(prompt="a", image_data=((1, PICTURE), (-1, PICTURE))), "image_data[1].id"),
+        (lambda: RerankRequest(query="a", documents=("a", "b", SURROGATE)), "documents[2]"),
+    ]
+    for make, name in refused:
+        with pytest.raises(InvalidRequest) as caught:
+            make()
+        assert caught.value.param == name
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [(1, 2), ("a", PICTURE), Chat(messages=())])
+def test_only_text_has_images_beside_it(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match="image_data is for a prompt of text"):
+        GenerateRequest(prompt=prompt, image_data=((1, PICTURE),))
 
 
 @pytest.mark.parametrize(
     ("request_type", "table"),
-    [(SamplingParams, BAD_SAMPLING), (GenerateRequest, BAD_GENERATE), (EmbedRequest, BAD_EMBED)],
+    [
+        (SamplingParams, BAD_SAMPLING),
+        (GenerateRequest, BAD_GENERATE),
+        (EmbedRequest, BAD_EMBED),
+        (RerankRequest, BAD_RERANK),
+        (AdapterChoice, BAD_CHOICE),
+    ],
 )
 def test_no_field_is_forgotten_here(request_type: Any, table: dict[str, list[Any]]) -> None:
     assert {field.name for field in fields(request_type)} == set(table)
@@ -151,7 +254,13 @@ def test_both_ends_of_a_range_are_in_it(name: str, ends: tuple[float, float]) ->
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TOKEN = st.integers(0, INT_MAX)
-PROMPT = TEXT | st.lists(TOKEN, max_size=5).map(tuple)
+TOKENIZED = TEXT | st.lists(TOKEN, max_size=5).map(tuple)
+IMAGE = st.binary() | st.just(Path("picture.png"))
+CHOICES = st.none() | st.lists(
+    st.builds(AdapterChoice, name=TEXT, scale=st.floats(-MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)),
+    max_size=MAX_ADAPTERS,
+    unique_by=lambda choice: choice.name,
+).map(tuple)
 SAMPLING = st.builds(
     SamplingParams,
     **{name: st.floats(low, high) | st.just(int(high)) for name, (low, high) in NUMBERS.items()},
@@ -168,7 +277,8 @@ SAMPLING = st.builds(
 @given(
     st.builds(
         GenerateRequest,
-        prompt=PROMPT,
+        prompt=TOKENIZED | st.lists(TEXT | IMAGE, max_size=MAX_IMAGES).map(tuple),
+        adapters=CHOICES,
         max_tokens=st.none() | st.integers(1, INT_MAX),
         stop=st.lists(TEXT, max_size=MAX_STOP_STRINGS).map(tuple),
         sampling=SAMPLING,
@@ -186,15 +296,43 @@ def test_whatever_is_in_range_is_taken_as_it_is(request: GenerateRequest) -> Non
     hash(request)  # frozen through and through
 
 
-@given(PROMPT, st.booleans())
-def test_embed_request(content: str | tuple[int, ...], normalize: bool) -> None:
-    assert EmbedRequest(content=content, normalize=normalize).content == content
+@given(TEXT, st.lists(st.tuples(st.integers(0, INT_MAX), IMAGE), max_size=MAX_IMAGES))
+def test_images_in_a_text(prompt: str, images: list[tuple[int, bytes]]) -> None:
+    request = GenerateRequest(prompt=prompt, image_data=images)  # type: ignore[arg-type]
+    assert request.image_data == tuple(images)
+    hash(request)
+
+
+@given(TOKENIZED, st.booleans(), st.none() | st.integers(1, INT_MAX), st.booleans(), CHOICES)
+def test_embed_request(
+    content: str | tuple[int, ...],
+    normalize: bool,
+    dimensions: int | None,
+    truncate: bool,
+    adapters: tuple[AdapterChoice, ...] | None,
+) -> None:
+    request = EmbedRequest(
+        content=content, normalize=normalize, dimensions=dimensions, truncate=truncate, adapters=adapters
+    )
+    assert (request.content, request.dimensions, request.adapters) == (content, dimensions, adapters)
+    hash(request)
+
+
+@given(TEXT, st.lists(TEXT), st.booleans(), CHOICES)
+def test_rerank_request(
+    query: str, documents: list[str], truncate: bool, adapters: tuple[AdapterChoice, ...] | None
+) -> None:
+    request = RerankRequest(query=query, documents=documents, truncate=truncate, adapters=adapters)  # type: ignore[arg-type]
+    assert request.documents == tuple(documents)
+    hash(request)
 
 
 def test_lists_are_taken_as_tuples() -> None:
     """A frozen value must not change when a list of the caller does."""
     request = GenerateRequest(prompt="a", stop=["b"])  # type: ignore[arg-type]
     assert request.stop == ("b",)
+    assert GenerateRequest(prompt="a", adapters=[AdapterChoice("b")]).adapters == (AdapterChoice("b"),)  # type: ignore[arg-type]
+    assert Chat(messages=[{"role": "user"}]).messages == ({"role": "user"},)  # type: ignore[arg-type]
     params = SamplingParams(logit_bias=[[1, 2.0]], dry_sequence_breakers=["\n"])  # type: ignore[arg-type]
     assert params.logit_bias == ((1, 2.0),)
     assert params.dry_sequence_breakers == ("\n",)
@@ -203,3 +341,7 @@ def test_lists_are_taken_as_tuples() -> None:
 def test_as_prompt() -> None:
     assert as_prompt("ab") == "ab"
     assert as_prompt([1, 2]) == (1, 2)
+    parts: list[Part] = ["ab", PICTURE]
+    assert as_prompt(parts) == ("ab", PICTURE)
+    chat = Chat(messages=())
+    assert as_prompt(chat) is chat

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import trio
 
 from trio_runner.config import EngineConfig
+from trio_runner.engine.adapters import AdapterInfo
 from trio_runner.engine.engine import EngineStatistics
-from trio_runner.errors import EngineClosed
+from trio_runner.errors import EngineClosed, LoadError
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
-from trio_runner.request import EmbedRequest, GenerateRequest
+from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 
 DONE = Finished("stop", Usage(3, 1, 5, 0.0129, 0.25))
 
@@ -77,6 +79,9 @@ class FakeEngine:
         self.calls: list[object] = []
         self.cancelled = trio.Event()
         self.vector: np.ndarray[tuple[int], np.dtype[np.float32]] = np.array([0.1, -2, 1e-7], dtype=np.float32)
+        self.scores: list[float] = []
+        self.adapters = [AdapterInfo("one", "/srv/secret/one.gguf", 0.5)]
+        self.load_error: LoadError | None = None
         self.drained = False
         self._asked = trio.Event()
 
@@ -110,6 +115,29 @@ class FakeEngine:
         self.calls.append(request)
         await self.admit()
         return Embedded(self.vector, Usage(prompt_tokens=3))
+
+    async def embed_requests(self, requests: Sequence[EmbedRequest]) -> list[Embedded]:
+        return [await self.embed_request(request) for request in requests]
+
+    async def rerank(self, request: RerankRequest) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        self.calls.append(request)
+        await self.admit()
+        return np.array(self.scores, np.float32)
+
+    async def wait_ready(self) -> None:
+        self.calls.append("wait_ready")
+        await self.admit()
+
+    async def load_adapter(self, path: Path, *, name: str | None, scale: float) -> AdapterInfo:
+        self.calls.append((path, name, scale))
+        await self.admit()
+        if self.load_error is not None:
+            raise self.load_error
+        return AdapterInfo(name or path.stem, str(path), scale)
+
+    def unload_adapter(self, name: str) -> AdapterInfo:
+        self.calls.append(name)
+        return AdapterInfo(name, "/srv/secret/x.gguf", 1.0)
 
     async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         self.calls.append((text, add_special, parse_special))

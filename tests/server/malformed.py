@@ -22,9 +22,12 @@ BOOLEANS = [
     *["cache_prompt", "penalize_nl", "shift", "truncate", "low_vram", "f16_kv", "logits_all", "vocab_only"],
     *["use_mmap", "use_mlock"],
 ]
-LISTS = ["stop", "dry_sequence_breakers", "image_data", "logit_bias"]
+LISTS = ["stop", "dry_sequence_breakers", "image_data", "logit_bias", "adapters"]
 
 HUGE = "1" + "0" * 5000
+NOT_INTEGERS = ["1.0", "1e3", "true", '"1"', "[]", "{}", HUGE, "-" + HUGE, "9223372036854775808", "1e400"]
+NOT_NUMBERS = ["true", '"1"', "[]", "{}", "1e400", "-1e400", HUGE, "1e39"]
+NOT_BOOLEANS = ["1", "0.0", '"true"', "[]", "{}"]
 
 OUT_OF_RANGE = {
     "top_k": ["4294967296", "-9223372036854775808"],
@@ -60,35 +63,102 @@ OUT_OF_RANGE = {
     "stop": ['["\\ud800"]', json.dumps(["x"] * 65), json.dumps(["x" * 1025]), "[1]", "[[]]", "[{}]"],
     "grammar": [json.dumps("x" * 65537), '"root ::= \\u0000"', '"\\udfff"'],
     "dry_sequence_breakers": ['[""]', '["\\u0000"]', json.dumps(["x"] * 17), json.dumps(["x" * 65])],
-    "image_data": [
-        *["[1]", '[{"data": 1}]', '[{"data": "!"}]', '[{"data": "AAA"}]', '[{"id": "1"}]', '[{"id": 1.0}]'],
-        *['[{"id": 1, "data": "AAAA"}]', "[{}]", '[{"data": "\\u00e9"}]'],
+    "image_data": [json.dumps([{"id": i, "data": "AAAA"} for i in range(17)])],
+    "image_data[0]": ["[1]", "[null]", "[[]]", '["AAAA"]'],
+    "image_data[1]": ['[{"data": "AAAA"}, true]'],
+    "image_data[0].id": [f'[{{"data": "AAAA", "id": {value}}}]' for value in [*NOT_INTEGERS, "-1", "2147483648"]],
+    "image_data[0].data": [
+        f'[{{"data": {value}}}]'
+        for value in [
+            "1",
+            "null",
+            '""',
+            "[]",
+            '"!"',
+            '"A"',
+            '"AAA"',
+            '"===="',
+            '"AA=A"',
+            '"AA==AA=="',
+            '"\\u00e9"',
+            '"-_-_"',
+        ]
     ],
+    "image_data[1].data": ['[{"data": "AAAA"}, {"ID": 1, "DATA": "?"}]', '[{"data": "AAAA"}, {}]'],
     "prompt": ['"\\ud800"', '"a\\udc00b"', '""'],
 }
+ADAPTERS = {
+    "adapters": [
+        *["[1]", "[null]", '["a"]', "[{}]", '[{"scale": 1}]', '[{"name": null}]', '[{"name": "a"}, {"NAME": "a"}]'],
+        json.dumps([{"name": str(i)} for i in range(17)]),
+    ],
+    "adapters.name": [f'[{{"name": {value}}}]' for value in ("1", "[]", '"\\ud800"', json.dumps("a" * 1000))],
+    "adapters.scale": [f'[{{"name": "a", "scale": {value}}}]' for value in [*NOT_NUMBERS, "1001", "-1001"]],
+}
+OTHERS = {
+    "/embedding": {
+        "content": ["1", "true", "[]", "{}", '"\\ud800"', HUGE, '""', json.dumps(["x"] * 4097)],
+        "content[0]": ["[1]", "[null]", "[[]]", '["\\ud800"]'],
+        "content[1]": ['["a", {}]', json.dumps(["a", "x" * (4 << 20) + "x"])],
+        "normalize": NOT_BOOLEANS,
+        "truncate": NOT_BOOLEANS,
+        "cache_prompt": NOT_BOOLEANS,
+        "dimensions": [*NOT_INTEGERS, "0", "-1", "2147483648"],
+        **ADAPTERS,
+    },
+    "/rerank": {
+        "query": ["1", "true", "[]", '["x"]', '""', '"\\ud800"'],
+        "documents": ['"x"', "1", "{}", "[]", "[1]", "[null]", '[["x"]]', '["\\ud800"]', json.dumps(["x"] * 4097)],
+        "top_n": [*NOT_INTEGERS, "0", "-1"],
+        "truncate": NOT_BOOLEANS,
+        **ADAPTERS,
+    },
+    "/adapters": {
+        "file": [
+            *["1", "true", "[]", "{}", '""', '"."', '".."', '"../x"', '"/etc/passwd"', '"a/b"', '"a/../b"', '"a/"'],
+            *[
+                r'"a\\b"',
+                r'"a\u0000"',
+                r'"\u0000"',
+                '".hidden"',
+                '"\\ud800"',
+                json.dumps("a" * 256),
+                json.dumps("é" * 128),
+            ],
+        ],
+        "name": ["1", "true", "[]", "{}", '"\\ud800"'],
+        "scale": [*NOT_NUMBERS, "1001", "-1001"],
+    },
+}
+"""By path: the name that the answer must contain, and values of the field that it begins with."""
 
 
 def malformed() -> Iterator[Case]:
     for name in TEXTS:
         yield from (completion(name, value) for value in ("1", "1.5", "true", "[]", "{}", '["x"]'))
     for name in INTEGERS:
-        wrong = ["1.0", "1e3", "true", '"1"', "[]", "{}", HUGE, "-" + HUGE, "9223372036854775808", "1e400"]
-        yield from (completion(name, value) for value in wrong)
+        yield from (completion(name, value) for value in NOT_INTEGERS)
     for name in NUMBERS:
-        yield from (completion(name, value) for value in ("true", '"1"', "[]", "{}", "1e400", "-1e400", HUGE, "1e39"))
+        yield from (completion(name, value) for value in NOT_NUMBERS)
     for name in BOOLEANS:
-        yield from (completion(name, value) for value in ("1", "0.0", '"true"', "[]", "{}"))
+        yield from (completion(name, value) for value in NOT_BOOLEANS)
     for name in LISTS:
         yield from (completion(name, value) for value in ("1", "true", '"x"'))
-    for name, values in OUT_OF_RANGE.items():
+    for name, values in (*OUT_OF_RANGE.items(), *ADAPTERS.items()):
         yield from (completion(name, value) for value in values)
-    for path, field in (("/embedding", "content"), ("/tokenize", "content")):
-        for value in ("1", "true", "[]", "{}", '"\\ud800"', HUGE):
-            yield path, f'{{"{field}": {value}}}'.encode(), field
+    for path, fields in OTHERS.items():
+        for name, values in fields.items():
+            yield from (wrong(path, name, value) for value in values)
+    for value in ("1", "true", "[]", "{}", '"\\ud800"', HUGE):
+        yield "/tokenize", f'{{"content": {value}}}'.encode(), "content"
     for value in ("1", "true", '"x"', "{}", '["x"]', "[1.0]", "[true]", "[-1]", "[2147483648]", f"[{HUGE}]", "[null]"):
         yield "/detokenize", f'{{"tokens": {value}}}'.encode(), "tokens"
     yield "/embedding", b"{}", "content"
-    yield "/embedding", b'{"content": ""}', "content"
+    yield "/rerank", b"{}", "query"
+    yield "/rerank", b'{"query": "x"}', "documents"
+    yield "/rerank", b'{"documents": ["x"]}', "query"
+    yield "/adapters", b"{}", "file"
+    yield "/adapters", b'{"name": "x"}', "file"
     yield "/completion", b"{}", "prompt"
     yield "/completion", b"null", "prompt"
     # Any case, and the last of several counts.
@@ -99,9 +169,22 @@ def malformed() -> Iterator[Case]:
     yield from not_json()
 
 
+RIGHT = {
+    "/completion": '"prompt": "x"',
+    "/embedding": '"content": "x"',
+    "/rerank": '"query": "x", "documents": ["y"]',
+    "/adapters": '"file": "x"',
+}
+
+
 def completion(name: str, value: str) -> Case:
-    prompt = "" if name == "prompt" else '"prompt": "x", '
-    return "/completion", f'{{{prompt}"{name}": {value}}}'.encode(), name
+    return wrong("/completion", name, value)
+
+
+def wrong(path: str, name: str, value: str) -> Case:
+    """All that is needed, and then, as the last duplicate counts, the field that `name` begins with."""
+    field = name.partition("[")[0].partition(".")[0]
+    return path, f'{{{RIGHT[path]}, "{field}": {value}}}'.encode(), name
 
 
 def not_json() -> Iterator[Case]:
@@ -116,4 +199,5 @@ def not_json() -> Iterator[Case]:
     broken += [b"[" * 50_000, b'{"a":' * 30_000, b'{"prompt": "x", "stop": ' + b"[" * 50_000]
     for body in broken:
         yield "/completion", body, "Bad request"
-        yield "/embedding", body, "bad request: "
+        for path in ("/embedding", "/rerank", "/adapters"):
+            yield path, body, "bad request: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import trio
@@ -28,6 +29,15 @@ WAYS: list[Callable[[Client], Awaitable[None]]] = [fin, reset, half_close]
 
 COMPLETION = post("/completion", {"prompt": "x"})
 UPGRADE = post("/completion", {"prompt": "x"}, "Connection: upgrade", "Upgrade: foo")
+WAITING = {
+    "plain": COMPLETION,
+    "upgrade": UPGRADE,
+    "embed": post("/embedding", {"content": "x"}),
+    "embed a list": post("/embedding", {"content": ["x", "y"]}),
+    "rerank": post("/rerank", {"query": "x", "documents": ["y"]}),
+    "load": post("/adapters", {"file": "x"}),
+    "unload": request("DELETE", "/adapters/x"),
+}
 HEAD_ONLY = b"POST /completion HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
 
 WITHOUT_REQUEST = {
@@ -72,18 +82,16 @@ async def test_before_there_is_a_request(phase: str, leave: Callable[[Client], A
 
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("trailing", TRAILING)
-@pytest.mark.parametrize(
-    "raw", [COMPLETION, UPGRADE, post("/embedding", {"content": "x"})], ids=["plain", "upgrade", "embed"]
-)
+@pytest.mark.parametrize("what", WAITING)
 async def test_while_waiting_for_the_model_or_a_slot(
-    raw: bytes, trailing: str, leave: Callable[[Client], Awaitable[None]]
+    what: str, trailing: str, leave: Callable[[Client], Awaitable[None]], tmp_path: Path
 ) -> None:
     engine = FakeEngine()
     engine.admitting = trio.Event()
-    async with serving(engine) as server:
+    async with serving(engine, adapter_dir=tmp_path) as server:
         n_tasks = trio.lowlevel.current_statistics().tasks_living
         client = await server.connect()
-        await client.stream.send_all(raw + TRAILING[trailing])
+        await client.stream.send_all(WAITING[what] + TRAILING[trailing])
         await until(lambda: engine.calls)
         await leave(client)
         with trio.fail_after(1):

@@ -12,6 +12,7 @@ EXPECTED = {
     errors.PromptTooLong(10, 5): 400,
     errors.InvalidGrammar("x"): 400,
     errors.InvalidImage("x", param="image_data"): 400,
+    errors.UnknownAdapter("x"): 404,
     errors.Unsupported("images"): 422,
     errors.EngineBusy(): 503,
     errors.EngineClosed("x"): 503,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import trio
@@ -15,7 +16,7 @@ from trio_runner.core.scheduler import SchedulerStatistics
 from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
 from trio_runner.events import PromptProgress, SampledToken, TextPiece, TokenInfo
-from trio_runner.request import GenerateRequest
+from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.server import intake, runner_api
 from trio_runner.server.body import EventBody
 
@@ -130,9 +131,54 @@ async def test_embedding() -> None:
         answer = await client.ask(post("/embedding", {"content": "x"}))
         assert answer.body == b'{"embedding":[0.1,-2.0,1e-07]}\n'
         assert answer.headers["content-type"] == "application/json"
+        answer = await client.ask(post("/embedding", {"content": ["x", "y"], "dimensions": 3}))
+        assert answer.body == b'{"embeddings":[[0.1,-2.0,1e-07],[0.1,-2.0,1e-07]]}\n'
+        assert answer.headers["content-type"] == "application/json"
+        assert engine.calls[1:] == [EmbedRequest(content=text, dimensions=3) for text in "xy"]
         engine.vector[1] = float("nan")
-        answer = await client.ask(post("/embedding", {"content": "x"}))
-        assert (answer.status, answer.headers["content-type"]) == (500, "text/plain; charset=utf-8")
+        for content in ("x", ["x"]):
+            answer = await client.ask(post("/embedding", {"content": content}))
+            assert (answer.status, answer.headers["content-type"]) == (500, "text/plain; charset=utf-8")
+
+
+async def test_rerank() -> None:
+    engine = FakeEngine()
+    engine.scores = [-0.5, 2, 0.25]
+    async with serving(engine) as server:
+        client = await server.connect()
+        answer = await client.ask(post("/rerank", {"query": "q", "documents": ["a", "b", "c"], "top_n": 2}))
+        assert answer.body == (b'{"results":[{"index":1,"relevance_score":2},{"index":2,"relevance_score":0.25}]}\n')
+        assert answer.headers["content-type"] == "application/json"
+        assert engine.calls == [RerankRequest(query="q", documents=("a", "b", "c"))]
+        engine.scores[1] = float("inf")
+        answer = await client.ask(post("/rerank", {"query": "q", "documents": ["a", "b", "c"]}))
+        assert (answer.status, answer.body) == (500, b"a score is not finite\n")
+
+
+async def test_adapters(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with serving(engine, adapter_dir=tmp_path) as server:
+        client = await server.connect()
+        answer = await client.ask(request("GET", "/adapters"))
+        assert answer.body == b'{"adapters":[{"name":"one","file":"one.gguf","scale":0.5}]}\n'
+        assert answer.headers["content-type"] == "application/json"
+        answer = await client.ask(post("/adapters", {"file": "a.gguf", "name": "b", "scale": 2}))
+        assert answer.body == b'{"name":"b","file":"a.gguf","scale":2}\n'
+        assert engine.calls[-2:] == ["wait_ready", (tmp_path / "a.gguf", "b", 2.0)]
+        answer = await client.ask(request("DELETE", "/adapters/b%20"))
+        assert answer.body == b'{"name":"b ","file":"x.gguf","scale":1}\n'
+        assert engine.calls[-2:] == ["wait_ready", "b "]
+        engine.load_error = LoadError(f"no such file: {tmp_path}/a.gguf", path=str(tmp_path / "a.gguf"))
+        answer = await client.ask(post("/adapters", {"file": "a.gguf"}))
+        assert (answer.status, answer.body) == (422, b"file: a.gguf: no such file: a.gguf\n")
+        engine.refusal = LoadError("no such file", path="model.gguf")
+        for raw in (
+            post("/adapters", {"file": "a.gguf"}),
+            request("GET", "/adapters"),
+            request("DELETE", "/adapters/b"),
+        ):
+            answer = await client.ask(raw)
+            assert (answer.status, answer.body) == (500, b"model.gguf: no such file\n")
 
 
 async def test_tokenize_and_detokenize() -> None:
@@ -169,13 +215,21 @@ async def test_other_paths_are_not_found(path: str) -> None:
             assert answer.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-@pytest.mark.parametrize("path", ["/completion", "/embedding", "/tokenize", "/detokenize"])
-async def test_other_methods_are_not_allowed(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        *[(path, "POST") for path in ("/completion", "/embedding", "/tokenize", "/detokenize", "/rerank")],
+        ("/statistics", "GET"),
+        ("/adapters", "GET, POST"),
+        ("/adapters/x", "DELETE"),
+    ],
+)
+async def test_other_methods_are_not_allowed(path: str, allowed: str, tmp_path: Path) -> None:
     engine = FakeEngine()
-    async with serving(engine) as server:
-        for method in ("GET", "PUT", "DELETE", "FOO"):
+    async with serving(engine, adapter_dir=tmp_path) as server:
+        for method in {"GET", "POST", "PUT", "DELETE", "PATCH", "FOO"} - {*allowed.split(", ")}:
             answer = await server.ask(request(method, path))
-            assert (answer.status, answer.body, answer.headers["allow"]) == (405, b"Method Not Allowed\n", "POST")
+            assert (answer.status, answer.body, answer.headers["allow"]) == (405, b"Method Not Allowed\n", allowed)
         assert (await server.ask(request("OPTIONS", path))).headers["allow"].split(", ") != []
         assert engine.calls == []
 
@@ -183,17 +237,22 @@ async def test_other_methods_are_not_allowed(path: str) -> None:
 async def test_statistics() -> None:
     engine = FakeEngine()
     engine.snapshot = EngineStatistics(
-        "ready", 4, 9, SchedulerStatistics(3, 2, 1, 5, 700, n_batches=80, n_aborted=6, n_prompt_rows=900, n_sampled=60)
+        "ready",
+        4,
+        9,
+        SchedulerStatistics(3, 2, 1, 5, 700, n_batches=80, n_aborted=6, n_prompt_rows=900, n_sampled=60),
+        images_encoded=8,
+        images_found=30,
+        image_bytes=5000,
     )
     async with serving(engine) as server:
         answer = await server.ask(request("GET", "/statistics"))
         assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
         assert answer.body == (
             b'{"status":"ok","slots":4,"running":2,"waiting":3,"paused":1,"preempted":5,"cached_tokens":700,'
-            b'"generations":9,"batches":80,"aborted":6,"prompt_rows":900,"sampled":60}\n'
+            b'"generations":9,"batches":80,"aborted":6,"prompt_rows":900,"sampled":60,'
+            b'"images_encoded":8,"images_found":30,"image_bytes":5000}\n'
         )
-        refused = await server.ask(request("PUT", "/statistics"))
-        assert (refused.status, refused.headers["allow"]) == (405, "GET")
     async with serving(engine, api_key="s3cret") as server:
         assert (await server.ask(request("GET", "/statistics"))).status == 401
 
@@ -297,9 +356,9 @@ async def test_a_long_answer_is_written_while_others_are_served(monkeypatch: pyt
             assert (await large.answer()).body == b"done"
 
 
-async def test_malformed_requests_change_nothing() -> None:
+async def test_malformed_requests_change_nothing(tmp_path: Path) -> None:
     engine = FakeEngine()
-    async with serving(engine, deadline=60) as server:
+    async with serving(engine, deadline=60, adapter_dir=tmp_path) as server:
         client = await server.connect()
         for path, body, name in malformed():
             answer = await client.ask(request("POST", path, body) if body else EMPTY_POST % path.encode())
@@ -345,16 +404,26 @@ async def test_expect_100_continue() -> None:
         assert (await client.ask(b'{"content":"a"}')).body == b'{"tokens":[97]}\n'
 
 
-async def test_health_while_everything_waits() -> None:
+async def test_health_while_everything_waits(tmp_path: Path) -> None:
     """While the model loads, and with every kind of request waiting for it."""
     engine = FakeEngine()
     engine.status, engine.progress, engine.admitting = "loading", 0.25, trio.Event()
-    async with serving(engine) as server:
-        clients = [await server.connect() for _ in range(4)]
-        await clients[0].stream.send_all(post("/completion", {"prompt": "x"}))
-        await clients[1].stream.send_all(post("/embedding", {"content": "x"}))
-        await clients[2].stream.send_all(post("/tokenize", {"content": "x"}))
-        await clients[3].stream.send_all(post("/detokenize", {"tokens": [97]}))
+    engine.scores = [1.0]
+    async with serving(engine, adapter_dir=tmp_path) as server:
+        waiting = [
+            post("/completion", {"prompt": "x"}),
+            post("/embedding", {"content": "x"}),
+            post("/embedding", {"content": ["x"]}),
+            post("/rerank", {"query": "x", "documents": ["y"]}),
+            post("/tokenize", {"content": "x"}),
+            post("/detokenize", {"tokens": [97]}),
+            request("GET", "/adapters"),
+            post("/adapters", {"file": "x"}),
+            request("DELETE", "/adapters/x"),
+        ]
+        clients = [await server.connect() for _ in waiting]
+        for client, raw in zip(clients, waiting, strict=True):
+            await client.stream.send_all(raw)
         generation = await engine.asked()
         for _ in range(5):
             with trio.fail_after(0.2):
@@ -380,7 +449,7 @@ async def test_host_and_origin() -> None:
         assert "access-control-allow-origin" not in (await server.ask(request("POST", "/tokenize", tokenize))).headers
         preflight = "Access-Control-Request-Method: POST"
         answer = await server.ask(request("OPTIONS", "/completion", b"", f"Origin: {page}", preflight))
-        assert (answer.status, answer.headers["access-control-allow-methods"]) == (204, "GET, POST")
+        assert (answer.status, answer.headers["access-control-allow-methods"]) == (204, "DELETE, GET, POST")
         assert (await server.ask(request("OPTIONS", "/x", b"", "Origin: http://a", preflight))).status == 403
         assert len(engine.calls) == 4
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import json
 import math
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,18 +16,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.server.malformed import malformed
+from tests.server.malformed import RIGHT, malformed
+from trio_runner.engine.adapters import AdapterInfo
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
     InvalidGrammar,
+    InvalidImage,
     InvalidRequest,
+    LoadError,
     RequestError,
     RunnerError,
-    Unsupported,
 )
 from trio_runner.events import Embedded, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.request import RANDOM_SEED, GenerateRequest, SamplingParams
+from trio_runner.images import MAX_IMAGE_BYTES
+from trio_runner.request import (
+    RANDOM_SEED,
+    AdapterChoice,
+    EmbedRequest,
+    GenerateRequest,
+    RerankRequest,
+    SamplingParams,
+)
 from trio_runner.server import runner_api
 
 
@@ -82,6 +96,16 @@ def test_null_leaves_every_default() -> None:
         ({"shift": False, "truncate": False}, {"shift": False, "truncate": False}),
         ({"prompt": "[img-0] \0 \u2028"}, {"prompt": "[img-0] \0 \u2028"}),
         ({"image_data": []}, {}),
+        ({"image_data": [{"data": "AAEC", "id": 7}]}, {"image_data": ((7, b"\0\1\2"),)}),
+        ({"IMAGE_DATA": [{"Data": "\r\nAA\nEC\r\n"}]}, {"image_data": ((0, b"\0\1\2"),)}),
+        ({"image_data": [{"data": "AA==", "id": 2**31 - 1, "x": 1}]}, {"image_data": ((2**31 - 1, b"\0"),)}),
+        ({"image_data": [{"data": "AAEC", "id": 1}] * 16}, {"image_data": ((1, b"\0\1\2"),) * 16}),
+        ({"adapters": []}, {"adapters": ()}),
+        ({"adapters": [{"name": "a"}]}, {"adapters": (AdapterChoice("a", 1.0),)}),
+        (
+            {"adapters": [{"Name": "a", "SCALE": -2}, {"name": "b", "scale": None}]},
+            {"adapters": (AdapterChoice("a", -2.0), AdapterChoice("b", 1.0))},
+        ),
         ({"priority": "background", "deadline": 2}, {"priority": "background", "deadline": 2.0}),
         ({"priority": "interactive", "deadline": 0.25}, {"deadline": 0.25}),
         ({"stream": False, "num_ctx": 5, "use_mmap": False, "whatever": {"deep": [1]}}, {}),
@@ -176,6 +200,14 @@ def test_text_and_numbers_do_not_count() -> None:
     assert runner_api.detokenize(json.dumps({"tokens": tokens}).encode()) == tuple(tokens)
 
 
+PARSERS: dict[str, Callable[[bytes], object]] = {
+    "/completion": runner_api.completion,
+    "/embedding": runner_api.embedding,
+    "/rerank": runner_api.rerank,
+    "/adapters": runner_api.adapter,
+    "/tokenize": runner_api.tokenize,
+    "/detokenize": runner_api.detokenize,
+}
 CASES = list(malformed())
 
 
@@ -184,15 +216,9 @@ def test_there_are_enough_malformed_requests() -> None:
 
 
 def test_malformed_requests_name_the_field() -> None:
-    parsers: dict[str, Any] = {
-        "/completion": runner_api.completion,
-        "/embedding": runner_api.embedding,
-        "/tokenize": runner_api.tokenize,
-        "/detokenize": runner_api.detokenize,
-    }
     for path, body, name in CASES:
         with pytest.raises(RequestError) as caught:
-            parsers[path](body)
+            PARSERS[path](body)
         assert name in str(caught.value), (path, body[:80])
         assert caught.value.param is None or caught.value.param.startswith(name)
 
@@ -204,33 +230,107 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*runner_api._COMPLETION]), JSON, max_size=4), st.booleans())
-def test_any_value_is_accepted_or_refused_by_name(fields: dict[str, Any], with_prompt: bool) -> None:
-    if with_prompt:
-        fields["prompt"] = "x"
-    refusal: RequestError | None = None
-    try:
-        runner_api.completion(json.dumps(fields).encode())
-    except RequestError as error:
-        refusal = error
-    if refusal is not None and str(refusal) != "Bad request":
+FIELDS: dict[str, dict[str, Any]] = {
+    "/completion": runner_api._COMPLETION,
+    "/embedding": runner_api._EMBEDDING,
+    "/rerank": runner_api._RERANK,
+    "/adapters": runner_api._ADAPTER,
+}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+@given(st.data(), st.booleans())
+def test_any_value_is_accepted_or_refused_by_name(path: str, data: st.DataObject, with_what_is_needed: bool) -> None:
+    fields = data.draw(st.dictionaries(st.sampled_from([*FIELDS[path]]), JSON, max_size=4))
+    if with_what_is_needed:
+        fields |= json.loads(f"{{{RIGHT[path]}}}")
+    refusal = refusal_of(path, fields)
+    if refusal is not None:
         assert refusal.param is not None
+        assert refusal.param in str(refusal)
+
+
+def refusal_of(path: str, fields: dict[str, Any]) -> RequestError | None:
+    """Of something that is JSON."""
+    try:
+        PARSERS[path](json.dumps(fields).encode())
+    except RequestError as error:
+        return None if str(error).lower().startswith("bad request") else error
+    return None
+
+
+PARTS: st.SearchStrategy[Any] = st.dictionaries(
+    st.sampled_from(["id", "data", "name", "scale"]), st.sampled_from(["AAAA", "", 1, 0.5]) | JSON
+)
+
+
+@given(
+    st.sampled_from([path for path, fields in FIELDS.items() if "adapters" in fields]),
+    st.sampled_from(["image_data", "adapters"]),
+    st.lists(PARTS | JSON, max_size=3),
+)
+def test_any_part_of_a_list_is_accepted_or_refused_by_name(path: str, name: str, parts: list[Any]) -> None:
+    refusal = refusal_of(path, json.loads(f"{{{RIGHT[path]}}}") | {name: parts})
+    if refusal is not None:
+        assert refusal.param is not None
+        assert refusal.param.startswith(name)
         assert refusal.param in str(refusal)
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_accepted_or_refused(body: bytes) -> None:
-    for parse in (runner_api.completion, runner_api.embedding, runner_api.tokenize, runner_api.detokenize):
-        try:
+    for parse in PARSERS.values():
+        with contextlib.suppress(RequestError):
             parse(body)
-        except RequestError:
-            continue
 
 
-def test_images_need_a_projector() -> None:
-    with pytest.raises(Unsupported) as caught:
-        completion(image_data=[{"data": "AAAA", "id": 1}])
-    assert caught.value.param == "image_data"
+@given(st.binary(min_size=1, max_size=200), st.sampled_from(["", "\n", "\r\n"]))
+def test_images_survive_the_wire(image: bytes, line_break: str) -> None:
+    text = base64.b64encode(image).decode()
+    lines = line_break.join(text[start : start + 76] for start in range(0, len(text), 76))
+    assert completion(image_data=[{"data": lines, "id": 3}]).image_data == ((3, image),)
+
+
+def test_images_survive_the_wire_however_long() -> None:
+    image = random.Random(0).randbytes(3_000_000)
+    assert completion(image_data=[{"data": base64.b64encode(image).decode()}]).image_data == ((0, image),)
+    too_long = "A" * (MAX_IMAGE_BYTES * 3 // 2 + 4)
+    with pytest.raises(InvalidImage, match=rf"image_data\[1\]\.data has more than {MAX_IMAGE_BYTES} bytes"):
+        completion(image_data=[{"data": "AAAA"}, {"data": too_long}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"cache_prompt": True}, {}),
+        (
+            {"normalize": True, "truncate": True, "dimensions": 3},
+            {"normalize": True, "truncate": True, "dimensions": 3},
+        ),
+        ({"adapters": [{"name": "a", "scale": 0.5}]}, {"adapters": (AdapterChoice("a", 0.5),)}),
+    ],
+)
+@pytest.mark.parametrize("content", ["x", ["x"], ["x", "", "x"]])
+def test_embeddings(content: str | list[str], fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    asked = runner_api.embedding(json.dumps({"content": content, **fields}).encode())
+    if isinstance(content, str):
+        assert asked == EmbedRequest(content=content, **expected)
+    else:
+        assert asked == tuple(EmbedRequest(content=text, **expected) for text in content)
+
+
+def test_rerank() -> None:
+    needed = {"query": "q", "documents": ["a", "", "a"]}
+    assert runner_api.rerank(json.dumps(needed).encode()) == (RerankRequest(query="q", documents=("a", "", "a")), None)
+    asked = RerankRequest(query="q", documents=("a", "", "a"), truncate=True, adapters=(AdapterChoice("x", 2.0),))
+    fields = {**needed, "truncate": True, "top_n": 7, "adapters": [{"name": "x", "scale": 2}]}
+    assert runner_api.rerank(json.dumps(fields).encode()) == (asked, 7)
+
+
+def test_adapters() -> None:
+    assert runner_api.adapter(b'{"file": "a.gguf"}') == ("a.gguf", None, 0.0)
+    assert runner_api.adapter(b'{"FILE": "\xc3\xa9", "name": "b", "scale": -2}') == ("é", "b", -2.0)
 
 
 def test_tokenize_reads_special_tokens_and_adds_none() -> None:
@@ -335,10 +435,73 @@ def test_embeddings_survive_the_wire(values: list[float]) -> None:
     assert np.array(json.loads(line)["embedding"], np.float32).tolist() == values
 
 
+@given(st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=5)))
+def test_lists_of_embeddings_survive_the_wire(values: list[list[float]]) -> None:
+    line = runner_api.embeddings_line([Embedded(np.array(vector, np.float32), Usage()) for vector in values])
+    assert line.endswith(b"\n")
+    vectors = json.loads(line)["embeddings"]
+    assert [np.array(vector, np.float32).tolist() for vector in vectors] == values
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_embeddings_are_finite(value: float) -> None:
+    embedded = Embedded(np.array([1, value], np.float32), Usage())
     with pytest.raises(RunnerError):
-        runner_api.embedding_line(Embedded(np.array([1, value], np.float32), Usage()))
+        runner_api.embedding_line(embedded)
+    with pytest.raises(RunnerError):
+        runner_api.embeddings_line([Embedded(np.array([1.0], np.float32), Usage()), embedded])
+    with pytest.raises(RunnerError):
+        runner_api.rerank_line([1.0, value], None)
+
+
+@pytest.mark.parametrize(
+    ("scores", "top_n", "line"),
+    [
+        ([], None, b'{"results":[]}\n'),
+        ([0.5], 9, b'{"results":[{"index":0,"relevance_score":0.5}]}\n'),
+        (
+            [np.float32(0.1), -1e-7],
+            None,
+            b'{"results":[{"index":0,"relevance_score":0.1},{"index":1,"relevance_score":-1e-07}]}\n',
+        ),
+        ([1.0, 3.0, 3.0], 2, b'{"results":[{"index":1,"relevance_score":3},{"index":2,"relevance_score":3}]}\n'),
+    ],
+)
+def test_ranked_lines(scores: list[float], top_n: int | None, line: bytes) -> None:
+    assert runner_api.rerank_line(scores, top_n) == line
+
+
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.5, -2.0]) | st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    st.none() | st.integers(1, 2**63 - 1),
+)
+def test_the_best_come_first_and_of_equal_ones_the_earlier(scores: list[float], top_n: int | None) -> None:
+    results = json.loads(runner_api.rerank_line(scores, top_n))["results"]
+    ranks = [(-scores[result["index"]], result["index"]) for result in results]
+    assert ranks == sorted((-score, index) for index, score in enumerate(scores))[:top_n]
+    assert all(np.float32(result["relevance_score"]) == scores[result["index"]] for result in results)
+
+
+def test_adapters_are_told_by_name_and_not_where_they_stand() -> None:
+    one, two = AdapterInfo("a", "/srv/secret/<é>.gguf", 0.5), AdapterInfo("b", "x.gguf", 1.0)
+    objects = [
+        b'{"name":"a","file":"\\u003c\xc3\xa9\\u003e.gguf","scale":0.5}',
+        b'{"name":"b","file":"x.gguf","scale":1}',
+    ]
+    assert runner_api.adapter_line(one) == objects[0] + b"\n"
+    assert runner_api.adapters_line([one, two]) == b'{"adapters":[%b,%b]}\n' % (objects[0], objects[1])
+    assert runner_api.adapters_line([]) == b'{"adapters":[]}\n'
+
+
+@pytest.mark.parametrize("directory", ["/srv/secret/", "/", "secret/", "/srv/two  blanks/", ""])
+@pytest.mark.parametrize(
+    "reason", ["no such\nfile", "cannot be read: [Errno 13] Permission denied: '{}'", "{}: {} is bad"]
+)
+def test_what_is_wrong_with_an_adapter_does_not_tell_where_it_stands(directory: str, reason: str) -> None:
+    path = f"{directory}a.gguf"
+    refusal = runner_api.adapter_problem(LoadError(reason.replace("{}", path), path=path), "a.gguf")
+    assert refusal.status == 422
+    assert refusal.text == f"file: a.gguf: {' '.join(reason.replace('{}', 'a.gguf').split())}"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) 
     async def load_adapter() -> Response:
         directory = own_adapters()
         file, name, scale = await body(runner_api.adapter)
+        await engine.wait_ready()  # a model that cannot be loaded is no fault of this file
         try:
             info = await engine.load_adapter(directory / file, name=name, scale=scale)
         except LoadError as error:

@@ -24,6 +24,7 @@ from trio_runner.errors import EngineBusy, InvalidImage, InvalidRequest, LoadErr
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
 from trio_runner.images import MAX_IMAGE_BYTES
 from trio_runner.request import (
+    MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
     MAX_IMAGES,
     MAX_LOGPROBS,
@@ -48,6 +49,9 @@ NO_SLOT = "Failed to load cache: no available cache slots"
 MAX_VALUES = 1 << 16
 """Lists, objects and strings in one body. The parser is one call into C, in which no other thread may run: it makes
 three million of each second. Numbers do not count, for they are made one by one in Python, which lets others run."""
+
+MAX_FILE_NAME_BYTES = 255
+"""What file systems allow."""
 
 Check: TypeAlias = Callable[[str, Any], Any]
 """(name of the field, its JSON value) -> the value to use. Raises `InvalidRequest` that names the field."""
@@ -385,14 +389,20 @@ def adapter(body: bytes) -> tuple[str, str | None, float]:
     given = _decode(body, _ADAPTER, refusal="bad request: {}")
     file = given.get("file", "")
     # The name of a file and nothing else: what else is on this machine is none of a client's business.
-    if not file or file.startswith(".") or any(sign in file for sign in "/\\\0"):
+    if not 0 < len(file.encode()) <= MAX_FILE_NAME_BYTES or file.startswith(".") or set(file) & set("/\\\0"):
         raise InvalidRequest("file must be the name of a file in the directory of adapters", param="file")
-    return file, given.get("name"), given.get("scale", 0.0)
+    scale = given.get("scale", 0.0)
+    if abs(scale) > MAX_ADAPTER_SCALE:
+        raise InvalidRequest(
+            f"scale must be between {-MAX_ADAPTER_SCALE:g} and {MAX_ADAPTER_SCALE:g}, not {scale}", param="scale"
+        )
+    return file, given.get("name"), scale
 
 
 def adapter_problem(error: LoadError, file: str) -> Problem:
     """Of a file that is no adapter for this model; where it stands is not said."""
-    return Problem(422, f"file: {file}: {' '.join(error.reason.split())}")
+    reason = error.reason if error.path is None else error.reason.replace(error.path, file)
+    return Problem(422, f"file: {file}: {' '.join(reason.split())}")
 
 
 def tokenize(body: bytes) -> tuple[str, bool, bool]:
