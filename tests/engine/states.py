@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import trio
 
-from tests.engine.toys import Gate, Latch, Toy, until, until_idle
+from tests.engine.toys import Gate, Latch, Projector, Shutter, SlowFile, Toy, picture, until, until_idle
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.testing import toy_text
@@ -32,6 +34,8 @@ class Scene:
     is_broken_off: bool = False
     release: Callable[[], None] = lambda: None
     """Lets go on what holds it, where that is not the gate."""
+    is_dropped: Callable[[], bool] = lambda: True
+    """Whether nothing is computed any more that nobody wants, when it was let go."""
     reader: trio.CancelScope = field(default_factory=trio.CancelScope)
     leave: trio.Event = field(default_factory=trio.Event)
 
@@ -42,11 +46,13 @@ class Scene:
 
 
 @asynccontextmanager
-async def _in_state(toy: Toy, request: dict[str, Any], options: dict[str, Any], **facts: Any) -> AsyncIterator[Scene]:
+async def _in_state(
+    toy: Toy, request: dict[str, Any], options: dict[str, Any], prompt: Any = PROMPT, **facts: Any
+) -> AsyncIterator[Scene]:
     gate = Gate(toy, n_kept=N_KEPT)
     toy.on_decode = gate
     async with toy.engine(slots=1, **options) as engine, trio.open_nursery() as nursery:
-        scene = Scene(engine, engine.generate(PROMPT, **request), gate, **facts)
+        scene = Scene(engine, engine.generate(prompt, **request), gate, **facts)
         nursery.start_soon(scene.read)
         yield scene
 
@@ -64,6 +70,37 @@ async def tokenising(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     toy.on_tokenize = latch = Latch()
     async with _in_state(toy, request, {}, release=latch.open) as scene:
         await latch.reached()
+        yield scene
+
+
+@asynccontextmanager
+async def reading_a_file(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    toy.projector, latch = Projector(), Latch()
+    with tempfile.TemporaryDirectory() as directory:
+        prompt = [PROMPT, SlowFile(Path(directory), latch)]
+        async with _in_state(toy, request, {}, prompt, release=latch.open) as scene:
+            await latch.reached()
+            yield scene
+
+
+@asynccontextmanager
+async def encoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    toy.projector, shutter = Projector(), Shutter()
+    toy.projector.on_encode = shutter
+    async with _in_state(toy, request, {}, [PROMPT, picture(0)], release=shutter.open) as scene:
+        await shutter.reached()
+        scene.is_dropped = shutter.encodings[0].cancelled.is_set
+        yield scene
+
+
+@asynccontextmanager
+async def encoding_for_two(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
+    """The other one has no deadline, and stays."""
+    async with encoding(toy, **request) as scene, trio.open_nursery() as nursery:
+        nursery.start_soon(scene.engine.generate([picture(0)], max_tokens=1).start)
+        await until(lambda: scene.engine.statistics().images_found == 1)
+        is_cancelled = scene.is_dropped
+        scene.is_dropped = lambda: not is_cancelled()
         yield scene
 
 
@@ -138,4 +175,17 @@ async def over(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 State: TypeAlias = Callable[..., AbstractAsyncContextManager[Scene]]
 
-STATES: list[State] = [loading, tokenising, waiting, prefilling, between_chunks, decoding, holding_back, paused, over]
+STATES: list[State] = [
+    loading,
+    tokenising,
+    reading_a_file,
+    encoding,
+    encoding_for_two,
+    waiting,
+    prefilling,
+    between_chunks,
+    decoding,
+    holding_back,
+    paused,
+    over,
+]

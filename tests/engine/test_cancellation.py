@@ -69,6 +69,8 @@ async def test_let_go(
         await trio.testing.wait_all_tasks_blocked()
         if scene.is_broken_off:
             await until(lambda: gate.n_aborted == 1)
+        if way is not leave_the_block:  # which it must have entered first
+            assert scene.is_dropped()
         scene.release()
         gate.open()
         await engine.wait_ready()

@@ -11,9 +11,20 @@ import pytest
 import trio
 import trio.testing
 
-from tests.engine.toys import DEADLINE, PATIENCE, Gate, Latch, Toy, is_idle, prompts, until, until_idle
+from tests.engine.toys import (
+    DEADLINE,
+    PATIENCE,
+    Gate,
+    Latch,
+    Toy,
+    is_idle,
+    open_when_closing,
+    prompts,
+    until,
+    until_idle,
+)
 from trio_runner.core.batch import Batch
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import LONG_TEXT, Engine, open_engine
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import EngineBroken, EngineClosed, LoadError, NativeError, RunnerError
 from trio_runner.testing import ToyContext, ToySampler, toy_text
@@ -315,20 +326,29 @@ async def test_leaving_ends_what_runs(toy: Toy) -> None:
                 await gate.reached(5)
                 nursery.start_soon(read, second)
                 # The helper thread is not abandoned: the model must outlive it.
-                nursery.start_soon(_open_when_closing, engine, toy, latch)
+                nursery.start_soon(open_when_closing, engine, toy, latch)
             assert toy.context.closed
             nursery.start_soon(read, first)
     assert errors == [EngineClosed] * 3
     assert sorted(texts) == ["", "", toy_text(one, 4)]
 
 
-async def _open_when_closing(engine: Engine, toy: Toy, latch: Latch) -> None:
-    with trio.CancelScope(shield=True):
-        await until(lambda: engine.status == "closing")
-        await trio.testing.wait_all_tasks_blocked()
-        assert not toy.context.closed
-        assert not toy.model.closed
-        latch.open()
+@pytest.mark.parametrize("turn", range(8))
+@pytest.mark.parametrize("prompt", ["short", "long" * LONG_TEXT], ids=["short", "long"])
+async def test_what_is_tokenised_while_it_leaves_is_closed(toy: Toy, prompt: str, turn: int) -> None:
+    """Who hears of it first, the one that waits for the tokeniser or the one that asked for it, is up to chance."""
+    toy.on_tokenize = latch = Latch()
+
+    async def ask(engine: Engine) -> None:
+        with pytest.raises(EngineClosed):
+            await engine.generate(prompt, truncate=True).start()
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery, open_engine(toy) as engine:
+            nursery.start_soon(ask, engine)
+            await latch.reached()
+            nursery.start_soon(open_when_closing, engine, toy, latch)
+    assert [sampler.closed for sampler in toy.model.samplers] == [True]
 
 
 async def test_leaving_breaks_off_the_batch_that_runs(toy: Toy) -> None:

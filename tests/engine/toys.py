@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import trio
+import trio.testing
+from PIL import Image
 
-from trio_runner.config import EngineConfig
+from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.prompt import Item, MediaRow
 from trio_runner.engine.engine import Engine, open_engine
-from trio_runner.engine.runtime import Runtime
-from trio_runner.testing import END, Interruption, ToyContext, ToyLoader, ToyModel, toy_continuation
+from trio_runner.engine.runtime import EncodedImage, LoadedAdapter, Runtime
+from trio_runner.images import ImageSource, Pixels, load_pixels
+from trio_runner.testing import (
+    END,
+    Interruption,
+    ToyAdapter,
+    ToyContext,
+    ToyEncoding,
+    ToyLoader,
+    ToyModel,
+    ToyProjector,
+    toy_continuation,
+)
 
 DEADLINE = 20.0
 """Seconds for a whole test."""
@@ -26,11 +44,17 @@ PATIENCE = 10.0
 class Model(ToyModel):
     n_closed = 0
     on_tokenize: Callable[[str], None] | None = None
+    on_adapter: Callable[[str], None] | None = None
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if self.on_tokenize is not None:
             self.on_tokenize(text)
         return super().tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def adapter(self, path: str) -> ToyAdapter:
+        if self.on_adapter is not None:
+            self.on_adapter(path)
+        return super().adapter(path)
 
     def close(self) -> None:
         super().close()
@@ -51,8 +75,30 @@ class Context(ToyContext):
         self.n_closed += 1
 
 
+class Projector(ToyProjector):
+    """An image may be cut into tiles, each of as many rows as the whole would have."""
+
+    n_closed = 0
+
+    def __init__(self, *, folded: bool = False, causal: bool = True, n_tiles: int = 1) -> None:
+        super().__init__(folded=folded, causal=causal)
+        self.n_tiles = n_tiles
+
+    def image(self, pixels: Pixels) -> EncodedImage:
+        image = super().image(pixels)
+        ((media, encoded),) = image.media.items()
+        tiles = [replace(media, key=media.key + bytes([n])) for n in range(self.n_tiles)]
+        rows = [MediaRow(tile, row) for tile in tiles for row in range(tile.n_rows)]
+        return EncodedImage((image.items[0], *rows, image.items[-1]), dict.fromkeys(tiles, encoded))
+
+    def close(self) -> None:
+        super().close()
+        self.n_closed += 1
+
+
 class Toy:
-    """A loader that remembers what it loaded. The hooks may be set until then, `context.on_decode` at any time."""
+    """A loader that remembers what it loaded. The hooks may be set until then, `context.on_decode` and
+    `projector.on_encode` at any time."""
 
     model: Model
     context: Context
@@ -60,19 +106,28 @@ class Toy:
 
     def __init__(self) -> None:
         self.limits: dict[str, object] = {}
+        self.info: dict[str, object] = {}
+        self.projector: Projector | None = None
+        self.adapters: tuple[AdapterConfig, ...] = ()
         self.on_load: Callable[[Callable[[float], None], Callable[[], bool]], None] | None = None
         self.on_decode: Callable[[Batch], Interruption | None] | None = None
         self.on_tokenize: Callable[[str], None] | None = None
+        self.on_adapter: Callable[[str], None] | None = None
 
     def __call__(
         self, config: EngineConfig, *, progress: Callable[[float], None], cancelled: Callable[[], bool]
     ) -> Runtime:
         loaded = ToyLoader(self.limits, self.on_load)(config, progress=progress, cancelled=cancelled)
         self.model = Model()
-        self.model.on_tokenize = self.on_tokenize
+        self.model.info = replace(self.model.info, **self.info)  # type: ignore[arg-type]
+        adapters = tuple(
+            LoadedAdapter(adapter.name, self.model.adapter(adapter.path), adapter.scale, adapter.path)
+            for adapter in self.adapters
+        )
+        self.model.on_tokenize, self.model.on_adapter = self.on_tokenize, self.on_adapter
         self.context = Context(loaded.context.limits, on_decode=self.on_decode)
         self.n_loaded += 1
-        return Runtime(self.model, self.context)
+        return Runtime(self.model, self.context, self.projector, adapters)
 
     @asynccontextmanager
     async def engine(self, **options: object) -> AsyncIterator[Engine]:
@@ -82,53 +137,84 @@ class Toy:
                 yield engine
 
     def check_closed(self) -> None:
-        """Whatever was loaded is closed, once, and so are all samplers."""
+        """Whatever was loaded is closed, once, and so are all samplers and adapters."""
         if self.n_loaded:
             assert self.n_loaded == 1
             assert self.context.n_closed == 1
             assert self.model.n_closed == 1
+            assert self.projector is None or self.projector.n_closed == 1
             assert all(sampler.closed for sampler in self.model.samplers)
+            assert all(adapter.closed for adapter in self.model.adapters)
 
     def uids_run(self, since: int = 0) -> list[int]:
         """The uid of every chunk that reached the context, beginning with batch number `since`."""
         return [chunk.uid for batch in self.context.batches[since:] for chunk in batch.chunks]
 
 
-class Gate:
+class Turnstile:
+    """Stands threads still, each until it is let through or has given up."""
+
+    def __init__(self) -> None:
+        self._passes = threading.Semaphore(0)
+        self._is_open = False
+
+    def let(self, n: int = 1) -> None:
+        """Let that many through, the one that waits included."""
+        self._passes.release(n)
+
+    def open(self) -> None:
+        """Let all through from now on."""
+        self._is_open = True
+        self._passes.release()
+
+    def pass_through(self, gave_up: Callable[[], bool]) -> bool:
+        """False if it `gave_up`."""
+        deadline = time.monotonic() + PATIENCE
+        while not self._is_open and not self._passes.acquire(timeout=0.002):
+            if gave_up():
+                return False
+            assert time.monotonic() < deadline, "nobody opened the gate"
+        return True
+
+
+class Gate(Turnstile):
     """For `on_decode`: stands the decode thread still before each batch, until it is let through or aborted. Of an
     aborted batch `n_kept` rows are in the KV cache."""
 
     def __init__(self, toy: Toy, *, n_kept: int = 0) -> None:
+        super().__init__()
         self.batches: list[Batch] = []
         """All that have arrived."""
         self.n_aborted = 0
         self.n_kept = n_kept
         self._toy = toy
-        self._passes = threading.Semaphore(0)
-        self._is_open = False
 
     def __call__(self, batch: Batch) -> Interruption | None:
         self.batches.append(batch)
-        deadline = time.monotonic() + PATIENCE
-        while not self._is_open and not self._passes.acquire(timeout=0.002):
-            if self._toy.context.aborted_number == batch.number:
-                self.n_aborted += 1
-                return Interruption(DecodeOutcome.ABORTED, self.n_kept)
-            assert time.monotonic() < deadline, "nobody opened the gate"
-        return None
-
-    def let(self, n_batches: int = 1) -> None:
-        """Let that many batches through, the one that waits included."""
-        self._passes.release(n_batches)
-
-    def open(self) -> None:
-        """Let all batches through from now on."""
-        self._is_open = True
-        self._passes.release()
+        if self.pass_through(lambda: self._toy.context.aborted_number == batch.number):
+            return None
+        self.n_aborted += 1
+        return Interruption(DecodeOutcome.ABORTED, self.n_kept)
 
     async def reached(self, n_batches: int) -> None:
         """Until the decode thread stands before batch number `n_batches`, counted from 1."""
         await until(lambda: len(self.batches) >= n_batches)
+
+
+class Shutter(Turnstile):
+    """For `on_encode`: stands the projector still before each image, until it is let through or cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encodings: list[ToyEncoding] = []
+        """All that have arrived."""
+
+    def __call__(self, encoding: ToyEncoding) -> None:
+        self.encodings.append(encoding)
+        self.pass_through(encoding.cancelled.is_set)
+
+    async def reached(self, n_encodings: int = 1) -> None:
+        await until(lambda: len(self.encodings) >= n_encodings)
 
 
 class Latch:
@@ -165,9 +251,51 @@ async def until_idle(engine: Engine) -> None:
     await until(lambda: is_idle(engine))
 
 
+async def open_when_closing(engine: Engine, toy: Toy, latch: Latch) -> None:
+    """Not before the engine waits for whoever stands at `latch`, with everything still there."""
+    with trio.CancelScope(shield=True):
+        await until(lambda: engine.status == "closing")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not toy.context.closed
+        assert not toy.model.closed
+        latch.open()
+
+
 @cache
 def prompts(count: int, n_tokens: int) -> tuple[str, ...]:
     """Different prompts, each of 10 bytes, that the toy continues with at least `n_tokens` tokens."""
     candidates = (f"prompt{i:03}:" for i in itertools.count())
     endless = (text for text in candidates if END not in toy_continuation(list(text.encode()), n_tokens))
     return tuple(itertools.islice(endless, count))
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def picture(number: int) -> bytes:
+    """An encoded picture of this number, unlike all others."""
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), (number % 256, number // 256, 7)).save(file, "PNG")
+    return file.getvalue()
+
+
+def items_of(projector: ToyProjector, parts: Sequence[str | ImageSource]) -> list[Item]:
+    """What the toy sees of texts and images."""
+    items: list[Item] = []
+    for part in parts:
+        items += part.encode() if isinstance(part, str) else projector.image(load_pixels(part, param="a picture")).items
+    return items
+
+
+class SlowFile(os.PathLike[str]):
+    """The path of a picture which nobody can read before `latch` is open."""
+
+    def __init__(self, directory: Path, latch: Latch, number: int = 0) -> None:
+        self._path = directory / f"{number}.png"
+        self._path.write_bytes(picture(number))
+        self._latch = latch
+
+    def __fspath__(self) -> str:
+        self._latch()
+        return str(self._path)

@@ -73,14 +73,16 @@ class AdapterTable:
         """What batches know the choice by, and what it stands for; None: what applies where nothing is chosen. The
         same uid never means another adapter. Raises `UnknownAdapter`."""
         if choices is None:
-            choices = tuple(AdapterChoice(info.name, info.scale) for info in self.infos() if info.scale)
+            scales = {info.name: info.scale for info in self.infos()}
+        else:
+            scales = {choice.name: choice.scale for choice in choices}
         chosen: list[tuple[int, float]] = []
         adapters: dict[int, Adapter] = {}
-        for choice in choices:
-            if choice.name not in self._by_name:
-                raise UnknownAdapter(choice.name, param="adapters")
-            uid, adapter, _ = self._by_name[choice.name]
-            if choice.scale:
-                chosen.append((uid, choice.scale))
+        for name, scale in scales.items():
+            if name not in self._by_name:
+                raise UnknownAdapter(name, param="adapters")
+            uid, adapter, _ = self._by_name[name]
+            if scale:
+                chosen.append((uid, float(scale)))
                 adapters[uid] = adapter
         return tuple(sorted(chosen)), adapters

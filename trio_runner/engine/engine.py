@@ -334,6 +334,8 @@ class Engine:
         requests that choose no adapters. Raises `LoadError`, `InvalidRequest` for a name that is taken, and as
         `wait_ready`."""
         await self.wait_ready()
+        if not math.isfinite(scale):
+            raise InvalidRequest(f"scale must be finite, not {scale}", param="scale")
         try:
             config = AdapterConfig(os.fspath(path), scale, name or "")
         except ValueError as error:
@@ -344,6 +346,11 @@ class Engine:
             adapter = await self._help(call, LONG_TEXT, discard=lambda adapter: adapter.close())
         finally:
             self._adapters.release(config.name)
+        try:
+            self._ready_runtime()
+        except RunnerError:
+            adapter.close()
+            raise
         info = AdapterInfo(config.name, config.path, config.scale)
         self._adapters.add(info, adapter)
         return info
@@ -428,16 +435,21 @@ class Engine:
         if isinstance(request, GenerateRequest) and has_parts(request, runtime):
             named = await self._help(partial(parts_of, request, runtime), n_characters)
             parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
+            self._ready_runtime()  # that took a while: the model may be about to go
         call = partial(prepare, request, runtime, uid, parts)
         return await self._help(call, n_characters, discard=_close_sampler)
 
     async def _encode(self, image: NamedImage) -> EncodedImage:
-        self._ready_runtime()
-        assert self._images is not None, "an image, and no projector"
         async with self._pictures:
             decode = partial(load_pixels, image.source, param=image.param)
             pixels = await trio.to_thread.run_sync(decode, limiter=self._picture_helper, abandon_on_cancel=True)
-            return await self._images.encode(pixels, param=image.param)
+            self._ready_runtime()
+            assert self._images is not None, "an image, and no projector"
+            try:
+                return await self._images.encode(pixels, param=image.param)
+            except EngineClosed:
+                self._ready_runtime()  # broken, maybe
+                raise
 
     def cancel(self, uid: int, error: Exception | None = None) -> None:
         """Let go of a sequence; with `error`, its reader is told. Ignores a uid that has ended."""
@@ -531,6 +543,7 @@ class Engine:
             for limiter in (self._helpers, self._long_helper):
                 for _ in range(int(limiter.total_tokens)):
                     await limiter.acquire_on_behalf_of(object())
+            await trio.lowlevel.checkpoint()  # so that whoever asked has what was made for them, to close it
             if self._images is not None:
                 self._images.close()
                 await self._images.closed()

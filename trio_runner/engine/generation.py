@@ -66,6 +66,7 @@ class Generation:
         self._desk = desk
         self._uid: int | None = None
         self._started = self._closed = self._paused = self._ended = False
+        self._starting = trio.CancelScope()
         self._error: Exception | None = None
         self._send, self._receive = trio.open_memory_channel[Event](math.inf)
 
@@ -80,11 +81,12 @@ class Generation:
             return
         self._started = True
         try:
-            self._uid = await self._desk.submit(self, self.request)
+            with self._starting:
+                self._uid = await self._desk.submit(self, self.request)
         except BaseException:
             self.close()
             raise
-        if self._closed:
+        if self._closed and self._uid is not None:
             self._desk.cancel(self._uid)
 
     def close(self) -> None:
@@ -93,6 +95,7 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        self._starting.cancel()
         if self._uid is not None and not self._ended:
             self._desk.cancel(self._uid)
         # In this order: a task that is reading hears that it was closed, not that the text was complete.

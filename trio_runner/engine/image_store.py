@@ -6,6 +6,7 @@ for an image that is being encoded waits for that one; when nobody waits any mor
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from trio_runner.images import Pixels
 
 
+logger = logging.getLogger("trio_runner.engine")
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
     """An image that is being encoded, or waits for that."""
@@ -26,7 +30,7 @@ class _Job:
     encoding: Encoding
     done: trio.Event = field(default_factory=trio.Event)
     n_waiting: int = 0
-    result: EncodedImage | RunnerError | None = None
+    result: EncodedImage | Exception | None = None
 
 
 class ImageStore:
@@ -45,7 +49,8 @@ class ImageStore:
         self._closed = False
 
     async def encode(self, pixels: Pixels, *, param: str) -> EncodedImage:
-        """The rows of an image. Raises `InvalidImage`, naming `param`, and what else the projector raises."""
+        """The rows of an image. Raises `InvalidImage`, naming `param`, `NativeError`, `EngineClosed`, and for whatever
+        else goes wrong a `RunnerError` with that as its cause."""
         key = pixels.digest
         image = self._images.get(key)
         if image is not None:
@@ -91,6 +96,9 @@ class ImageStore:
             self._keep(key, job.result)
         except RunnerError as error:
             job.result = error
+        except Exception as failure:  # such as MemoryError: no reason to bring the engine down
+            logger.exception("an image could not be encoded")
+            job.result = failure
         finally:
             self._forget(key, job)
             job.done.set()
@@ -110,12 +118,16 @@ class ImageStore:
             self.n_bytes -= oldest.n_bytes
 
 
-def _own_error(error: RunnerError | None, param: str) -> RunnerError:
+def _own_error(failure: Exception | None, param: str) -> RunnerError:
     """A new exception for each who waits: everybody raises their own."""
-    match error:
+    match failure:
         case InvalidImage():
-            return InvalidImage(f"{param}: {error}", param=param)
+            return InvalidImage(f"{param}: {failure}", param=param)
         case NativeError(function=function, code=code, message=message):
             return NativeError(function, code, message)
-        case _:
+        case EngineClosed() | None:
             return EngineClosed("the engine is shutting down")
+        case _:
+            error = RunnerError(f"{param}: the image could not be encoded")
+            error.__cause__ = failure
+            return error
