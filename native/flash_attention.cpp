@@ -11,6 +11,8 @@
 //   number of threads. Cells are summed in chunks of fixed size, each by itself, and then chunk after chunk, whoever
 //   computes them. (With a sliding window, chunks begin with the oldest cell that any row of the block sees.)
 //
+// Patches of an image all see each other, without a mask: that is left to ggml's third kernel, which is quicker then.
+//
 // The online softmax over tiles is that of FlashAttention (https://arxiv.org/abs/2205.14135), the merging of chunks that
 // of Flash-Decoding.
 //
@@ -64,7 +66,7 @@ bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
            q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t) &&
            k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 &&
            q->ne[3] % k->ne[3] == 0 && q->ne[2] / k->ne[2] <= MAX_QUERIES &&
-           (mask == nullptr || (mask->type == GGML_TYPE_F16 && mask->ne[2] == 1));
+           mask != nullptr && mask->type == GGML_TYPE_F16 && mask->ne[2] == 1;
 }
 
 Attention describe(ggml_tensor *dst) {
@@ -275,16 +277,11 @@ public:
 private:
     void load_mask(const Attention &a, int64_t stream, int64_t row) {
         uint64_t *seen = seen_.data() + size_t(stream * a.n_rows + row) * n_words_;
-        const ggml_fp16_t *mask = nullptr;
-        if (a.mask != nullptr) {
-            mask = reinterpret_cast<const ggml_fp16_t *>(static_cast<const char *>(a.mask->data) +
-                                                         size_t(row) * a.mask->nb[1] +
-                                                         size_t(stream % a.mask->ne[3]) * a.mask->nb[3]);
-        }
-        for (size_t i = 0; i < n_words_; ++i) {
-            const int n = int(std::min(int64_t(WORD), a.n_cells - int64_t(i) * WORD));
-            seen[i] = mask != nullptr ? visible_word(mask + i * WORD, n) : ~uint64_t(0) >> (WORD - n);
-        }
+        const auto *mask = reinterpret_cast<const ggml_fp16_t *>(static_cast<const char *>(a.mask->data) +
+                                                                 size_t(row) * a.mask->nb[1] +
+                                                                 size_t(stream % a.mask->ne[3]) * a.mask->nb[3]);
+        for (size_t i = 0; i < n_words_; ++i)
+            seen[i] = visible_word(mask + i * WORD, int(std::min(int64_t(WORD), a.n_cells - int64_t(i) * WORD)));
     }
 
     // From `row` on, as long as each row sees what the one before it saw, except what lies before all that it sees.
