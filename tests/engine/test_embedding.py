@@ -11,7 +11,7 @@ from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
 from trio_runner.errors import EngineBusy, InvalidRequest, NativeError, PromptTooLong, Unsupported
 from trio_runner.events import Embedded
-from trio_runner.request import EmbedRequest
+from trio_runner.request import EmbedRequest, RerankRequest
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
 
 
@@ -203,3 +203,160 @@ async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:
         assert await retry.collect() == toy_text(prompt, 30)
         assert retry.usage is not None
         assert retry.usage.cached_tokens == len(prompt) - 1
+
+
+# -- a part of a vector, of a part of a text --------------------------------------------------------------------------
+
+
+async def test_the_first_elements_are_normalised_by_themselves(toy: Toy) -> None:
+    whole = toy_vector(list(b"hello"))
+    async with toy.engine() as engine:
+        np.testing.assert_array_equal(await engine.embed(["hello"], dimensions=3), [whole[:3]])
+        (unit,) = await engine.embed(["hello"], dimensions=3, normalize=True)
+        np.testing.assert_allclose(unit, whole[:3] / np.linalg.norm(whole[:3]), rtol=1e-6)
+        np.testing.assert_array_equal(await engine.embed(["hello"], dimensions=N_EMBD), [whole])
+        embedded = await engine.embed_request(EmbedRequest(content="hello", dimensions=1))
+        np.testing.assert_array_equal(embedded.vector, whole[:1])
+        assert (await engine.embed([], dimensions=3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, N_EMBD + 1, 2**40, True])
+async def test_no_vector_has_so_many_elements(toy: Toy, dimensions: int) -> None:
+    async with toy.engine() as engine:
+        with pytest.raises(InvalidRequest) as caught:
+            await engine.embed(["hello"], dimensions=dimensions)
+        assert caught.value.param == "dimensions"
+        assert toy.context.batches == []
+
+
+SPECIALS: dict[str, dict[str, object]] = {
+    "none": {},
+    "before": {"token_bos": 2, "adds_bos": True},
+    "after": {"token_eos": 3, "adds_eos": True},
+    "around": {"token_bos": 2, "adds_bos": True, "token_sep": 4, "adds_sep": True},
+    "all": {"token_bos": 2, "adds_bos": True, "token_eos": 3, "adds_eos": True, "token_sep": 4, "adds_sep": True},
+}
+
+
+def around(text: bytes, special: str) -> list[int]:
+    """The tokens of a text and what stands around it."""
+    begin = {"before": [2], "around": [2], "all": [2]}.get(special, [])
+    end = {"after": [3], "around": [4], "all": [3, 4]}.get(special, [])
+    return [*begin, *text, *end]
+
+
+@pytest.mark.parametrize("special", SPECIALS)
+@pytest.mark.parametrize("n_ctx", [3, 16, 40])
+async def test_a_text_that_is_too_long_loses_its_end(toy: Toy, special: str, n_ctx: int) -> None:
+    """But not what the model has there."""
+    toy.info = SPECIALS[special]
+    text = b"0123456789abcdefghijklmnopqrstuv"
+    n_around = len(around(b"", special))
+    async with toy.engine(batch_size=n_ctx) as engine:
+        for n in (1, n_ctx - n_around, n_ctx - n_around + 1, len(text)):
+            expected = toy_vector(around(text[: min(n, n_ctx - n_around)], special))
+            np.testing.assert_array_equal(await engine.embed([text[:n].decode()], truncate=True), [expected])
+        # Tokens are taken as they are: their end is their caller's.
+        embedded = await engine.embed_request(EmbedRequest(content=tuple(text), truncate=True))
+        np.testing.assert_array_equal(embedded.vector, toy_vector(list(text[:n_ctx])))
+        assert embedded.usage.prompt_tokens == min(n_ctx, len(text))
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+QUERY, DOCUMENTS = "what?", ["this", "that, which is longer", "é", "this"]
+
+
+def ranking(toy: Toy, **info: object) -> None:
+    toy.limits, toy.info = {"ranks": True}, info
+
+
+@pytest.mark.parametrize("special", SPECIALS)
+async def test_a_score_is_of_the_query_and_the_document(toy: Toy, special: str) -> None:
+    ranking(toy, **SPECIALS[special])
+    end = [token for token in around(b"", special) if token == 3]
+    # A separator ends the query as well, if the model has no other end.
+    between = {"all": [3, 4], "around": [4], "after": [3]}.get(special, [])
+    begin = [token for token in around(b"", special) if token == 2]
+    async with toy.engine(slots=2) as engine:
+        scores = await engine.rerank(QUERY, DOCUMENTS)
+    expected = [toy_vector([*begin, *QUERY.encode(), *between, *document.encode(), *end])[0] for document in DOCUMENTS]
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(scores, expected)
+
+
+async def test_a_model_may_have_words_of_its_own_for_a_pair(toy: Toy) -> None:
+    ranking(toy, metadata={"tokenizer.chat_template.rerank": "Q: {query} D: {document}."}, token_bos=2, adds_bos=True)
+    async with toy.engine() as engine:
+        scores = await engine.rerank(QUERY, ["{query}"])
+    np.testing.assert_array_equal(scores, [toy_vector(list(f"Q: {QUERY} D: {{query}}.".encode()))[0]])
+
+
+async def test_many_documents_over_few_slots(toy: Toy) -> None:
+    ranking(toy)
+    documents = [f"document {'x' * (n % 13)} {n}" for n in range(60)]
+    async with toy.engine(slots=2, max_queue=1, batch_size=64) as engine:
+        scores = await engine.rerank(RerankRequest(query=QUERY, documents=tuple(documents)))
+        assert engine.statistics().generations == 0
+    np.testing.assert_array_equal(scores, [toy_vector(list((QUERY + document).encode()))[0] for document in documents])
+
+
+async def test_no_document(toy: Toy) -> None:
+    ranking(toy)
+    async with toy.engine(wait=False) as engine:
+        scores = await engine.rerank(QUERY, [])
+    assert scores.shape == (0,)
+    assert scores.dtype == np.float32
+
+
+@pytest.mark.parametrize("special", SPECIALS)
+@pytest.mark.parametrize("document", ["x" * 1000, "é" * 500, "xé" * 200])
+async def test_a_document_that_is_too_long_loses_its_end(toy: Toy, special: str, document: str) -> None:
+    """Never the query, and never what comes after."""
+    ranking(toy, **SPECIALS[special])
+    async with toy.engine(batch_size=50) as engine:
+        with pytest.raises(PromptTooLong) as caught:
+            await engine.rerank(QUERY, [document])
+        assert caught.value.param == "documents"
+        assert len(await engine.rerank(QUERY, ["short", document], truncate=True)) == 2
+        with pytest.raises(PromptTooLong):  # there is nothing of a document to lose
+            await engine.rerank("q" * 51, [document], truncate=True)
+    tokens = max((chunk.items for batch in toy.context.batches for chunk in batch.chunks), key=len)
+    assert 25 < len(tokens) <= 50
+    text = bytes(token for token in tokens if isinstance(token, int) and token > 4).decode()
+    assert text.startswith(QUERY)
+    assert document.startswith(text.removeprefix(QUERY))
+    assert tokens[-1] == 3 or special in ("none", "before", "around")
+
+
+async def test_a_pair_of_nothing(toy: Toy) -> None:
+    ranking(toy)
+    async with toy.engine() as engine:
+        with pytest.raises(InvalidRequest):
+            await engine.rerank("", [""])
+        assert (await engine.rerank("", ["x"])).shape == (1,)
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+async def test_vectors_and_scores_are_of_different_models(toy: Toy, ranks: bool) -> None:
+    toy.limits = {"ranks": ranks}
+    async with toy.engine() as engine:
+        with pytest.raises(Unsupported) as caught:
+            await (engine.embed(["x"]) if ranks else engine.rerank("x", ["y"]))
+        assert caught.value.feature == ("embeddings" if ranks else "reranking")
+        assert toy.context.batches == []
+
+
+async def test_letting_go_of_scores(toy: Toy) -> None:
+    ranking(toy)
+    toy.on_decode = gate = Gate(toy)
+    async with toy.engine(slots=1) as engine:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.rerank, QUERY, DOCUMENTS)
+            await gate.reached(1)
+            nursery.cancel_scope.cancel()
+        assert engine.statistics().generations == 0
+        gate.open()
+        await until_idle(engine)
+        assert len(gate.batches) == 1

@@ -42,6 +42,8 @@ PATIENCE = 10.0
 
 
 class Model(ToyModel):
+    """Around a text it has the special tokens that its info says."""
+
     n_closed = 0
     on_tokenize: Callable[[str], None] | None = None
     on_adapter: Callable[[str], None] | None = None
@@ -49,7 +51,10 @@ class Model(ToyModel):
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if self.on_tokenize is not None:
             self.on_tokenize(text)
-        return super().tokenize(text, add_special=add_special, parse_special=parse_special)
+        tokens, info = super().tokenize(text, add_special=add_special, parse_special=parse_special), self.info
+        around = [(info.adds_bos, info.token_bos), (info.adds_eos, info.token_eos), (info.adds_sep, info.token_sep)]
+        bos, *others = [[token] if adds and token is not None else [] for adds, token in around]
+        return [*bos, *tokens, *itertools.chain(*others)] if add_special else tokens
 
     def adapter(self, path: str) -> ToyAdapter:
         if self.on_adapter is not None:

@@ -434,6 +434,7 @@ class Engine:
         parts: list[str | EncodedImage] | None = None
         if isinstance(request, GenerateRequest) and has_parts(request, runtime):
             named = await self._help(partial(parts_of, request, runtime), n_characters)
+            n_characters = sum(len(part) for part in named if isinstance(part, str))
             parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
             self._ready_runtime()  # that took a while: the model may be about to go
         call = partial(prepare, request, runtime, uid, parts)

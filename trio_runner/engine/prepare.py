@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -52,10 +52,20 @@ def size(request: AnyRequest) -> int:
         return len(request.query) + len(request.document)
     content = request.content if isinstance(request, EmbedRequest) else request.prompt
     if isinstance(content, Chat):
-        return len(str(content.messages))
+        return sum(map(len, _texts(content)))
     if isinstance(content, str):
         return len(content)
     return len(content) + sum(len(part) for part in content if isinstance(part, str))
+
+
+def _texts(chat: Chat) -> Iterator[str]:
+    """What is said in a conversation, as far as it is one; nothing of what images there are is looked at."""
+    for message in chat.messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, (list, tuple)) else (content,):
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(text, str):
+                yield text
 
 
 # --- prompts of several parts ---------------------------------------------------------------------------------------
@@ -78,9 +88,10 @@ def parts_of(request: GenerateRequest, runtime: Runtime) -> Parts:
         names_images = bool(request.image_data)
         param = "image_data"
     else:
-        own = _rendered(prompt, runtime.model.info) if isinstance(prompt, Chat) else prompt
-        param = "messages" if isinstance(prompt, Chat) else "prompt"
-        parts = _named(own, param)
+        if isinstance(prompt, Chat):
+            parts, param = _rendered(prompt, runtime.model.info), "messages"
+        else:
+            parts, param = _named(prompt), "prompt"
         names_images = any(isinstance(part, NamedImage) for part in parts)
     if names_images and runtime.projector is None:
         raise Unsupported("images", f"{param} has images, which need a model with a projector", param=param)
@@ -115,23 +126,26 @@ def _tagged(prompt: str, image_data: Sequence[tuple[int, ImageSource]]) -> Parts
     return tuple(part for part in parts if part)
 
 
-def _named(parts: Sequence[Part | int], param: str) -> Parts:
+def _named(prompt: Sequence[Part | int]) -> Parts:
     named: list[str | NamedImage] = []
-    for index, part in enumerate(parts):
+    for index, part in enumerate(prompt):
         if isinstance(part, str):
             named.append(part)
         elif isinstance(part, int):
-            raise InvalidRequest(f"{param} has a token beside texts and images", param=param)
+            raise InvalidRequest("prompt has a token beside texts and images", param="prompt")
         else:
-            named.append(NamedImage(f"{param}[{index}]", part))
+            named.append(NamedImage(f"prompt[{index}]", part))
     return tuple(named)
 
 
-def _rendered(chat: Chat, info: ModelInfo) -> tuple[Part, ...]:
+def _rendered(chat: Chat, info: ModelInfo) -> Parts:
     if info.chat_template is None:
         raise Unsupported("chat", "there is no chat template in the model's file", param="messages")
+    for name in ("tools", "documents", "add_generation_prompt", "now"):
+        if name in chat.variables:
+            raise InvalidRequest(f"{name} cannot be a variable of a chat template", param=name)
     template = _template(info.chat_template, info.bos_text, info.eos_text)
-    return template.render(
+    parts = template.render(
         chat.messages,
         add_generation_prompt=chat.add_generation_prompt,
         tools=chat.tools,
@@ -139,6 +153,22 @@ def _rendered(chat: Chat, info: ModelInfo) -> tuple[Part, ...]:
         now=datetime.now(),
         **chat.variables,
     )
+    places = _places(chat)
+    if len(places) != sum(not isinstance(part, str) for part in parts):
+        places = ["messages"] * len(parts)
+    remaining = iter(places)
+    return tuple(part if isinstance(part, str) else NamedImage(next(remaining), part) for part in parts)
+
+
+def _places(chat: Chat) -> list[str]:
+    """Where the images of a conversation are, which is one: in the order of the messages, as templates have them."""
+    return [
+        f"messages[{index}].content[{at}]"
+        for index, message in enumerate(chat.messages)
+        if isinstance(message.get("content"), (list, tuple))
+        for at, part in enumerate(message["content"])
+        if part.get("type") != "text"
+    ]
 
 
 @functools.lru_cache(maxsize=8)
@@ -149,23 +179,25 @@ def _template(source: str, bos_token: str, eos_token: str) -> ChatTemplate:
 
 
 def _joined(
-    parts: Sequence[str | EncodedImage], model: Model, *, param: str, parse_special: bool, begins_itself: bool
+    parts: Sequence[str | EncodedImage], model: Model, *, param: str, parse_special: bool, is_chat: bool
 ) -> tuple[list[Item], dict[Media, EncodedMedia]]:
-    """The items of all parts, and the rows of their images. What begins a text stands before the first one, unless it
-    is there already, as in a chat template that has it."""
-    items: list[Item] = []
+    """The items of all parts, and the rows of their images. What the model has around a text stands around all of
+    them; of a conversation only before it, unless it is there already, as in a chat template that has it."""
+    begin, end = _around(model, param)
+    items: list[Item] = [] if is_chat and _begins_itself(parts, model.info) else [*begin]
     media: dict[Media, EncodedMedia] = {}
-    add_special = not begins_itself
     for part in parts:
         if isinstance(part, EncodedImage):
-            if add_special:
-                items += tokenize(model, "", param=param, add_special=True, parse_special=False)
             items += part.items
             media.update(part.media)
         else:
-            items += tokenize(model, part, param=param, add_special=add_special, parse_special=parse_special)
-        add_special = False
-    return items, media
+            items += tokenize(model, part, param=param, add_special=False, parse_special=parse_special)
+    return [*items, *([] if is_chat else end)], media
+
+
+def _begins_itself(parts: Sequence[str | EncodedImage], info: ModelInfo) -> bool:
+    first = parts[0] if parts else ""
+    return bool(info.bos_text) and isinstance(first, str) and first.startswith(info.bos_text)
 
 
 # --- sequences ------------------------------------------------------------------------------------------------------
@@ -195,10 +227,8 @@ def _prepare_generation(
     items: Sequence[Item]
     media: dict[Media, EncodedMedia] = {}
     if parts is not None:
-        begins_itself = isinstance(request.prompt, Chat) and _begins_itself(parts, model.info)
-        items, media = _joined(
-            parts, model, param=param, parse_special=request.parse_special, begins_itself=begins_itself
-        )
+        is_chat = isinstance(request.prompt, Chat)
+        items, media = _joined(parts, model, param=param, parse_special=request.parse_special, is_chat=is_chat)
     else:
         items = _tokens(model, request.prompt, param=param, parse_special=request.parse_special)
     reads = limits.decoder_start is not None
@@ -227,11 +257,6 @@ def _prepare_generation(
     return Submit(spec, model.sampler(request.sampling, tokens), media)
 
 
-def _begins_itself(parts: Sequence[str | EncodedImage], info: ModelInfo) -> bool:
-    first = parts[0] if parts else ""
-    return bool(info.bos_text) and isinstance(first, str) and first.startswith(info.bos_text)
-
-
 def _prepare_embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Submit:
     model, limits = runtime.model, runtime.context.limits
     if limits.ranks:
@@ -251,8 +276,7 @@ def _prepare_embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Sub
 
 def _truncated(tokens: list[int], longest: int, model: Model, *, ends: bool) -> list[int]:
     """Without the last ones; what ends a text, such as BERT's [SEP], still does, if there is such a thing."""
-    around = tokenize(model, "", param="content", add_special=True, parse_special=False) if ends else []
-    end = around[model.info.adds_bos :]
+    end = _around(model, "content")[1] if ends else []
     return tokens[: max(longest - len(end), 0)] + end[:longest]
 
 
@@ -269,6 +293,8 @@ def _prepare_pair(request: PairRequest, runtime: Runtime, uid: int) -> Submit:
         tokens = _pair(model, request.query, document)
     if len(tokens) > longest:
         raise PromptTooLong(len(tokens), longest, param="documents")
+    if not tokens:
+        raise InvalidRequest("query and documents are empty: no input provided", param="documents")
     return Submit(SequenceSpec(uid=uid, prompt=tuple(tokens), embedding=True), None)
 
 
@@ -303,6 +329,12 @@ def tokenize(model: Model, text: str, *, param: str, add_special: bool, parse_sp
         return model.tokenize(text, add_special=add_special, parse_special=parse_special)
     except InvalidRequest as error:
         raise InvalidRequest(str(error), param=param) from error
+
+
+def _around(model: Model, param: str) -> tuple[list[int], list[int]]:
+    """What the model has before and after a text, such as BOS, or BERT's [CLS] and [SEP]."""
+    around = tokenize(model, "", param=param, add_special=True, parse_special=False)
+    return around[: model.info.adds_bos], around[model.info.adds_bos :]
 
 
 def _tokens(model: Model, prompt: object, *, param: str, parse_special: bool) -> list[int]:
