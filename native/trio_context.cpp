@@ -108,8 +108,12 @@ struct trio_context {
     llama_memory_t memory = nullptr;
     trio_context_info info{};
     int32_t n_ubatch = 0;
-    bool swa_full = false;
     bool is_recurrent = false; // state that cannot be taken back to an earlier position
+    // llama.cpp gives a cell that only one sequence has, and that is out of its sliding window, to others, even where the
+    // cache has room for all: what is then cut off behind it would leave the rest incomplete. So each sequence has a
+    // shadow, which has all of its cells too and is never looked at.
+    bool has_shadows = false;
+    bool loses_cells = false; // there are no shadows, where they are needed
 
     char poison[512] = "";      // why nothing but free is possible any more; no string, as memory may be what ran out
     bool embeddings = false;    // what llama.cpp was last told to compute
@@ -133,6 +137,12 @@ struct trio_context {
     }
     void check_seq(int32_t seq) const {
         if (seq < 0 || seq >= info.n_seq_max) throw Refused("sequence " + std::to_string(seq) + " does not exist");
+    }
+    int32_t shadow(int32_t seq) const { return seq + info.n_seq_max; }
+    int32_t last_position(int32_t seq) const { return llama_memory_seq_pos_max(memory, seq); }
+    bool remove(int32_t seq, int32_t start, int32_t end) {
+        if (has_shadows) llama_memory_seq_rm(memory, shadow(seq), start, end);
+        return llama_memory_seq_rm(memory, seq, start, end);
     }
     void check_range(int32_t start, int32_t end) const {
         check(start >= 0 && start <= info.n_ctx, "start is out of range");
@@ -167,6 +177,17 @@ bool is_encoder_decoder(const trio_model &model) {
     return model.info.has_encoder && model.info.has_decoder;
 }
 
+// Whether some layers see a window only, of a memory that could be cut anywhere.
+bool has_windows(const trio_model &model) {
+    return model.info.n_swa > 0 && !model.info.is_recurrent && !model.info.is_hybrid;
+}
+
+bool can_have_shadows(const trio_model &model, const trio_context_params &params) {
+    // These have caches of their own kind, which take no row for two sequences.
+    const bool is_usual = model.architecture != "deepseek4" && model.architecture != "glm5-next";
+    return has_windows(model) && is_usual && params.swa_full && 2 * params.n_seq_max <= llama_max_parallel_sequences();
+}
+
 llama_context_params native_params(const trio_context_params &params, trio_context *context) {
     llama_context_params native = llama_context_default_params();
     native.n_ctx = params.n_ctx;
@@ -188,6 +209,11 @@ llama_context_params native_params(const trio_context_params &params, trio_conte
     native.no_perf = true;
     native.swa_full = params.swa_full != 0;
     native.kv_unified = true;
+    if (context->has_shadows) {
+        native.n_seq_max *= 2;
+        native.n_batch = std::max(native.n_batch, native.n_seq_max); // an output of every sequence is planned for
+        native.n_ubatch = std::max(native.n_ubatch, native.n_seq_max);
+    }
     if (is_encoder_decoder(*context->model.get())) {
         // The decoder is handed what is not pooled. Biases of positions are not for flash attention, and the cache for
         // it would be turned around in every step.
@@ -403,7 +429,14 @@ llama_batch fill_native(trio_context &context, const trio_batch &batch) {
     }
     const size_t n_positions = batch.inputs != nullptr ? n_rows * size_t(context.info.n_input_positions) : n_rows;
     std::copy_n(batch.positions, n_positions, context.positions.begin());
-    std::copy_n(batch.seqs, n_rows, context.seqs.begin());
+    for (size_t row = 0; row < n_rows; ++row) {
+        if (context.has_shadows) {
+            context.seqs[2 * row] = batch.seqs[row];
+            context.seqs[2 * row + 1] = context.shadow(batch.seqs[row]);
+        } else {
+            context.seqs[row] = batch.seqs[row];
+        }
+    }
     native.pos = context.positions.data();
     native.n_seq_id = context.n_seq_ids.data();
     native.seq_id = context.seq_pointers.data();
@@ -442,7 +475,7 @@ int32_t encode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     std::fill_n(context.native_outputs.begin(), size_t(batch.n_rows), int8_t(1));
     // llama.cpp wants them to follow what the decoder holds; an encoder minds distances only.
     for (int32_t row = 0; row < batch.n_rows; ++row)
-        native.pos[row] += llama_memory_seq_pos_max(context.memory, batch.seqs[row]) + 1;
+        native.pos[row] += context.last_position(batch.seqs[row]) + 1;
     if (context.is_narrow != is_narrow) attach_threads(context, is_narrow);
     std::unique_lock<std::mutex> planning(context.model->adapters_mutex, std::defer_lock);
     if (context.plan_pending) planning.lock();
@@ -451,11 +484,16 @@ int32_t encode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     return code;
 }
 
-// A recurrent state has been overwritten by the micro-batch that did not finish: nothing of these sequences is left.
-void forget_recurrent(trio_context &context, const trio_batch &batch) {
-    if (!context.is_recurrent) return;
-    for (int32_t row = 0; row < batch.n_rows; ++row)
-        llama_memory_seq_rm(context.memory, batch.seqs[row], -1, -1);
+// A recurrent state has been overwritten by the micro-batch that did not finish: nothing of these sequences is left. Of
+// others, llama.cpp removes what was not finished, but only from one sequence of each row.
+void forget_unfinished(trio_context &context, const trio_batch &batch) {
+    for (int32_t row = 0; row < batch.n_rows; ++row) {
+        const int32_t seq = batch.seqs[row];
+        if (context.is_recurrent) llama_memory_seq_rm(context.memory, seq, -1, -1);
+        if (context.has_shadows) {
+            context.remove(seq, std::min(context.last_position(seq), context.last_position(context.shadow(seq))) + 1, -1);
+        }
+    }
 }
 
 int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t code) {
@@ -467,13 +505,13 @@ int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t co
         set_last_error("the batch does not fit into the KV cache");
         return TRIO_NO_KV_SPACE;
     case 2:
-        forget_recurrent(context, batch);
+        forget_unfinished(context, batch);
         set_last_error("aborted");
         return TRIO_ABORTED;
     case -1:
         throw Refused(errors.empty() ? "llama.cpp refused the batch" : errors);
     default:
-        forget_recurrent(context, batch);
+        forget_unfinished(context, batch);
         set_last_error(errors.empty() ? "llama.cpp failed with " + std::to_string(code) : errors);
         return TRIO_E_FATAL;
     }
@@ -511,6 +549,7 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         validate(*model, *params);
 
         auto opened = std::make_unique<trio_context>(model);
+        opened->has_shadows = can_have_shadows(*model, *params);
         {
             // One KV cache for all sequences may hold more than the model's context, and any model may give vectors.
             ExpectWarnings expected;
@@ -533,13 +572,13 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
 
         opened->memory = llama_get_memory(native);
         opened->n_ubatch = int32_t(llama_n_ubatch(native));
-        opened->swa_full = params->swa_full != 0;
+        opened->loses_cells = opened->memory != nullptr && has_windows(*model) && !opened->has_shadows;
         opened->is_recurrent = model->info.is_recurrent || model->info.is_hybrid;
         trio_context_info &info = opened->info;
         info.n_ctx = int32_t(llama_n_ctx(native));
         info.n_batch = int32_t(llama_n_batch(native));
         info.n_ubatch = opened->n_ubatch;
-        info.n_seq_max = int32_t(llama_n_seq_max(native));
+        info.n_seq_max = int32_t(params->n_seq_max);
         info.n_threads = opened->n_threads;
         info.pooling_type = int32_t(llama_pooling_type(native));
         info.has_memory = opened->memory != nullptr;
@@ -554,15 +593,16 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         info.decoder_start = info.has_encoder ? decoder_start(*model) : -1;
 
         const auto n_batch = size_t(info.n_batch);
+        const int32_t n_seqs = opened->has_shadows ? 2 : 1; // of each row
         opened->tokens.resize(n_batch);
         opened->positions.resize(n_batch * size_t(info.n_input_positions));
-        opened->seqs.resize(n_batch);
+        opened->seqs.resize(n_batch * size_t(n_seqs));
         opened->native_outputs.resize(n_batch);
         opened->outputs.reserve(n_batch);
-        opened->n_seq_ids.assign(n_batch, 1);
+        opened->n_seq_ids.assign(n_batch, n_seqs);
         opened->seq_pointers.resize(n_batch + 1, nullptr); // llama.cpp's own batches end with NULL
         for (size_t row = 0; row < n_batch; ++row)
-            opened->seq_pointers[row] = &opened->seqs[row];
+            opened->seq_pointers[row] = &opened->seqs[row * size_t(n_seqs)];
         opened->last_positions.resize(size_t(info.n_seq_max));
         opened->has_source.resize(size_t(info.n_seq_max));
         *context = opened.release();
@@ -620,14 +660,8 @@ int32_t trio_seq_remove(trio_context *context, int32_t seq, int32_t start, int32
         context->check_seq(seq);
         context->check_range(start, end);
         if (!context->info.has_memory || start == end) return 1;
-        // A sliding window may have forgotten what the next token after the cut needs to see; llama.cpp does not say
-        // so.
-        const int32_t n_swa = context->model->info.n_swa;
-        if (n_swa > 0 && !context->swa_full && start > 0 &&
-            llama_memory_seq_pos_min(context->memory, seq) > std::max(0, start - n_swa)) {
-            return 0;
-        }
-        return int32_t(llama_memory_seq_rm(context->memory, seq, start, end));
+        if (context->loses_cells && start > 0 && start <= context->last_position(seq)) return 0;
+        return int32_t(context->remove(seq, start, end));
     });
 }
 
@@ -639,10 +673,14 @@ int32_t trio_seq_copy(trio_context *context, int32_t source, int32_t target, int
         context->check_range(start, end);
         check(context->info.has_memory != 0, "nothing is kept between steps");
         check(source != target, "source and target are the same sequence");
-        const int32_t last = llama_memory_seq_pos_max(context->memory, source);
-        check(!context->is_recurrent || (start == 0 && (end == -1 || end > last)),
+        check(!(context->is_recurrent || context->loses_cells) ||
+                  (start == 0 && (end == -1 || end > context->last_position(source))),
               "this kind of memory can only be copied whole");
-        if (start != end) llama_memory_seq_cp(context->memory, source, target, start, end);
+        if (start == end) return TRIO_OK;
+        llama_memory_seq_cp(context->memory, source, target, start, end);
+        if (context->has_shadows) {
+            llama_memory_seq_cp(context->memory, context->shadow(source), context->shadow(target), start, end);
+        }
         return TRIO_OK;
     });
 }

@@ -140,7 +140,8 @@ typedef struct trio_context_params {
     int32_t type_k, type_v;  /* ggml_type of the KV cache */
     int32_t pooling_type;    /* -1: as the model says */
     int32_t offload_kqv;
-    int32_t swa_full;
+    int32_t swa_full; /* 1: what a sliding window has passed is kept, so that a sequence can be cut anywhere; as long as
+                         n_seq_max is at most half of what llama.cpp can have */
     float rope_freq_base, rope_freq_scale; /* 0: as the model says */
 } trio_context_params;
 

@@ -72,6 +72,14 @@ def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim:
     assert running.context.length(0) == 0
 
 
+@pytest.mark.parametrize(
+    ("slots", "n_spare", "can_trim"), [(42, 42, True), (64, 0, True), (65, 65, False), (128, 0, False)]
+)
+def test_windows_leave_fewer_sequences(models: Models, slots: int, n_spare: int, can_trim: bool) -> None:
+    limits = Running(models("swa"), slots=slots, context_length=16, batch_size=16).limits
+    assert (limits.n_spare_slots, limits.can_trim) == (n_spare, can_trim)
+
+
 @pytest.mark.parametrize("name", ["bert", "rerank"])
 def test_limits_of_an_encoder(models: Models, name: str) -> None:
     limits = Running(models(name)).limits
@@ -148,6 +156,31 @@ def test_trim_takes_back_to_an_earlier_position(models: Models, name: str) -> No
     assert running.context.apply(Trim(0, len(tokens) - 1))
     assert running.context.length(0) == len(tokens) - 1
     assert tokens_of(running.go_on(tokens[-1], len(tokens) - 1, 20)) == first
+
+
+@pytest.mark.parametrize("name", ["llama", "swa", "mrope"])
+def test_what_a_slot_holds_is_given_to_nobody_else(models: Models, name: str) -> None:
+    """Not even cells that its window has passed: the slot may be taken back to where they are needed."""
+    running = Running(models(name))
+    tokens = running.tokens("the story of the world and more than a window of thirty-two tokens in this one prompt")[
+        :60
+    ]
+    other = (running.tokens("hello and the answer of the model and the user and a count") * 4)[:60]
+    cuts = (10, 35, 50)
+    expected = [tokens_of(running.generate(tokens[: cut + 1], 8)) for cut in cuts]
+    for cut, text in zip(cuts, expected, strict=True):
+        for slot in (0, 1):
+            assert running.context.apply(Trim(slot, 0))
+        running.prefill(other[:20], slot=1)
+        running.prefill(tokens, rows=7)
+        # More than was there before: it goes around what the first one has.
+        assert running.context.apply(Trim(1, 0))
+        running.prefill(other, slot=1, rows=5)
+        assert running.context.apply(Trim(2, 0))
+        assert running.context.apply(Copy(0, 2, cut))
+        assert running.context.apply(Trim(0, cut))
+        for slot in (0, 2):
+            assert tokens_of(running.go_on(tokens[cut], cut, 8, slot=slot)) == text
 
 
 def test_recurrent_memory_can_only_be_forgotten_whole(models: Models) -> None:

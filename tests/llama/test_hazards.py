@@ -211,7 +211,7 @@ def test_every_pointer_may_be_null(shim: Shim) -> None:
     shim.refused("trio_device_get", -1, shim.ffi.new("trio_device *"))
     shim.refused("trio_model_meta_key", shim.model, 10**6, shim.ffi.new("char[]", 8), 8)
     shim.lib.trio_abort(null, 1)
-    for free in ("trio_model_free", "trio_context_free", "trio_sampler_free", "trio_load_free"):
+    for free in ("trio_model_free", "trio_context_free", "trio_sampler_free", "trio_adapter_free", "trio_load_free"):
         getattr(shim.lib, free)(null)
     shim.check_alive()
 
@@ -262,6 +262,28 @@ def test_context_parameters(shim: Shim, change: dict[str, Any]) -> None:
     shim.refused("trio_context_open", shim.model, shim.ffi.new("trio_context_params *", params | change), out)
     assert out[0] == shim.ffi.NULL
     shim.check_alive()
+
+
+@pytest.mark.parametrize("change", [{"swa_full": 0}, {"n_seq_max": 129, "n_batch": 129, "n_ubatch": 129}])
+def test_windows_that_forget_are_not_cut(models: Models, change: dict[str, int]) -> None:
+    shim = Shim(models("swa"))
+    ffi, lib = shim.ffi, shim.lib
+    params = {"n_ctx": 256, "n_batch": 64, "n_ubatch": 64, "n_seq_max": 2, "n_threads": 1, "n_threads_batch": 1}
+    params |= {"flash_attention": -1, "type_k": 1, "type_v": 1, "pooling_type": -1, "swa_full": 1} | change
+    out = ffi.new("trio_context **")
+    assert lib.trio_context_open(shim.model, ffi.new("trio_context_params *", params), out) == 0
+    context = ffi.gc(out[0], lib.trio_context_free)
+    batch = shim.batch(tokens=[5, 6, 7], positions=[0, 1, 2], seqs=[0, 0, 0], outputs=[0, 0, 0])
+    assert lib.trio_step(context, batch, ffi.NULL, ffi.NULL) == 0
+    assert lib.trio_seq_remove(context, 0, 1, -1) == 0
+    shim.refused("trio_seq_copy", context, 0, 1, 0, 2)
+    assert lib.trio_seq_copy(context, 0, 1, 0, 3) == 0
+    assert lib.trio_seq_remove(context, 0, 3, -1) == 1
+    assert lib.trio_seq_remove(context, 0, 0, -1) == 1
+    first, last = ffi.new("int32_t *"), ffi.new("int32_t *")
+    for seq, expected in ((0, (-1, -1)), (1, (0, 2))):
+        assert lib.trio_seq_range(context, seq, first, last) == 0
+        assert (first[0], last[0]) == expected
 
 
 @pytest.mark.parametrize(

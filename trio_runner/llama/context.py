@@ -90,8 +90,10 @@ class Context:
         n_ctx = config.context_length or min(max(model.info.n_ctx_train, 1), DEFAULT_CONTEXT_LENGTH)
         n_threads, n_threads_batch = (config.threads, config.threads) if config.threads else default_threads()
         pooling = _POOLINGS.get(config.pooling, model.native_info.pooling_type)
-        # Behind the slots for text that may be in use, spare ones, and as many again for embeddings alone.
-        n_spare = min(config.slots, _MAX_SEQUENCES - 2 * config.slots)
+        # Behind the slots for text that may be in use, spare ones, and as many again for embeddings alone. With a
+        # sliding window, each takes two of llama.cpp's sequences, or cannot be trimmed.
+        n_max = _MAX_SEQUENCES // 2 if model.native_info.n_swa else _MAX_SEQUENCES
+        n_spare = min(config.slots, (n_max if 2 * config.slots <= n_max else _MAX_SEQUENCES) - 2 * config.slots)
         n_seq_max = 2 * config.slots + n_spare
         n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
         params = self._ffi.new(
