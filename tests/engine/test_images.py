@@ -159,6 +159,15 @@ async def test_a_prompt_that_is_cut_loses_no_half_of_an_image(
     toy.check_closed()
 
 
+@pytest.mark.parametrize("parts", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+async def test_what_the_model_has_around_a_text_stands_around_all_parts(toy: Toy, parts: Parts) -> None:
+    projector = seeing(toy)
+    toy.info = {"token_bos": 2, "adds_bos": True, "token_eos": 3, "adds_eos": True}
+    async with toy.engine() as engine:
+        text = await text_of(engine, parts)
+    assert text == toy_text([2, *items_of(projector, parts), 3], 20)
+
+
 async def test_another_picture_is_another_text(toy: Toy) -> None:
     seeing(toy)
     questions: list[Parts] = [[A, "?"], [B, "?"], ["?", A], [A, B], [B, A], [A, A], [A], ["?"]]
