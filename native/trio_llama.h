@@ -125,7 +125,8 @@ int32_t trio_token_is_end(const trio_model *model, int32_t token);
 /* A LoRA adapter, tried on a few tokens. The weights of one whose header was not looked at first may crash the process:
  * ggml multiplies tensors of any type and shape that llama.cpp lets through. */
 int32_t trio_adapter_open(trio_model *model, const char *path, trio_adapter **adapter);
-void trio_adapter_free(trio_adapter *adapter); /* its memory goes when no context has it set any more */
+/* Its memory goes when no context has it set any more. May wait for a step that changes adapters. */
+void trio_adapter_free(trio_adapter *adapter);
 
 /* ---- context ---------------------------------------------------------------------------------------------------- */
 
