@@ -162,9 +162,7 @@ def test_trim_takes_back_to_an_earlier_position(models: Models, name: str) -> No
 def test_what_a_slot_holds_is_given_to_nobody_else(models: Models, name: str) -> None:
     """Not even cells that its window has passed: the slot may be taken back to where they are needed."""
     running = Running(models(name))
-    tokens = running.tokens("the story of the world and more than a window of thirty-two tokens in this one prompt")[
-        :60
-    ]
+    tokens = running.tokens(TEXT)
     other = (running.tokens("hello and the answer of the model and the user and a count") * 4)[:60]
     cuts = (10, 35, 50)
     expected = [tokens_of(running.generate(tokens[: cut + 1], 8)) for cut in cuts]
