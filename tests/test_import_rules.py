@@ -47,7 +47,7 @@ OUTSIDE: dict[str, set[str]] = {
     "trio": {"engine", "server", "bench", ""},
     "numpy": {"core.pooling", "core.grammar", "llama", "engine", "server", "testing", ""},
     "msgspec": {"server", ""},
-    "jinja2": {"core.chat", "core.template"},
+    "jinja2": {"core.template"},
     "matplotlib": {"bench.report"},
     "PIL": {"images"},
 }
