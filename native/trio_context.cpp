@@ -519,12 +519,11 @@ int32_t finish_decode(trio_context &context, const trio_batch &batch, int32_t co
 
 // Positions that learned tables do not have would be read from beyond the table by a worker thread, which nothing
 // catches.
-int32_t max_positions(const trio_model &model, bool has_memory, int32_t n_ctx) {
+bool has_position_table(const trio_model &model, bool has_memory) {
     const bool is_encoder = !has_memory;
     const bool has_rope = llama_model_rope_type(model.native) != LLAMA_ROPE_TYPE_NONE;
     const bool has_bias = is_encoder_decoder(model); // by the distance, however far
-    const bool has_table = is_encoder || !(has_rope || has_bias || model.info.is_recurrent || model.info.is_hybrid);
-    return has_table ? std::min(n_ctx, model.info.n_ctx_train) : n_ctx;
+    return is_encoder || !(has_rope || has_bias || model.info.is_recurrent || model.info.is_hybrid);
 }
 
 int32_t n_input_positions(const trio_model &model) {
@@ -582,9 +581,11 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         info.n_threads = opened->n_threads;
         info.pooling_type = int32_t(llama_pooling_type(native));
         info.has_memory = opened->memory != nullptr;
-        info.can_shift = opened->memory != nullptr && llama_memory_can_shift(opened->memory);
+        // llama.cpp would renumber cells whose position was added to what they hold, and cannot be taken out of it again.
+        const bool has_table = has_position_table(*model, info.has_memory != 0);
+        info.can_shift = opened->memory != nullptr && llama_memory_can_shift(opened->memory) && !has_table;
         info.causal = llama_get_causal_attn(native);
-        info.n_positions = max_positions(*model, info.has_memory != 0, info.n_ctx);
+        info.n_positions = has_table ? std::min(info.n_ctx, model->info.n_ctx_train) : info.n_ctx;
         info.n_embd_out = info.pooling_type == LLAMA_POOLING_TYPE_RANK ? int32_t(llama_model_n_cls_out(model->native))
                                                                        : llama_model_n_embd_out(model->native);
         info.has_encoder = is_encoder_decoder(*model);

@@ -159,7 +159,7 @@ class ToyProjector:
 
     def image(self, pixels: Pixels) -> EncodedImage:
         n_rows = 2 + pixels.digest[0] % 5
-        media = Media(pixels.digest, n_rows, 2 if self.folded else n_rows, self.causal)
+        media = Media(pixels.digest, n_rows, 2 if self.folded else n_rows, self.causal, self.folded)
         rows = np.full((n_rows, N_EMBD), pixels.digest[0], np.float32)
         items: tuple[Item, ...] = (ord("<"), *(MediaRow(media, row) for row in range(n_rows)), ord(">"))
         return EncodedImage(items, {media: EncodedMedia(rows)})

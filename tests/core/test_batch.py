@@ -106,7 +106,7 @@ def test_what_cannot_be_divided_is_not(lengths: list[int], max_rows: int, prompt
 
 
 def test_rows_of_images_make_a_batch_of_their_own_kind() -> None:
-    text, image = Media(b"a", 3, 3), Media(b"b", 3, 1, causal=False)
+    text, image = Media(b"a", 3, 3), Media(b"b", 3, 1, causal=False, folded=True)
     rows_of = [tuple(MediaRow(media, row) for row in range(3)) for media in (text, image)]
     batches = [Batch((Chunk(0, 0, 0, items, output=False),)) for items in [*rows_of, (1, 2)]]
     assert [batch.of_media for batch in batches] == [True, True, False]

@@ -106,7 +106,7 @@ def images(limits: Limits) -> list[Media]:
     and for something that both kinds of attention are tried with."""
     folded, causal = limits.can_trim and not limits.can_shift, limits.embeds_last_row
     n_rows = [3, 7] if causal and not folded else [min(n, limits.max_rows) for n in (3, 7)]
-    return [Media(f"image {n}".encode(), n, min(n, 2) if folded else n, causal) for n in n_rows]
+    return [Media(f"image {n}".encode(), n, min(n, 2) if folded else n, causal, folded) for n in n_rows]
 
 
 def fitted(world: World, what: dict[str, Any]) -> dict[str, Any]:

@@ -26,17 +26,14 @@ class Media:
     n_positions: int
     causal: bool = True
     """False: attention among its rows looks both ways."""
+    folded: bool = False
+    """Its rows share positions, of which there may be as many all the same: those in a single line have one."""
 
     @property
     def whole(self) -> bool:
         """It is decoded in one batch and forgotten as a whole: rows that look both ways cannot see those of another
         batch, and rows that share positions cannot be told apart in the KV cache."""
         return not self.causal or self.folded
-
-    @property
-    def folded(self) -> bool:
-        """Its rows share positions."""
-        return self.n_positions != self.n_rows
 
 
 class MediaRow(NamedTuple):
@@ -86,7 +83,7 @@ def n_positions(items: Sequence[Item]) -> int:
     n_shared = sum(
         item.media.n_rows - item.media.n_positions
         for item in items
-        if isinstance(item, MediaRow) and item.row == 0 and item.media.folded
+        if isinstance(item, MediaRow) and item.row == 0
     )
     return len(items) - n_shared
 

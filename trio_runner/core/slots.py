@@ -41,7 +41,7 @@ class Slot:
     @property
     def length(self) -> int:
         """As `Context.length` tells it: one more than the last position. Of rows that share one, it is their first."""
-        last = self.items[-1] if self.n_folded else None
+        last = self.items[-1] if self.items else None
         if isinstance(last, MediaRow) and last.media.folded:
             return self.position - last.media.n_positions + 1
         return self.position

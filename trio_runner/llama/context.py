@@ -31,6 +31,8 @@ DEFAULT_CONTEXT_LENGTH: Final = 4096
 """What a slot holds unless told otherwise, at most: models trained for a million tokens would want all memory."""
 
 _MAX_SEQUENCES: Final = 2 * MAX_SLOTS
+_EMBEDDER_LANES: Final = 64
+"""Texts that a model made for embeddings takes in one batch, if they fit."""
 _MIN_PIECE_BYTES: Final = 256  # a sample that failed writes its message where its piece would go
 _GGML_TYPES: Final = {
     "f32": 0,
@@ -90,11 +92,15 @@ class Context:
         n_ctx = config.context_length or min(max(model.info.n_ctx_train, 1), DEFAULT_CONTEXT_LENGTH)
         n_threads, n_threads_batch = (config.threads, config.threads) if config.threads else default_threads()
         pooling = _POOLINGS.get(config.pooling, model.native_info.pooling_type)
-        # Behind the slots for text that may be in use, spare ones, and as many again for embeddings alone. With a
-        # sliding window, each takes two of llama.cpp's sequences, or cannot be trimmed.
+        # Behind the slots for text that may be in use, spare ones, and then those for embeddings alone. With a sliding
+        # window, each takes two of llama.cpp's sequences, or cannot be trimmed.
         n_max = _MAX_SEQUENCES // 2 if model.native_info.n_swa else _MAX_SEQUENCES
-        n_spare = min(config.slots, (n_max if 2 * config.slots <= n_max else _MAX_SEQUENCES) - 2 * config.slots)
-        n_seq_max = 2 * config.slots + n_spare
+        if 2 * config.slots > n_max:
+            n_max = _MAX_SEQUENCES
+        n_spare = min(config.slots, n_max - 2 * config.slots)
+        is_embedder = not model.info.causal or pooling > _POOLING_NONE
+        n_embed = max(config.slots, min(_EMBEDDER_LANES, n_max - config.slots - n_spare) if is_embedder else 0)
+        n_seq_max = config.slots + n_spare + n_embed
         n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
         params = self._ffi.new(
             "trio_context_params *",
@@ -150,7 +156,7 @@ class Context:
             n_ctx=n_positions if self._has_memory and info.causal else min(n_positions, config.batch_size),
             max_rows=config.batch_size,
             n_spare_slots=n_spare,
-            n_embed_slots=config.slots,
+            n_embed_slots=n_embed,
             embeds_last_row=self._has_memory and bool(info.causal) and pools_last_row and not is_recurrent,
             has_memory=self._has_memory,
             can_trim=can_trim,

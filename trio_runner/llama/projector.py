@@ -159,15 +159,13 @@ class Encoding:
         projector = self._projector
         n_rows, n_positions = int(info.n_rows), int(info.n_positions)
         positions: NDArray[np.int32] | None = None
+        folded = False
         if projector.has_mrope:
             positions = self._integers("trio_media_positions", index, _N_POSITIONS * n_rows).reshape(-1, n_rows)
-            # Rows that share a position are told by there being fewer positions than rows. A single line of them takes
-            # as many; what follows it may as well stand one further on.
-            if n_positions == n_rows > 1 and positions[0, -1] == positions[0, 0]:
-                n_positions += 1
+            folded = bool(positions[0, -1] == positions[0, 0]) and n_rows > 1
         key = hashlib.blake2b(self._pixels.digest, digest_size=_DIGEST_BYTES)
         key.update(projector.digest + index.to_bytes(4, "little"))
-        media = Media(key.digest(), n_rows, n_positions, causal=not info.both_ways)
+        media = Media(key.digest(), n_rows, n_positions, causal=not info.both_ways, folded=folded)
         if media.whole and n_rows > projector.max_rows:
             raise InvalidImage(_too_many_rows(n_rows, projector.max_rows))
         rows: NDArray[np.float32] = np.empty((n_rows, projector.n_embd), np.float32)
