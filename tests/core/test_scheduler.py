@@ -396,9 +396,9 @@ def test_a_shift_leaves_cells_alone_that_another_slot_shares(n_shared: int, n_ke
 def lasting(start: tuple[int, ...], n_keep: int) -> tuple[int, ...]:
     """`start` and two more tokens, after which the toy generates 20."""
     for number in range(100, 200):
-        spec = SequenceSpec(uid=0, prompt=(*start, C + len(start), number), n_keep=n_keep, max_tokens=20)
-        if alone(spec, 16).n_sampled == 20:
-            return spec.prompt
+        prompt = (*start, C + len(start), number)
+        if alone(SequenceSpec(uid=0, prompt=prompt, n_keep=n_keep, max_tokens=20), 16).n_sampled == 20:
+            return prompt
     raise AssertionError("no such prompt")
 
 

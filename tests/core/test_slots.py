@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from trio_runner.core.batch import Batch, Chunk
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Trim
+from trio_runner.core.prompt import Item
 from trio_runner.core.shift import shift_ops
 from trio_runner.core.slots import Slot, SlotPool
 from trio_runner.testing import ToyContext, _Cell
@@ -25,7 +27,7 @@ def make_limits(n_slots: int = 2, *, n_spare_slots: int = 0, can_trim: bool = Tr
     )
 
 
-def naive_prefix(a: list[int], b: list[int]) -> int:
+def naive_prefix(a: Sequence[Item], b: Sequence[Item]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.client import Server, post
 from tests.server.client import serving as serving_engine
-from trio_runner import Engine, open_engine
+from trio_runner import Engine, ModelConfig, open_engine
 from trio_runner.models import DEFAULT_MODEL, resolve_model
 
 DEADLINE = 120.0
@@ -40,7 +40,7 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def serving(model: Path, **options: Any) -> AsyncIterator[Service]:
+async def serving(model: Path | ModelConfig, **options: Any) -> AsyncIterator[Service]:
     """Serve `model` on a port of its own, with one thread, for the length of the block."""
     async with (
         open_engine(model, **{"threads": 1, "batch_size": 128} | options) as engine,
