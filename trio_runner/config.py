@@ -45,6 +45,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", fspath(self.path))
+        if not self.path:
+            raise ValueError("path must name an adapter file")
         if not math.isfinite(self.scale):
             raise ValueError(f"the scale of adapter {self.path} must be finite")
         if not self.name:
@@ -77,6 +79,8 @@ class ModelConfig:
             raise ValueError("path must name a model file")
         if self.projector is not None:
             object.__setattr__(self, "projector", fspath(self.projector))
+            if not self.projector:
+                raise ValueError("projector must name a file")
         names = [adapter.name for adapter in self.adapters]
         if len(set(names)) < len(names):
             raise ValueError(f"two adapters have the same name: {', '.join(sorted(names))}")

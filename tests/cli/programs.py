@@ -20,8 +20,7 @@ DEADLINE = 60
 
 TOY = """
 import os, sys, time
-from pathlib import Path
-from types import MappingProxyType
+from dataclasses import replace
 import trio_runner.engine.engine
 from trio_runner import testing
 from trio_runner.errors import LoadError
@@ -45,7 +44,14 @@ if os.environ.get("TOY_ENDLESS"):
 
 def loader(model):
     projector = testing.ToyProjector() if model.projector is not None else None
-    return testing.ToyLoader({"ranks": "TOY_RANKS" in os.environ}, on_load, on_decode, projector, model.adapters)
+    toy = testing.ToyLoader({"ranks": "TOY_RANKS" in os.environ}, on_load, on_decode, projector, model.adapters)
+
+    def load(config, **options):
+        loaded = toy(config, **options)
+        loaded.model.info = replace(loaded.model.info, chat_template=os.environ.get("TOY_TEMPLATE"))
+        return loaded
+
+    return load
 
 trio_runner.engine.engine._loader = loader
 

@@ -140,6 +140,8 @@ def test_what_bench_is_told_of_an_engine_it_tells_its_server(call: Call, monkeyp
         "serve --flash-attention maybe",
         "serve --tensor-split 1,x",
         "serve --tensor-split 1,-1",
+        "serve --mmproj=",
+        "serve --lora=",
         "serve --lora-scaled a",
         "serve --lora-scaled a=",
         "serve --lora-scaled =1",

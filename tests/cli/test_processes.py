@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import base64
 import fcntl
 import json
 import os
@@ -19,8 +20,10 @@ import pytest
 import trio
 
 from tests.cli.programs import DEADLINE, ROOT, TOY, exchange, program, read_all, request
-from trio_runner.testing import toy_text
+from tests.engine.toys import items_of, picture
+from trio_runner.testing import ToyProjector, toy_basis, toy_text, toy_vector
 
+SEEN = items_of(ToyProjector(), ["see ", picture(0)])
 SLOW = {"TOY_ENDLESS": "1", "TOY_STEP": "0.01"}
 
 
@@ -221,6 +224,36 @@ async def test_a_server_that_bench_started_ends_with_it(model: str, tmp_path: Pa
                     os.kill(server, signal.SIGKILL)
 
 
+async def test_serve_takes_images_and_adapters(model: str, tmp_path: Path) -> None:
+    options = ["--mmproj", "p.gguf", "--lora-scaled", "/srv/a.gguf=0.5", "--adapter-dir", str(tmp_path)]
+    async with program("serve", "--model", model, "--port", "0", *options) as runner:
+        port = await runner.listening()
+        await runner.logged("model loaded")
+        assert '{"adapters":[{"name":"a","file":"a.gguf","scale":0.5}]}' in await exchange(port, "/adapters")
+        assert '{"name":"b","file":"b.gguf","scale":0}' in await exchange(port, "/adapters", {"file": "b.gguf"})
+        images = [{"id": 3, "data": base64.b64encode(picture(0)).decode()}]
+        fields = {"prompt": "see [img-3]", "n_predict": 12, "adapters": [], "image_data": images}
+        assert texts(await exchange(port, "/completion", fields)) == toy_text(SEEN, 12)
+        large = {**fields, "unknown": "x" * (9 << 20)}
+        assert texts(await exchange(port, "/completion", large)) == toy_text(SEEN, 12)
+        basis = toy_basis([(str(tmp_path / "b.gguf"), 1.0)])
+        adapted = {**fields, "adapters": [{"name": "b"}]}
+        assert texts(await exchange(port, "/completion", adapted)) == toy_text(SEEN, 12, basis)
+        runner.terminate()
+        assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+
+
+async def test_the_dropin_takes_images(model: str) -> None:
+    flags = ["-model", model, "-mmproj", "p.gguf", "-lora", "/srv/a.gguf", "-port", "0"]
+    async with program(*flags) as runner:
+        port = await runner.listening()
+        images = [{"id": 3, "data": base64.b64encode(picture(0)).decode()}]
+        fields = {"prompt": "see [img-3]", "n_predict": 12, "image_data": images, "unknown": "x" * (9 << 20)}
+        basis = toy_basis([("/srv/a.gguf", 1.0)])
+        assert texts(await exchange(port, "/completion", fields)) == toy_text(SEEN, 12, basis)
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +330,44 @@ async def test_run_says_what_is_wrong(model: str) -> None:
         assert runner.log == "error: prompt has 10000 tokens, but at most 4096 fit\n"
 
 
+async def test_run_shows_images(model: str, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, file in enumerate(files):
+        file.write_bytes(picture(number))
+    command = ["run", "what is this?", "-m", model, "-n", "12", *(f"--image={file}" for file in files)]
+    async with program(*command, "--mmproj", "p.gguf") as runner:
+        assert await runner.ended() == 0
+        items = items_of(ToyProjector(), [picture(0), picture(1), "what is this?"])
+        assert runner.output.decode() == toy_text(items, 12)
+        assert not runner.log.strip()
+    async with program(*command) as runner:
+        assert await runner.ended() == 1
+        assert runner.log == "error: prompt has images, which need a model with a projector\n"
+    files[1].write_bytes(b"no picture")
+    async with program(*command, "--mmproj", "p.gguf") as runner:
+        assert await runner.ended() == 1
+        assert runner.log.startswith("error: prompt[1] is of an unknown format")
+        assert runner.log.count("\n") == 1
+
+
+async def test_run_chats_where_the_model_has_a_template(model: str, tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}bot:"
+    command = ["run", "--chat", "hello", "-m", model, "-n", "12"]
+    async with program(*command, environment={"TOY_TEMPLATE": template}) as runner:
+        assert await runner.ended() == 0
+        assert runner.output.decode() == toy_text("user: hello;bot:", 12)
+    file = tmp_path / "picture.png"
+    file.write_bytes(picture(0))
+    command += ["--image", str(file), "--mmproj", "p.gguf"]
+    async with program(*command, environment={"TOY_TEMPLATE": template}) as runner:
+        assert await runner.ended() == 0
+        items = items_of(ToyProjector(), ["user: ", picture(0), "hello;bot:"])
+        assert runner.output.decode() == toy_text(items, 12)
+    async with program(*command) as runner:
+        assert await runner.ended() == 1
+        assert runner.log == "error: there is no chat template in the model's file\n"
+
+
 # ---- start -----------------------------------------------------------------------------------------------------------
 
 INTERRUPTED = """
@@ -339,6 +410,36 @@ async def test_embed_prints_one_vector_a_line(model: str) -> None:
         for vector in vectors:
             assert sum(number**2 for number in vector) == pytest.approx(1)
         assert not runner.log.strip()
+
+
+async def test_embed_cuts_texts_and_vectors(model: str) -> None:
+    options = ["--dimensions", "3", "--context-length", "4", "--model", model]
+    async with program("embed", "one", "too long", "--truncate", *options) as runner:
+        assert await runner.ended() == 0
+        vectors = [json.loads(line) for line in runner.output.decode().splitlines()]
+        assert vectors == [toy_vector([*text])[:3].tolist() for text in (b"one", b"too ")]
+    async with program("embed", "one", "too long", *options) as runner:
+        assert await runner.ended() == 1
+        assert runner.log == "error: content has 8 tokens, but at most 4 fit\n"
+        assert not runner.output
+    async with program("embed", "one", "--dimensions", "9", "--model", model) as runner:
+        assert await runner.ended() == 1
+        assert runner.log == "error: dimensions must be at most 8, not 9\n"
+
+
+# ---- rerank ----------------------------------------------------------------------------------------------------------
+
+
+async def test_rerank_prints_one_score_a_line(model: str) -> None:
+    command = ["rerank", "query", "one", "-", "two", "--model", model]
+    async with program(*command, stdin=b"a\nb\n", environment={"TOY_RANKS": "1"}) as runner:
+        assert await runner.ended() == 0
+        scores = [float(line) for line in runner.output.decode().splitlines()]
+        assert scores == [toy_vector([*b"query", *text])[0] for text in (b"one", b"a", b"b", b"two")]
+        assert not runner.log.strip()
+    async with program(*command) as runner:
+        assert await runner.ended() == 1
+        assert runner.log == "error: this model does not rank documents\n"
 
 
 # ---- fetch -----------------------------------------------------------------------------------------------------------

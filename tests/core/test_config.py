@@ -48,6 +48,7 @@ BAD_ENGINE: list[tuple[str, Any]] = [
 ]
 BAD_MODEL: list[tuple[str, Any]] = [
     ("path", ""),
+    ("projector", ""),
     ("adapters", (AdapterConfig("a/x.gguf"), AdapterConfig("b/x.gguf"))),
     ("adapters", (AdapterConfig("a.gguf", name="x"), AdapterConfig("b.gguf", 0.5, name="x"))),
     ("gpu_layers", -2),
@@ -75,6 +76,8 @@ def test_model_config_names_the_bad_field(name: str, value: Any) -> None:
 def test_adapter_scale(scale: float) -> None:
     with pytest.raises(ValueError, match=r"lora\.gguf"):
         AdapterConfig("lora.gguf", scale)
+    with pytest.raises(ValueError, match="path"):
+        AdapterConfig("", scale)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,6 @@ def test_adapter_scale(scale: float) -> None:
         ("-.gguf", "adapter"),
         ("_a.gguf", "a"),
         ("a" * 200, "a" * MAX_ADAPTER_NAME),
-        ("", "adapter"),
     ],
 )
 def test_an_adapter_is_named_after_its_file(path: str, name: str) -> None:
@@ -96,7 +98,7 @@ def test_an_adapter_is_named_after_its_file(path: str, name: str) -> None:
     assert AdapterConfig(path, name="other").name == "other"
 
 
-@given(st.text())
+@given(st.text(min_size=1))
 def test_every_adapter_has_a_name_that_stands_in_urls(path: str) -> None:
     name = AdapterConfig(path).name
     check_adapter_name(name)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import trio
 
@@ -40,6 +41,14 @@ class Answer:
     def lines(self) -> list[Any]:
         return [json.loads(line) for line in self.body.splitlines()]
 
+    @property
+    def text(self) -> str:
+        """Of a completion that has come to its end."""
+        assert self.status == 200, self.body
+        assert [line["stop"] for line in self.lines] == [False] * (len(self.lines) - 1) + [True]
+        assert "error" not in self.lines[-1]
+        return "".join(line["content"] for line in self.lines)
+
 
 def request(method: str, path: str, body: bytes = b"", *headers: str, host: str | None = "localhost") -> bytes:
     """A request; with a Content-Length if it has a body."""
@@ -53,6 +62,11 @@ def request(method: str, path: str, body: bytes = b"", *headers: str, host: str 
 
 def post(path: str, fields: object, *headers: str) -> bytes:
     return request("POST", path, json.dumps(fields).encode(), *headers)
+
+
+def image(data: bytes, number: int = 0) -> dict[str, object]:
+    """An element of image_data."""
+    return {"id": number, "data": base64.b64encode(data).decode()}
 
 
 class Client:
@@ -132,6 +146,23 @@ class Client:
         if not data:
             raise EOFError(bytes(self._buffer))
         self._buffer += data
+
+
+async def fin(client: Client) -> None:
+    await client.stream.aclose()
+
+
+async def reset(client: Client) -> None:
+    client.reset()
+
+
+async def half_close(client: Client) -> None:
+    """Not gone, but it looks the same; see rule 3 of connection.py."""
+    await client.stream.send_eof()
+
+
+Leave: TypeAlias = Callable[[Client], Awaitable[None]]
+WAYS: list[Leave] = [fin, reset, half_close]
 
 
 @dataclass

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.server.client import Client, post, request, serving, until
+from tests.server.client import WAYS, Leave, post, request, serving, until
 from tests.server.fake_engine import FakeEngine, endless
-
-
-async def fin(client: Client) -> None:
-    await client.stream.aclose()
-
-
-async def reset(client: Client) -> None:
-    client.reset()
-
-
-async def half_close(client: Client) -> None:
-    """Not gone, but it looks the same; see rule 3 of connection.py."""
-    await client.stream.send_eof()
-
-
-WAYS: list[Callable[[Client], Awaitable[None]]] = [fin, reset, half_close]
 
 COMPLETION = post("/completion", {"prompt": "x"})
 UPGRADE = post("/completion", {"prompt": "x"}, "Connection: upgrade", "Upgrade: foo")
@@ -64,7 +47,7 @@ async def tasks_return_to(n_tasks: int) -> None:
 
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("phase", WITHOUT_REQUEST)
-async def test_before_there_is_a_request(phase: str, leave: Callable[[Client], Awaitable[None]]) -> None:
+async def test_before_there_is_a_request(phase: str, leave: Leave) -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         n_tasks = trio.lowlevel.current_statistics().tasks_living
@@ -83,9 +66,7 @@ async def test_before_there_is_a_request(phase: str, leave: Callable[[Client], A
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("trailing", TRAILING)
 @pytest.mark.parametrize("what", WAITING)
-async def test_while_waiting_for_the_model_or_a_slot(
-    what: str, trailing: str, leave: Callable[[Client], Awaitable[None]], tmp_path: Path
-) -> None:
+async def test_while_waiting_for_the_model_or_a_slot(what: str, trailing: str, leave: Leave, tmp_path: Path) -> None:
     engine = FakeEngine()
     engine.admitting = trio.Event()
     async with serving(engine, adapter_dir=tmp_path) as server:
@@ -104,7 +85,7 @@ async def test_while_waiting_for_the_model_or_a_slot(
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("trailing", TRAILING)
 @pytest.mark.parametrize("spoken", [False, True], ids=["prefill", "decode"])
-async def test_in_the_answer(spoken: bool, trailing: str, leave: Callable[[Client], Awaitable[None]]) -> None:
+async def test_in_the_answer(spoken: bool, trailing: str, leave: Leave) -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         n_tasks = trio.lowlevel.current_statistics().tasks_living
@@ -122,7 +103,7 @@ async def test_in_the_answer(spoken: bool, trailing: str, leave: Callable[[Clien
 
 
 @pytest.mark.parametrize("leave", WAYS)
-async def test_while_the_answer_is_stuck(leave: Callable[[Client], Awaitable[None]]) -> None:
+async def test_while_the_answer_is_stuck(leave: Leave) -> None:
     """The socket is full, so the server waits in a send."""
     engine = FakeEngine()
     async with serving(engine) as server:

@@ -287,7 +287,7 @@ def test_any_bytes_are_accepted_or_refused(body: bytes) -> None:
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(["", "\n", "\r\n"]))
 def test_images_survive_the_wire(image: bytes, line_break: str) -> None:
     text = base64.b64encode(image).decode()
-    lines = line_break.join(text[start : start + 76] for start in range(0, len(text), 76))
+    lines = line_break.join(text[start : start + 8] for start in range(0, len(text), 8))
     assert completion(image_data=[{"data": lines, "id": 3}]).image_data == ((3, image),)
 
 
