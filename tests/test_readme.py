@@ -32,7 +32,7 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 
 def test_every_example_is_python() -> None:
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 4
     for example in PYTHON:
         compile(example, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 

@@ -17,7 +17,7 @@ from trio_runner.core.sequence import SequenceSpec
 from trio_runner.engine.runtime import Adapter, EncodedMedia, Sampler
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.request import SamplingParams
-from trio_runner.testing import N_EMBD, END, Interruption, ToyAdapter, ToyContext, ToySampler, toy_basis, toy_next
+from trio_runner.testing import END, N_EMBD, Interruption, ToyAdapter, ToyContext, ToySampler, toy_basis, toy_next
 
 # --- the oracle ------------------------------------------------------------------------------------------------------
 

@@ -46,14 +46,13 @@ def _own(generation: Generation) -> None:
 def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) -> None:
     """Serve `engine` on the paths of the original runner, and some more. Clients may load the adapters in
     `adapter_dir`, if there is one."""
-    helper = trio.CapacityLimiter(1)
+    helper, writer = trio.CapacityLimiter(1), trio.CapacityLimiter(1)
 
     async def convert(data: S, into: Callable[[S], T]) -> T:
         """What `into` makes of `data`, while others are served. Raises as `into`."""
-        return into(data) if len(data) < LARGE else await run_helper(partial(into, data))
-
-    async def run_helper(call: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(call, limiter=helper, abandon_on_cancel=True)
+        if len(data) < LARGE:
+            return into(data)
+        return await trio.to_thread.run_sync(into, data, limiter=helper, abandon_on_cancel=True)
 
     async def body(parse: Callable[[bytes], T]) -> T:
         """The body, as `parse` understands it. Raises as `parse`."""
@@ -75,7 +74,8 @@ def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) 
         try:
             if isinstance(asked, tuple):
                 vectors = await engine.embed_requests(asked)
-                return json_response(await run_helper(partial(runner_api.embeddings_line, vectors)))
+                write = partial(runner_api.embeddings_line, vectors)  # may take seconds
+                return json_response(await trio.to_thread.run_sync(write, limiter=writer, abandon_on_cancel=True))
             return json_response(runner_api.embedding_line(await engine.embed_request(asked)))
         except RunnerError as error:
             return problem_response(runner_api.not_admitted(error))
