@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,13 +14,24 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.engine.toys import DEADLINE, Gate, Latch, Toy, is_idle, open_when_closing, prompts, until, until_idle
+from tests.engine.toys import (
+    DEADLINE,
+    PATIENCE,
+    Gate,
+    Latch,
+    Toy,
+    is_idle,
+    open_when_closing,
+    prompts,
+    until,
+    until_idle,
+)
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.adapters import MAX_LOADED, AdapterInfo
 from trio_runner.engine.engine import Engine, open_engine
 from trio_runner.engine.generation import Generation
-from trio_runner.errors import EngineClosed, InvalidRequest, LoadError, UnknownAdapter
+from trio_runner.errors import EngineBroken, EngineClosed, InvalidRequest, LoadError, NativeError, UnknownAdapter
 from trio_runner.request import AdapterChoice, EmbedRequest, RerankRequest
 from trio_runner.testing import Interruption, ToyAdapter, toy_basis, toy_text, toy_vector
 
@@ -160,14 +172,15 @@ async def test_the_prompt_cache_is_within_a_set(toy: Toy) -> None:
     with_adapters(toy)
     prompt = "a prompt that is long enough to be worth something"
     cached: list[int] = []
-    async with toy.engine(slots=2) as engine:
-        for scales in ({}, {"one": 1.0}, {"one": 0.5}, {}, {"one": 1.0}, {"two": 0.0}):
+    async with toy.engine(slots=4) as engine:
+        both, both_again = {"one": 1.0, "two": 1.0}, {"two": 1.0, "one": 1.0}
+        for scales in ({}, {"one": 1.0}, {"one": 0.5}, both, {}, {"one": 1.0}, {"two": 0.0}, both_again):
             generation = engine.generate(prompt, max_tokens=5, adapters=chosen(**scales))
             assert await generation.collect() == said(prompt, 5, **scales)
             assert generation.usage is not None
             cached.append(generation.usage.cached_tokens)
     n_all = len(prompt) - 1
-    assert cached == [0, 0, 0, n_all, n_all, n_all]
+    assert cached == [0, 0, 0, 0, n_all, n_all, n_all, n_all]
 
 
 async def test_nobody_follows_a_prompt_of_another_set(toy: Toy) -> None:
@@ -477,6 +490,25 @@ async def test_leaving_the_engine_closes_what_is_still_in_use(toy: Toy) -> None:
         engine.unload_adapter("one")
         assert not toy.model.adapters[0].closed
     assert all(adapter.closed for adapter in toy.model.adapters)
+
+
+async def test_one_that_goes_when_the_decode_thread_has_died(toy: Toy) -> None:
+    """And nobody has heard of that yet."""
+    with_adapters(toy)
+    dead = threading.Event()
+
+    def die(batch: Batch) -> None:
+        dead.set()
+        raise NativeError("decode", 1, "a bug")
+
+    toy.on_decode = die
+    with trio.fail_after(DEADLINE), pytest.raises(EngineBroken):  # noqa: PT012
+        async with open_engine(toy) as engine:
+            await engine.generate("hello").start()
+            assert dead.wait(PATIENCE)  # trio does not run meanwhile
+            engine.unload_adapter("one")
+            await trio.sleep_forever()
+    assert toy.model.adapters[0].closed
 
 
 async def test_one_that_goes_while_its_request_is_tokenised(toy: Toy) -> None:

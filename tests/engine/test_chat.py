@@ -11,9 +11,22 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.engine.toys import Gate, Projector, Shutter, Toy, is_idle, items_of, picture, prompts
+from tests.engine.toys import (
+    DEADLINE,
+    Gate,
+    Latch,
+    Projector,
+    Shutter,
+    Toy,
+    is_idle,
+    items_of,
+    open_when_closing,
+    picture,
+    prompts,
+)
+from trio_runner.engine.engine import LONG_TEXT, Engine, open_engine
 from trio_runner.engine.prepare import size
-from trio_runner.errors import InvalidImage, InvalidRequest, PromptTooLong, RequestError, Unsupported
+from trio_runner.errors import EngineClosed, InvalidImage, InvalidRequest, PromptTooLong, RequestError, Unsupported
 from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest
 from trio_runner.testing import toy_text
 
@@ -157,12 +170,47 @@ async def test_a_conversation_with_an_image_is_let_go(toy: Toy) -> None:
         assert is_idle(engine)
 
 
+async def test_a_conversation_that_is_rendered_while_the_engine_is_leaving(toy: Toy) -> None:
+    talking(toy)
+    latch = Latch()
+
+    class SlowMessage(dict[str, Any]):
+        def get(self, key: str, default: Any = None, /) -> Any:
+            if key == "role":
+                latch()
+            return super().get(key, default)
+
+    async def ask(engine: Engine) -> None:
+        with pytest.raises(EngineClosed):
+            await engine.chat([SlowMessage(turns("hello")[0])]).start()
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery, open_engine(toy) as engine:
+            nursery.start_soon(ask, engine)
+            await latch.reached()
+            nursery.start_soon(open_when_closing, engine, toy, latch)
+    assert toy.model.samplers == []
+
+
 def test_an_image_does_not_make_a_conversation_long() -> None:
     """It is measured on the event loop, which images must not hold up."""
     chat = Chat(messages=tuple(with_images("hello", bytes(20_000_000), " you")))
     assert size(GenerateRequest(prompt=chat)) == len("hello you")
     strange: list[Any] = [{}, {"content": None}, {"content": [1, {"text": b"x"}, {}]}, 1, "text", None]
     assert size(GenerateRequest(prompt=Chat(messages=tuple(strange)))) == 0
+
+
+async def test_a_long_template_does_not_make_short_texts_wait(toy: Toy) -> None:
+    """Two of that kind are as many as are tokenised at once."""
+    talking(toy, "x" * LONG_TEXT + TEMPLATE)
+    latch = Latch()
+    toy.on_tokenize = lambda text: latch() if len(text) > LONG_TEXT else None
+    async with toy.engine() as engine, trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(engine.chat(turns("hello"), truncate=True, max_tokens=1).start)
+        await latch.reached()
+        assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
+        latch.open()
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
@@ -213,6 +261,18 @@ async def test_a_wrong_conversation_takes_no_slot(toy: Toy, wrong: str) -> None:
         assert len(toy.model.samplers) == 1
         gate.open()
         assert await neighbour.collect() == toy_text(other, 20)
+
+
+async def test_a_picture_that_a_template_shows_twice_is_somewhere_in_the_messages(toy: Toy) -> None:
+    talking(toy, TEMPLATE + TEMPLATE)
+    toy.projector = Projector()
+    seen: list[str | bytes] = ["<user>", picture(0), "</><assistant><user>", picture(0), "</><assistant>"]
+    async with toy.engine() as engine:
+        text = await engine.chat(with_images(picture(0)), max_tokens=20).collect()
+        assert text == toy_text(items_of(toy.projector, seen), 20)
+        with pytest.raises(InvalidImage) as caught:
+            await engine.chat(with_images(b"a cat")).start()
+        assert caught.value.param == "messages"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,6 +37,7 @@ from trio_runner.core.prompt import fit_prompt
 from trio_runner.engine.engine import MAX_PICTURES, Engine, open_engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.image_store import ImageStore
+from trio_runner.engine.runtime import EncodedImage
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -313,6 +315,34 @@ async def test_those_that_were_asked_for_last_are_kept(asks: list[int], max_byte
     assert (store.n_encoded, store.n_found) == (len(encoded), len(asks) - len(encoded))
 
 
+async def test_what_could_not_be_broken_off_any_more_counts_once() -> None:
+    """It is encoded to its end, and so is what came in its place."""
+    latch = Latch()
+
+    class DeafEncoding(ToyEncoding):
+        def run(self) -> EncodedImage:
+            latch()
+            return projector.image(self.pixels)
+
+    class DeafProjector(ToyProjector):
+        def encoding(self, pixels: Pixels) -> ToyEncoding:
+            return DeafEncoding(self, pixels)
+
+    projector = DeafProjector()
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            store = ImageStore(projector, 1000, nursery)
+            encode = partial(store.encode, pixels(1), param="image")
+            async with trio.open_nursery() as leaving:
+                leaving.start_soon(encode)
+                await latch.reached()
+                leaving.cancel_scope.cancel()
+            nursery.start_soon(encode)
+            latch.open()
+        assert store.n_encoded == 2
+        assert store.n_bytes == projector.image(pixels(1)).n_bytes
+
+
 @pytest.mark.parametrize("n_bytes", [0, 1 << 20])
 async def test_how_much_is_kept_is_configured(toy: Toy, n_bytes: int) -> None:
     projector = seeing(toy)
@@ -353,21 +383,33 @@ async def test_who_leaves_does_not_take_the_image_along(toy: Toy, who_leaves: in
 
 
 async def test_when_all_have_left_it_is_broken_off_and_the_next_starts_anew(toy: Toy) -> None:
-    shutter = shut(toy)
-    async with toy.engine() as engine:
-        async with trio.open_nursery() as nursery:
+    """Even if what was broken off is still there, hard of hearing."""
+    projector, latch = seeing(toy), Latch()
+    encodings: list[ToyEncoding] = []
+    texts: list[str] = []
+
+    def encode(encoding: ToyEncoding) -> None:
+        encodings.append(encoding)
+        latch()
+
+    async def read(engine: Engine) -> None:
+        texts.append(await text_of(engine, [A]))
+
+    projector.on_encode = encode
+    async with toy.engine() as engine, trio.open_nursery() as nursery:
+        async with trio.open_nursery() as leaving:
             for n in range(3):
-                nursery.start_soon(by_parts(engine, [A, f"question {n}"]).collect)
+                leaving.start_soon(by_parts(engine, [A, f"question {n}"]).collect)
             await until(lambda: engine.statistics().images_found == 2)
-            nursery.cancel_scope.cancel()
-        assert shutter.encodings[0].cancelled.is_set()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(text_of, engine, [A])
-            await shutter.reached(2)
-            assert not shutter.encodings[1].cancelled.is_set()
-            shutter.open()
-        await until_idle(engine)
-        assert engine.statistics().images_encoded == 1
+            leaving.cancel_scope.cancel()
+        assert encodings[0].cancelled.is_set()
+        nursery.start_soon(read, engine)
+        assert engine._images is not None
+        jobs = engine._images._jobs
+        await until(lambda: [job.n_waiting for job in jobs.values()] == [1])
+        latch.open()
+    assert texts == [said(projector, [A])]
+    assert [encoding.cancelled.is_set() for encoding in encodings] == [True, False]
 
 
 async def test_who_leaves_while_it_waits_for_its_turn_is_never_encoded(toy: Toy) -> None:
@@ -609,6 +651,26 @@ async def test_leaving_does_not_wait_for_images(toy: Toy, n_images: int) -> None
                 await until(lambda: engine._images is not None and len(engine._images._jobs) == n_images)
             assert [encoding.cancelled.is_set() for encoding in shutter.encodings] == [True]
     assert errors == [EngineClosed] * n_images
+
+
+async def test_leaving_breaks_off_an_image_first(toy: Toy) -> None:
+    """Whatever else there is to wait for."""
+    shutter, tokenising = shut(toy), Latch()
+    toy.on_tokenize = tokenising
+    errors: list[type[Exception]] = []
+
+    async def let_them_go() -> None:
+        await until(shutter.encodings[0].cancelled.is_set)
+        tokenising.open()
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery, open_engine(toy) as engine:
+            nursery.start_soon(_read, engine.generate([A]), errors)
+            await shutter.reached()
+            nursery.start_soon(_read, engine.generate("hello"), errors)
+            await tokenising.reached()
+            nursery.start_soon(let_them_go)
+    assert errors == [EngineClosed] * 2
 
 
 async def test_who_waits_for_an_image_hears_that_the_engine_has_broken(toy: Toy) -> None:
