@@ -374,6 +374,20 @@ def test_the_conversation_goes_on_from_what_was_said() -> None:
     assert world.last(second).usage.cached_tokens == len(prompt) + 6
 
 
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_stop_string_leaves_images_whole(folded: bool) -> None:
+    """Even one that is longer than what shifts have left of the text."""
+    image = rows_of(Media(b"image", 4, 2 if folded else 4, causal=False, folded=folded))
+    for number in range(20):
+        world = make_world(1, n_ctx=8, can_shift=False)
+        asked: dict[str, Any] = {"prompt": (A, number, *image), "n_keep": 6, "max_tokens": 12}
+        said = alone(SequenceSpec(uid=0, **asked), 8).text
+        uid = world.submit(**asked, stop=(said[-5:],))
+        world.run()
+        assert world.outcome(uid) == world.alone(uid)
+        assert world.context.held(0) in ([A, number], [A, number, *image])
+
+
 @pytest.mark.parametrize("which_shifts", ["source", "fork"])
 @pytest.mark.parametrize("n_keep", [0, 3])
 @pytest.mark.parametrize("n_shared", range(4, 12))

@@ -490,9 +490,10 @@ class Scheduler:
     def _forget_cut(self, sequence: Sequence) -> None:
         """Drop tokens whose text a stop string cut off: the conversation will go on without them. The token sampled
         last was never decoded."""
-        n_cut = min(sequence.text.n_cut() - 1, len(sequence.slot.items))
+        slot, n_cut = sequence.slot, sequence.text.n_cut() - 1
         if sequence.text.stop_matched is not None and n_cut > 0 and self._limits.can_trim:
-            self._ops.append(sequence.slot.trim(len(sequence.slot.items) - n_cut))
+            # After a context shift there may be fewer of them than were sampled.
+            self._ops.append(slot.trim(cut_before(slot.items, max(len(slot.items) - n_cut, 0))))
 
     def _keep_finished_rows(self, batch: Batch, result: StepResult) -> None:
         """Whole micro-batches of a batch that was broken off are in the KV cache: keep them, they cost time. A last
