@@ -364,6 +364,6 @@ class RerankRequest:
         object.__setattr__(self, "adapters", _check_adapters(self.adapters))
 
 
-def as_prompt(value: str | Chat | Sequence[int] | Sequence[Part]) -> Prompt:
+def as_prompt(value: str | Chat | Sequence[int | Part]) -> Prompt:
     """Text and conversations unchanged; any other sequence as a tuple, ready for a request."""
     return value if isinstance(value, (str, Chat)) else cast(Prompt, tuple(value))

@@ -42,9 +42,8 @@ async def test_it_says_what_is_in_the_picture(service: Service, colour: str, sha
     said = await service.complete(**about(image))
     assert f"{colour} {shape} on a {background} background" in said
     greedy: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "repeat_penalty": 1}
-    prompt: list[str | bytes] = [BEFORE, image, AFTER]
     engine = service.engine
-    assert await engine.generate(prompt, **greedy).collect() == said
+    assert await engine.generate([BEFORE, image, AFTER], **greedy).collect() == said
     parts = [{"type": "image", "image": image}, {"type": "text", "text": "\nDescribe the image."}]
     messages = [{"role": "user", "content": parts}]
     assert f"{colour} {shape}" in await engine.chat(messages, **greedy).collect()

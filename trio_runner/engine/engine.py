@@ -198,7 +198,7 @@ class Engine:
     # -- what it does -------------------------------------------------------------------------------------------------
 
     def generate(
-        self, request: GenerateRequest | Chat | str | Sequence[int] | Sequence[Part], /, **options: Any
+        self, request: GenerateRequest | Chat | str | Sequence[int | Part], /, **options: Any
     ) -> Generation:
         """Continue a prompt: a whole request, or text, or tokens, or a list of texts and images, with any fields of
         `GenerateRequest` and `SamplingParams` by name. Nothing happens before the generation is entered, started or
