@@ -128,11 +128,11 @@ def test_slide_renumbers_what_is_left(running: Running) -> None:
 
     def logprob(begin: int, *, slide: int = 0) -> float:
         assert running.context.apply(Trim(0, 0))
-        running.step(Chunk(0, 0, 0, tokens, output=False, position=begin, source=source))
+        running.step(Chunk(0, 0, 0, tokens, output=False, offset=begin, source=source))
         end = begin + len(tokens)
         if slide:
             assert running.context.apply(Slide(0, begin, end, -slide))
-        chunk = Chunk(0, 0, len(tokens), (5,), output=True, position=end - slide, source=source)
+        chunk = Chunk(0, 0, len(tokens), (5,), output=True, offset=end - slide - len(tokens), source=source)
         params = SamplingParams(temperature=0.0, repeat_penalty=1.0, logprobs=0)
         step = running.step(chunk, samplers={0: running.sampler(params)})
         assert step.outcome is DecodeOutcome.OK, step.message

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.events import TokenInfo
@@ -15,27 +15,38 @@ AdapterSet: TypeAlias = tuple[tuple[int, float], ...]
 """(uid of an adapter, scale), in the order of the uids, no scale 0: what is added to the model's weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Kind(NamedTuple):
+    """What a batch computes and how: rows of different kinds cannot go together."""
+
+    adapters: AdapterSet = ()
+    of_media: bool = False
+    causal: bool = True
+    vectors: bool = False
+
+
+class Chunk(NamedTuple):
     """Consecutive rows of one sequence, all of them tokens, or all of one image: `items` follow the `start` rows that
     `slot` holds, at positions `position`, `position` + 1, ... or where the image says.
 
     With `output`, the last row's logits are computed and sampled (or the sequence's vector, in an embeddings batch).
     """
 
+    # A tuple, like Wanting: every token of every stream takes one of each, and frozen dataclasses take five times as
+    # long to make.
+
     uid: int
     slot: int
     start: int
     items: tuple[Item, ...]
     output: bool
-    position: int = -1
-    """Not `start` only where rows before it share positions."""
+    offset: int = 0
+    """From `start` to `position`: below 0 where rows before it share positions."""
     source: tuple[int, ...] = ()
     """What the encoder has read, if the model has one."""
 
-    def __post_init__(self) -> None:
-        if self.position < 0:
-            object.__setattr__(self, "position", self.start)
+    @property
+    def position(self) -> int:
+        return self.start + self.offset
 
     @property
     def stop(self) -> int:
@@ -118,8 +129,7 @@ class StepResult:
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Wanting:
+class Wanting(NamedTuple):
     """A sequence that could use rows: `pending` items to go to `slot` after the `start` rows that it holds."""
 
     uid: int
@@ -132,7 +142,7 @@ class Wanting:
     """The last pending row is to be sampled."""
     whole: bool = False
     """All of `pending` in one batch, or nothing."""
-    position: int = -1
+    offset: int = 0
     source: tuple[int, ...] = ()
 
 
@@ -169,4 +179,4 @@ def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int) -
 def _chunk(want: Wanting, n_rows: int) -> Chunk:
     items = tuple(want.pending[:n_rows])
     output = want.output and n_rows == len(want.pending)
-    return Chunk(want.uid, want.slot, want.start, items, output, want.position, want.source)
+    return Chunk(want.uid, want.slot, want.start, items, output, want.offset, want.source)

@@ -80,12 +80,11 @@ def cut_after(items: Sequence[Item], start: int) -> int:
 
 def n_positions(items: Sequence[Item]) -> int:
     """How many positions `items` take, which are cut nowhere that they may not be."""
-    n_shared = sum(
-        item.media.n_rows - item.media.n_positions
-        for item in items
-        if isinstance(item, MediaRow) and item.row == 0
-    )
-    return len(items) - n_shared
+    n = len(items)
+    for item in items:
+        if isinstance(item, MediaRow) and item.row == 0:
+            n -= item.media.n_rows - item.media.n_positions
+    return n
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult, Wanting, plan_batch
+from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Kind, Sampled, StepResult, Wanting, plan_batch
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
@@ -68,15 +68,6 @@ class SchedulerStatistics:
     n_prompt_rows: int = 0
     """Rows of prompts that were decoded."""
     n_sampled: int = 0
-
-
-class Kind(NamedTuple):
-    """What a batch computes and how: rows of different kinds cannot go together."""
-
-    vectors: bool
-    of_media: bool
-    causal: bool
-    adapters: AdapterSet
 
 
 MIN_FOLLOW = 32
@@ -321,6 +312,8 @@ class Scheduler:
             return Batch(())
         by_kind: dict[Kind, list[Sequence]] = {}
         for sequence in ready:
+            if len(sequence.slot.items) + len(sequence.pending) > self._limits.n_ctx:
+                self._shift(sequence)
             by_kind.setdefault(self._kind_of(sequence), []).append(sequence)
         kind = self._kind = self._whose_turn(by_kind)
         self._n_planned += 1
@@ -337,7 +330,7 @@ class Scheduler:
         """The kind whose last batch is longest ago; before the first one, who waited longest for it counts."""
         last = self._kind_turns
         self._kind_turns = {
-            kind: last.get(kind, min(sequence.last_turn for sequence in sequences))
+            kind: last[kind] if kind in last else min(sequence.last_turn for sequence in sequences)
             for kind, sequences in by_kind.items()
         }
         return min(by_kind, key=lambda kind: (self._kind_turns[kind], kind == self._kind))
@@ -361,26 +354,26 @@ class Scheduler:
     def _kind_of(self, sequence: Sequence) -> Kind:
         """Of the next rows of this sequence."""
         first = sequence.pending[0]
-        of_media = isinstance(first, MediaRow)
-        causal = not isinstance(first, MediaRow) or first.media.causal
-        return Kind(self._wants_vector(sequence), of_media, causal, sequence.spec.adapters)
+        if isinstance(first, MediaRow):
+            return sequence.kind._replace(of_media=True, causal=first.media.causal)
+        return sequence.kind._replace(vectors=True) if self._wants_vector(sequence) else sequence.kind
 
     def _plan_rows(self, kind: Kind, sequences: list[Sequence], n_decoding: int) -> tuple[Chunk, ...]:
-        for sequence in sequences:
-            if len(sequence.slot.items) + len(sequence.pending) > self._limits.n_ctx:
-                self._shift(sequence)
         prompt_rows = self._limits.max_rows
         if n_decoding or not kind.vectors:
             prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
-        # A context shift may have put rows of another kind first.
-        wanting = [self._wanting(sequence) for sequence in sequences if self._kind_of(sequence) == kind]
+        wanting = map(self._wanting, sequences)
         chunks = plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows)
-        self._ops += self._pool.make_room(sum(len(chunk.items) for chunk in chunks if not self._embeds(chunk)))
+        first_embed_slot = self._limits.first_embed_slot
+        self._ops += self._pool.make_room(sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot))
         return chunks
 
     def _wanting(self, sequence: Sequence) -> Wanting:
         """As many of the next rows as may go into one batch, were there room: tokens up to an image, or one image."""
         spec, slot, pending = sequence.spec, sequence.slot, sequence.pending
+        start, offset = len(slot.items), -slot.n_folded
+        if sequence.decoding:
+            return Wanting(spec.uid, slot.id, start, pending, decoding=True, offset=offset, source=spec.source)
         wants_vector = self._wants_vector(sequence)
         if spec.embedding and not wants_vector:
             pending = pending[:-1]
@@ -392,17 +385,14 @@ class Scheduler:
         return Wanting(
             spec.uid,
             slot.id,
-            len(slot.items),
+            start,
             rows,
-            sequence.decoding,
+            decoding=False,
             output=wants_vector or (not spec.embedding and len(rows) == len(pending)),
             whole=wants_vector or (isinstance(first, MediaRow) and first.media.whole),
-            position=slot.position,
+            offset=offset,
             source=spec.source,
         )
-
-    def _embeds(self, chunk: Chunk) -> bool:
-        return self._running[chunk.uid].spec.embedding
 
     def _shift(self, sequence: Sequence) -> None:
         slot = sequence.slot
