@@ -167,14 +167,16 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
             assert await generation.collect() == toy_text(prompt, 40)
 
 
-async def test_vectors_have_a_bound_of_their_own(toy: Toy) -> None:
+@pytest.mark.parametrize("n_lanes", [2, 7])
+async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None:
+    toy.limits = {"n_embed_slots": n_lanes}
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=2, max_queue=1) as engine:
         async with trio.open_nursery() as nursery:
-            for n in range(3):
+            for n in range(n_lanes + 1):
                 nursery.start_soon(engine.embed_request, EmbedRequest(content=f"text {n}"))
-            await until(lambda: engine.statistics().generations == 3)
+            await until(lambda: engine.statistics().generations == n_lanes + 1)
             with pytest.raises(EngineBusy):
                 await engine.embed_request(EmbedRequest(content="one too many"))
             generation = engine.generate("hello", max_tokens=20)

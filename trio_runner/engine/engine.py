@@ -197,9 +197,7 @@ class Engine:
 
     # -- what it does -------------------------------------------------------------------------------------------------
 
-    def generate(
-        self, request: GenerateRequest | Chat | str | Sequence[int | Part], /, **options: Any
-    ) -> Generation:
+    def generate(self, request: GenerateRequest | Chat | str | Sequence[int | Part], /, **options: Any) -> Generation:
         """Continue a prompt: a whole request, or text, or tokens, or a list of texts and images, with any fields of
         `GenerateRequest` and `SamplingParams` by name. Nothing happens before the generation is entered, started or
         iterated.
@@ -611,18 +609,24 @@ class Engine:
         self._settled.set()
 
     def _refuse_if_full(self, request: AnyRequest) -> None:
-        slots, max_queue = self.config.slots, self.config.max_queue
+        max_queue = self.config.max_queue
         if max_queue is None:
             return
         if isinstance(request, GenerateRequest) and request.priority == "background":
             max_queue //= 2  # the other half is for those who are waited for
         kind = _kind(request)
         n_in_flight = self._preparing[kind] + sum(other.kind is kind for other in self._requests.values())
-        n_excess = n_in_flight - slots - max_queue + 1
+        n_lanes = self._n_lanes(kind)
+        n_excess = n_in_flight - n_lanes - max_queue + 1
         if n_excess > 0:
-            seconds = self._seconds.get(kind, 0.0) * n_excess / slots  # until so many have ended
-            message = f"{slots} requests are running and {n_in_flight - slots} waiting"
+            seconds = self._seconds.get(kind, 0.0) * n_excess / n_lanes  # until so many have ended
+            message = f"{n_lanes} requests are running and {n_in_flight - n_lanes} waiting"
             raise EngineBusy(message, retry_after=min(max(seconds, 1.0), MAX_RETRY_AFTER))
+
+    def _n_lanes(self, kind: Kind) -> int:
+        """Requests of a kind that run at once, as far as that is known before there is a model."""
+        runtime = self._runtime
+        return self.config.slots if kind is GenerateRequest or runtime is None else runtime.context.limits.n_embed_slots
 
     def _hand_over(self) -> None:
         # Runs inside trio's own entry queue: an exception here would bring down trio itself.
