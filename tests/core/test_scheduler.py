@@ -60,7 +60,7 @@ def submission(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of a SequenceSpec; World.submit makes them fit the context."""
     return {
         "prompt": COMMON[: draw(st.integers(0, 40))] + tuple(draw(st.lists(st.sampled_from([A, B]), min_size=1))),
-        "images": draw(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), max_size=2)),
+        "images": draw(st.lists(st.tuples(st.sampled_from([*range(13), 99, 99, 99]), st.integers(0, 1)), max_size=2)),
         "adapters": draw(st.sampled_from([(), (), ((1, 1.0),), ((1, 0.5), (2, 1.0))])),
         "n_keep": draw(st.integers(0, 12)),
         "max_tokens": draw(st.integers(1, 60)),
