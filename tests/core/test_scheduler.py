@@ -956,6 +956,23 @@ def test_a_refused_trim_of_a_slot_that_nobody_uses_empties_it() -> None:
     world.check_idle()
 
 
+@pytest.mark.parametrize("with_embeddings", [False, True])
+def test_who_never_finds_space_holds_nobody_up_for_ever(with_embeddings: bool) -> None:
+    """Not while batches of another kind succeed all the time either."""
+    world = make_world(2)
+    culprit, other = (world.submit(prompt=endless(n), max_tokens=4) for n in range(2))
+    world.poison[culprit] = DecodeOutcome.NO_KV_SPACE
+    for _ in range(60):
+        if with_embeddings and not world.scheduler.statistics().n_waiting > 1:
+            world.submit(prompt=(A, B), embedding=True)
+        world.step()
+    assert world.last(culprit).reason == "error"
+    assert world.finished(other)
+    world.run()
+    check_survivors(world)
+    world.check_idle()
+
+
 def test_without_space_one_waits_and_gives_up_what_it_holds() -> None:
     world = make_world(3, n_embed_slots=1, embeds_last_row=True)
     for n in range(2):

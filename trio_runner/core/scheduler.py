@@ -94,7 +94,7 @@ class Scheduler:
         self._n_short_steps = 0
         # Rows that the next batch may have; fewer only while a batch that failed is being cut down.
         self._max_rows = limits.max_rows
-        self._crowded = False  # the KV cache was full: nobody gets a slot before somebody ends
+        self._crowded = False  # the KV cache was full: nobody gets a slot before somebody gives one up
         self._suspects: list[int] = []
         self._n_batches = self._n_planned = self._n_aborted = self._n_prompt_rows = self._n_sampled = 0
 
@@ -184,7 +184,7 @@ class Scheduler:
             self._n_aborted += 1
             self._n_short_steps = N_SHORT_STEPS
             return []
-        if result.outcome is DecodeOutcome.NO_KV_SPACE and self._make_space():
+        if result.outcome is DecodeOutcome.NO_KV_SPACE and self._make_space(batch):
             return []
         return list(self._fail_or_suspect(batch, result))
 
@@ -502,7 +502,7 @@ class Scheduler:
                 self._ops.append(Trim(chunk.slot, chunk.position + n_positions(chunk.items[:n_useful])))
             self._hold(sequence, chunk.items[:n_useful])
 
-    def _make_space(self) -> bool:
+    def _make_space(self, batch: Batch) -> bool:
         """The KV cache is full, which slots of fixed size should prevent: give up what idle slots hold; then let one
         sequence wait until another one ends; then try with fewer rows. False when none of it is left."""
         idle = [slot for slot in self._pool.slots if not slot.busy and slot.items]
@@ -517,6 +517,8 @@ class Scheduler:
             self._ops.append(slot.trim(0))
             self._crowded = True
             return True
+        # Whoever is in this batch, one by one: that others find space, with another kind of rows, says nothing.
+        self._suspects = [chunk.uid for chunk in batch.chunks]
         self._max_rows //= 2
         if self._max_rows:
             return True
@@ -543,7 +545,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         if sequence.spec.uid in self._running:
             self._leave_slot(sequence)
-            self._crowded = False
+            self._crowded = self._crowded and sequence.spec.embedding
 
 
 def _n_kept(slot: Slot, chunk: Chunk, length: int) -> int | None:
