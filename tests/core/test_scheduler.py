@@ -471,6 +471,20 @@ def test_an_abort_in_the_last_row_decodes_only_that_one_again() -> None:
     assert world.outcome(uid) == world.alone(uid)
 
 
+@pytest.mark.parametrize(("n_done", "n_kept"), [(0, 1), (1, 0), (1, 3), (1, 4), (2, 0), (2, 1), (2, 3)])
+@pytest.mark.parametrize("folded", [True, False])
+def test_an_abort_around_an_image_costs_only_the_rows_that_were_lost(n_done: int, n_kept: int, folded: bool) -> None:
+    image = rows_of(Media(b"image", 4, 2 if folded else 4, causal=folded, folded=folded))
+    world = make_world(1, can_shift=False)
+    uid = world.submit(prompt=(A, *image, B, C, B, A), max_tokens=3)
+    for _ in range(n_done):
+        world.step()
+    world.step(Interruption(DecodeOutcome.ABORTED, n_kept))
+    world.run()
+    assert world.scheduler.statistics().n_prompt_rows == 9
+    assert world.outcome(uid) == world.alone(uid)
+
+
 def test_after_a_failure_each_is_tried_alone_and_then_all_together_again() -> None:
     world = make_world(3, max_rows=32)
     for n in range(3):
