@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Trim
 from trio_runner.errors import EngineClosed, LoadError, NativeError
 from trio_runner.llama import Model
+from trio_runner.llama.adapter import MAX_RANK
 from trio_runner.llama.library import last_error, native
 
 Models = Callable[[str], Path]
@@ -203,6 +205,21 @@ def test_files_that_are_cut_short(models: Models, tmp_path: Path, n_bytes: int) 
     path = write(tmp_path / "lora.gguf", pair())
     path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(LoadError):
+        Model(ModelConfig(path=str(models("llama")))).adapter(str(path))
+
+
+@pytest.mark.parametrize("n_bytes", [1 << 21, 1 << 36])
+def test_what_comes_after_the_last_tensor(models: Models, tmp_path: Path, n_bytes: int) -> None:
+    """Nobody reads through a file that is mostly something else."""
+    path = write(tmp_path / "lora.gguf", pair())
+    os.truncate(path, n_bytes)
+    with pytest.raises(LoadError, match=r"goes on for \d+ bytes after its last tensor"):
+        Model(ModelConfig(path=str(models("llama")))).adapter(str(path))
+
+
+def test_ranks_that_would_fill_the_memory(models: Models, tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.gguf", pair(ranks=(MAX_RANK + 1,) * 2))
+    with pytest.raises(LoadError, match=f"is of rank {MAX_RANK + 1}, more than {MAX_RANK}"):
         Model(ModelConfig(path=str(models("llama")))).adapter(str(path))
 
 

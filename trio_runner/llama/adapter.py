@@ -13,9 +13,13 @@ from trio_runner.llama.library import check, drain_log, native
 if TYPE_CHECKING:
     from trio_runner.engine.runtime import ModelInfo
 
+MAX_RANK: Final = 16384
+"""Above the sizes of all but the largest models; a damaged file may claim what fills the memory."""
+
 _A: Final = ".lora_a"
 _B: Final = ".lora_b"
 _MATRICES_OF_EXPERTS: Final = "_exps.weight"
+_MAX_TAIL: Final = 1 << 20  # bytes after the last tensor, as alignment goes
 # All others have no product with a row of floats: ggml would call a function that is not there.
 _CANNOT_MULTIPLY: Final = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 
@@ -74,6 +78,9 @@ def _check_adapter(header: GgufHeader, info: ModelInfo, path: str) -> None:
             raise LoadError(f"the tensor {name} {problem}", path=path)
     if not tensors:
         raise LoadError("it adapts no tensor", path=path)
+    n_tail = header.file_size - max(tensor.offset + tensor.n_bytes for tensor in header.tensors)
+    if n_tail > _MAX_TAIL:  # the file is read through, all of it
+        raise LoadError(f"damaged: it goes on for {n_tail} bytes after its last tensor", path=path)
 
 
 def _problem(tensor: GgufTensor, tensors: dict[str, GgufTensor], n_expert: int) -> str:
@@ -90,6 +97,8 @@ def _problem(tensor: GgufTensor, tensors: dict[str, GgufTensor], n_expert: int) 
     rank_a, rank_b = _size(a, 0 if base == "token_embd.weight" else 1), _size(b, 0)
     if rank_a != rank_b:
         return f"is of rank {rank_a} where its other half is of rank {rank_b}"
+    if rank_a > MAX_RANK:
+        return f"is of rank {rank_a}, more than {MAX_RANK}"
     n_matrices = n_expert if base.endswith(_MATRICES_OF_EXPERTS) else 1
     if _size(tensor, 2) != n_matrices or _size(tensor, 3) != 1:
         return f"has the shape {tensor.shape}, which are not {n_matrices} matrices"
