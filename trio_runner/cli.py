@@ -617,10 +617,11 @@ def info(options: EngineOptions, /, as_json: bool) -> int:
         if as_json:
             click.echo(json.dumps(facts, ensure_ascii=False, default=str))
         else:
+            width = max(len(name) for section in facts.values() for name in section)
             for title, section in facts.items():
                 click.echo(f"{title}:")
                 for name, value in section.items():
-                    click.echo(f"  {name:<20} {value}")
+                    click.echo(f"  {name:<{width}} {value}")
 
     return run_with_engine(configs, print_facts)
 
