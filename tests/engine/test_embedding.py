@@ -319,11 +319,12 @@ async def test_a_document_that_is_too_long_loses_its_end(toy: Toy, special: str,
     ranking(toy, **SPECIALS[special])
     async with toy.engine(batch_size=50) as engine:
         with pytest.raises(PromptTooLong) as caught:
-            await engine.rerank(QUERY, [document])
-        assert caught.value.param == "documents"
+            await engine.rerank(QUERY, ["short", document])
+        assert caught.value.param == "documents[1]"
         assert len(await engine.rerank(QUERY, ["short", document], truncate=True)) == 2
-        with pytest.raises(PromptTooLong):  # there is nothing of a document to lose
+        with pytest.raises(PromptTooLong) as caught:  # there is nothing of a document to lose
             await engine.rerank("q" * 51, [document], truncate=True)
+        assert caught.value.param == "query"
     tokens = max((chunk.items for batch in toy.context.batches for chunk in batch.chunks), key=len)
     assert 25 < len(tokens) <= 50
     text = bytes(token for token in tokens if isinstance(token, int) and token > 4).decode()

@@ -135,12 +135,14 @@ async def test_of_equal_documents_the_earlier_comes_first(ranker: Toy) -> None:
 async def test_a_document_that_is_too_long(ranker: Toy) -> None:
     async with ranker.engine(slots=2, context_length=32, batch_size=16) as engine, serving(engine) as server:
         refusal = await server.ask(ranking("query", ["short", "d" * 12]))
-        assert (refusal.status, b"documents has 17 tokens" in refusal.body) == (400, True)
+        assert (refusal.status, refusal.body) == (400, b"documents[1] has 17 tokens, but at most 16 fit\n")
         answer = await server.ask(ranking("query", ["d" * 99], truncate=True))
         assert answer.status == 200
         assert answer.json["results"][0]["relevance_score"] in [score("query", "d" * n) for n in range(1, 12)]
         refusal = await server.ask(ranking("q" * 17, ["d"], truncate=True))
-        assert (refusal.status, b"documents" in refusal.body) == (400, True)
+        assert (refusal.status, refusal.body) == (400, b"query has 17 tokens, but at most 16 fit\n")
+        refusal = await server.ask(post("/rerank", {"query": "q", "documents": ["d", 1]}))
+        assert (refusal.status, refusal.body) == (400, b"documents[1] must be a string, not an integer\n")
 
 
 async def test_one_model_ranks_and_another_embeds(toy: Toy) -> None:

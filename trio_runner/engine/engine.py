@@ -284,7 +284,10 @@ class Engine:
         the order means something. Raises as `Generation.start`, `Unsupported` if the model was not made for it."""
         if isinstance(query, str):
             query = RerankRequest(query=query, documents=tuple(documents), truncate=truncate)
-        pairs = [PairRequest(query.query, document, query.truncate, query.adapters) for document in query.documents]
+        pairs = [
+            PairRequest(query.query, document, query.truncate, query.adapters, f"documents[{index}]")
+            for index, document in enumerate(query.documents)
+        ]
         await self.wait_ready()
         embedded = await self._all_vectors(pairs)
         return np.array([np.asarray(one.vector, np.float32).flat[0] for one in embedded], np.float32)

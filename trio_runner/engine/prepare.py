@@ -33,6 +33,8 @@ class PairRequest:
     document: str
     truncate: bool
     adapters: tuple[AdapterChoice, ...] | None
+    param: str
+    """What to call the document when something is wrong with it."""
 
 
 class NamedImage(NamedTuple):
@@ -286,29 +288,32 @@ def _prepare_pair(request: PairRequest, runtime: Runtime, uid: int) -> Submit:
         raise Unsupported("reranking", "this model does not rank documents")
     longest = min(limits.n_ctx, limits.max_rows)
     document = request.document
-    tokens = _pair(model, request.query, document)
+    tokens = _pair(model, request.query, document, param=request.param)
     # Tokens of a text are no longer than its characters are many: what is cut is more than enough, in few turns.
     while len(tokens) > longest and request.truncate and document:
         document = document[: len(document) * longest // (len(tokens) + 1)]
-        tokens = _pair(model, request.query, document)
+        tokens = _pair(model, request.query, document, param=request.param)
     if len(tokens) > longest:
-        raise PromptTooLong(len(tokens), longest, param="documents")
+        alone = len(_pair(model, request.query, "", param=request.param))
+        if alone > longest:
+            raise PromptTooLong(alone, longest, param="query")
+        raise PromptTooLong(len(tokens), longest, param=request.param)
     if not tokens:
-        raise InvalidRequest("query and documents are empty: no input provided", param="documents")
+        raise InvalidRequest(f"query and {request.param} are empty: no input provided", param=request.param)
     return Submit(SequenceSpec(uid=uid, prompt=tuple(tokens), embedding=True), None)
 
 
-def _pair(model: Model, query: str, document: str) -> list[int]:
+def _pair(model: Model, query: str, document: str, *, param: str) -> list[int]:
     """A query and a document as models are trained on them: by the file's own template, if it has one, else with the
     model's special tokens before, between and after (as llama.cpp's server does it)."""
     info = model.info
     template = info.metadata.get("tokenizer.chat_template.rerank")
     if template is not None:
         text = template.replace("{query}", query).replace("{document}", document)
-        return tokenize(model, text, param="documents", add_special=False, parse_special=True)
+        return tokenize(model, text, param=param, add_special=False, parse_special=True)
     texts = [
-        tokenize(model, text, param=param, add_special=False, parse_special=False)
-        for text, param in ((query, "query"), (document, "documents"))
+        tokenize(model, text, param=name, add_special=False, parse_special=False)
+        for text, name in ((query, "query"), (document, param))
     ]
     end = info.token_eos if info.token_eos is not None else info.token_sep
     before = [info.token_bos] if info.adds_bos else []

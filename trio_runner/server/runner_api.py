@@ -231,6 +231,12 @@ def _texts(name: str, value: Any) -> str | tuple[str, ...]:
         return _text(name, value)
     if not isinstance(value, list):
         _wrong(name, "a string or a list of strings", value)
+    return _documents(name, value)
+
+
+def _documents(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        _wrong(name, "a list of strings", value)
     if len(value) > MAX_DOCUMENTS:
         raise InvalidRequest(f"{name} has {len(value)} texts, but at most {MAX_DOCUMENTS} are allowed", param=name)
     return tuple(_text(f"{name}[{index}]", item) for index, item in enumerate(value))
@@ -246,7 +252,7 @@ _EMBEDDING: dict[str, Check] = {
 }
 _RERANK: dict[str, Check] = {
     "query": _text,
-    "documents": _list_of(_text, "strings"),
+    "documents": _documents,
     "top_n": _integer,
     "truncate": _boolean,
     "adapters": _list_of(_adapter, "objects"),
