@@ -277,8 +277,8 @@ typedef struct trio_projector_params {
                          positions), where the projector can choose; 0: as the file says */
 } trio_projector_params;
 
-/* What turns images into rows for this model: a file that is called mmproj. The file has to be trusted: mtmd misses few
- * of the tensors that it needs before it uses them. */
+/* What turns images into rows for this model: a file that is called mmproj. A file whose header was not looked at first may
+ * crash the process: mtmd misses few of the tensors that it needs before it uses them. */
 int32_t trio_projector_open(trio_model *model, const char *path, const trio_projector_params *params, trio_load *load,
                             trio_projector **projector);
 void trio_projector_free(trio_projector *projector); /* its media keep it alive */

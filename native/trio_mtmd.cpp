@@ -61,6 +61,7 @@ struct trio_projector {
     std::condition_variable changed;
     const trio_media *running = nullptr; // what is being encoded
     double work = 0.0;                   // since the last look; of the thread that encodes
+    bool only_plans = false;             // nothing is to be computed
 
     void retain() { references.fetch_add(1, std::memory_order_relaxed); }
     void release() {
@@ -91,9 +92,13 @@ struct trio_media {
 
 namespace {
 
+// A graph was made, and there is memory for it. No std::exception: mtmd would call it an error.
+struct Planned {};
+
 // ggml asks (`ask`) of each node whether it should compute up to it and call again.
 bool on_node(ggml_tensor *node, bool ask, void *data) {
     auto *projector = static_cast<trio_projector *>(data);
+    if (projector->only_plans) throw Planned();
     if (!ask) {
         projector->running->check_wanted(); // with false, ggml would go on with what another backend computes
         return true;
@@ -239,6 +244,24 @@ int32_t try_images(const trio_projector &projector) {
     return max_rows(describe_all(projector, tokenize(projector, nullptr, LARGE_SIDE, LARGE_SIDE)));
 }
 
+// Has mtmd do everything for a small image but compute. What in the file does not fit together asserts on the way: here,
+// where it is caught, and not with the first image of somebody's.
+void try_to_plan(trio_projector &projector) {
+    const std::vector<uint8_t> grey(size_t(3) * SMALL_SIDE * SMALL_SIDE, 128);
+    const Chunks chunks = tokenize(projector, grey.data(), SMALL_SIDE, SMALL_SIDE);
+    size_t index = 0;
+    while (mtmd_input_chunk_get_type(mtmd_input_chunks_get(chunks.get(), index)) == MTMD_INPUT_CHUNK_TYPE_TEXT)
+        ++index; // describe_all() has seen to it that there is one
+    projector.only_plans = true;
+    try {
+        mtmd_encode_chunk(projector.native.get(), mtmd_input_chunks_get(chunks.get(), index));
+    } catch (const Planned &) {
+        projector.only_plans = false;
+        return;
+    }
+    throw Failure(TRIO_E_LOAD, mtmd_errors("mtmd cannot encode images with the file"));
+}
+
 void open_native(trio_projector &projector, const char *path, mtmd_context_params params, const trio_load *load) {
     const llama_model *model = projector.model->native;
     projector.native.reset();
@@ -295,6 +318,7 @@ int32_t trio_projector_open(trio_model *model, const char *path, const trio_proj
             native.image_max_tokens = params->max_rows;
             open_native(*opened, path, native, load);
         }
+        try_to_plan(*opened);
         if (load != nullptr) load->progress.store(1.0f, std::memory_order_relaxed);
         *projector = opened.release();
         return TRIO_OK;

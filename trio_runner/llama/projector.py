@@ -16,6 +16,7 @@ from trio_runner.errors import EngineClosed, InvalidImage, LoadError, NativeErro
 from trio_runner.images import Pixels
 from trio_runner.llama.gguf import check_gguf
 from trio_runner.llama.library import check, drain_log, last_error, native
+from trio_runner.llama.mmproj import problem_of
 from trio_runner.llama.model import LoadProgress, Model
 
 ARCHITECTURE: Final = "clip"
@@ -26,11 +27,14 @@ _DIGEST_BYTES: Final = 32
 
 
 def check_projector(path: str) -> None:
-    """Look at a file's header. Raises `LoadError` unless it is that of a projector."""
+    """Look at a file's header. Raises `LoadError` unless it is that of a projector which mtmd can be given."""
     header = check_gguf(path)
     if header.architecture != ARCHITECTURE:
         kind = header.metadata.get("general.type", "model")
         raise LoadError(f"this is a {kind} ({header.architecture}), not a projector (mmproj)", path=path)
+    problem = problem_of(header)
+    if problem is not None:
+        raise LoadError(problem, path=path)
 
 
 class Projector:

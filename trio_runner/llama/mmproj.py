@@ -1,0 +1,162 @@
+"""What a projector's file must have, as mtmd does not look before it uses it.
+
+mtmd makes its graph of whatever it has found, and a tensor that is not there ends the process. So does a type that an
+operation does not take, or a row that is not in a table, where it is a worker thread of ggml that finds out. What does
+not fit together in other ways is found when the library plans an image, and caught there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+from trio_runner.llama.gguf import MAX_BLOCKS, GgufArray, GgufHeader, GgufTensor
+
+_VISION: Final = "clip.vision."
+_PATCHES: Final = "v.patch_embd.weight"
+_PATCHES_OF_SECOND_FRAME: Final = "v.patch_embd.weight.1"
+_POSITIONS: Final = "v.position_embd.weight"
+_CLASS: Final = "v.class_embd"
+
+_FLOATS: Final = frozenset({"F32", "F16", "BF16"})
+_NEVER: Final = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
+"""Types that nothing can be multiplied with."""
+
+_MLP: Final = "mlp"
+_LLAVA: Final = frozenset({_MLP, "ldp", "ldpv2", "adapter"})
+_RESAMPLERS: Final = frozenset({"resampler", "minicpmv4_6"})
+_LOOK_UP: Final = _LLAVA | _RESAMPLERS
+"""Positions are looked up in a table by these, whatever there is in it."""
+_TURNED: Final = frozenset({"mm.input_projection.weight"})
+"""Is transposed, which quantized matrices cannot be."""
+_TWO_FRAMES: Final = frozenset(
+    {"qwen2vl_merger", "qwen2.5vl_merger", "qwen2.5o", "qwen3vl_merger", "ling3vl", "exaone4_5", "glm4v", "glm5v"}
+)
+_WITH_POSITIONS: Final = frozenset(
+    {*_LOOK_UP, "lfm2", "phi4", "kimivl", "kimik25", "paddleocr", "muse-glimmer", "ling3vl", "gemma4v"}
+    | {"gemma4uv", "hunyuanvl", "deepseekocr"}
+)
+_SQUARE: Final = frozenset(
+    {*_LOOK_UP, "gemma3", "gemma3nv", "idefics3", "internvl", "nemotron_v2_vl", "llama4"}
+    | {"cogvlm", "janus_pro", "step3vl"}
+)
+"""Pictures are scaled to one size, or cut into squares of it; others leave it at 0."""
+_CONVOLUTIONS: Final = "gemma3nv"
+"""No transformer: no patches, and blocks of other kinds."""
+_OF_CONVOLUTIONS: Final = {
+    ".conv_exp.weight": (".conv_pwl.weight",),
+    ".attn.query.proj.weight": tuple(f".attn.{part}.proj.weight" for part in ("key", "value", "output")),
+}
+_APART: Final = frozenset({*_LLAVA, "minicpmv4_6", "granite4_vision"})
+_APART_WITH_BIAS: Final = frozenset({"qwen2vl_merger", "qwen2.5vl_merger", "qwen2.5o", "youtuvl"})
+_FUSED_WITH_BIAS: Final = frozenset({"qwen3vl_merger", "cogvlm", "exaone4_5", "mimovl"})
+_RESAMPLER_GRID: Final = 70
+"""Of positions, on a side: resamplers look pictures of any size up in it."""
+
+
+def problem_of(header: GgufHeader) -> str | None:
+    """Why a file must not be given to mtmd, in words that follow its name."""
+    if header.metadata.get("clip.has_vision_encoder") is not True:
+        return None  # refused as one for sounds, or as nothing at all
+    problem = _problem_of_numbers(header)
+    if problem is not None:
+        return problem
+    kind = _kind(header)
+    for tensor in header.tensors:
+        if not _can_compute(tensor, kind):
+            return f"the tensor {tensor.name} has the type {tensor.type}, which cannot be computed with"
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    missing = next((name for name in _needed(header, tensors) if name not in tensors), None)
+    if missing is not None:
+        return f"the tensor {missing} is missing"
+    return _problem_of_positions(header, tensors)
+
+
+def _kind(header: GgufHeader) -> object:
+    return header.metadata.get("clip.projector_type") or header.metadata.get(_VISION + "projector_type")
+
+
+def _number(header: GgufHeader, key: str) -> int:
+    """0 where there is none: mtmd says what it misses."""
+    value = header.metadata.get(_VISION + key)
+    return value if isinstance(value, int) else 0
+
+
+def _problem_of_numbers(header: GgufHeader) -> str | None:
+    n_blocks = _number(header, "block_count")
+    if not 0 <= n_blocks <= MAX_BLOCKS:
+        return f"damaged: it claims {n_blocks} blocks"
+    if _kind(header) in _SQUARE and _number(header, "image_size") < 1:
+        return "damaged: it does not say how large pictures are"
+    epsilon = header.metadata.get(_VISION + "attention.layer_norm_epsilon")
+    if isinstance(epsilon, float) and not (math.isfinite(epsilon) and epsilon >= 0):
+        return f"damaged: layer_norm_epsilon is {epsilon}"
+    for name in ("image_mean", "image_std"):
+        values = header.metadata.get(_VISION + name)
+        numbers = values.values if isinstance(values, GgufArray) and values.values else ()
+        if not all(isinstance(value, float) and math.isfinite(value) for value in numbers):
+            return f"damaged: {name} is {numbers}"
+        if name == "image_std" and 0.0 in numbers:
+            return "damaged: image_std is 0"
+    return None
+
+
+def _can_compute(tensor: GgufTensor, kind: object) -> bool:
+    n_dimensions = max((i + 1 for i, size in enumerate(tensor.shape) if size > 1), default=1)
+    is_added = n_dimensions == 1 or (tensor.name == _POSITIONS and kind not in _LOOK_UP)
+    if is_added:  # or multiplied, element by element
+        return tensor.type == "F32"
+    is_kernel = n_dimensions > 2 and "_exps." not in tensor.name
+    return tensor.type in _FLOATS if is_kernel or tensor.name in _TURNED else tensor.type not in _NEVER
+
+
+def _needed(header: GgufHeader, tensors: dict[str, GgufTensor]) -> Iterator[str]:
+    """Names of tensors that are used without a look, beyond those that mtmd asks for."""
+    kind = _kind(header)
+    if kind == _CONVOLUTIONS:
+        yield "v.conv_stem.conv.weight"
+        for name in tensors:
+            for end, others in _OF_CONVOLUTIONS.items():
+                yield from (name.removesuffix(end) + other for other in others if name.endswith(end))
+        return
+    yield _PATCHES
+    if kind in _TWO_FRAMES:
+        yield _PATCHES_OF_SECOND_FRAME
+    if kind in _WITH_POSITIONS:
+        yield _POSITIONS
+    if kind == _MLP:
+        yield from ("mm.0.weight", "mm.0.bias")
+        if "mm.3.weight" in tensors:
+            yield from ("mm.1.weight", "mm.1.bias", "mm.3.bias", "mm.4.weight", "mm.4.bias")
+        else:
+            yield from ("mm.2.weight", "mm.2.bias")
+    if "mm.patch_merger.weight" in tensors and kind in ("pixtral", "lightonocr"):
+        yield "mm.input_norm.weight"
+    for block in range(_number(header, "block_count")):
+        for part in _attention(kind, f"v.blk.{block}.attn_", tensors):
+            yield f"v.blk.{block}.attn_{part}"
+
+
+def _attention(kind: object, prefix: str, tensors: dict[str, GgufTensor]) -> tuple[str, ...]:
+    if kind in _APART_WITH_BIAS:
+        return tuple(f"{part}.{what}" for part in "qkv" for what in ("weight", "bias"))
+    if kind in _FUSED_WITH_BIAS:
+        return ("qkv.weight", "qkv.bias")
+    if prefix + "qkv.weight" in tensors and kind not in _APART:
+        return ()
+    return tuple(f"{part}.weight" for part in "qkv")
+
+
+def _problem_of_positions(header: GgufHeader, tensors: dict[str, GgufTensor]) -> str | None:
+    """Tables that are looked up without a bound."""
+    kind, patch_size = _kind(header), _number(header, "patch_size")
+    if kind in _LLAVA and patch_size > 0:
+        n_needed = (_number(header, "image_size") // patch_size) ** 2 + (_CLASS in tensors)
+    elif kind in _RESAMPLERS:
+        n_needed = _RESAMPLER_GRID**2
+    else:
+        return None
+    shape = tensors[_POSITIONS].shape
+    n_positions = shape[1] if len(shape) > 1 else 1
+    return f"the tensor {_POSITIONS} has {n_positions} rows, not {n_needed}" if n_positions < n_needed else None
