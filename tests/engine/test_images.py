@@ -729,3 +729,36 @@ async def test_a_file_that_is_read_while_the_engine_is_leaving(toy: Toy, tmp_pat
             await tokenising.reached()
             nursery.start_soon(let_them_go, engine)
     assert errors == [EngineClosed] * 2
+
+
+async def test_draining_waits_for_who_was_there_before_it(toy: Toy) -> None:
+    shutter = shut(toy)
+    texts: list[str] = []
+
+    async def ask(engine: Engine) -> None:
+        texts.append(await text_of(engine, [A, "what is this?"]))
+
+    async with toy.engine() as engine, trio.open_nursery() as nursery:
+        nursery.start_soon(ask, engine)
+        await shutter.reached()
+        nursery.start_soon(engine.drain, DEADLINE)
+        await until(lambda: engine.status == "closing")
+        with pytest.raises(EngineClosed):
+            await text_of(engine, [A])
+        shutter.open()
+    assert toy.projector is not None
+    assert texts == [said(toy.projector, [A, "what is this?"])]
+
+
+async def test_draining_ends_who_is_not_ready_in_time(toy: Toy) -> None:
+    shutter = shut(toy)
+    async with toy.engine() as engine, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(EngineClosed):
+                await text_of(engine, [A])
+
+        nursery.start_soon(ask)
+        await shutter.reached()
+        await engine.drain(0.01)
+        shutter.open()

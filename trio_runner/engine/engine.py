@@ -138,6 +138,7 @@ class Engine:
         self._stalled = Deadlines(self._drop_stalled)
         self._overdue = Deadlines(self._expire)
         self._preparing: Counter[Kind] = Counter()
+        self._stopping = False  # what is in flight ends now; while it is drained, it does not
         self._seconds: dict[Kind, float] = {}  # that a request has rows in batches for, lately
         self._idle = trio.Event()
         self._helpers = trio.CapacityLimiter(MAX_HELPERS)
@@ -377,14 +378,15 @@ class Engine:
         return data.decode(errors="replace")
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - running out of time is no error
-        """Take no more requests and wait until those in flight are done, at most `timeout` seconds; then end what is
-        left with `EngineClosed`."""
+        """Take no more requests and wait until those in flight are done, also those that are still being prepared, at
+        most `timeout` seconds; then end what is left with `EngineClosed`."""
         if self._status in ("loading", "ready"):
             self._status = "closing"
             self._settled.set()
         with trio.move_on_after(timeout):
-            while self._requests:
+            while self._requests or self._preparing.total():
                 await self._idle.wait()
+        self._stopping = True
         for uid in list(self._requests):
             self.cancel(uid, EngineClosed("the engine is shutting down"))
 
@@ -412,13 +414,14 @@ class Engine:
                 mail = await self._prepare(request, uid)
         finally:
             self._preparing[kind] -= 1
+            self._tell_if_idle()
         # No checkpoint from here to the return: a sequence that is queued has a reader that knows its uid.
         if mail is None or deadline <= trio.current_time():
             _close_sampler(mail)
             reader.deliver(Finished("deadline", Usage()))
             return uid
         try:
-            self._ready_runtime()
+            self._live_runtime()
             chosen, adapters = self._adapters.choose(request.adapters)
         except RunnerError:
             _close_sampler(mail)
@@ -437,7 +440,7 @@ class Engine:
             named = await self._help(partial(parts_of, request, runtime), n_characters)
             n_characters = sum(len(part) for part in named if isinstance(part, str))
             parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
-            self._ready_runtime()  # that took a while: the model may be about to go
+            self._live_runtime()  # that took a while: the model may be about to go
         call = partial(prepare, request, runtime, uid, parts)
         return await self._help(call, n_characters, discard=_close_sampler)
 
@@ -445,12 +448,12 @@ class Engine:
         async with self._pictures:
             decode = partial(load_pixels, image.source, param=image.param)
             pixels = await trio.to_thread.run_sync(decode, limiter=self._picture_helper, abandon_on_cancel=True)
-            self._ready_runtime()
+            self._live_runtime()
             assert self._images is not None, "an image, and no projector"
             try:
                 return await self._images.encode(pixels, param=image.param)
             except EngineClosed:
-                self._ready_runtime()  # broken, maybe
+                self._live_runtime()  # broken, maybe
                 raise
 
     def cancel(self, uid: int, error: Exception | None = None) -> None:
@@ -564,6 +567,7 @@ class Engine:
         try:
             await trio.sleep_forever()
         finally:
+            self._stopping = True
             if self._status != "broken":
                 self._status = "closing"
             self._mailbox.put(Close())
@@ -597,6 +601,12 @@ class Engine:
         if self._status == "loading":
             raise EngineBusy("the model is still loading")
         raise EngineClosed("the engine is shutting down")
+
+    def _live_runtime(self) -> Runtime:
+        """For a request that was there before the engine took no more."""
+        if self._status == "closing" and self._runtime is not None and not self._stopping:
+            return self._runtime
+        return self._ready_runtime()
 
     def _broken(self) -> RunnerError:
         """A new exception each time: each reader raises its own."""
@@ -655,7 +665,10 @@ class Engine:
     def _forget(self, uid: int) -> None:
         self._stalled.clear(uid)
         self._overdue.clear(uid)
-        if not self._requests:
+        self._tell_if_idle()
+
+    def _tell_if_idle(self) -> None:
+        if not self._requests and not self._preparing.total():
             self._idle.set()
             self._idle = trio.Event()
 
