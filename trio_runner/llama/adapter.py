@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from typing import TYPE_CHECKING, Any, Final
@@ -34,8 +35,11 @@ class Adapter:
         _check_adapter(check_gguf(path), info, path)
         loaded = native()
         out = loaded.ffi.new("trio_adapter **")
+        code = loaded.lib.trio_adapter_open(model, os.fsencode(path), out)
+        if code < 0:  # what is raised says it, and whoever loads adapters could fill the log
+            drain_log(at_most=logging.DEBUG)
         try:
-            check("trio_adapter_open", loaded.lib.trio_adapter_open(model, os.fsencode(path), out))
+            check("trio_adapter_open", code)
         except LoadError as failure:
             raise LoadError(failure.reason, path=path) from None
         except NativeError as failure:
@@ -67,7 +71,7 @@ def _check_adapter(header: GgufHeader, info: ModelInfo, path: str) -> None:
         raise LoadError(f"an adapter of the type {header.metadata.get('adapter.type')}, not lora", path=path)
     alpha = header.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
-        raise LoadError(f"damaged: adapter.lora.alpha is {alpha}", path=path)
+        raise LoadError("damaged: adapter.lora.alpha is not a finite number", path=path)
     if "adapter.alora.invocation_tokens" in header.metadata:
         raise LoadError("an adapter that tokens of the prompt turn on (aLoRA) is not supported", path=path)
     tensors = {tensor.name: tensor for tensor in header.tensors if not tensor.name.endswith("_norm.weight")}
