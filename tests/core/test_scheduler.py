@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -319,6 +319,21 @@ def test_nobody_starves(n_rows: int, with_embeddings: bool) -> None:
         assert max(b - a for a, b in pairwise(turns)) <= 12
 
 
+def test_kinds_of_rows_take_turns() -> None:
+    """However many want rows of one kind, and however few of them get some at a time."""
+    world = make_world(3, n_ctx=128, max_rows=64, slowness=40.0, n_embed_slots=8)
+    kinds: list[tuple[bool, object]] = []
+    world.on_batch = lambda batch: kinds.append((batch.embeddings, batch.adapters))
+    for n in range(80):
+        live = [spec for uid, spec in world.specs.items() if not world.finished(uid)]
+        for adapters in {(), ((1, 1.0),), ((2, 1.0),)} - {spec.adapters for spec in live if not spec.embedding}:
+            world.submit(prompt=(A, n), max_tokens=None, adapters=adapters)
+        if sum(spec.embedding for spec in live) < 8 and n > 12:
+            world.submit(prompt=(A, B) * 4, embedding=True)
+        world.step()
+    assert all(len(set(kinds[n : n + 4])) == 4 for n in range(20, 77))
+
+
 def test_a_retry_after_a_cancelled_prompt_goes_on_from_there() -> None:
     prompt = tuple(A + n % 5 for n in range(20))
     world = make_world(2, max_rows=6)
@@ -469,6 +484,34 @@ def test_an_abort_in_the_last_row_decodes_only_that_one_again() -> None:
     world.run()
     assert (batches[1].chunks[0].start, batches[1].chunks[0].items) == (2, (C,))
     assert world.outcome(uid) == world.alone(uid)
+
+
+@pytest.mark.parametrize("n_kept", [None, 0, 4])
+@pytest.mark.parametrize("n_keep", [0, 3, -1])
+@pytest.mark.parametrize("kind", ["divisible", "both ways", "folded"])
+def test_an_image_at_every_place(kind: str, n_keep: int, n_kept: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once, through context shifts, while every other batch is broken off, and then another one."""
+    monkeypatch.setattr(scheduler, "MIN_FOLLOW", 1)
+    folded = kind == "folded"
+    image = rows_of(Media(b"image", 4, 2 if folded else 4, causal=kind == "divisible", folded=folded))
+    n_shifted = 0
+    for place, number in product(range(9), range(2)):
+        items: list[Item] = [A, B, A, B, A, B, A, A + number]
+        items[place:place] = image
+        prompt = fit_prompt(items, n_ctx=16, n_keep=n_keep, adds_bos=False, truncate=False)
+        world = make_world(2, n_ctx=16, max_rows=6, can_shift=not folded)
+        asked: dict[str, Any] = {"prompt": prompt.items, "n_keep": prompt.n_keep}
+        for max_tokens in (3, 30):
+            world.submit(**asked, max_tokens=max_tokens)
+        for _ in range(number):
+            world.step()
+        while world.step() and (n_kept is None or world.step(Interruption(DecodeOutcome.ABORTED, n_kept))):
+            assert world.n_steps < 1000, "no end in sight"
+        world.submit(**asked, max_tokens=3)
+        world.run()
+        check_survivors(world)
+        n_shifted += world.last(1).usage.completion_tokens > 5
+    assert n_shifted > 4
 
 
 @pytest.mark.parametrize(("n_done", "n_kept"), [(0, 1), (1, 0), (1, 3), (1, 4), (2, 0), (2, 1), (2, 3)])
@@ -939,10 +982,14 @@ def test_a_prompt_of_one_row_is_no_token_of_a_stream() -> None:
     assert world.scheduler._pace._decode_seconds == {}
 
 
-def test_recurrent_state_that_was_caught_half_way_is_decoded_again() -> None:
+@pytest.mark.parametrize("n_done", [1, 2])
+@pytest.mark.parametrize("n_rows", [0, 4])
+def test_recurrent_state_that_was_caught_half_way_is_decoded_again(n_rows: int, n_done: int) -> None:
+    image = rows_of(Media(b"image", n_rows, 2, folded=True))
     world = make_world(2, max_rows=8, can_trim=False, can_shift=False)
-    uid = world.submit(prompt=tuple(A + n % 5 for n in range(20)), max_tokens=3)
-    world.step()
+    uid = world.submit(prompt=(A, B, *image, *(A + n % 5 for n in range(20))), max_tokens=3)
+    for _ in range(n_done):
+        world.step()
     world.step(Interruption(DecodeOutcome.ABORTED, 3))
     world.run()
     assert world.outcome(uid) == world.alone(uid)

@@ -30,7 +30,7 @@ from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Kind, Sampled, S
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
-from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_after, cut_before, n_positions
+from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_after, cut_before
 from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason
 from trio_runner.core.shift import n_discard, shift_ops
 from trio_runner.core.slots import Slot, SlotPool
@@ -499,7 +499,7 @@ class Scheduler:
                 continue
             n_useful = cut_before(chunk.items, n_kept - (chunk.output and n_kept == len(chunk.items)))
             if n_useful < n_kept:
-                self._ops.append(Trim(chunk.slot, chunk.position + n_positions(chunk.items[:n_useful])))
+                self._ops.append(Trim(chunk.slot, chunk.position + n_useful))
             self._hold(sequence, chunk.items[:n_useful])
 
     def _make_space(self, batch: Batch) -> bool:
