@@ -92,15 +92,15 @@ struct trio_media {
 
 namespace {
 
-// A graph was made, and there is memory for it. No std::exception: mtmd would call it an error.
-struct Planned {};
+// Nothing more is to be computed. No std::exception: mtmd would write it to the log, as an error.
+struct Stopped {};
 
 // ggml asks (`ask`) of each node whether it should compute up to it and call again.
 bool on_node(ggml_tensor *node, bool ask, void *data) {
     auto *projector = static_cast<trio_projector *>(data);
-    if (projector->only_plans) throw Planned();
-    if (!ask) {
-        projector->running->check_wanted(); // with false, ggml would go on with what another backend computes
+    if (projector->only_plans) throw Stopped();
+    if (!ask) { // with false, ggml would go on with what another backend computes
+        if (projector->running->cancelled.load(std::memory_order_relaxed)) throw Stopped();
         return true;
     }
     projector->work += work_of(node);
@@ -255,7 +255,7 @@ void try_to_plan(trio_projector &projector) {
     projector.only_plans = true;
     try {
         mtmd_encode_chunk(projector.native.get(), mtmd_input_chunks_get(chunks.get(), index));
-    } catch (const Planned &) {
+    } catch (const Stopped &) { // a graph was made, and there is memory for it
         projector.only_plans = false;
         return;
     }
@@ -408,8 +408,12 @@ int32_t trio_media_encode(trio_media *media, int32_t index, float *rows, int64_t
 
         const Turn turn(*media);
         const mtmd_input_chunk *native = mtmd_input_chunks_get(media->native.get(), size_t(index));
-        const int32_t code = mtmd_encode_chunk(projector.native.get(), native);
-        media->check_wanted(); // mtmd calls it an error
+        int32_t code = 0;
+        try {
+            code = mtmd_encode_chunk(projector.native.get(), native);
+        } catch (const Stopped &) { // it is not wanted any more
+        }
+        media->check_wanted();
         if (code != 0) {
             const int32_t kind = Scope::assert_fired() ? TRIO_E_ASSERT : TRIO_E_NATIVE;
             throw Failure(kind, mtmd_errors("mtmd could not encode the image"));

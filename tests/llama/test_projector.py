@@ -22,7 +22,7 @@ from trio_runner.engine.runtime import EncodedImage, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidImage, LoadError
 from trio_runner.images import Pixels
 from trio_runner.llama import Model, Projector
-from trio_runner.llama.library import last_error, native
+from trio_runner.llama.library import drain_log, last_error, native
 from trio_runner.request import SamplingParams
 
 Models = Callable[[str], Path]
@@ -191,6 +191,24 @@ def test_cancelled_at_any_time_or_done(models: Models) -> None:
         again = projector.encoding(picture(640, 480)).run()
         np.testing.assert_array_equal(rows_of(again), rows_of(expected))
     assert n_cancelled >= 1
+
+
+def test_cancelled_in_the_middle_is_no_error_in_the_log(
+    models: Models, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever empties the log first, be it the thread that decodes."""
+    projector = open_projector(models, "mrope", max_rows=4096)
+    projector.encoding(picture()).run()
+    monkeypatch.setattr("trio_runner.llama.projector.drain_log", lambda **_: None)
+    encoding = projector.encoding(picture(2000, 1500))
+    timer = threading.Timer(0.2, encoding.cancel)
+    timer.start()
+    caplog.clear()
+    with pytest.raises(EngineClosed):
+        encoding.run()
+    timer.join()
+    drain_log()
+    assert not caplog.records
 
 
 def rows_of(image: EncodedImage) -> Any:

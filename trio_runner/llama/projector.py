@@ -175,9 +175,6 @@ class Encoding:
         rows: NDArray[np.float32] = np.empty((n_rows, projector.n_embd), np.float32)
         buffer = self._ffi.from_buffer("float[]", rows)
         code = self._lib.trio_media_encode(self._media, index, buffer, rows.size)
-        if code == self._lib.TRIO_E_CANCELLED:
-            drain_log(at_most=logging.DEBUG)  # mtmd calls it an error
-            raise EngineClosed("encoding was cancelled")
         check("trio_media_encode", code)
         return media, EncodedMedia(rows, positions)
 
