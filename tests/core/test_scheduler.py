@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.core.world import World, alone, basis_of, rows_of
 from trio_runner.core import scheduler
-from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.batch import AdapterSet, Batch, DecodeOutcome
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.core.prompt import Item, Media, cut_before, fit_prompt
@@ -332,6 +332,27 @@ def test_kinds_of_rows_take_turns() -> None:
             world.submit(prompt=(A, B) * 4, embedding=True)
         world.step()
     assert all(len(set(kinds[n : n + 4])) == 4 for n in range(20, 77))
+
+
+def test_kinds_that_have_prompts_share_the_time_between_two_tokens() -> None:
+    """A prompt beside a stream has fewer rows in a batch when another one, of another kind, has its batches, too."""
+
+    def n_rows(*kinds: AdapterSet) -> float:
+        world = make_world(4, n_ctx=4096, max_rows=512)
+        batches: list[Batch] = []
+        world.on_batch = batches.append
+        stream = world.submit(prompt=endless(0), max_tokens=None, n_keep=2)
+        for _ in range(20):
+            world.step()
+        prompts = [world.submit(prompt=(A, B, *range(n, n + 900)), adapters=kind) for n, kind in enumerate(kinds)]
+        for _ in range(30):
+            world.step()
+        rows = [len(chunk.items) for batch in batches for chunk in batch.chunks if chunk.uid == prompts[0]]
+        assert not world.finished(stream)
+        return float(np.median(rows[1:-1]))
+
+    one = n_rows(((1, 1.0),))
+    assert n_rows(((1, 1.0),), ((2, 1.0),), ((3, 1.0),)) <= one / 2
 
 
 def test_a_retry_after_a_cancelled_prompt_goes_on_from_there() -> None:

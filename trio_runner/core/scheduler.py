@@ -319,7 +319,8 @@ class Scheduler:
         self._n_planned += 1
         # Who decodes waits for this batch, whether in it or not.
         n_decoding = sum(sequence.decoding for sequence in ready)
-        chunks = self._plan_rows(kind, by_kind[kind], n_decoding)
+        n_prompting = sum(not all(sequence.decoding for sequence in sequences) for sequences in by_kind.values())
+        chunks = self._plan_rows(kind, by_kind[kind], n_decoding, n_prompting)
         self._turn += 1
         self._kind_turns[kind] = self._turn
         for chunk in chunks:
@@ -358,10 +359,13 @@ class Scheduler:
             return sequence.kind._replace(of_media=True, causal=first.media.causal)
         return sequence.kind._replace(vectors=True) if self._wants_vector(sequence) else sequence.kind
 
-    def _plan_rows(self, kind: Kind, sequences: list[Sequence], n_decoding: int) -> tuple[Chunk, ...]:
+    def _plan_rows(self, kind: Kind, sequences: list[Sequence], n_decoding: int, n_prompting: int) -> tuple[Chunk, ...]:
         prompt_rows = self._limits.max_rows
         if n_decoding or not kind.vectors:
             prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
+        if n_decoding and n_prompting > 1:
+            # Between two tokens of a stream comes a batch of each kind: those that have prompts share the time.
+            prompt_rows = max(prompt_rows // n_prompting, 1)
         wanting = map(self._wanting, sequences)
         chunks = plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows)
         first_embed_slot = self._limits.first_embed_slot
