@@ -1,0 +1,36 @@
+// What ggml's Vulkan backend needs of Vulkan's headers and loader, and those of Debian 12 (1.3.239) lack. Types of an
+// extension that only debugging uses, as the specification lays them out (VK_EXT_layer_settings); and functions of
+// extensions, which that loader does not export, but finds by name.
+#pragma once
+#ifdef __cplusplus
+#include <cstdint>
+#include <vector>
+
+#include <vulkan/vulkan.hpp>
+
+#ifndef VK_EXT_layer_settings
+namespace VULKAN_HPP_NAMESPACE {
+
+enum class LayerSettingTypeEXT { eBool32 = 0 };
+
+struct LayerSettingEXT {
+    const char *layer;
+    const char *setting;
+    LayerSettingTypeEXT type;
+    uint32_t n_values;
+    const void *values;
+};
+
+struct LayerSettingsCreateInfoEXT {
+    explicit LayerSettingsCreateInfoEXT(const std::vector<LayerSettingEXT> &settings)
+        : n_settings(uint32_t(settings.size())), settings(settings.data()) {}
+
+    StructureType type = StructureType(1000496000);
+    const void *next = nullptr;
+    uint32_t n_settings;
+    const LayerSettingEXT *settings;
+};
+
+} // namespace VULKAN_HPP_NAMESPACE
+#endif
+#endif
