@@ -92,7 +92,9 @@ async def test_a_second_signal_does_not_wait(model: str) -> None:
 async def test_stopped_while_loading(model: str) -> None:
     async with program("serve", "--model", model, "--port", "0", environment={"TOY_LOAD": "never"}) as runner:
         port = await runner.listening()
-        assert '{"status":"loading model","progress":0.25}' in await exchange(port, "/health")
+        while '"progress":0.25}' not in (health := await exchange(port, "/health")):  # the load has yet to begin
+            assert '{"status":"loading model","progress":0}' in health
+        assert '{"status":"loading model","progress":0.25}' in health
         runner.terminate()
         assert await runner.ended() == 0
         assert "Traceback" not in runner.log
