@@ -7,9 +7,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from trio_runner.errors import EngineClosed, LoadError, NativeError
+from trio_runner.errors import EngineClosed, LoadError
 from trio_runner.llama.gguf import GgufHeader, GgufTensor, check_gguf
-from trio_runner.llama.library import check, drain_log, native
+from trio_runner.llama.library import check_file, drain_log, native
 
 if TYPE_CHECKING:
     from trio_runner.engine.runtime import ModelInfo
@@ -39,11 +39,7 @@ class Adapter:
         if code < 0:  # what is raised says it, and whoever loads adapters could fill the log
             drain_log(at_most=logging.DEBUG)
         try:
-            check("trio_adapter_open", code)
-        except LoadError as failure:
-            raise LoadError(failure.reason, path=path) from None
-        except NativeError as failure:
-            raise LoadError(failure.message, path=path) from failure
+            check_file("trio_adapter_open", code, path)
         finally:
             drain_log()
         self._handle: Any = loaded.ffi.gc(out[0], loaded.lib.trio_adapter_free)

@@ -22,7 +22,7 @@ from trio_runner.engine.runtime import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeError, RunnerError
 from trio_runner.events import TokenInfo
 from trio_runner.llama.adapter import Adapter
-from trio_runner.llama.library import check, drain_log, last_error, native
+from trio_runner.llama.library import FLASH_ATTENTION, check, drain_log, last_error, native
 from trio_runner.llama.model import Model
 from trio_runner.llama.sampler import Sampler
 from trio_runner.request import MAX_LOGPROBS, SamplingParams
@@ -45,7 +45,6 @@ _GGML_TYPES: Final = {
     "iq4_nl": 20,
     "bf16": 30,
 }
-_FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 _POOLINGS: Final = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 _POOLING_NONE: Final = 0
 _POOLING_LAST: Final = 3
@@ -111,7 +110,7 @@ class Context:
                 "n_seq_max": n_seq_max,
                 "n_threads": n_threads,
                 "n_threads_batch": n_threads_batch,
-                "flash_attention": _FLASH_ATTENTION[config.flash_attention],
+                "flash_attention": FLASH_ATTENTION[config.flash_attention],
                 "type_k": _GGML_TYPES[config.kv_type],
                 "type_v": _GGML_TYPES[config.kv_type],
                 "pooling_type": _POOLING_LAST if pooling < 0 else pooling,

@@ -26,6 +26,8 @@ logger = logging.getLogger("trio_runner.llama")
 _LOG_LEVELS: Final = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _MAX_LINE_BYTES: Final = 8192
 _MAX_MESSAGE_BYTES: Final = 4096
+FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
+"""What the shim calls the values of `EngineConfig.flash_attention`."""
 _DEVICE_TYPES: Final = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator"}
 
 
@@ -87,6 +89,17 @@ def check(function: str, code: int) -> int:
     if code < 0:
         raise _translate(native(), function, code)
     return code
+
+
+def check_file(function: str, code: int, path: str) -> None:
+    """As `check`, where what failed is the loading of the file `path`: raises `LoadError` that names it, or
+    `EngineClosed` for a cancelled load."""
+    try:
+        check(function, code)
+    except LoadError as failure:
+        raise LoadError(failure.reason, path=path) from None
+    except NativeError as failure:
+        raise LoadError(failure.message, path=path) from failure
 
 
 def last_error() -> str:

@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 
 from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.engine.runtime import EncodedImage, EncodedMedia
-from trio_runner.errors import EngineClosed, InvalidImage, LoadError, NativeError
+from trio_runner.errors import EngineClosed, InvalidImage, LoadError
 from trio_runner.images import Pixels
 from trio_runner.llama.gguf import check_gguf
-from trio_runner.llama.library import check, drain_log, last_error, native
+from trio_runner.llama.library import FLASH_ATTENTION, check, check_file, drain_log, last_error, native
 from trio_runner.llama.mmproj import problem_of
 from trio_runner.llama.model import LoadProgress, Model
 
 ARCHITECTURE: Final = "clip"
 """What a projector's file gives as its architecture, whatever it is."""
-_FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 _N_POSITIONS: Final = 4  # of a row, with M-RoPE
 _DIGEST_BYTES: Final = 32
 
@@ -65,7 +64,7 @@ class Projector:
             {
                 "n_threads": threads,
                 "use_gpu": use_gpu,
-                "flash_attention": _FLASH_ATTENTION[flash_attention],
+                "flash_attention": FLASH_ATTENTION[flash_attention],
                 "max_rows": max_rows,
             },
         )
@@ -73,11 +72,7 @@ class Projector:
         load = loaded.ffi.NULL if progress is None else progress.handle
         try:
             code = loaded.lib.trio_projector_open(model.handle, os.fsencode(path), params, load, out)
-            check("trio_projector_open", code)
-        except LoadError as failure:
-            raise LoadError(failure.reason, path=path) from None
-        except NativeError as failure:
-            raise LoadError(failure.message, path=path) from failure
+            check_file("trio_projector_open", code, path)
         finally:
             drain_log()
         # Freed with the last reference: an encoding keeps it alive through close().
