@@ -563,6 +563,11 @@ def read_stdin() -> str:
         raise click.UsageError(f"stdin is not UTF-8: {error}") from error
 
 
+def read_texts(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the lines of stdin in the place of "-"."""
+    return [line for text in arguments for line in (read_stdin().splitlines() if text == "-" else [text])]
+
+
 @cli.command()
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 @click.option("--normalize", is_flag=True, help="Scale every vector to length 1.")
@@ -574,7 +579,7 @@ def embed(
 ) -> int:
     """Print the embedding of every TEXT as a JSON array, one per line. "-" stands for the lines of stdin."""
     set_up_logging(options.verbose)
-    all_texts = [line for text in texts for line in (read_stdin().splitlines() if text == "-" else [text])]
+    all_texts = read_texts(texts)
     configs = options.configs(slots=EngineConfig().slots)
 
     async def print_vectors(engine: Engine) -> None:
@@ -594,7 +599,7 @@ def rerank(options: EngineOptions, /, query: str, documents: tuple[str, ...], tr
     """Print the score of every DOCUMENT for QUERY, one per line, by a model made for it. "-" stands for the lines of
     stdin."""
     set_up_logging(options.verbose)
-    texts = [line for text in documents for line in (read_stdin().splitlines() if text == "-" else [text])]
+    texts = read_texts(documents)
     configs = options.configs(slots=EngineConfig().slots)
 
     async def print_scores(engine: Engine) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from trio_runner.core.limits import Limits
 from trio_runner.core.prompt import Item, Media, fit_prompt
 from trio_runner.core.sequence import SequenceSpec
 from trio_runner.engine.mailbox import Submit
@@ -263,7 +262,8 @@ def _prepare_embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Sub
     model, limits = runtime.model, runtime.context.limits
     if limits.ranks:
         raise Unsupported("embeddings", "this model ranks documents for a query, it makes no embeddings")
-    _refuse_if_it_reads(limits)
+    if limits.decoder_start is not None:
+        raise Unsupported("embeddings", "a model with an encoder and a decoder makes no embeddings here")
     if request.dimensions is not None and request.dimensions > limits.n_vector:
         raise InvalidRequest(
             f"dimensions must be at most {limits.n_vector}, not {request.dimensions}", param="dimensions"
@@ -321,11 +321,6 @@ def _pair(model: Model, query: str, document: str, *, param: str) -> list[int]:
     between = [*after, *([info.token_sep] if info.adds_sep else [])]
     tokens = [*before, *texts[0], *between, *texts[1], *after]
     return [token for token in tokens if token is not None]
-
-
-def _refuse_if_it_reads(limits: Limits) -> None:
-    if limits.decoder_start is not None:
-        raise Unsupported("embeddings", "a model with an encoder and a decoder makes no embeddings here")
 
 
 def tokenize(model: Model, text: str, *, param: str, add_special: bool, parse_special: bool) -> list[int]:
