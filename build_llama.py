@@ -11,7 +11,7 @@ Everything happens in a cache outside the checkout, under one lock::
 
     <cache>/build/source/<sha256>/   llama.cpp, unpacked
     <cache>/build/<key>/native/      our native/ directory, copied, so that the path of the checkout does not matter
-    <cache>/build/<key>/cmake/       the CMake build directory; in its bin/ llama-server, if it was asked for
+    <cache>/build/<key>/cmake/       the CMake build directory; in its bin/ the programs that were asked for
     <cache>/build/<key>/lib/         the finished libraries, stripped
     <cache>/build/<key>/log.txt      what pip, CMake, Ninja and the compilers said
     <cache>/build/<key>/binding-*/   the cffi module
@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,14 +65,6 @@ SOURCE_PARTS = (
     "tools/mtmd/",
     "vendor/",
     "licenses/",
-)
-SERVER_PARTS = (  # what llama-server needs besides; of its web page the empty template only
-    "common/",
-    "tools/server/",
-    "tools/ui/CMakeLists.txt",
-    "tools/ui/ui.cpp.in",
-    "tools/ui/ui.h.in",
-    "scripts/ui-assets.cmake",
 )
 STABLE_ABI = 0x030B0000  # Python 3.11, the oldest we support
 
@@ -98,16 +90,54 @@ OPTIONS = {
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",  # wheels cannot hold the usual symbolic links
 }
 
-BACKENDS = {  # name: the CMake option that adds the plugin ggml-<name>
-    "cpu": "GGML_CPU",
-    "blas": "GGML_BLAS",
-    "cuda": "GGML_CUDA",
-    "hip": "GGML_HIP",
-    "metal": "GGML_METAL",
-    "opencl": "GGML_OPENCL",
-    "sycl": "GGML_SYCL",
-    "vulkan": "GGML_VULKAN",
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One of upstream's programs that can be built on the same libraries; it never leaves the cache."""
+
+    option: str  # of native/CMakeLists.txt: defines the target
+    target: str  # and the file in the build directory's bin/
+    parts: tuple[str, ...]  # of the source, besides SOURCE_PARTS
+    backends: tuple[str, ...] = ()  # whose plugins it needs
+
+
+PROGRAMS = {
+    "llama-server": Program(
+        "TRIO_LLAMA_SERVER",
+        "llama-server",
+        (  # of its web page the empty template only
+            "common/",
+            "tools/server/",
+            "tools/ui/CMakeLists.txt",
+            "tools/ui/ui.cpp.in",
+            "tools/ui/ui.h.in",
+            "scripts/ui-assets.cmake",
+        ),
+    ),
+    "rpc-server": Program("TRIO_RPC_SERVER", "ggml-rpc-server", ("tools/rpc/",), ("rpc",)),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A plugin ggml-<name>. What it needs of the machine is in native/backends.cmake, where that is known."""
+
+    option: str  # of CMake: defines the target
+    gigabytes: float = 0.1  # of disk that its build takes, generously
+
+
+BACKENDS = {
+    "cpu": Backend("GGML_CPU"),
+    "blas": Backend("GGML_BLAS"),
+    "cuda": Backend("GGML_CUDA", 4),
+    "hip": Backend("GGML_HIP", 4),
+    "metal": Backend("GGML_METAL"),
+    "opencl": Backend("GGML_OPENCL"),
+    "rpc": Backend("GGML_RPC", 0),
+    "sycl": Backend("GGML_SYCL", 2),
+    "vulkan": Backend("GGML_VULKAN", 0.5),
+}
+DEFAULT_BACKENDS = ("cpu", "rpc")  # rpc costs five seconds, needs nothing, and opens no port by itself
 
 # The plugin that scores best on the machine at hand is chosen at run time. Each costs a minute of compiling on two
 # cores, hence a default that has a good answer for every common machine rather than all that exist:
@@ -161,10 +191,11 @@ class Selection:
     @classmethod
     def parse(cls, backends: str = "", cpu_variants: str = "") -> Selection:
         """Reads two comma-separated lists; "" asks for the default. Raises BuildError for a name nobody knows."""
-        chosen = {"cpu": None} | dict.fromkeys(_names(backends))
-        for name in chosen:
-            if name not in BACKENDS:
-                raise BuildError(f"unknown backend {name!r}: choose from {', '.join(BACKENDS)}")
+        chosen: dict[str, None] = {"cpu": None}
+        for name in _names(backends) or ["default"]:
+            if name not in ("default", *BACKENDS):
+                raise BuildError(f"unknown backend {name!r}: choose from default, {', '.join(BACKENDS)}")
+            chosen |= dict.fromkeys(DEFAULT_BACKENDS if name == "default" else (name,))
         default, known = CPU_VARIANTS.get((platform.system(), platform.machine()), ((), ()))
         variants: dict[str, None] = {}
         for name in _names(cpu_variants) or ["default"]:
@@ -173,11 +204,18 @@ class Selection:
             variants |= dict.fromkeys({"default": default, "all": known}.get(name, (name,)))
         return cls(tuple(chosen), tuple(variants))
 
-    @property
-    def options(self) -> dict[str, str]:
-        """CMake options that define the plugins; all are named, as some are on by default on some systems."""
-        options = {option: "ON" if name in self.backends else "OFF" for name, option in BACKENDS.items()}
-        return options | {"GGML_CPU_ALL_VARIANTS": "ON" if self.cpu_variants else "OFF"}
+    def options(self, more: Collection[str] = ()) -> dict[str, str]:
+        """CMake options that define these plugins, and more of them and of PROGRAMS by name.
+
+        All are named, as some are on by default on some systems.
+        """
+        defined = {*self.backends, *more}
+        return {
+            "GGML_CPU_ALL_VARIANTS": "ON" if self.cpu_variants else "OFF",
+            "GGML_RPC_RDMA": "OFF",  # it would need a library that few machines have, if this one happens to have it
+            **{backend.option: "ON" if name in defined else "OFF" for name, backend in BACKENDS.items()},
+            **{program.option: "ON" if name in defined else "OFF" for name, program in PROGRAMS.items()},
+        }
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -525,11 +563,11 @@ def unpack(archive: Path, pin: Pin, target: Path, parts: Sequence[str] = SOURCE_
 # ---- libraries -------------------------------------------------------------------------------------------------------
 
 
-def build(selection: Selection, package: Path | None = None, *, llama_server: bool = False) -> list[Path]:
+def build(selection: Selection, package: Path | None = None, programs: Sequence[str] = ()) -> list[Path]:
     """Brings the libraries and the binding up to date in the cache and, if a package directory is given, in there.
 
-    `llama_server` builds that program too, in the cache only. Returns the files of the package directory that it
-    answers for. Raises BuildError.
+    `programs` are built too, in the cache only. Returns the files of the package directory that it answers for.
+    Raises BuildError.
     """
     if os.name != "posix":
         raise BuildError("building is supported on Linux and macOS; on Windows, build inside WSL")
@@ -543,19 +581,16 @@ def build(selection: Selection, package: Path | None = None, *, llama_server: bo
     try:
         with locked(cache / "lock"):
             if not (tree / "lib").is_dir():
-                require_space(cache, 1 + 4 * (len(selection.backends) - 1))
+                require_space(cache, 0.9 + sum(BACKENDS[name].gigabytes for name in selection.backends))
             tree.mkdir(parents=True, exist_ok=True)
             if log.exists() and log.stat().st_size > 4_000_000:
                 log.unlink()
-            sync(NATIVE, tree / "native", ("*.h", "*.cpp", "CMakeLists.txt"))
-            inputs = digest(directory_state(tree / "native"), selection.options, selection.targets, str(source))
+            sync(NATIVE, tree / "native", ("*.h", "*.cpp", "*.cmake", "CMakeLists.txt"))
+            inputs = digest(directory_state(tree / "native"), selection.options(), selection.targets, str(source))
             state = tree / "built.json"
-            if llama_server or source is not None or not state.exists() or state.read_text("utf-8") != inputs:
+            if programs or source is not None or not state.exists() or state.read_text("utf-8") != inputs:
                 state.unlink(missing_ok=True)
-                tools = BuildTools.find(tree / "configured.json")
-                parts = SOURCE_PARTS + SERVER_PARTS * llama_server
-                tree_source = source or ensure_source(pin, log, parts)
-                compile_libraries(tree, tree_source, pin, selection, compilers, tools, log, llama_server=llama_server)
+                compile_libraries(tree, source, pin, selection, programs, compilers, log)
                 state.write_text(inputs, "utf-8")
             binding = build_binding(tree, compilers, log)
             return install(tree, selection, binding, package) if package else []
@@ -610,46 +645,126 @@ def sync(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
 def compile_libraries(
     tree: Path,
+    source: Path | None,
+    pin: Pin,
+    selection: Selection,
+    programs: Sequence[str],
+    compilers: Compilers,
+    log: Path,
+) -> None:
+    """Runs CMake if it has to, then Ninja, then puts stripped copies into the tree's lib directory.
+
+    What CMake has once defined stays defined, as long as its tools are there: Ninja forgets what it knows of targets
+    that are gone, and would compile them again when they come back. So one may go to and fro between selections.
+    """
+    configured = tree / "configured.json"
+    tools = BuildTools.find(configured)
+    wanted = {*selection.backends, *programs, *(name for program in programs for name in PROGRAMS[program].backends)}
+    before = defined_before(configured)
+    env = os.environ | {"CC": shlex.join(compilers.c), "CXX": shlex.join(compilers.cxx)}
+    if not wanted <= before:
+        require_backends(selection, wanted, tools, env, log)
+    parts = (*SOURCE_PARTS, *(part for program in programs for part in PROGRAMS[program].parts))
+    source = source or ensure_source(pin, log, parts)
+    targets = [*selection.targets]
+    for program in programs:
+        targets += [PROGRAMS[program].target, *(f"ggml-{name}" for name in PROGRAMS[program].backends)]
+    attempts = list(dict.fromkeys([frozenset(wanted | before), frozenset(wanted)]))
+    for defined in attempts:
+        try:
+            configure(tree, source, pin, selection, defined, tools, env, log)
+            compile_targets(tree, targets, tools, log)
+            break
+        except ConfigureError as error:
+            configured.unlink(missing_ok=True)
+            (tree / "cmake" / "CMakeCache.txt").unlink(missing_ok=True)  # it remembers what it did not find
+            if defined == attempts[-1]:
+                require_backends(selection, wanted, tools, env, log)  # something that was there may be gone
+                raise BuildError(str(error)) from None
+    stage(tree, source, selection)
+
+
+class ConfigureError(Exception):
+    """CMake failed, and said this."""
+
+
+def defined_before(configured: Path) -> set[str]:
+    """The backends and programs that the build directory knows, by the file that `configure` left."""
+    try:
+        return set(json.loads(configured.read_text("utf-8"))["defined"]) & {*BACKENDS, *PROGRAMS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def cmake_command(tools: BuildTools, source: Path, directory: Path, options: Mapping[str, str]) -> list[str]:
+    command = [tools.cmake, "-S", str(source), "-B", str(directory), "-G", "Ninja"]
+    command += [f"-D{name}={value}" for name, value in options.items()]
+    return [*command, f"-DCMAKE_MAKE_PROGRAM={tools.ninja}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+
+
+def configure(
+    tree: Path,
     source: Path,
     pin: Pin,
     selection: Selection,
-    compilers: Compilers,
+    defined: Collection[str],
     tools: BuildTools,
+    env: Mapping[str, str],
     log: Path,
-    *,
-    llama_server: bool,
 ) -> None:
-    """Runs CMake if its arguments changed, then Ninja, then puts stripped copies into the tree's lib directory."""
-    build_directory = tree / "cmake"
-    options = OPTIONS | selection.options
+    """Runs CMake, unless the build directory is as it would make it. Raises ConfigureError."""
+    options = OPTIONS | selection.options(defined)
     options |= {
         "LLAMA_BUILD_COMMIT": pin.commit if source.parent.name == "source" else "local",
         "LLAMA_SOURCE": str(source),
         "SOURCE_PREFIX": str(source),
-        "CMAKE_MAKE_PROGRAM": tools.ninja,
     }
-    command = [tools.cmake, "-S", str(tree / "native"), "-B", str(build_directory), "-G", "Ninja"]
-    if llama_server:  # never OFF: once there, CMake keeps it, and a build without it leaves what is compiled alone
-        options["TRIO_LLAMA_SERVER"] = "ON"
-    command += [f"-D{name}={value}" for name, value in options.items()]
-    command += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    command = cmake_command(tools, tree / "native", tree / "cmake", options)
+    state = json.dumps({"tools": dataclasses.asdict(tools), "command": command, "defined": sorted(defined)})
     configured = tree / "configured.json"
-    state = json.dumps({"tools": dataclasses.asdict(tools), "command": command})
-    if local_source() is not None or not configured.exists() or configured.read_text("utf-8") != state:
-        configured.unlink(missing_ok=True)
-        env = os.environ | {"CC": shlex.join(compilers.c), "CXX": shlex.join(compilers.cxx)}
-        status, output = run(command, log, Progress("configuring"), env)
-        if status != 0:
-            (build_directory / "CMakeCache.txt").unlink(missing_ok=True)  # it remembers what it did not find
-            raise explain("configuring", output, log)
-        configured.write_text(state, "utf-8")
+    if local_source() is None and configured.exists() and configured.read_text("utf-8") == state:
+        return
+    configured.unlink(missing_ok=True)
+    status, output = run(command, log, Progress("configuring"), env)
+    if status != 0:
+        raise ConfigureError(explain("configuring", output, log))
+    configured.write_text(state, "utf-8")
+
+
+def compile_targets(tree: Path, targets: Sequence[str], tools: BuildTools, log: Path) -> None:
+    """Runs Ninja, which runs CMake first if one of its files changed. Raises BuildError, ConfigureError."""
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(default_jobs())
-    command = [tools.ninja, "-C", str(build_directory), f"-j{jobs}", *selection.targets]
-    command += ["llama-server"] * llama_server
+    command = [tools.ninja, "-C", str(tree / "cmake"), f"-j{jobs}", *targets]
     status, output = run(command, log, Progress("compiling"), os.environ | {"NINJA_STATUS": "[%f/%t] "})
     if status != 0:
-        raise explain("compiling", output, log)
-    stage(tree, source, selection)
+        error = explain("compiling", output, log)
+        raise ConfigureError(error) if "rebuilding 'build.ninja'" in output else error
+
+
+LACK = re.compile(r"trio lacks: ([^|]+)\|([^|]+)\|(.*)")
+
+
+def require_backends(
+    selection: Selection, wanted: Collection[str], tools: BuildTools, env: Mapping[str, str], log: Path
+) -> None:
+    """Raises BuildError, in one line, for all that native/backends.cmake does not find and these backends need.
+
+    CMake looks for it as it will for the build, so it is found wherever CMAKE_ARGS and the environment say. If CMake
+    fails otherwise, then that is for the build to say.
+    """
+    if not set(wanted) - {*DEFAULT_BACKENDS, *PROGRAMS}:
+        return
+    with tempfile.TemporaryDirectory(prefix="trio-runner-backends-") as scratch:
+        options = selection.options(wanted) | {"TRIO_CHECK_ONLY": "ON"}
+        _, output = run(cmake_command(tools, NATIVE, Path(scratch), options), log, Progress("looking for tools"), env)
+    needs: dict[str, list[str]] = {}
+    packages: dict[str, None] = {}
+    for backend, what, package in LACK.findall(output):
+        needs.setdefault(backend, []).append(what)
+        packages |= dict.fromkeys(package.split())
+    if needs:
+        line = "; ".join(f"{backend} needs {', '.join(things)}" for backend, things in needs.items())
+        raise BuildError(line + (f" (on Debian: sudo apt install {' '.join(packages)})" if packages else ""))
 
 
 def default_jobs() -> int:
@@ -681,9 +796,9 @@ def stage(tree: Path, source: Path, selection: Selection) -> None:
         (lib / "LICENSES").write_text(text, "utf-8")
 
 
-def llama_server_path(tree: Path) -> Path:
-    """Where the program is built: beside the libraries and plugins it loads, which are those that `stage` copies."""
-    return tree / "cmake" / "bin" / "llama-server"
+def program_path(tree: Path, name: str) -> Path:
+    """Where a program is built: beside the libraries and plugins it loads, which are those that `stage` copies."""
+    return tree / "cmake" / "bin" / PROGRAMS[name].target
 
 
 def library(directory: Path, name: str) -> Path:
@@ -878,7 +993,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "CMAKE_BUILD_PARALLEL_LEVEL (compilers at once), CMAKE_ARGS, CC, CXX, CFLAGS, CXXFLAGS, LDFLAGS.",
     )
     parser.add_argument(
-        "--backends", metavar="NAME,...", help=f"plugins to build: {', '.join(BACKENDS)} (default: cpu)"
+        "--backends",
+        metavar="NAME,...",
+        help=f"plugins to build: {', '.join(BACKENDS)}; default is {','.join(DEFAULT_BACKENDS)}; cpu is always built",
     )
     parser.add_argument(
         "--cpu-variants",
@@ -894,6 +1011,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="also build llama.cpp's own server on these very libraries, to compare with, and print its path; "
         "it stays in the cache",
     )
+    parser.add_argument(
+        "--rpc-server",
+        action="store_true",
+        help="also build llama.cpp's server for backends on other machines, and print its path; it stays in the cache",
+    )
     parser.add_argument("--fetch-only", action="store_true", help="only fetch and unpack llama.cpp")
     parser.add_argument("--where", action="store_true", help="print the directory that holds this build, build nothing")
     options = parser.parse_args(arguments)
@@ -901,20 +1023,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("backends", "cpu_variants"):
             _settings[name.replace("_", "-")] = getattr(options, name) or ""
         selection = selection_from_environment()
+        programs = [name for name in PROGRAMS if getattr(options, name.replace("-", "_"))]
         cache = cache_directory() / "build"
         if options.where:
             print(where())
         elif options.fetch_only:
             with locked(cache / "lock"):
                 require_space(cache, 0.3)
-                parts = SOURCE_PARTS + SERVER_PARTS * options.llama_server
+                parts = (*SOURCE_PARTS, *(part for name in programs for part in PROGRAMS[name].parts))
                 print(local_source() or ensure_source(Pin.read(), cache / "fetch.txt", parts))
         else:
             started = time.monotonic()
-            build(selection, PACKAGE if options.inplace else None, llama_server=options.llama_server)
+            build(selection, PACKAGE if options.inplace else None, programs)
             say(f"up to date after {time.monotonic() - started:.1f} s")
-            if options.llama_server:
-                print(llama_server_path(where()))
+            for name in programs:
+                print(program_path(where(), name))
     except BuildError as error:
         say(str(error))
         return 1

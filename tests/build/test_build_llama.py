@@ -10,11 +10,13 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,19 +72,23 @@ def one_line_of_complaint(arguments: list[str], **environment: str) -> str:
 # ---- what to build ---------------------------------------------------------------------------------------------------
 
 
-def test_only_the_cpu_backend_is_on_by_default() -> None:
+def test_what_needs_nothing_is_on_by_default() -> None:
     selection = Selection.parse()
-    assert selection.backends == ("cpu",)
-    assert selection.options["GGML_CPU"] == "ON"
-    assert selection.options["GGML_METAL"] == selection.options["GGML_VULKAN"] == "OFF"
+    assert selection.backends == ("cpu", "rpc")
+    options = selection.options()
+    assert options["GGML_CPU"] == options["GGML_RPC"] == "ON"
+    assert options["GGML_METAL"] == options["GGML_VULKAN"] == options["TRIO_LLAMA_SERVER"] == "OFF"
     assert set(build_llama.LIBRARIES) < set(selection.targets)
 
 
 def test_other_backends_come_on_top_of_cpu() -> None:
     selection = Selection.parse(" Vulkan,cuda vulkan")
     assert selection.backends == ("cpu", "vulkan", "cuda")
-    assert selection.options["GGML_VULKAN"] == selection.options["GGML_CUDA"] == "ON"
+    options = selection.options(["rpc", "rpc-server"])
+    assert [options[f"GGML_{name}"] for name in ("VULKAN", "CUDA", "RPC", "HIP")] == ["ON", "ON", "ON", "OFF"]
+    assert (options["TRIO_RPC_SERVER"], options["TRIO_LLAMA_SERVER"]) == ("ON", "OFF")
     assert selection.targets[-2:] == ("ggml-vulkan", "ggml-cuda")
+    assert Selection.parse("vulkan,default").backends == ("cpu", "vulkan", "rpc")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +108,11 @@ def test_cpu_variants(
     monkeypatch.setattr(platform, "machine", lambda: machine)
     selection = Selection.parse(cpu_variants=variants)
     assert [target for target in selection.targets if target.startswith("ggml-cpu")] == targets
-    assert selection.options["GGML_CPU_ALL_VARIANTS"] == ("OFF" if targets == ["ggml-cpu"] else "ON")
+    assert selection.options()["GGML_CPU_ALL_VARIANTS"] == ("OFF" if targets == ["ggml-cpu"] else "ON")
 
 
 def test_unknown_names_are_refused_in_one_line() -> None:
-    assert "unknown backend 'vulcan': choose from cpu, " in one_line_of_complaint(["--backends", "cpu,vulcan"])
+    assert "unknown backend 'vulcan': choose from default, cpu, " in one_line_of_complaint(["--backends", "cpu,vulcan"])
     assert "unknown backend 'gpu'" in one_line_of_complaint([], TRIO_RUNNER_BACKENDS="gpu")
     assert "unknown CPU variant 'pentium'" in one_line_of_complaint(["--cpu-variants", "pentium"])
 
@@ -125,8 +131,8 @@ def test_a_hook_ends_with_the_line_and_no_traceback() -> None:
 
 def test_the_help_names_every_option() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
-    options = ("--backends", "--cpu-variants", "--inplace", "--llama-server", "--fetch-only", "--where")
-    for word in (*options, "vulkan", "TRIO_RUNNER_CACHE"):
+    options = ("--backends", "--cpu-variants", "--inplace", "--llama-server", "--rpc-server", "--fetch-only", "--where")
+    for word in (*options, "vulkan", "rpc", "TRIO_RUNNER_CACHE"):
         assert word in done.stdout
 
 
@@ -231,8 +237,17 @@ def archive(path: Path, files: dict[str, bytes]) -> Pin:
     return Pin("some-package", "1.0", sha256, "abc", "their_backend.build")
 
 
-@pytest.mark.parametrize("server", [False, True])
-def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(tmp_path: Path, server: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "of_program"),
+    [
+        ("", set()),
+        ("llama-server", {"tools/server/server.cpp", "tools/ui/ui.cpp.in"}),
+        ("rpc-server", {"tools/rpc/CMakeLists.txt"}),
+    ],
+)
+def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(
+    tmp_path: Path, name: str, of_program: set[str]
+) -> None:
     top = "some_package-1.0/vendor/llama.cpp/"
     pin = archive(
         tmp_path / "some_package-1.0.tar.gz",
@@ -240,18 +255,18 @@ def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(tmp_path: Pat
             top + "include/llama.h": b"yes",
             top + "tools/mtmd/mtmd.h": b"yes",
             top + "models/vocabulary.gguf": b"no",
-            top + "tools/server/server.cpp": b"only for the server",
-            top + "tools/ui/ui.cpp.in": b"only for the server",
+            top + "tools/server/server.cpp": b"only for llama-server",
+            top + "tools/ui/ui.cpp.in": b"only for llama-server",
+            top + "tools/rpc/CMakeLists.txt": b"only for rpc-server",
             top + "tools/ui/src/app.html": b"no",
             top + "src/../../../../escaped": b"no",
             "some_package-1.0/src/other.c": b"no",
         },
     )
-    parts = build_llama.SOURCE_PARTS + build_llama.SERVER_PARTS * server
+    parts = build_llama.SOURCE_PARTS + (build_llama.PROGRAMS[name].parts if name else ())
     build_llama.unpack(tmp_path / "some_package-1.0.tar.gz", pin, tmp_path / "out", parts)
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    of_server = {"tools/server/server.cpp", "tools/ui/ui.cpp.in"} if server else set()
-    assert files == {"include/llama.h", "tools/mtmd/mtmd.h"} | of_server
+    assert files == {"include/llama.h", "tools/mtmd/mtmd.h"} | of_program
     assert (tmp_path / "out/include/llama.h").stat().st_mtime == 1_000_000_000
     assert not (tmp_path / "escaped").exists()
 
@@ -341,6 +356,78 @@ def test_pip_fails(complaint: str, line: str, tmp_path: Path, monkeypatch: pytes
     assert complaint in (tmp_path / "log.txt").read_text()
 
 
+# ---- what backends need ----------------------------------------------------------------------------------------------
+
+
+def test_all_that_backends_lack_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks = ("vulkan|glslc|glslc", "vulkan|libvulkan|libvulkan-dev", "cuda|nvcc (on PATH)|a-toolkit", "metal|macOS|")
+    fake_tools(tmp_path / "bin", monkeypatch, cmake="; ".join(f"echo '-- trio lacks: {lack}'" for lack in lacks))
+    with pytest.raises(BuildError) as caught:
+        build_llama.build(Selection.parse("vulkan,cuda,metal"))
+    assert str(caught.value) == (
+        "vulkan needs glslc, libvulkan; cuda needs nvcc (on PATH); metal needs macOS "
+        "(on Debian: sudo apt install glslc libvulkan-dev a-toolkit)"
+    )
+    assert not (build_llama.cache_directory() / "build" / "source").exists()  # before anything is fetched
+
+
+@pytest.fixture
+def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """The real CMake looks for what backends need, but not where this machine has its own."""
+    monkeypatch.setenv("VULKAN_SDK", str(tmp_path / "none"))
+    monkeypatch.delenv("CMAKE_PREFIX_PATH", raising=False)
+    hidden = ("CMAKE_SYSTEM_PATH", "SYSTEM_ENVIRONMENT_PATH", "CMAKE_SYSTEM_PACKAGE_REGISTRY", "PACKAGE_ROOT_PATH")
+    arguments = " ".join(f"-DCMAKE_FIND_USE_{name}=OFF" for name in hidden)
+    monkeypatch.setenv("CMAKE_ARGS", f"{arguments} -DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
+
+    def look(backends: str) -> None:
+        selection = Selection.parse(backends)
+        compilers = build_llama.Compilers.find()
+        env = os.environ | {"CC": compilers.c[0], "CXX": compilers.cxx[0]}
+        tools = build_llama.BuildTools.find(tmp_path / "none")
+        build_llama.require_backends(selection, selection.backends, tools, env, tmp_path / "log.txt")
+
+    return look
+
+
+def test_cmake_says_what_is_not_there(look: Callable[[str], None]) -> None:
+    with pytest.raises(BuildError) as caught:
+        look("vulkan,opencl,hip")
+    assert str(caught.value) == (
+        "vulkan needs glslc, vulkan/vulkan.h, libvulkan, the SPIR-V headers; opencl needs CL/cl.h, libOpenCL; "
+        "hip needs hip, hipblas, rocblas (on Debian: sudo apt install glslc libvulkan-dev spirv-headers opencl-headers "
+        "ocl-icd-opencl-dev hipcc libamdhip64-dev libhipblas-dev librocblas-dev)"
+    )
+
+
+def test_cmake_finds_what_its_arguments_name(look: Callable[[str], None], tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix"
+    program(prefix / "bin" / "glslc", "exit 0")
+    for name in ("include/vulkan/vulkan.h", "lib/libvulkan.so", "lib/libvulkan.dylib"):
+        (prefix / name).parent.mkdir(parents=True, exist_ok=True)
+        (prefix / name).touch()
+    with pytest.raises(BuildError, match=r"^vulkan needs the SPIR-V headers \(on Debian: .* spirv-headers\)$"):
+        look("vulkan")
+    (prefix / "share/cmake/SPIRV-Headers").mkdir(parents=True)
+    (prefix / "share/cmake/SPIRV-Headers/SPIRV-HeadersConfig.cmake").touch()
+    look("vulkan")
+
+
+def test_where_cmake_fails_otherwise_the_build_goes_on(
+    look: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_TOOLCHAIN_FILE=/not/there")
+    look("vulkan")
+
+
+def test_what_needs_nothing_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tools(tmp_path / "bin", monkeypatch, cmake="exit 1")
+    monkeypatch.setenv("TRIO_RUNNER_LLAMA_SOURCE", str(source_tree(tmp_path / "source")))
+    with pytest.raises(BuildError, match="failed while configuring"):
+        build_llama.build(Selection.parse())
+    assert "TRIO_CHECK_ONLY" not in (build_llama.where() / "log.txt").read_text()
+
+
 # ---- libraries -------------------------------------------------------------------------------------------------------
 
 
@@ -372,20 +459,85 @@ def test_a_failing_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: s
         assert script.split("'")[1] in log.read_text()
 
 
-def test_llama_server_is_one_more_target_in_the_tree_of_the_libraries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_tools(tmp_path / "bin", monkeypatch, ninja="exit 1")
-    monkeypatch.setenv("TRIO_RUNNER_LLAMA_SOURCE", str(source_tree(tmp_path / "source")))
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[str]]]:
+    """A machine on which everything is built at once. Returns what asks for the commands of CMake and Ninja since."""
+    ninja = 'dir=$2; mkdir -p "$dir/bin"; shift 3; for t in "$@"; do echo >"$dir/bin/lib$t.so"; done'
+    cmake = 'case "$*" in *GGML_CUDA=ON*) test -e %s || exit 1;; esac; echo "-- trio lacks nothing"'
+    fake_tools(tmp_path / "bin", monkeypatch, cmake=cmake % (tmp_path / "cuda"), ninja=ninja)
+    program(tmp_path / "bin" / "strip", "exit 0")
+    monkeypatch.setattr(build_llama, "build_binding", lambda *arguments: tmp_path / "_native.abi3.so")
+    monkeypatch.setattr(build_llama, "ensure_source", lambda *arguments: source_tree(tmp_path / "source" / "pinned"))
     log = build_llama.where() / "log.txt"
-    for llama_server in (True, False):
-        with pytest.raises(BuildError, match="failed while compiling"):
-            build_llama.build(Selection.parse(), llama_server=llama_server)
-        cmake, ninja = (line.split() for line in log.read_text().splitlines() if line.startswith("$ "))
-        assert ("-DTRIO_LLAMA_SERVER=ON" in cmake) == llama_server
-        assert ("llama-server" in ninja) == llama_server
-        log.unlink()
-    assert build_llama.llama_server_path(build_llama.where()).parent == log.parent / "cmake" / "bin"
+
+    def since() -> list[list[str]]:
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [line.split()[1:] for line in lines if line.startswith("$ ")]
+
+    return since
+
+
+def defined(command: list[str]) -> set[str]:
+    """What a command of CMake turns on, of backends and programs."""
+    names = {backend.option: name for name, backend in build_llama.BACKENDS.items()}
+    names |= {program.option: name for name, program in build_llama.PROGRAMS.items()}
+    return {name for option, name in names.items() if f"-D{option}=ON" in command}
+
+
+def test_what_cmake_has_once_defined_stays_defined(commands: Callable[[], list[list[str]]]) -> None:
+    build_llama.build(Selection.parse("cpu,opencl"))
+    look, cmake, ninja = commands()
+    assert "-DTRIO_CHECK_ONLY=ON" in look
+    assert defined(look) == defined(cmake) == {"cpu", "opencl"}
+    assert "ggml-opencl" in ninja
+
+    build_llama.build(Selection.parse("cpu"))
+    (ninja,) = commands()
+    assert "ggml-opencl" not in ninja
+    build_llama.build(Selection.parse("cpu,opencl"))
+    (ninja,) = commands()
+    assert "ggml-opencl" in ninja
+    build_llama.build(Selection.parse("cpu,opencl"))
+    assert commands() == []
+
+    build_llama.build(Selection.parse("cpu,rpc"))  # which nothing has to be looked for for
+    cmake, ninja = commands()
+    assert defined(cmake) == {"cpu", "opencl", "rpc"}
+
+
+def test_what_cmake_had_defined_is_dropped_where_it_fails_now(
+    commands: Callable[[], list[list[str]]], tmp_path: Path
+) -> None:
+    (tmp_path / "cuda").touch()
+    build_llama.build(Selection.parse("cpu,cuda"))
+    commands()
+    (tmp_path / "cuda").unlink()
+    build_llama.build(Selection.parse("cpu,opencl"))
+    _, first, second, _ = commands()
+    assert [defined(first), defined(second)] == [{"cpu", "cuda", "opencl"}, {"cpu", "opencl"}]
+    with pytest.raises(BuildError, match="failed while configuring"):
+        build_llama.build(Selection.parse("cpu,cuda"))
+
+
+@pytest.mark.parametrize(("name", "target"), [("llama-server", "llama-server"), ("rpc-server", "ggml-rpc-server")])
+def test_a_program_is_one_more_target_in_the_tree_of_the_libraries(
+    commands: Callable[[], list[list[str]]], name: str, target: str
+) -> None:
+    plugins = {"rpc"} if name == "rpc-server" else set()
+    for _ in range(2):  # whoever asks for it gets it brought up to date
+        build_llama.build(Selection.parse("cpu"), programs=[name])
+        *cmake, ninja = commands()
+        assert {target, *(f"ggml-{plugin}" for plugin in plugins)} <= set(ninja)
+        assert all(defined(command) == {"cpu", name, *plugins} for command in cmake)
+    assert not cmake
+    build_llama.build(Selection.parse("cpu"))
+    assert commands() == []
+    where = build_llama.where()
+    assert build_llama.program_path(where, name) == where / "cmake" / "bin" / target
+    assert sorted(path.name for path in (where / "lib").glob("*.so")) == sorted(
+        f"lib{target}.so" for target in Selection.parse("cpu").targets
+    )
 
 
 def test_the_key_covers_what_goes_into_every_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,9 +634,8 @@ def test_the_package_holds_what_was_built() -> None:
         assert build_llama.library(lib, target).is_file()
     assert list(lib.glob("libggml-cpu*.so"))
     assert (lib / "trio_llama.h").read_bytes() == (build_llama.NATIVE / "trio_llama.h").read_bytes()
-    home = str(build_llama.cache_directory().parent).encode()
     for path in lib.glob("lib*"):
-        assert home not in path.read_bytes(), f"{path} names the directory it was built in"
+        assert not re.search(rb"/build/[0-9a-f]{16}/", path.read_bytes()), f"{path} names the directory it was built in"
 
 
 def test_any_language_can_load_the_library() -> None:
