@@ -122,10 +122,10 @@ class LoadError(RunnerError):
 
 
 class NativeError(RunnerError):
-    """`function` of the shim returned `code`; `message` is what llama.cpp or the shim said."""
+    """`function` of the shim returned `code`, if that is not 0; `message` is what llama.cpp or the shim said."""
 
     def __init__(self, function: str, code: int, message: str) -> None:
-        super().__init__(f"{function} failed with {code}: {message}")
+        super().__init__(f"{function} failed{f' with {code}' if code else ''}: {message}")
         self.function = function
         self.code = code
         self.message = message

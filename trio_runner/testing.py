@@ -235,10 +235,11 @@ def _positions(items: Sequence[Item], start: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """What a hook of `ToyContext` makes of a batch: an outcome, after the first `n_rows` rows were done."""
+    """What a hook of `ToyContext` makes of a batch: an outcome, after the first `n_rows` rows were done, and why."""
 
     outcome: DecodeOutcome
     n_rows: int = 0
+    message: str = ""
 
 
 _BROKEN_OFF = frozenset({DecodeOutcome.ABORTED, DecodeOutcome.FATAL})
@@ -364,7 +365,7 @@ class ToyContext:
             if interruption.outcome in _BROKEN_OFF and not self.limits.can_trim:
                 self._cells[chunk.slot] = []  # recurrent state that was caught half-way is worth nothing
         kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks}
-        return StepResult(interruption.outcome, {}, {}, kept)
+        return StepResult(interruption.outcome, {}, {}, kept, message=interruption.message)
 
     def _hold(self, chunk: Chunk, n_rows: int, basis: str) -> list[Item]:
         if not self.limits.has_memory:

@@ -561,6 +561,32 @@ def test_after_a_failure_each_is_tried_alone_and_then_all_together_again() -> No
     check_survivors(world)
 
 
+def test_those_whose_batches_fail_again_and_again_run_alone() -> None:
+    """In turns with the others; and with them, once there is somebody else to blame."""
+    world = make_world(4)
+    for n in range(2):
+        world.submit(prompt=endless(n), max_tokens=100)
+    batches: list[list[int]] = []
+    world.on_batch = lambda batch: batches.append(sorted(chunk.uid for chunk in batch.chunks))
+    for _ in range(2):
+        world.step(Interruption(DecodeOutcome.FATAL))
+        world.step()
+        world.step()
+    assert batches == [[0, 1], [0], [1]] * 2
+    for n in range(2, 4):
+        world.submit(prompt=endless(n), max_tokens=100)
+    batches.clear()
+    for _ in range(9):
+        world.step()
+    assert sorted(batches) == [*[[0]] * 3, *[[1]] * 3, *[[2, 3]] * 3]
+    world.poison[2] = DecodeOutcome.FATAL
+    while not world.finished(2):
+        world.step()
+    world.run()
+    assert [0, 1, 3] in batches
+    check_survivors(world)
+
+
 @pytest.mark.parametrize("outcome", [DecodeOutcome.INVALID, DecodeOutcome.FATAL, DecodeOutcome.NO_KV_SPACE])
 @pytest.mark.parametrize("embedding", [False, True])
 def test_only_the_culprit_fails(outcome: DecodeOutcome, embedding: bool) -> None:

@@ -124,3 +124,25 @@ async def test_a_context_that_fails_every_time_fails_everybody_and_lives(toy: To
         await until_idle(engine)
         toy.context.on_decode = None
         assert await engine.generate(requests[0], max_tokens=40).collect() == toy_text(requests[0], 40)
+
+
+@pytest.mark.parametrize("can_trim", [True, False], ids=["trims", "recurrent"])
+@pytest.mark.parametrize("n_rows", [0, 3])
+async def test_batches_that_fail_whenever_they_are_shared_end(toy: Toy, can_trim: bool, n_rows: int) -> None:
+    """Each of them runs alone, so nobody is at fault; but recurrent state is lost with every batch that fails, so that
+    prompts of several batches would begin again for ever."""
+    n_failed = 0
+
+    def fail_if_shared(batch: Batch) -> Interruption | None:
+        nonlocal n_failed
+        n_failed += len(batch.chunks) > 1
+        return Interruption(DecodeOutcome.FATAL, n_rows) if len(batch.chunks) > 1 else None
+
+    toy.limits = {"can_trim": can_trim, "can_shift": can_trim}
+    toy.on_decode = fail_if_shared
+    requests = prompts(4, 40)
+    async with toy.engine(slots=4, batch_size=4) as engine:
+        texts, errors = await read_all(engine, requests)
+    assert errors == {}
+    assert texts == {prompt: toy_text(prompt, 40) for prompt in requests}
+    assert n_failed <= len(requests)

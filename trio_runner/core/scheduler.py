@@ -72,6 +72,9 @@ class SchedulerStatistics:
 
 MIN_FOLLOW = 32
 """Tokens that another sequence must spare a prompt to be worth waiting for."""
+MAX_FAILED = 2
+"""Batches that it shares with others may fail, with no culprit found, before a sequence is run alone. Each time it may
+have to start over, and between two of them it may get no more than one batch: it would go on like that for ever."""
 N_SHORT_STEPS = 10
 """Steps without streams, after one that was broken off, that are short: who has let go once, as with every key that is
 pressed, will soon do so again, and what was begun is lost."""
@@ -337,7 +340,8 @@ class Scheduler:
         return min(by_kind, key=lambda kind: (self._kind_turns[kind], kind == self._kind))
 
     def _in_turn(self) -> list[Sequence]:
-        """The sequences that want rows, who waited longest first; one alone while a failure is traced."""
+        """The sequences that want rows, who waited longest first; one alone while a failure is traced, or if too many
+        of its batches have failed."""
         self._suspects = [uid for uid in self._suspects if uid in self._running]
         # A paused one, too, takes what it has waited for: its leader may shift it away later.
         ready = [
@@ -346,7 +350,12 @@ class Scheduler:
             if not self._waits_for_leader(sequence) and not sequence.paused
         ]
         suspects = [sequence for sequence in ready if sequence.spec.uid in self._suspects]
-        return suspects[:1] or sorted(ready, key=lambda sequence: sequence.last_turn)
+        if suspects:
+            return suspects[:1]
+        ready.sort(key=lambda sequence: sequence.last_turn)
+        if ready and ready[0].n_failed >= MAX_FAILED:
+            return ready[:1]
+        return [sequence for sequence in ready if sequence.n_failed < MAX_FAILED]
 
     def _wants_vector(self, sequence: Sequence) -> bool:
         """The next rows of this sequence belong in an embeddings batch."""
@@ -533,9 +542,14 @@ class Scheduler:
         """A batch of one sequence has found the culprit; the sequences of a larger one are tried one by one."""
         if len(batch.chunks) > 1:
             self._suspects = [chunk.uid for chunk in batch.chunks]
+            for uid in self._suspects:
+                if uid in self._running:
+                    self._running[uid].n_failed += 1
             return
         for chunk in batch.chunks:
             if (sequence := self._running.get(chunk.uid)) is not None:
+                for other in self._running.values():
+                    other.n_failed = 0  # that explains it
                 error = NativeError("decode", 0, result.message or result.outcome.value)
                 self._ops.append(sequence.slot.trim(0))
                 yield self._finish(sequence, "error", error=error)

@@ -64,6 +64,8 @@ class Sequence:
     n_follow: int = 0
     last_turn: int = 0
     """The step that last had rows of this sequence."""
+    n_failed: int = 0
+    """Batches with rows of this sequence and of others that failed, since a culprit was found."""
     prompt_seconds: float = 0.0
     completion_seconds: float = 0.0
     text: GeneratedText = field(init=False)
