@@ -45,6 +45,7 @@ from trio_runner.errors import (
     EngineClosed,
     InvalidRequest,
     LoadError,
+    NativeError,
     ReaderStalled,
     RunnerError,
 )
@@ -77,6 +78,8 @@ MAX_PICTURES = 8
 """Images that are decoded, or wait as pixels for the projector, at the same time: up to 50 MB each."""
 MAX_RETRY_AFTER = 60.0
 """Seconds; an estimate beyond that is worth nothing."""
+FREE_SECONDS = 3.0
+"""That a device which has failed may take to give back its memory. One that is gone may never do so."""
 
 
 Kind: TypeAlias = type[GenerateRequest] | type[EmbedRequest]
@@ -118,14 +121,19 @@ class EngineStatistics:
 
 
 class Engine:
-    """One loaded model, ready for any number of concurrent requests. Made by `open_engine`; used on its trio thread."""
+    """One loaded model, ready for any number of concurrent requests. Made by `open_engine`; used on its trio thread.
 
-    def __init__(self, loader: Loader, config: EngineConfig) -> None:
+    It breaks if the model does not load or its decode thread dies, and once only: `status` is "broken" from then on,
+    `failure` says why, the model is freed, and whatever was or is asked of it raises. Open another one to go on.
+    """
+
+    def __init__(self, loader: Loader, config: EngineConfig, *, cancel_when_broken: bool = True) -> None:
         """Not to be called: `open_engine` does."""
         self.config = config
         self.failure: BaseException | None = None
         """Why `status` is "broken"."""
         self._loader = loader
+        self._cancel_when_broken = cancel_when_broken
         self._status: Status = "loading"
         self._progress = 0.0
         self._settled = trio.Event()
@@ -481,7 +489,8 @@ class Engine:
     # -- its life -----------------------------------------------------------------------------------------------------
 
     async def live(self) -> None:
-        """Load, run until cancelled, tear down. Returns if loading fails; raises `EngineBroken` if the engine dies."""
+        """Load, run until cancelled, tear down. Returns if loading fails; if the decode thread dies, raises
+        `EngineBroken`, or returns as well if that shall not cancel anybody."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_when_cancelled)
@@ -535,10 +544,14 @@ class Engine:
             # Never abandoned: the context may only be freed once nothing computes on it.
             await trio.to_thread.run_sync(loop.run, limiter=trio.CapacityLimiter(1))
         except Exception as failure:
-            logger.exception("the decode thread died")
+            # Where the native library failed, it has said itself; anything else is a bug, to be looked for.
+            trace = None if isinstance(failure, NativeError) else failure
+            logger.error("the decode thread died: %s", " ".join(str(failure).split()), exc_info=trace)
             self._hand_over()
             self._break(failure)
-            raise EngineBroken(f"the decode thread died: {failure}") from failure
+            if self._cancel_when_broken:
+                raise EngineBroken(f"the decode thread died: {failure}") from failure
+            return
         self._hand_over()
 
     async def _free(self, runtime: Runtime) -> None:
@@ -556,12 +569,22 @@ class Engine:
             # What was submitted between the end of the decode thread and the news of it.
             self._loop.refuse_mail()
         self._runtime = self._loop = self._images = None
-        runtime.context.close()
-        for adapter in self._adapters.clear():
-            adapter.close()
-        if runtime.projector is not None:
-            runtime.projector.close()
-        runtime.model.close()
+        adapters = self._adapters.clear()
+
+        def free() -> None:
+            runtime.context.close()
+            for adapter in adapters:
+                adapter.close()
+            if runtime.projector is not None:
+                runtime.projector.close()
+            runtime.model.close()
+
+        # On a thread, as it may take a while, in which a server that is broken still says so.
+        seconds = FREE_SECONDS if self._status == "broken" else math.inf
+        with trio.move_on_after(seconds, shield=True) as scope:
+            await trio.to_thread.run_sync(free, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            logger.warning("the memory of the model is not free yet: a device does not answer")
 
     async def _stop_when_cancelled(self) -> None:
         try:
@@ -688,6 +711,7 @@ class Engine:
         is_abandoned = False
 
         def work() -> None:
+            self._live_runtime()  # it may have gone while this waited for its turn
             results.append(call())
             if is_abandoned:
                 drop()
@@ -712,6 +736,7 @@ async def open_engine(
     config: EngineConfig | None = None,
     *,
     wait: bool = True,
+    cancel_when_broken: bool = True,
     **options: Any,
 ) -> AsyncIterator[Engine]:
     """An engine for the length of the block.
@@ -719,12 +744,16 @@ async def open_engine(
     `model` is a path, a `ModelConfig`, or anything that loads (`testing.ToyLoader`). `config`, or the fields of an
     `EngineConfig` by name, say how to run it. With `wait` the block starts when the model is loaded, and a model that
     does not load raises `LoadError`; without, it starts at once, with `engine.status` "loading", and a failure shows
-    as "broken". Leaving the block ends every generation with `EngineClosed`. Should the decode thread die, every
-    generation ends with `EngineBroken`, the block is cancelled and `EngineBroken` is raised out of it.
+    as "broken". Leaving the block ends every generation with `EngineClosed`.
+
+    Should the decode thread die, of a device that fails or vanishes for example, every generation and embedding ends
+    with `EngineBroken`, which carries the reason. Then the block is cancelled and `EngineBroken` is raised out of it.
+    With `cancel_when_broken=False` it goes on instead, for programs that have more to do: `engine.status` is "broken",
+    requests raise `EngineBroken` at once, another engine may be opened meanwhile, and leaving the block raises nothing.
     """
     if config is not None and options:
         raise TypeError("give either config or its fields by name")
-    engine = Engine(_loader(model), config or EngineConfig(**options))
+    engine = Engine(_loader(model), config or EngineConfig(**options), cancel_when_broken=cancel_when_broken)
     own: BaseException | None = None
     errors: list[BaseException] = []
     try:
