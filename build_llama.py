@@ -275,6 +275,11 @@ class BuildTools:
     ninja: str
     ninja_version: str
 
+    @property
+    def path(self) -> str:
+        """PATH for them: Vulkan's shaders are made by a program that CMake builds apart, with the Ninja that it finds."""
+        return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(self.ninja).parent)])
+
     @classmethod
     def find(cls, remembered: Path) -> BuildTools:
         """The tools a build directory was made with if they are still there, else those of this machine.
@@ -661,7 +666,7 @@ def compile_libraries(
     tools = BuildTools.find(configured)
     wanted = {*selection.backends, *programs, *(name for program in programs for name in PROGRAMS[program].backends)}
     before = defined_before(configured)
-    env = os.environ | {"CC": shlex.join(compilers.c), "CXX": shlex.join(compilers.cxx)}
+    env = os.environ | {"CC": shlex.join(compilers.c), "CXX": shlex.join(compilers.cxx), "PATH": tools.path}
     if not wanted <= before:
         require_backends(selection, wanted, tools, env, log)
     parts = (*SOURCE_PARTS, *(part for program in programs for part in PROGRAMS[program].parts))
@@ -735,7 +740,8 @@ def compile_targets(tree: Path, targets: Sequence[str], tools: BuildTools, log: 
     """Runs Ninja, which runs CMake first if one of its files changed. Raises BuildError, ConfigureError."""
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(default_jobs())
     command = [tools.ninja, "-C", str(tree / "cmake"), f"-j{jobs}", *targets]
-    status, output = run(command, log, Progress("compiling"), os.environ | {"NINJA_STATUS": "[%f/%t] "})
+    env = os.environ | {"NINJA_STATUS": "[%f/%t] ", "PATH": tools.path}
+    status, output = run(command, log, Progress("compiling"), env)
     if status != 0:
         error = explain("compiling", output, log)
         raise ConfigureError(error) if "rebuilding 'build.ninja'" in output else error

@@ -185,6 +185,21 @@ def test_a_build_directory_keeps_its_tools_while_they_are_there(
     assert build_llama.BuildTools.find(remembered).cmake_version == "cmake version 4.1.0"
 
 
+def test_tools_beside_this_python_are_found_by_what_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    venv = tmp_path / "venv"
+    program(venv / "ninja", "echo 1.13.0")
+    script = 'if [ "$1" = --version ]; then echo cmake version 4.1.0; else ninja --version; exit 1; fi'
+    program(venv / "cmake", script)
+    fake_tools(tmp_path / "bin", monkeypatch)
+    for name in ("cmake", "ninja"):
+        (tmp_path / "bin" / name).unlink()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(sys, "executable", str(venv / "python"))
+    monkeypatch.setenv("TRIO_RUNNER_LLAMA_SOURCE", str(source_tree(tmp_path / "source")))
+    with pytest.raises(BuildError, match=r"failed while configuring.*\n  1\.13\.0"):
+        build_llama.build(Selection.parse())
+
+
 def test_no_disk_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
