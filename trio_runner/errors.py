@@ -103,7 +103,7 @@ class EngineClosed(RunnerError):
 class EngineBroken(RunnerError):
     """The decode thread died, or the model never loaded; `__cause__` is the failure."""
 
-    status = 500
+    status = 503
 
 
 class ReaderStalled(RunnerError):

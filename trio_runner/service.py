@@ -68,8 +68,9 @@ def max_body_bytes(model: ModelConfig) -> int:
 async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, service: ServiceConfig) -> None:
     """Serve until SIGINT or SIGTERM; then drain and return. A second signal returns without draining.
 
-    HTTP answers from the start, while the model is still loading. Raises `ListenError`, or `LoadError` and
-    `EngineBroken` inside a group of exceptions.
+    HTTP answers from the start, while the model is still loading, and to the end, even if the decode thread dies: then
+    /health and every request say so, and whoever wants a restart can bring it about. That end, too, is an orderly one.
+    Raises `ListenError`, or inside a group of exceptions `LoadError`, or `EngineBroken` if loading fails otherwise.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     gc.freeze()  # what is imported stays; to look through it again took every full collection 20 ms, for all threads
@@ -79,7 +80,10 @@ async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, 
             root.start_soon(_shut_down_on_signal, signals, shutdown, service.drain_timeout, root.cancel_scope)
             if service.parent is not None:
                 root.start_soon(_cancel_without_parent, service.parent, root.cancel_scope)
-            async with open_engine(model, engine_config, wait=False) as engine, trio.open_nursery() as nursery:
+            async with (
+                open_engine(model, engine_config, wait=False, cancel_when_broken=False) as engine,
+                trio.open_nursery() as nursery,
+            ):
 
                 async def serve_to_the_end(*, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
                     await serve(

@@ -23,7 +23,7 @@ import os, sys, time
 from dataclasses import replace
 import trio_runner.engine.engine
 from trio_runner import testing
-from trio_runner.errors import LoadError
+from trio_runner.errors import LoadError, NativeError
 
 def on_load(progress, cancelled):
     progress(0.25)
@@ -36,8 +36,8 @@ def on_load(progress, cancelled):
 
 def on_decode(batch):
     time.sleep(float(os.environ.get("TOY_STEP", "0")))
-    if os.environ.get("TOY_DIES"):
-        raise RuntimeError("the toy broke")
+    if os.environ.get("TOY_DIES") and batch.embeddings:
+        raise NativeError("trio_step", -3, "the toy broke\\nin two")
 
 if os.environ.get("TOY_ENDLESS"):
     testing.toy_next = lambda items, basis: ord("a") + len(items) % 26

@@ -107,11 +107,37 @@ async def test_a_model_that_does_not_load(model: str) -> None:
         assert "Traceback" not in runner.log
 
 
-async def test_an_engine_that_dies_takes_the_server_along(model: str) -> None:
-    async with program("serve", "--model", model, "--port", "0", environment={"TOY_DIES": "1"}) as runner:
-        await exchange(await runner.listening(), "/completion", {"prompt": "hello"})
-        assert await runner.ended() == 1
-        assert runner.log.splitlines()[-1] == "error: the decode thread died: the toy broke"
+REASON = "trio_step failed with -3: the toy broke in two"
+
+
+@pytest.mark.parametrize("flags", [["serve", "--model", "{}", "--slots", "3"], ["-model", "{}", "-parallel", "3"]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_an_engine_that_dies_does_not_take_the_server_along(
+    model: str, flags: list[str], number: signal.Signals
+) -> None:
+    arguments = [flag.format(model) for flag in flags] + ["--port", "0"]
+    async with program(*arguments, environment={**SLOW, "TOY_DIES": "1"}) as runner:
+        port = await runner.listening()
+        streams = [await request(port, "/completion", {"prompt": f"hello {n}"}) for n in range(4)]
+        for stream in streams:  # three of them run and one waits
+            await stream.receive_some()
+        embedding = await exchange(port, "/embedding", {"content": "hello"})
+        assert "HTTP/1.1 503" in embedding
+        assert REASON in embedding
+        for stream in streams:
+            assert f'{{"error":"the engine is broken: {REASON}","content":"","stop":true' in await read_all(stream)
+        health = await exchange(port, "/health")
+        assert "HTTP/1.1 503" in health
+        assert f'{{"status":"server error","progress":1,"error":"{REASON}"}}' in health
+        later = await exchange(port, "/completion", {"prompt": "hello"})
+        assert "HTTP/1.1 503" in later
+        assert REASON in later
+        runner.process.send_signal(number)
+        with trio.fail_after(DEADLINE / 4):
+            assert await runner.ended() == 0
+        assert "Traceback" not in runner.log
+        assert runner.log.count("ERROR") == 1
+        assert f"the decode thread died: {REASON}" in runner.log
 
 
 async def test_an_address_that_is_taken(model: str) -> None:

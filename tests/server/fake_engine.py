@@ -71,6 +71,7 @@ class FakeEngine:
         self.config = EngineConfig()
         self.status = "ready"
         self.progress = 1.0
+        self.failure: Exception | None = None
         self.admitting = trio.Event()
         self.admitting.set()
         self.refusal: Exception | None = None

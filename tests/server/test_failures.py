@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
 import pytest
 import trio
 
-from tests.engine.toys import Gate, Toy, prompts
-from tests.server.client import Answer, Server, post, request, serving
+from tests.engine.toys import Gate, Toy, picture, prompts
+from tests.server.client import Answer, Server, image, post, request, serving, until
+from trio_runner.bench.server import Unavailable, meet
+from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.engine.engine import Engine
+from trio_runner.errors import NativeError
 from trio_runner.testing import Interruption, toy_text, toy_vector
 
 NO_MEMORY = "failed to allocate 1.5 GiB\non device 0"
@@ -89,3 +98,113 @@ async def test_a_device_that_fails_for_a_while(toy: Toy) -> None:
         toy.context.on_decode = fail
         gate.open()
     assert n_failed <= 2 * len(texts)
+
+
+# -- a device that is gone --------------------------------------------------------------------------------------------
+
+
+def vanish(batch: Batch) -> None:
+    raise NativeError("trio_step", -3, "the <server>\nhas hung up")
+
+
+REASON = "trio_step failed with -3: the <server> has hung up"
+TEXT = f"the engine is broken: {REASON}"
+
+
+@asynccontextmanager
+async def surviving(
+    toy: Toy, adapter_dir: Path | None = None, **options: object
+) -> AsyncIterator[tuple[Server, Engine]]:
+    async with (
+        toy.engine(cancel_when_broken=False, **options) as engine,
+        serving(engine, adapter_dir=adapter_dir) as server,
+    ):
+        yield server, engine
+
+
+async def test_everybody_hears_of_a_device_that_vanishes(toy: Toy) -> None:
+    """Three that stream, one that waits, some who want vectors; all of them at once."""
+    toy.on_decode = gate = Gate(toy)
+    texts = prompts(4, 60)
+    async with surviving(toy, slots=3) as (server, engine):
+        streams = [await server.connect() for _ in texts]
+        for stream, prompt in zip(streams, texts, strict=True):
+            await stream.stream.send_all(post("/completion", {"prompt": prompt}))
+            await stream.head()
+        gate.let(12)
+        for stream in streams[:3]:
+            assert await stream.chunk()
+        await gate.reached(13)
+        vectors: list[Answer] = []
+
+        async def embed(content: object) -> None:
+            vectors.append(await server.ask(post("/embedding", {"content": content})))
+
+        async with trio.open_nursery() as nursery:
+            for content in ("a vector", ["many", "vectors"]):
+                nursery.start_soon(embed, content)
+            await until(lambda: engine.statistics().generations == 7)
+            toy.context.on_decode = vanish
+            gate.open()
+            for stream in streams:
+                *_, last = (await stream.chunks()).splitlines()
+                assert json.loads(last) == {
+                    "error": TEXT,
+                    "content": "",
+                    "stop": True,
+                    "timings": {"predicted_n": 0, "predicted_ms": 0, "prompt_n": 0, "prompt_ms": 0},
+                }
+        assert [(answer.status, answer.body) for answer in vectors] == [(503, TEXT.encode() + b"\n")] * 2
+
+
+async def test_every_path_says_so_from_then_on(toy: Toy, tmp_path: Path) -> None:
+    toy.on_decode = vanish
+    toy.adapters = (AdapterConfig(str(tmp_path / "one")),)
+    async with surviving(toy, tmp_path, max_queue=0) as (server, _):
+        client = await server.connect()
+        assert (await client.ask(post("/completion", {"prompt": "x"}))).lines[-1]["error"] == TEXT
+        for _ in range(2):  # at first the model is being freed
+            for raw in (
+                post("/completion", {"prompt": "x"}),
+                post("/completion", {"prompt": "[img-0]", "image_data": [image(picture(0))]}),
+                post("/embedding", {"content": "x"}),
+                post("/embedding", {"content": ["x"] * 30}),
+                post("/rerank", {"query": "x", "documents": ["y"]}),
+                post("/tokenize", {"content": "x"}),
+                post("/detokenize", {"tokens": [65]}),
+                post("/adapters", {"file": "two"}),
+                request("GET", "/adapters"),
+                request("DELETE", "/adapters/one"),
+            ):
+                answer = await client.ask(raw)
+                assert (answer.status, answer.body) == (503, TEXT.encode() + b"\n"), raw
+            health = await client.ask(request("GET", "/health"))
+            assert (health.status, health.headers["content-type"]) == (503, "application/json")
+            assert health.json == {"status": "server error", "progress": 1, "error": REASON}
+            assert (await client.ask(request("HEAD", "/health"))).status == 503
+            statistics = await client.ask(request("GET", "/statistics"))
+            assert (statistics.status, statistics.json["status"]) == (200, "server error")
+            assert statistics.json["generations"] == 0
+            # A request that is wrong is still told so.
+            assert (await client.ask(post("/completion", {"prompt": 1}))).status == 400
+            await until(lambda: toy.model.closed)
+
+
+async def test_it_stops_as_any_other(toy: Toy) -> None:
+    toy.on_decode = vanish
+    async with surviving(toy) as (server, _):
+        await server.ask(post("/completion", {"prompt": "x"}))
+        idle = await server.connect()
+        await idle.ask(request("GET", "/health"))
+        server.shutdown.set()
+        with trio.fail_after(2):
+            await server.stopped.wait()
+            assert await idle.closed()
+
+
+async def test_nobody_measures_it(toy: Toy) -> None:
+    toy.on_decode = vanish
+    async with surviving(toy) as (server, _):
+        await server.ask(post("/completion", {"prompt": "x"}))
+        with pytest.raises(Unavailable, match="has hung up"):
+            await meet(f"http://{server.host}:{server.port}")

@@ -16,7 +16,7 @@ EXPECTED = {
     errors.Unsupported("images"): 422,
     errors.EngineBusy(): 503,
     errors.EngineClosed("x"): 503,
-    errors.EngineBroken("x"): 500,
+    errors.EngineBroken("x"): 503,
     errors.ReaderStalled("x"): 500,
     errors.LoadError("x", path="model.gguf"): 500,
     errors.NativeError("decode", -3, "x"): 500,

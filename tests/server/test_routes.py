@@ -52,7 +52,7 @@ async def test_errors_before_the_stream_are_plain_text() -> None:
         (EngineBusy(retry_after=2), 503, b"Failed to load cache: no available cache slots\n"),
         (InvalidGrammar("no root"), 400, b"Failed to create new sequence: grammar: no root\n"),
         (EngineClosed("the engine is shutting down"), 503, b"the engine is shutting down\n"),
-        (EngineBroken("the decode thread died"), 500, b"the decode thread died\n"),
+        (EngineBroken("the decode thread died"), 503, b"the decode thread died\n"),
         (LoadError("not a GGUF file", path="m"), 500, b"m: not a GGUF file\n"),
     ]
     async with serving(engine) as server:

@@ -25,6 +25,7 @@ from trio_runner.errors import (
     InvalidImage,
     InvalidRequest,
     LoadError,
+    NativeError,
     RequestError,
     RunnerError,
 )
@@ -517,6 +518,23 @@ def test_what_is_wrong_with_an_adapter_does_not_tell_where_it_stands(directory: 
 )
 def test_health(status: str, progress: float, line: bytes) -> None:
     assert runner_api.health_line(status, progress) == line
+    assert runner_api.health_status(status) == (503 if b"error" in line else 200)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (
+            NativeError("trio_step", -3, "<the device>\nis lost"),
+            b"trio_step failed with -3: \\u003cthe device\\u003e is lost",
+        ),
+        (LoadError("not a GGUF file", path="/srv/secret/model.gguf"), b"not a GGUF file"),
+        (MemoryError(), b"MemoryError"),
+    ],
+)
+def test_health_says_what_broke_it(failure: Exception, reason: bytes) -> None:
+    line = runner_api.health_line("broken", 1.0, failure)
+    assert line == b'{"status":"server error","progress":1,"error":"%b"}\n' % reason
 
 
 def test_refusals_in_the_words_of_the_original() -> None:

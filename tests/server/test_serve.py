@@ -95,7 +95,7 @@ async def test_running_answers_finish_while_health_answers() -> None:
         server.shutdown.set()
         await until(lambda: engine.drained)
         answer = await server.ask(request("GET", "/health"))
-        assert answer.body == b'{"status":"server error","progress":1}\n'
+        assert (answer.status, answer.body) == (503, b'{"status":"server error","progress":1}\n')
         generation.say("b", DONE)
         body = await running.chunks()
         assert [line.split(b'"')[3] for line in body.splitlines()] == [b"a", b"b", b""]

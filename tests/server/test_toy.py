@@ -81,7 +81,8 @@ async def test_a_model_that_does_not_load() -> None:
     async with open_engine(ToyLoader(on_load=fail), wait=False) as engine, serving(engine) as server:
         answer = await server.ask(post("/completion", {"prompt": "x"}))
         assert (answer.status, answer.body) == (500, b"model.gguf: not a GGUF file\n")
-        assert (await server.ask(request("GET", "/health"))).json["status"] == "server error"
+        health = await server.ask(request("GET", "/health"))
+        assert (health.status, health.json["status"], health.json["error"]) == (503, "server error", "not a GGUF file")
 
 
 async def test_other_endpoints() -> None:

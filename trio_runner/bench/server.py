@@ -232,7 +232,8 @@ async def meet(
 
 
 async def _wait_ready(server: Server) -> None:
-    """Until /health is not 503 and does not say that the model is loading."""
+    """Until /health is not 503 and does not say that the model is loading. Raises `Unavailable` for a runner that is
+    broken, or about to end."""
     with trio.move_on_after(READY_SECONDS):
         while True:
             try:
@@ -240,6 +241,8 @@ async def _wait_ready(server: Server) -> None:
             except Refused as refusal:
                 if refusal.status != 503:
                     return
+                if '"server error"' in str(refusal):
+                    raise Unavailable(f"{server.url}: {refusal}") from refusal
             except ValueError:
                 return  # answers, if not in JSON
             except (OSError, CutShort) as error:

@@ -31,8 +31,8 @@ S = TypeVar("S", bound=Sized)
 T = TypeVar("T")
 
 
-def json_response(line: bytes) -> Response:
-    return Response(line, content_type="application/json")
+def json_response(line: bytes, status: int = 200) -> Response:
+    return Response(line, status=status, content_type="application/json")
 
 
 def problem_response(problem: Problem) -> Response:
@@ -120,7 +120,8 @@ def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) 
         return json_response(await convert(text, runner_api.content_line))
 
     async def health() -> Response:
-        return json_response(runner_api.health_line(engine.status, engine.progress))
+        line = runner_api.health_line(engine.status, engine.progress, engine.failure)
+        return json_response(line, runner_api.health_status(engine.status))
 
     async def statistics() -> Response:
         return json_response(runner_api.statistics_line(engine.statistics()))

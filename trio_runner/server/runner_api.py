@@ -554,9 +554,20 @@ def content_line(text: str) -> bytes:
     return b'{"content":"%b"}\n' % b"".join(pieces)
 
 
-def health_line(status: str, progress: float) -> bytes:
-    """The answer of /health for an engine in `status`; `progress` of the load from 0 to 1."""
-    return f'{{"status":"{_status(status)}","progress":{_float32(progress)}}}\n'.encode()
+def health_line(status: str, progress: float, failure: BaseException | None = None) -> bytes:
+    """The answer of /health for an engine in `status`; `progress` of the load from 0 to 1, `failure` what broke it."""
+    error = ""
+    if failure is not None:
+        # Whoever asks needs no key, and so is not told where files stand.
+        reason = failure.reason if isinstance(failure, LoadError) else str(failure)
+        error = f',"error":{_quoted(" ".join(reason.split()) or type(failure).__name__)}'
+    return f'{{"status":"{_status(status)}","progress":{_float32(progress)}{error}}}\n'.encode()
+
+
+def health_status(status: str) -> int:
+    """The HTTP status of /health. The original has but one, which its server ignores; others go by it: 503 from an
+    engine that takes no more requests."""
+    return 200 if status in _STATUS else 503
 
 
 def statistics_line(statistics: EngineStatistics) -> bytes:
@@ -582,5 +593,8 @@ def statistics_line(statistics: EngineStatistics) -> bytes:
     return msgspec.json.encode(fields) + b"\n"
 
 
+_STATUS = {"loading": "loading model", "ready": "ok"}
+
+
 def _status(status: str) -> str:
-    return {"loading": "loading model", "ready": "ok"}.get(status, "server error")
+    return _STATUS.get(status, "server error")
