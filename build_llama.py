@@ -277,7 +277,7 @@ class BuildTools:
 
     @property
     def path(self) -> str:
-        """PATH for them: Vulkan's shaders are made by a program that CMake builds apart, with the Ninja that it finds."""
+        """PATH for them: CMake builds the program that makes Vulkan's shaders apart, with the Ninja that it finds."""
         return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(self.ninja).parent)])
 
     @classmethod
