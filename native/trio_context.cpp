@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
+#include "llama-ext.h"
 
 using namespace trio;
 
@@ -93,6 +95,9 @@ private:
 
 struct trio_context {
     explicit trio_context(trio_model *owner) : model(owner), scratch(owner->info.n_vocab) {}
+    ~trio_context() {
+        if (model->devices_failed) (void)native.release();
+    }
 
     ModelReference model;
     // Before `native`, which uses them until it is freed.
@@ -108,6 +113,8 @@ struct trio_context {
     llama_memory_t memory = nullptr;
     trio_context_info info{};
     int32_t n_ubatch = 0;
+    bool has_devices = false; // besides the CPU
+    bool has_remote = false;  // one of them belongs to an rpc-server
     bool is_recurrent = false; // state that cannot be taken back to an earlier position
     // llama.cpp gives a cell that only one sequence has, and that is out of its sliding window, to others, even where the
     // cache has room for all: what is then cut off behind it would leave the rest incomplete. So each sequence has a
@@ -157,6 +164,17 @@ bool on_abort_query(void *data) {
     return context->abort_armed && context->is_aborted();
 }
 
+struct Stopped {}; // thrown through llama.cpp by on_node()
+
+// Devices do not look whether a batch is wanted. So the graph of a wide one is computed layer by layer, and we look in
+// between: the wait for each layer costs little beside the layer.
+bool on_node(ggml_tensor *node, bool asks, void *data) {
+    const auto *context = static_cast<const trio_context *>(data);
+    if (asks) return context->abort_armed && !context->is_narrow && std::strncmp(node->name, "l_out", 5) == 0;
+    if (context->is_aborted()) throw Stopped();
+    return true;
+}
+
 // For calls into llama.cpp that change the context: whatever is thrown in the middle of one leaves it in a state nobody
 // knows.
 template <class Body> int32_t guard_context(trio_context *context, Body &&body) noexcept {
@@ -168,6 +186,7 @@ template <class Body> int32_t guard_context(trio_context *context, Body &&body) 
         if (code != TRIO_E_INVALID && context != nullptr && context->poison[0] == '\0') {
             std::strcpy(context->poison, "an earlier failure");
             trio_last_error(context->poison, sizeof context->poison);
+            if (context->has_devices) context->model->devices_failed = true;
         }
         return code;
     }
@@ -204,6 +223,11 @@ llama_context_params native_params(const trio_context_params &params, trio_conte
     native.type_v = ggml_type(params.type_v);
     native.abort_callback = on_abort_query;
     native.abort_callback_data = context;
+    if (context->has_devices && !context->has_remote) {
+        // An rpc-server would be sent every graph anew.
+        native.cb_eval = on_node;
+        native.cb_eval_user_data = context;
+    }
     native.embeddings = false;
     native.offload_kqv = params.offload_kqv != 0;
     native.no_perf = true;
@@ -444,6 +468,16 @@ llama_batch fill_native(trio_context &context, const trio_batch &batch) {
     return native;
 }
 
+// As llama.cpp does itself where it breaks off. A recurrent state is removed as a whole, later.
+void forget_rows(trio_context &context, const trio_batch &batch) {
+    if (context.memory == nullptr || context.is_recurrent) return;
+    for (int32_t row = 0; row < batch.n_rows; ++row) {
+        if (row == 0 || batch.seqs[row - 1] != batch.seqs[row]) {
+            context.remove(batch.seqs[row], batch.positions[row], -1);
+        }
+    }
+}
+
 int32_t decode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     const auto n_rows = size_t(batch.n_rows);
     const llama_batch native = fill_native(context, batch);
@@ -463,7 +497,16 @@ int32_t decode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     if (context.plan_pending) planning.lock();
     // An interrupted K-shift would renumber positions and leave the keys as they were.
     context.abort_armed = !context.shift_pending;
-    const int32_t code = llama_decode(context.native.get(), native);
+    int32_t code = 0;
+    try {
+        code = llama_decode(context.native.get(), native);
+    } catch (const Stopped &) {
+        forget_rows(context, batch);
+        code = 2;
+    }
+    // Devices have only been told what to do. A step ends when they have done it: or else what goes wrong would show in a
+    // later call, and a prompt's batches would queue up, with no way to break them off in between.
+    if (code == 0 && context.has_devices) llama_synchronize(context.native.get());
     context.abort_armed = true;
     if (code != -1) context.plan_pending = false;
     if (code == 0 || code == 2 || code < -1) context.shift_pending = false;
@@ -479,7 +522,13 @@ int32_t encode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     if (context.is_narrow != is_narrow) attach_threads(context, is_narrow);
     std::unique_lock<std::mutex> planning(context.model->adapters_mutex, std::defer_lock);
     if (context.plan_pending) planning.lock();
-    const int32_t code = llama_encode(context.native.get(), native);
+    int32_t code = 0;
+    try {
+        code = llama_encode(context.native.get(), native);
+    } catch (const Stopped &) {
+        code = 2;
+    }
+    if (code == 0 && context.has_devices) llama_synchronize(context.native.get());
     if (code != -1) context.plan_pending = false;
     return code;
 }
@@ -549,6 +598,10 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
 
         auto opened = std::make_unique<trio_context>(model);
         opened->has_shadows = can_have_shadows(*model, *params);
+        for (int32_t i = 0; i < llama_model_n_devices(model->native); ++i) {
+            opened->has_devices = true;
+            opened->has_remote = opened->has_remote || is_remote(llama_model_get_device(model->native, i));
+        }
         {
             // One KV cache for all sequences may hold more than the model's context, and any model may give vectors.
             ExpectWarnings expected;
@@ -608,6 +661,28 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         opened->has_source.resize(size_t(info.n_seq_max));
         *context = opened.release();
         return TRIO_OK;
+    });
+}
+
+int32_t trio_context_memory(const trio_context *context, trio_memory *memory, int32_t size) {
+    return guard([&] {
+        check_pointer(context, "context");
+        check(size >= 0 && (memory != nullptr || size == 0), "memory is NULL");
+        std::map<int32_t, trio_memory> places;
+        for (const auto &[type, use] : llama_get_memory_breakdown(context->native.get())) {
+            const int32_t device = ggml_backend_buft_is_host(type) ? -1 : device_number(ggml_backend_buft_get_device(type));
+            trio_memory &place = places[device];
+            place.device = device;
+            place.model += use.model;
+            place.context += use.context;
+            place.compute += use.compute;
+        }
+        int32_t n = 0;
+        for (const auto &place : places) {
+            if (n < size) memory[n] = place.second;
+            ++n;
+        }
+        return n;
     });
 }
 
@@ -721,6 +796,7 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
     return guard_context(context, [&] {
         check_pointer(context, "context")->check_alive();
         check_pointer(batch, "batch");
+        check(!context->model->no_alloc, "the model has no weights");
         ++context->step;
         const bool is_narrow = check_batch(*context, *batch);
         check_request(*context, *batch, request, result);
@@ -745,6 +821,7 @@ int32_t trio_encode(trio_context *context, const trio_batch *batch) {
     return guard_context(context, [&] {
         check_pointer(context, "context")->check_alive();
         check_pointer(batch, "batch");
+        check(!context->model->no_alloc, "the model has no weights");
         const bool is_narrow = check_source(*context, *batch);
         context->running_number = batch->number;
         if (context->is_aborted()) {

@@ -83,6 +83,11 @@ template <class Body> int32_t guard(Body &&body) noexcept {
 // rethrows what it throws. Throws Failure where such a thread cannot be had.
 void on_big_stack(size_t n_bytes, const std::function<void()> &work);
 
+// The devices of these numbers. Throws Refused for a number that is none, or that comes twice.
+std::vector<ggml_backend_dev_t> find_devices(const int32_t *indices, int32_t n);
+int32_t device_number(ggml_backend_dev_t device); // -1: none
+bool is_remote(ggml_backend_dev_t device);
+
 // Progress of a load, for llama.cpp and mtmd: false tells them to give up.
 bool on_progress(float progress, void *load);
 
@@ -114,6 +119,10 @@ struct trio_model {
     llama_model *native = nullptr;
     const llama_vocab *vocab = nullptr;
     bool vocab_only = false;
+    bool no_alloc = false;
+    // A context failed that computes on devices. What lies on them is never freed: that would end in an abort, in a
+    // destructor, where nothing can catch it.
+    std::atomic<bool> devices_failed{false};
     std::string architecture;
     trio_model_info info{};
     std::vector<std::string> control_texts;      // special tokens found only where the caller asks for them
@@ -149,6 +158,7 @@ class Lora {
 public:
     Lora(trio_model *model, llama_adapter_lora *native) : model_(model), native_(native) {}
     ~Lora() {
+        if (model_->devices_failed) return;
         std::lock_guard<std::mutex> lock(model_->adapters_mutex);
         llama_adapter_lora_free(native_);
     }

@@ -335,25 +335,4 @@ int32_t trio_system_info(char *buffer, int32_t size) {
     return guard([&] { return copy_text(llama_print_system_info(), buffer, size); });
 }
 
-int32_t trio_device_count(void) {
-    return guard([] { return int32_t(ggml_backend_dev_count()); });
-}
-
-int32_t trio_device_get(int32_t index, trio_device *device) {
-    return guard([&] {
-        check_pointer(device, "device");
-        check(index >= 0 && size_t(index) < ggml_backend_dev_count(), "device index is out of range");
-        ggml_backend_dev_t native = ggml_backend_dev_get(size_t(index));
-        ggml_backend_dev_props props;
-        ggml_backend_dev_get_props(native, &props);
-        copy_text(props.name ? props.name : "", device->name, sizeof device->name);
-        copy_text(props.description ? props.description : "", device->description, sizeof device->description);
-        copy_text(ggml_backend_reg_name(ggml_backend_dev_backend_reg(native)), device->backend, sizeof device->backend);
-        device->type = int32_t(props.type);
-        device->memory_free = props.memory_free;
-        device->memory_total = props.memory_total;
-        return TRIO_OK;
-    });
-}
-
 } // extern "C"

@@ -24,7 +24,7 @@ extern "C" {
 
 /* cdef: begin (cffi reads from here) */
 
-#define TRIO_LLAMA_ABI 3 /* grows with every incompatible change of this file */
+#define TRIO_LLAMA_ABI 4 /* grows with every incompatible change of this file */
 
 #define TRIO_OK 0
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
@@ -63,29 +63,46 @@ int32_t trio_log_next(char *buffer, int32_t size, int32_t *level);
 /* llama.cpp's line about the compiled and the detected CPU features. */
 int32_t trio_system_info(char *buffer, int32_t size);
 
+/* ---- devices ---------------------------------------------------------------------------------------------------- */
+
 typedef struct trio_device {
     char name[64];
     char description[128];
     char backend[64];
+    char id[64];  /* the same for one piece of hardware that two backends found; may be empty */
     int32_t type; /* 0 CPU, 1 GPU, 2 integrated GPU, 3 accelerator */
+    int32_t is_remote;
     uint64_t memory_free;
-    uint64_t memory_total; /* bytes */
+    uint64_t memory_total; /* bytes; both 0 where the backend does not know */
 } trio_device;
 
+/* Their numbers stay: devices are only ever added, behind the others. */
 int32_t trio_device_count(void);
 int32_t trio_device_get(int32_t index, trio_device *device);
+
+/* Whether the device itself computes with this ggml_type: 1 or 0. Use 0: as weights, 1: as a KV cache under flash
+ * attention. A remote device says yes to everything. */
+int32_t trio_device_supports(int32_t index, int32_t use, int32_t type);
+
+/* Adds the devices of an rpc-server, "host:port", numbered from *first on. Returns how many they are; for one that was
+ * added before, the same again. Blocks for as long as the server does not answer. */
+int32_t trio_rpc_add(const char *endpoint, int32_t *first);
 
 /* ---- model ------------------------------------------------------------------------------------------------------ */
 
 typedef struct trio_model_params {
     int32_t n_gpu_layers; /* negative: all */
-    int32_t main_gpu;
+    const int32_t *devices; /* numbers of those that layers may go to; none, and n_gpu_layers means nothing */
+    int32_t n_devices;
+    int32_t split_mode; /* over several devices: 0 not at all, 1 by layers, 2 by rows where the backend can */
+    int32_t main_gpu;   /* an index into `devices`: the one that takes all with split_mode 0 */
     int32_t use_mmap;
     int32_t use_mlock;
     int32_t check_tensors;
     int32_t vocab_only;
     const float *tensor_split; /* proportions per device, or NULL */
     int32_t n_tensor_split;
+    int32_t no_alloc; /* 1: no weights, only to ask a context of the model for its memory */
 } trio_model_params;
 
 /* Progress of one load, shared between the loading thread and whoever watches it. */
@@ -148,6 +165,8 @@ typedef struct trio_context_params {
 
 /* Always one unified KV cache: copying part of a sequence aborts inside llama.cpp otherwise. */
 int32_t trio_context_open(trio_model *model, const trio_context_params *params, trio_context **context);
+/* After a failure of a context with devices, what lies on them is given up, and the model never freed: backends answer
+ * to a device that is gone with an abort. */
 void trio_context_free(trio_context *context);
 
 typedef struct trio_context_info {
@@ -165,12 +184,22 @@ typedef struct trio_context_info {
 } trio_context_info;
 
 int32_t trio_context_get_info(const trio_context *context, trio_context_info *info);
+
+/* What a context and its model hold of a device's memory, in bytes. */
+typedef struct trio_memory {
+    int32_t device; /* its number; -1: the memory of this machine */
+    uint64_t model, context, compute;
+} trio_memory;
+
+/* One entry for each place that something lies in; of a model without weights, what it would be. */
+int32_t trio_context_memory(const trio_context *context, trio_memory *memory, int32_t size);
+
 /* From the next batch on, instead of those set before. Changing them costs the next batch a new plan. */
 int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *adapters, const float *scales,
                                   int32_t n_adapters);
 
 /* The trio_step() of the batch with this number, running or yet to come, returns TRIO_ABORTED; no other batch is touched.
- * CPU backends stop at the next graph node; all others finish what they have begun. Only the latest call counts: the
+ * CPU backends stop at the next graph node; all others finish the micro-batch they have begun. Only the latest call counts: the
  * number 0, which names no batch, withdraws it. Never blocks. */
 void trio_abort(trio_context *context, uint64_t number);
 
@@ -271,7 +300,7 @@ int32_t trio_embedding(trio_context *context, int32_t seq, int32_t row, float *v
 
 typedef struct trio_projector_params {
     int32_t n_threads;
-    int32_t use_gpu;
+    int32_t device; /* number of the one to compute on; -1: the CPU */
     int32_t flash_attention; /* -1 auto, 0 off, 1 on */
     int32_t max_rows; /* about the most rows of an image that must be in one batch (they look both ways, or share
                          positions), where the projector can choose; 0: as the file says */

@@ -216,6 +216,8 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         *model = nullptr;
         check(path[0] != '\0', "path is empty");
         check(params->main_gpu >= 0, "main_gpu must not be negative");
+        check(params->split_mode >= LLAMA_SPLIT_MODE_NONE && params->split_mode <= LLAMA_SPLIT_MODE_ROW,
+              "split_mode must be 0, 1 or 2");
         check(params->n_tensor_split >= 0 && size_t(params->n_tensor_split) <= llama_max_devices(),
               "tensor_split names more devices than llama.cpp knows");
         std::vector<float> split(llama_max_devices(), 0.0f);
@@ -226,9 +228,15 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         }
 
         llama_model_params native_params = llama_model_default_params();
+        std::vector<ggml_backend_dev_t> devices = find_devices(params->devices, params->n_devices);
+        check(devices.empty() || size_t(params->main_gpu) < devices.size(), "main_gpu is out of range");
+        devices.push_back(nullptr);
+        native_params.devices = devices.data();
         native_params.n_gpu_layers = params->n_gpu_layers;
+        native_params.split_mode = llama_split_mode(params->split_mode);
         native_params.main_gpu = params->main_gpu;
-        native_params.load_mode = load_mode(*params);
+        native_params.no_alloc = params->no_alloc != 0;
+        native_params.load_mode = params->no_alloc ? LLAMA_LOAD_MODE_NONE : load_mode(*params);
         native_params.check_tensors = params->check_tensors != 0;
         native_params.vocab_only = params->vocab_only != 0;
         native_params.tensor_split = params->n_tensor_split > 0 ? split.data() : nullptr;
@@ -246,6 +254,7 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         opened->native = native;
         opened->vocab = llama_model_get_vocab(native);
         opened->vocab_only = native_params.vocab_only;
+        opened->no_alloc = native_params.no_alloc;
         try {
             opened->architecture = meta_value(native, "general.architecture");
             opened->info = describe(*opened);
@@ -371,7 +380,7 @@ int32_t trio_adapter_open(trio_model *model, const char *path, trio_adapter **ad
         check_pointer(path, "path");
         check_pointer(adapter, "adapter");
         *adapter = nullptr;
-        check(!model->vocab_only, "the model has no weights to adapt");
+        check(!model->vocab_only && !model->no_alloc, "the model has no weights to adapt");
         read_through(path);
         auto opened = std::make_unique<trio_adapter>();
         {

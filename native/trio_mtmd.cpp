@@ -51,8 +51,13 @@ struct Chunk {
 struct trio_projector {
     explicit trio_projector(trio_model *owner) : model(owner) {}
 
+    ~trio_projector() {
+        if (has_device && model->devices_failed) (void)native.release();
+    }
+
     ModelReference model;
     mtmd::context_ptr native;
+    bool has_device = false;
     trio_projector_info info{};
     int32_t n_threads = 1;
     std::atomic<int32_t> references{1};
@@ -222,7 +227,8 @@ int32_t max_rows(const std::vector<Chunk> &chunks) {
 
 mtmd_context_params native_params(const trio_projector_params &params, trio_projector *projector, trio_load *load) {
     mtmd_context_params native = mtmd_context_params_default();
-    native.use_gpu = params.use_gpu != 0;
+    native.use_gpu = params.device >= 0;
+    if (params.device >= 0) native.device = find_devices(&params.device, 1).front();
     native.print_timings = false;
     native.n_threads = params.n_threads;
     native.flash_attn_type = llama_flash_attn_type(params.flash_attention);
@@ -306,11 +312,12 @@ int32_t trio_projector_open(trio_model *model, const char *path, const trio_proj
         check(params->n_threads >= 1 && params->n_threads <= MAX_THREADS, "n_threads must be between 1 and 512");
         check(params->flash_attention >= -1 && params->flash_attention <= 1, "flash_attention must be -1, 0 or 1");
         check(params->max_rows >= 0 && params->max_rows <= 1 << 16, "max_rows is out of range");
-        check(!model->vocab_only, "the model was loaded without its weights");
+        check(!model->vocab_only && !model->no_alloc, "the model was loaded without its weights");
         check(model->info.has_vocab != 0, "the model has no vocabulary");
 
         auto opened = std::make_unique<trio_projector>(model);
         opened->n_threads = params->n_threads;
+        opened->has_device = params->device >= 0;
         mtmd_context_params native = native_params(*params, opened.get(), load);
         open_native(*opened, path, native, load);
         const trio_projector_info &info = opened->info;
@@ -412,6 +419,9 @@ int32_t trio_media_encode(trio_media *media, int32_t index, float *rows, int64_t
         try {
             code = mtmd_encode_chunk(projector.native.get(), native);
         } catch (const Stopped &) { // it is not wanted any more
+        } catch (...) {
+            if (projector.has_device) projector.model->devices_failed = true;
+            throw;
         }
         media->check_wanted();
         if (code != 0) {

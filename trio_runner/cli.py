@@ -21,13 +21,13 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
 from trio_runner import __version__
-from trio_runner.config import KV_TYPES, POOLINGS, AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.config import KV_TYPES, POOLINGS, SPLIT_MODES, AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import RunnerError
 from trio_runner.models import DEFAULT_MODEL, resolve_model
 from trio_runner.request import Chat, GenerateRequest, Prompt, SamplingParams
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from trio_runner.bench.dialects import DialectName
-    from trio_runner.config import FlashAttention, KvType, Pooling
+    from trio_runner.config import FlashAttention, KvType, Pooling, SplitMode
+    from trio_runner.core.placement import Device, Placement
     from trio_runner.engine.engine import Engine
 
 P = ParamSpec("P")
@@ -121,6 +122,22 @@ def read_proportions(text: str) -> tuple[float, ...]:
         raise click.BadParameter(f"{text!r} is not a list of numbers separated by commas") from None
 
 
+def read_layers(text: str) -> int | Literal["auto"]:
+    """A number of layers, or "auto"."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither auto nor a number") from None
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    """Names separated by commas; "none" stands for none."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if names == ("none",) else names
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """The options that every command with an engine has; None leaves the choice to the configuration."""
@@ -131,7 +148,10 @@ class EngineOptions:
     context_length: int | None
     batch_size: int | None
     threads: int | None
-    gpu_layers: int
+    gpu_layers: int | Literal["auto"]
+    devices: tuple[str, ...] | None
+    rpc: tuple[str, ...]
+    split_mode: SplitMode
     main_gpu: int
     tensor_split: tuple[float, ...] | None
     mmproj: str | None
@@ -172,6 +192,9 @@ class EngineOptions:
                 projector=self.mmproj,
                 adapters=(*self.lora, *self.lora_scaled),
                 gpu_layers=self.gpu_layers,
+                devices=self.devices,
+                rpc=self.rpc,
+                split_mode=self.split_mode,
                 main_gpu=self.main_gpu,
                 tensor_split=self.tensor_split or (),
                 mmap=self.mmap,
@@ -191,9 +214,42 @@ _ENGINE_OPTIONS = (
     click.option("--context-length", type=int, help="Tokens per slot.  [default: the model's, at most 4096]"),
     click.option("--batch-size", type=int, help="Rows of one step.  [default: 512]"),
     click.option("--threads", type=int, help="Threads that compute.  [default: one per core, one fewer to decode]"),
-    click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers to put on GPUs; -1 all."),
-    click.option("--main-gpu", type=int, default=0, show_default=True, help="The GPU for what is not split."),
-    click.option("--tensor-split", type=read_proportions, metavar="A,B,...", help="Proportion of the model per GPU."),
+    click.option(
+        "--gpu-layers",
+        "--n-gpu-layers",
+        "-ngl",
+        "gpu_layers",
+        type=read_layers,
+        metavar="auto|N",
+        default="auto",
+        show_default=True,
+        help="Layers to put on GPUs; auto: as many as there is room for; -1: all.",
+    ),
+    click.option(
+        "--device",
+        "devices",
+        type=read_names,
+        metavar="NAME,...",
+        help='Devices for layers, as `info` names them; "none": only the CPU.  [default: all GPUs]',
+    ),
+    click.option(
+        "--rpc",
+        type=read_names,
+        metavar="HOST:PORT,...",
+        default="",
+        help="rpc-servers of llama.cpp that take layers too. Only in a network that you trust.",
+    ),
+    click.option(
+        "--split-mode",
+        type=click.Choice(SPLIT_MODES),
+        default="layer",
+        show_default=True,
+        help="How to spread over several devices; none: --main-gpu takes all.",
+    ),
+    click.option("--main-gpu", type=int, default=0, show_default=True, help="The device for what is not split."),
+    click.option(
+        "--tensor-split", type=read_proportions, metavar="A,B,...", help="Proportion of the model per device."
+    ),
     click.option("--mmproj", metavar="FILE", help="Projector of the model: prompts may have images then."),
     click.option(
         "--lora", type=read_adapter, metavar="FILE", multiple=True, help="LoRA adapter at scale 1; may be repeated."
@@ -633,7 +689,7 @@ def info(options: EngineOptions, /, as_json: bool) -> int:
 
 def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
     """Sections of names and values, in the order in which a reader wants them."""
-    from trio_runner.llama import library
+    from trio_runner.llama import backends, library
 
     model, limits = engine.info, engine.limits
     return {
@@ -659,13 +715,42 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
             "can go back in a text": limits.can_trim,
             "can shift": limits.can_shift,
         },
-        "devices": {
-            device.name: f"{device.type}, {device.description} ({device.backend}), "
-            f"{device.memory_free / MIB:.0f} of {device.memory_total / MIB:.0f} MiB free"
-            for device in library.devices()
+        "placement": placement_facts(engine.placement),
+        "devices": {device.name: describe_device(device) for device in backends.devices()},
+        "backends": {
+            plugin.name: "opened" if plugin.problem is None else f"cannot be opened: {plugin.problem}"
+            for plugin in backends.plugins()
         },
         "library": {"trio-runner": __version__, "binding ABI": library.ABI, "system": library.system_info()},
     }
+
+
+def placement_facts(placement: Placement | None) -> dict[str, object]:
+    """What the model takes where."""
+    if placement is None:
+        return {}
+    facts: dict[str, object] = {"layers on devices": f"{placement.n_device_layers} of {placement.n_layers}"}
+    for device in (*placement.devices, None):
+        use = placement.used(None if device is None else device.number)
+        facts["this machine" if device is None else device.name] = (
+            f"{use.total / MIB:.0f} MiB: {use.model / MIB:.0f} for the model, {use.context / MIB:.0f} for the KV "
+            f"cache, {use.compute / MIB:.0f} to compute"
+        )
+    return facts
+
+
+def describe_device(device: Device) -> str:
+    """What it is, its memory, and the types of weights and of KV caches that it computes with by itself."""
+    from trio_runner.llama.backends import kv_types, weight_types
+
+    text = f"{device.kind}, {device.description} ({device.backend})"
+    if device.memory_total:
+        text += f", {device.memory_free / MIB:.0f} of {device.memory_total / MIB:.0f} MiB free"
+    if device.kind == "CPU":
+        return text
+    if device.is_remote:
+        return f"{text}, computes with what its backend has"
+    return f"{text}; weights: {' '.join(weight_types(device))}; KV cache: {' '.join(kv_types(device))}"
 
 
 @cli.command()

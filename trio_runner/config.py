@@ -12,8 +12,10 @@ from typing import Literal, TypeAlias
 KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling: TypeAlias = Literal["model", "none", "mean", "cls", "last"]
 FlashAttention: TypeAlias = Literal["auto", "on", "off"]
+SplitMode: TypeAlias = Literal["none", "layer", "row"]
 
 KV_TYPES: tuple[KvType, ...] = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+SPLIT_MODES: tuple[SplitMode, ...] = ("none", "layer", "row")
 POOLINGS: tuple[Pooling, ...] = ("model", "none", "mean", "cls", "last")
 
 MAX_SLOTS = 128
@@ -32,6 +34,13 @@ def check_adapter_name(name: str) -> None:
             f"the name of an adapter has up to {MAX_ADAPTER_NAME} letters, digits, dots, dashes and underscores, "
             "and begins with a letter or digit"
         )
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raises ValueError for what is no "host:port"."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or re.search(r"\s", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise ValueError(f"rpc: {endpoint!r} is not host:port")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +72,21 @@ class ModelConfig:
     projector: str | None = None
     """A file (mmproj) with what turns images into rows for this model."""
     adapters: tuple[AdapterConfig, ...] = ()
-    gpu_layers: int = -1
-    """Layers to put on GPUs, if a backend for one is there; -1 all."""
+    gpu_layers: int | Literal["auto"] = "auto"
+    """Layers to put on devices, counted from the last; -1 all, whether they fit or not. "auto": as many as fit with
+    their KV cache into the free memory, and fewer where a device then has less than it said."""
+    devices: tuple[str, ...] | None = None
+    """Names of those that layers go to, in this order; None: all GPUs, and all devices of `rpc`. Empty: the CPU does
+    everything."""
+    rpc: tuple[str, ...] = ()
+    """rpc-servers of llama.cpp, "host:port", whose devices take layers too. Nothing is encrypted or checked between us
+    and them: for networks that are trusted."""
+    split_mode: SplitMode = "layer"
+    """Over several devices: by layers, by rows where the backend can, or not at all."""
     main_gpu: int = 0
+    """With split mode "none": which of the devices, counted from 0, takes everything."""
     tensor_split: tuple[float, ...] = ()
-    """Proportion of the model for each GPU; empty: by their free memory."""
+    """Proportion of the model for each device; empty: by their free memory."""
     mmap: bool = True
     mlock: bool = False
     check_tensors: bool = False
@@ -84,8 +103,12 @@ class ModelConfig:
         names = [adapter.name for adapter in self.adapters]
         if len(set(names)) < len(names):
             raise ValueError(f"two adapters have the same name: {', '.join(sorted(names))}")
-        if not -1 <= self.gpu_layers <= 2**31 - 1:
-            raise ValueError("gpu_layers must be -1 or more")
+        if self.gpu_layers != "auto" and not -1 <= self.gpu_layers <= 2**31 - 1:
+            raise ValueError('gpu_layers must be "auto", or -1 or more')
+        for endpoint in self.rpc:
+            check_endpoint(endpoint)
+        if self.split_mode not in SPLIT_MODES:
+            raise ValueError(f"split_mode must be one of {', '.join(SPLIT_MODES)}")
         if self.main_gpu < 0:
             raise ValueError("main_gpu must be 0 or more")
         if any(not math.isfinite(share) or share < 0 for share in self.tensor_split):

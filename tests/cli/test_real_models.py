@@ -100,7 +100,7 @@ async def test_info(models: Path) -> None:
     async with program("info", "--json", "-m", llama, toy=False) as runner:
         assert await runner.ended() == 0, runner.log
         facts = json.loads(runner.output)
-    assert list(facts) == ["model", "context", "devices", "library"]
+    assert list(facts) == ["model", "context", "placement", "devices", "backends", "library"]
     assert facts["model"]["architecture"] == "llama"
     assert facts["model"]["chat template"] is True
     assert "CPU" in facts["devices"]

@@ -398,9 +398,11 @@ lib = ctypes.CDLL({str(LIBRARY_DIRECTORY / "libtrio_llama.so")!r})
 assert lib.trio_abi_version() == {ABI}
 assert lib.trio_init({str(LIBRARY_DIRECTORY).encode()!r}, 4) == 0
 class Params(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in
-                ("n_gpu_layers", "main_gpu", "use_mmap", "use_mlock", "check_tensors", "vocab_only")]
-    _fields_ += [("tensor_split", ctypes.POINTER(ctypes.c_float)), ("n_tensor_split", ctypes.c_int32)]
+    _fields_ = [("n_gpu_layers", ctypes.c_int32), ("devices", ctypes.POINTER(ctypes.c_int32))]
+    _fields_ += [(name, ctypes.c_int32) for name in
+                 ("n_devices", "split_mode", "main_gpu", "use_mmap", "use_mlock", "check_tensors", "vocab_only")]
+    _fields_ += [("tensor_split", ctypes.POINTER(ctypes.c_float)), ("n_tensor_split", ctypes.c_int32),
+                 ("no_alloc", ctypes.c_int32)]
 model = ctypes.c_void_p()
 params = Params(use_mmap=1)
 assert lib.trio_model_open({str(models("chain")).encode()!r}, ctypes.byref(params), None, ctypes.byref(model)) == 0

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,10 +86,10 @@ def test_watcher_cancels_a_load_that_runs(models: Models, monkeypatch: pytest.Mo
             cancelled_native.set()
 
     class SlowModel(Model):
-        def __init__(self, config: ModelConfig, progress: LoadProgress | None = None) -> None:
+        def __init__(self, config: ModelConfig, progress: LoadProgress | None = None, **placement: Any) -> None:
             wanted.set()
             assert cancelled_native.wait(10)
-            super().__init__(config, progress)
+            super().__init__(config, progress, **placement)
 
     wanted = threading.Event()
     monkeypatch.setattr(loader_module, "LoadProgress", Progress)
@@ -177,7 +178,7 @@ def test_log_goes_to_the_logger(renamed: str, caplog: pytest.LogCaptureFixture) 
 
 
 def test_library_knows_the_machine() -> None:
-    assert any(device.type == "CPU" for device in devices())
+    assert any(device.kind == "CPU" for device in devices())
     assert "CPU" in system_info()
 
 

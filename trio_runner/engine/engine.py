@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.core.limits import Limits
+from trio_runner.core.placement import Placement
 from trio_runner.core.pooling import normalize as normalize_vector
 from trio_runner.core.scheduler import Emission, SchedulerStatistics
 from trio_runner.engine.adapters import AdapterInfo, AdapterTable
@@ -191,6 +192,11 @@ class Engine:
     def has_projector(self) -> bool:
         """Whether prompts may have images. Raises as `info`."""
         return self._ready_runtime().projector is not None
+
+    @property
+    def placement(self) -> Placement | None:
+        """Which devices the model is on, where the runtime says so. Raises as `info`."""
+        return self._ready_runtime().placement
 
     @property
     def adapters(self) -> tuple[AdapterInfo, ...]:

@@ -14,6 +14,7 @@ from trio_runner.config import EngineConfig
 from trio_runner.core.batch import Batch, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp
+from trio_runner.core.placement import Placement
 from trio_runner.core.prompt import Item, Media
 from trio_runner.request import SamplingParams
 
@@ -184,6 +185,7 @@ class Runtime:
     context: Context
     projector: Projector | None = None
     adapters: tuple[LoadedAdapter, ...] = ()
+    placement: Placement | None = None
 
 
 class Loader(Protocol):

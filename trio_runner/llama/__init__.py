@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from trio_runner.llama.adapter import Adapter
+from trio_runner.llama.backends import devices, plugins
 from trio_runner.llama.context import Context, default_threads
 from trio_runner.llama.gguf import GgufHeader, check_gguf
-from trio_runner.llama.library import Device, devices, drain_log, system_info
+from trio_runner.llama.library import drain_log, system_info
 from trio_runner.llama.loader import LlamaLoader
 from trio_runner.llama.model import Model
 from trio_runner.llama.projector import Projector
@@ -14,7 +15,6 @@ from trio_runner.llama.sampler import Sampler
 __all__ = [
     "Adapter",
     "Context",
-    "Device",
     "GgufHeader",
     "LlamaLoader",
     "Model",
@@ -24,5 +24,6 @@ __all__ = [
     "default_threads",
     "devices",
     "drain_log",
+    "plugins",
     "system_info",
 ]

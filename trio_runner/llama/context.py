@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,12 +17,14 @@ from trio_runner.config import MAX_SLOTS, EngineConfig
 from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
+from trio_runner.core.placement import MemoryUse
 from trio_runner.core.prompt import Media, MediaRow
 from trio_runner.engine import runtime
 from trio_runner.engine.runtime import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeError, RunnerError
 from trio_runner.events import TokenInfo
 from trio_runner.llama.adapter import Adapter
+from trio_runner.llama.backends import GGML_TYPES
 from trio_runner.llama.library import FLASH_ATTENTION, check, drain_log, last_error, native
 from trio_runner.llama.model import Model
 from trio_runner.llama.sampler import Sampler
@@ -34,17 +37,6 @@ _MAX_SEQUENCES: Final = 2 * MAX_SLOTS
 _EMBEDDER_LANES: Final = 64
 """Texts that a model made for embeddings takes in one batch, if they fit."""
 _MIN_PIECE_BYTES: Final = 256  # a sample that failed writes its message where its piece would go
-_GGML_TYPES: Final = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-    "bf16": 30,
-}
 _POOLINGS: Final = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 _POOLING_NONE: Final = 0
 _POOLING_LAST: Final = 3
@@ -77,56 +69,96 @@ def default_threads() -> tuple[int, int]:
     return max(1, n_cores - 1), max(1, n_cores)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a context of a model is made with."""
+
+    n_ctx: int
+    """Positions of one slot."""
+    n_spare: int
+    n_embed: int
+    params: dict[str, Any]
+    """The fields of the shim's trio_context_params."""
+
+
+def _plan(model: Model, config: EngineConfig) -> _Plan:
+    n_ctx = config.context_length or min(max(model.info.n_ctx_train, 1), DEFAULT_CONTEXT_LENGTH)
+    n_threads, n_threads_batch = (config.threads, config.threads) if config.threads else default_threads()
+    pooling = _POOLINGS.get(config.pooling, model.native_info.pooling_type)
+    # Behind the slots for text that may be in use, spare ones, and then those for embeddings alone. With a sliding
+    # window, each takes two of llama.cpp's sequences, or cannot be trimmed.
+    n_max = _MAX_SEQUENCES // 2 if model.native_info.n_swa else _MAX_SEQUENCES
+    if 2 * config.slots > n_max:
+        n_max = _MAX_SEQUENCES
+    n_spare = min(config.slots, n_max - 2 * config.slots)
+    is_embedder = not model.info.causal or pooling > _POOLING_NONE
+    n_embed = max(config.slots, min(_EMBEDDER_LANES, n_max - config.slots - n_spare) if is_embedder else 0)
+    n_seq_max = config.slots + n_spare + n_embed
+    n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
+    params = {
+        "n_ctx": n_ctx * config.slots + n_batch,
+        "n_batch": n_batch,
+        "n_ubatch": n_batch,
+        "n_seq_max": n_seq_max,
+        "n_threads": n_threads,
+        "n_threads_batch": n_threads_batch,
+        "flash_attention": FLASH_ATTENTION[config.flash_attention],
+        "type_k": GGML_TYPES[config.kv_type],
+        "type_v": GGML_TYPES[config.kv_type],
+        "pooling_type": _POOLING_LAST if pooling < 0 else pooling,
+        "offload_kqv": True,
+        # A window-sized cache forgets what a trimmed slot needs and cannot shift.
+        "swa_full": True,
+    }
+    return _Plan(n_ctx, n_spare, n_embed, params)
+
+
+def _open(model: Model, plan: _Plan) -> Any:
+    """The shim's trio_context. Raises `LoadError`."""
+    loaded = native()
+    params = loaded.ffi.new("trio_context_params *", plan.params)
+    out = loaded.ffi.new("trio_context **")
+    try:
+        check("trio_context_open", loaded.lib.trio_context_open(model.handle, params, out))
+    except NativeError as failure:
+        raise LoadError(f"no context could be created: {failure.message}", path=model.path) from failure
+    finally:
+        drain_log()
+    return loaded.ffi.gc(out[0], loaded.lib.trio_context_free)
+
+
+def _memory(handle: Any) -> tuple[MemoryUse, ...]:
+    loaded = native()
+    n_max = 64
+    entries = loaded.ffi.new("trio_memory[]", n_max)
+    n = min(n_max, check("trio_context_memory", loaded.lib.trio_context_memory(handle, entries, n_max)))
+    return tuple(
+        MemoryUse(None if entry.device < 0 else entry.device, entry.model, entry.context, entry.compute)
+        for entry in entries[0:n]
+    )
+
+
+def measure(model: Model, config: EngineConfig) -> tuple[MemoryUse, ...]:
+    """What a model that was opened with `no_alloc` and a context for `config` would take. Raises `LoadError`."""
+    return _memory(_open(model, _plan(model, config)))
+
+
 class Context:
     """A context of a loaded model: `trio_runner.engine.runtime.Context` over llama.cpp.
 
-    Creating it decodes two tokens to see what its memory can do, and to refuse a model that computes rubbish. Raises
-    `LoadError` where llama.cpp cannot create it: no memory, a setting that this model does not allow, a damaged file.
+    Creating it decodes two tokens to see what its memory can do, and to refuse a model that computes rubbish. With
+    `on_devices` a whole batch, too: what backends allocate and compile at the first use is then there, or is missed
+    while fewer layers can still be tried. Raises `LoadError` where llama.cpp cannot create it: no memory, a setting
+    that this model does not allow, a damaged file.
     """
 
-    def __init__(self, model: Model, config: EngineConfig) -> None:
+    def __init__(self, model: Model, config: EngineConfig, *, on_devices: bool = False) -> None:
         loaded = native()
         self._ffi, self._lib = loaded.ffi, loaded.lib
         self._model = model
-        n_ctx = config.context_length or min(max(model.info.n_ctx_train, 1), DEFAULT_CONTEXT_LENGTH)
-        n_threads, n_threads_batch = (config.threads, config.threads) if config.threads else default_threads()
-        pooling = _POOLINGS.get(config.pooling, model.native_info.pooling_type)
-        # Behind the slots for text that may be in use, spare ones, and then those for embeddings alone. With a sliding
-        # window, each takes two of llama.cpp's sequences, or cannot be trimmed.
-        n_max = _MAX_SEQUENCES // 2 if model.native_info.n_swa else _MAX_SEQUENCES
-        if 2 * config.slots > n_max:
-            n_max = _MAX_SEQUENCES
-        n_spare = min(config.slots, n_max - 2 * config.slots)
-        is_embedder = not model.info.causal or pooling > _POOLING_NONE
-        n_embed = max(config.slots, min(_EMBEDDER_LANES, n_max - config.slots - n_spare) if is_embedder else 0)
-        n_seq_max = config.slots + n_spare + n_embed
-        n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
-        params = self._ffi.new(
-            "trio_context_params *",
-            {
-                "n_ctx": n_ctx * config.slots + n_batch,
-                "n_batch": n_batch,
-                "n_ubatch": n_batch,
-                "n_seq_max": n_seq_max,
-                "n_threads": n_threads,
-                "n_threads_batch": n_threads_batch,
-                "flash_attention": FLASH_ATTENTION[config.flash_attention],
-                "type_k": _GGML_TYPES[config.kv_type],
-                "type_v": _GGML_TYPES[config.kv_type],
-                "pooling_type": _POOLING_LAST if pooling < 0 else pooling,
-                "offload_kqv": True,
-                # A window-sized cache forgets what a trimmed slot needs and cannot shift.
-                "swa_full": True,
-            },
-        )
-        out = self._ffi.new("trio_context **")
-        try:
-            check("trio_context_open", self._lib.trio_context_open(model.handle, params, out))
-        except NativeError as failure:
-            raise LoadError(f"no context could be created: {failure.message}", path=model.path) from failure
-        finally:
-            drain_log()
-        self._handle: Any = self._ffi.gc(out[0], self._lib.trio_context_free)
+        plan = _plan(model, config)
+        n_ctx, n_spare, n_embed = plan.n_ctx, plan.n_spare, plan.n_embed
+        self._handle: Any = _open(model, plan)
         info = self._ffi.new("trio_context_info *")
         check("trio_context_get_info", self._lib.trio_context_get_info(self._handle, info))
         self._n_embd_out = int(info.n_embd_out)
@@ -144,6 +176,8 @@ class Context:
         is_recurrent = bool(model.native_info.is_recurrent or model.native_info.is_hybrid)
         pools_last_row = info.pooling_type in (_POOLING_NONE, _POOLING_LAST)
         try:
+            if on_devices:
+                self._warm_up_rows(min(n_positions, config.batch_size), can_generate)
             can_trim = self._warm_up(can_generate)
         except RunnerError as failure:
             raise LoadError(f"the model does not work: {failure}", path=model.path) from failure
@@ -231,6 +265,16 @@ class Context:
         self.apply(Trim(0, 0))
         return can_trim
 
+    def _warm_up_rows(self, n_rows: int, can_generate: bool) -> None:
+        """Decode a batch as wide as they come."""
+        tokens = (max(self._model.native_info.token_bos, 0),) * n_rows
+        if can_generate:
+            batch = Batch((Chunk(0, 0, 0, tokens, output=False, source=tokens[:1] if self._has_encoder else ()),))
+        else:
+            batch = Batch((Chunk(0, 0, 0, tokens, output=True),), embeddings=True)
+        self._warm_up_step(batch, {})
+        self.apply(Trim(0, 0))
+
     def _warm_up_step(self, batch: Batch, samplers: Mapping[int, runtime.Sampler]) -> None:
         result = self.decode(batch, samplers)
         if result.outcome is not DecodeOutcome.OK:
@@ -242,6 +286,11 @@ class Context:
     @property
     def limits(self) -> Limits:
         return self._limits
+
+    @property
+    def memory(self) -> tuple[MemoryUse, ...]:
+        """What it takes with its model, by device."""
+        return _memory(self.handle)
 
     @property
     def takes_rows(self) -> bool:

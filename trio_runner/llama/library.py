@@ -1,4 +1,4 @@
-"""The native library: finding it, its log, its devices, and its errors as ours.
+"""The native library: finding it, its log, and its errors as ours.
 
 Importing this module loads nothing; the first call that needs the library does.
 """
@@ -18,7 +18,7 @@ from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeEr
 LIBRARY_DIRECTORY: Final = Path(__file__).resolve().parent.parent / "lib"
 """Where the shared libraries and the backend plugins stand beside the package."""
 
-ABI: Final = 3
+ABI: Final = 4
 """The TRIO_LLAMA_ABI this binding was written for."""
 
 logger = logging.getLogger("trio_runner.llama")
@@ -28,7 +28,6 @@ _MAX_LINE_BYTES: Final = 8192
 _MAX_MESSAGE_BYTES: Final = 4096
 FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
 """What the shim calls the values of `EngineConfig.flash_attention`."""
-_DEVICE_TYPES: Final = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +36,6 @@ class Native:
 
     ffi: Any
     lib: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Something that computes. Memory in bytes; 0 where the backend does not say."""
-
-    name: str
-    description: str
-    backend: str
-    type: str
-    memory_free: int
-    memory_total: int
 
 
 @functools.cache
@@ -154,18 +141,3 @@ def read_text(function: str, *arguments: object) -> bytes:
 def system_info() -> str:
     """llama.cpp's line about the compiled and the detected CPU features."""
     return read_text("trio_system_info").decode(errors="replace")
-
-
-def devices() -> tuple[Device, ...]:
-    """Every device that a loaded backend found."""
-    loaded = native()
-    found = []
-    for index in range(check("trio_device_count", loaded.lib.trio_device_count())):
-        raw = loaded.ffi.new("trio_device *")
-        check("trio_device_get", loaded.lib.trio_device_get(index, raw))
-        name, description, backend = (
-            loaded.ffi.string(text).decode(errors="replace") for text in (raw.name, raw.description, raw.backend)
-        )
-        kind = _DEVICE_TYPES.get(raw.type, "other")
-        found.append(Device(name, description, backend, kind, raw.memory_free, raw.memory_total))
-    return tuple(found)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_runner.config import ModelConfig
+from trio_runner.config import SPLIT_MODES, ModelConfig
 from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
 from trio_runner.llama.adapter import Adapter
@@ -44,17 +44,32 @@ class LoadProgress:
 class Model:
     """A loaded model: `trio_runner.engine.runtime.Model` over llama.cpp.
 
-    Blocks while it loads, with the GIL released. Raises `LoadError`, or `EngineClosed` when `progress` was cancelled.
+    Blocks while it loads, with the GIL released. The last `n_device_layers` of its layers (-1: all) go to `devices`, by
+    their numbers. With `no_alloc` it has no weights: a context made of it only tells how much memory it would take.
+
+    Raises `LoadError`, or `EngineClosed` when `progress` was cancelled.
     """
 
-    def __init__(self, config: ModelConfig, progress: LoadProgress | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        progress: LoadProgress | None = None,
+        *,
+        devices: Sequence[int] = (),
+        n_device_layers: int = -1,
+        no_alloc: bool = False,
+    ) -> None:
         loaded = native()
         self._ffi, self._lib = loaded.ffi, loaded.lib
         split = self._ffi.new("float[]", list(config.tensor_split)) if config.tensor_split else self._ffi.NULL
+        numbers = self._ffi.new("int32_t[]", list(devices))
         params = self._ffi.new(
             "trio_model_params *",
             {
-                "n_gpu_layers": config.gpu_layers,
+                "n_gpu_layers": n_device_layers,
+                "devices": numbers,
+                "n_devices": len(devices),
+                "split_mode": SPLIT_MODES.index(config.split_mode),
                 "main_gpu": config.main_gpu,
                 # As the original runner does, although an adapter is no longer merged into the weights.
                 "use_mmap": config.mmap and not config.adapters,
@@ -62,6 +77,7 @@ class Model:
                 "check_tensors": config.check_tensors,
                 "tensor_split": split,
                 "n_tensor_split": len(config.tensor_split),
+                "no_alloc": no_alloc,
             },
         )
         out = self._ffi.new("trio_model **")

@@ -40,8 +40,8 @@ class Projector:
     """The projector in a file: `trio_runner.engine.runtime.Projector` over llama.cpp. Keeps its model alive.
 
     `max_rows` is what fits into a batch: images whose rows must share one are scaled down to about that many, where the
-    projector can. Blocks while it loads, with the GIL released. Raises `LoadError`, or `EngineClosed` when `progress`
-    was cancelled.
+    projector can. It computes on the device of that number; None: on the CPU. Blocks while it loads, with the GIL
+    released. Raises `LoadError`, or `EngineClosed` when `progress` was cancelled.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Projector:
         *,
         max_rows: int,
         threads: int = 1,
-        use_gpu: bool = False,
+        device: int | None = None,
         flash_attention: str = "auto",
         progress: LoadProgress | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class Projector:
             "trio_projector_params *",
             {
                 "n_threads": threads,
-                "use_gpu": use_gpu,
+                "device": -1 if device is None else device,
                 "flash_attention": FLASH_ATTENTION[flash_attention],
                 "max_rows": max_rows,
             },

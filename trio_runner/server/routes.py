@@ -123,12 +123,17 @@ def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) 
         line = runner_api.health_line(engine.status, engine.progress, engine.failure)
         return json_response(line, runner_api.health_status(engine.status))
 
+    async def props() -> Response:
+        await engine.wait_ready()
+        return json_response(runner_api.props_line(engine.info, engine.limits, engine.placement))
+
     async def statistics() -> Response:
         return json_response(runner_api.statistics_line(engine.statistics()))
 
     for handler in (completion, embedding, tokenize, detokenize, rerank):
         app.add_url_rule(f"/{handler.__name__}", view_func=handler, methods=["POST"])
 
+    app.add_url_rule("/props", view_func=props, methods=["GET"])
     app.add_url_rule("/statistics", view_func=statistics, methods=["GET"])
     app.add_url_rule("/adapters", view_func=list_adapters, methods=["GET"])
     app.add_url_rule("/adapters", view_func=load_adapter, methods=["POST"])

@@ -38,8 +38,11 @@ from trio_runner.request import (
 from trio_runner.server.problems import Problem, problem, problem_text
 
 if TYPE_CHECKING:
+    from trio_runner.core.limits import Limits
+    from trio_runner.core.placement import Placement
     from trio_runner.engine.adapters import AdapterInfo
     from trio_runner.engine.engine import EngineStatistics
+    from trio_runner.engine.runtime import ModelInfo
 
 NO_SEQUENCE = "Failed to create new sequence: "
 NO_SLOT = "Failed to load cache: no available cache slots"
@@ -568,6 +571,45 @@ def health_status(status: str) -> int:
     """The HTTP status of /health. The original has but one, which its server ignores; others go by it: 503 from an
     engine that takes no more requests."""
     return 200 if status in _STATUS else 503
+
+
+def props_line(info: ModelInfo, limits: Limits, placement: Placement | None) -> bytes:
+    """The answer of /props: what does not change while the engine lives. Memory in bytes."""
+    fields: dict[str, object] = {
+        "model": {
+            "name": info.name,
+            "architecture": info.architecture,
+            "description": info.description,
+            "parameters": info.n_params,
+            "bytes": info.size,
+        },
+        "slots": limits.n_slots,
+        "context_length": limits.n_ctx,
+    }
+    if placement is not None:
+        fields["placement"] = {
+            "layers": placement.n_layers,
+            "device_layers": placement.n_device_layers,
+            "devices": [
+                {
+                    "name": device.name,
+                    "description": device.description,
+                    "backend": device.backend,
+                    "kind": device.kind,
+                    "memory_total": device.memory_total,
+                    "memory_free_before": device.memory_free,
+                    "memory_used": _used(placement, device.number),
+                }
+                for device in placement.devices
+            ],
+            "host": {"memory_used": _used(placement, None)},
+        }
+    return msgspec.json.encode(fields) + b"\n"
+
+
+def _used(placement: Placement, device: int | None) -> dict[str, int]:
+    use = placement.used(device)
+    return {"model": use.model, "context": use.context, "compute": use.compute}
 
 
 def statistics_line(statistics: EngineStatistics) -> bytes:

@@ -1,0 +1,125 @@
+"""Where a model goes: which devices it is given, and how many of its layers they have room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+DeviceKind: TypeAlias = Literal["CPU", "GPU", "integrated GPU", "accelerator", "other"]
+
+MAX_MARGIN: Final = 1 << 30
+MARGIN_SHARE: Final = 8
+"""What is left free on a device: an eighth of it, at most 1 GiB. Its driver, the screen and what the backend allocates
+for a moment are in no figure of the model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Something that computes. Memory in bytes; 0 where the backend does not say."""
+
+    number: int
+    name: str
+    description: str
+    backend: str
+    kind: DeviceKind
+    memory_free: int
+    memory_total: int
+    id: str = ""
+    """The same for one piece of hardware that two backends found; may be empty."""
+    is_remote: bool = False
+    """It belongs to an rpc-server."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes of one device that a model and its context take; `device` None: of this machine's own memory."""
+
+    device: int | None
+    model: int
+    context: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.model + self.context + self.compute
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a loaded model is."""
+
+    n_layers: int
+    """That could go to devices: those of the model, and the one that makes logits."""
+    n_device_layers: int
+    """That did."""
+    devices: tuple[Device, ...]
+    """As they were before; the model's layers lie on them in this order."""
+    memory: tuple[MemoryUse, ...]
+
+    def used(self, device: int | None) -> MemoryUse:
+        """Of a device by its number, or, for None, of this machine."""
+        return next((use for use in self.memory if use.device == device), MemoryUse(device, 0, 0, 0))
+
+
+def choose_devices(devices: Sequence[Device], names: Collection[str] | None, remote: Collection[int]) -> list[Device]:
+    """Those that layers may go to: the named ones in their order, or, for None, the `remote` ones by their numbers and
+    all GPUs of this machine. Integrated GPUs, which share the memory of the CPU, only where there is no other.
+
+    Raises ValueError for a name that no device has that could be given layers.
+    """
+    able = [device for device in devices if device.kind in ("GPU", "integrated GPU")]
+    if names is not None:
+        by_name = {device.name.casefold(): device for device in able}
+        if unknown := [name for name in names if name.casefold() not in by_name]:
+            there = f"there are {', '.join(device.name for device in able)}" if able else "there are none for layers"
+            raise ValueError(f"there is no device {', '.join(map(repr, unknown))}: {there}")
+        return list({device.number: device for name in names if (device := by_name[name.casefold()])}.values())
+    local = [device for device in able if not device.is_remote]
+    gpus = [device for device in local if device.kind == "GPU"] or local
+    # First the remote ones, as llama.cpp has it: the last layers, and the logits with them, are then here.
+    chosen = [device for device in able if device.is_remote and device.number in remote]
+    for device in gpus:
+        if not device.id or device.id not in {other.id for other in chosen}:
+            chosen.append(device)
+    return chosen
+
+
+def room(device: Device) -> int | None:
+    """Bytes that may be taken of a device; None where nobody knows how many it has."""
+    if device.memory_total <= 0:
+        return None
+    return max(0, device.memory_free - min(MAX_MARGIN, device.memory_total // MARGIN_SHARE))
+
+
+def fits(memory: Sequence[MemoryUse], devices: Sequence[Device], extra: Mapping[int, int]) -> bool:
+    """Whether every device has room for what it is to hold, and for the `extra` bytes by its number."""
+    wanted = {use.device: use.total for use in memory}
+    for device in devices:
+        free = room(device)
+        if free is not None and wanted.get(device.number, 0) + extra.get(device.number, 0) > free:
+            return False
+    return True
+
+
+def most_layers(n_layers: int, try_layers: Callable[[int], bool]) -> int:
+    """The most layers, up to `n_layers`, for which `try_layers` is true, taking it that fewer layers fit where more do;
+    it is asked about a number once, and never about 0. All are tried first, as they mostly fit."""
+    if n_layers <= 0 or try_layers(n_layers):
+        return max(0, n_layers)
+    least, most = 0, n_layers - 1
+    while least < most:
+        middle = (least + most + 1) // 2
+        if try_layers(middle):
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def steps_down(n_layers: int) -> Iterator[int]:
+    """Numbers of layers to try, one after the other, where a device has less room than it said."""
+    yield n_layers
+    while n_layers > 0:
+        n_layers -= max(1, n_layers // 4)
+        yield n_layers

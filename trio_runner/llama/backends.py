@@ -1,0 +1,145 @@
+"""Backends and devices: what is there, what is not and why, and those that other machines lend."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from dataclasses import dataclass
+from typing import Final
+
+from trio_runner.core.placement import Device, DeviceKind
+from trio_runner.errors import LoadError, NativeError, RunnerError
+from trio_runner.llama.library import LIBRARY_DIRECTORY, check, drain_log, native
+
+RPC_SECONDS: Final = 10.0
+"""How long an rpc-server may take to say which devices it has."""
+
+_KINDS: Final[dict[int, DeviceKind]] = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator"}
+_WEIGHTS, _KV_CACHE = 0, 1
+GGML_TYPES: Final = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "q2_K": 10,
+    "q3_K": 11,
+    "q4_K": 12,
+    "q5_K": 13,
+    "q6_K": 14,
+    "iq2_xxs": 16,
+    "iq2_xs": 17,
+    "iq3_xxs": 18,
+    "iq1_s": 19,
+    "iq4_nl": 20,
+    "iq3_s": 21,
+    "iq2_s": 22,
+    "iq4_xs": 23,
+    "iq1_m": 29,
+    "bf16": 30,
+    "tq1_0": 34,
+    "tq2_0": 35,
+    "mxfp4": 39,
+}
+"""The numbers of ggml's types of weights."""
+
+_rpc_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A backend that is shipped beside the package; `problem` says why it could not be opened."""
+
+    name: str
+    problem: str | None = None
+
+
+def devices() -> tuple[Device, ...]:
+    """Every device that a loaded backend found, and those of rpc-servers that were added. Raises `NativeError` where a
+    device that is gone cannot be asked."""
+    return tuple(_device(number) for number in range(check("trio_device_count", native().lib.trio_device_count())))
+
+
+def _device(number: int) -> Device:
+    loaded = native()
+    raw = loaded.ffi.new("trio_device *")
+    check("trio_device_get", loaded.lib.trio_device_get(number, raw))
+    name, description, backend, identity = (
+        loaded.ffi.string(text).decode(errors="replace") for text in (raw.name, raw.description, raw.backend, raw.id)
+    )
+    kind = _KINDS.get(raw.type, "other")
+    remote = bool(raw.is_remote)
+    return Device(number, name, description, backend, kind, raw.memory_free, raw.memory_total, identity, remote)
+
+
+def weight_types(device: Device) -> tuple[str, ...]:
+    """The types of weights that the device multiplies with; the CPU computes with the others. A remote one says yes to
+    all."""
+    return _types(device, _WEIGHTS)
+
+
+def kv_types(device: Device) -> tuple[str, ...]:
+    """The types of a KV cache that its flash attention reads, likewise."""
+    return _types(device, _KV_CACHE)
+
+
+def _types(device: Device, use: int) -> tuple[str, ...]:
+    supports = native().lib.trio_device_supports
+    return tuple(
+        name
+        for name, number in GGML_TYPES.items()
+        if check("trio_device_supports", supports(device.number, use, number))
+    )
+
+
+def plugins() -> tuple[Plugin, ...]:
+    """The backends besides the CPU's that are shipped here."""
+    native()
+    found = []
+    for path in sorted(LIBRARY_DIRECTORY.glob("libggml-*.so")):
+        name = path.stem.removeprefix("libggml-")
+        if name == "base" or re.match(r"cpu\b", name):
+            continue
+        try:
+            # ggml has opened it if it could, and says nothing if it could not.
+            ctypes.CDLL(str(path))
+        except OSError as problem:
+            found.append(Plugin(name, str(problem)))
+        else:
+            found.append(Plugin(name))
+    return tuple(found)
+
+
+def add_rpc_server(endpoint: str) -> range:
+    """The numbers of the devices of an rpc-server, "host:port". Raises `LoadError` where it does not answer in
+    `RPC_SECONDS`, or is not one."""
+    loaded = native()
+    result: list[range | RunnerError] = []
+
+    def add() -> None:
+        first = loaded.ffi.new("int32_t *")
+        try:
+            with _rpc_lock:
+                n_devices = check("trio_rpc_add", loaded.lib.trio_rpc_add(endpoint.encode(), first))
+            result.append(range(first[0], first[0] + n_devices))
+        except RunnerError as failure:
+            result.append(failure)
+
+    # Upstream connects and reads without a deadline: a thread that waits for what never answers is left behind.
+    thread = threading.Thread(target=add, name="trio-runner-rpc", daemon=True)
+    thread.start()
+    thread.join(RPC_SECONDS)
+    drain_log()
+    if not result:
+        raise LoadError(
+            f"the rpc-server {endpoint} does not answer after {RPC_SECONDS:g} seconds: is it one, and of this version, "
+            "and does nobody else use it?"
+        )
+    outcome = result[0]
+    if isinstance(outcome, RunnerError):
+        reason = outcome.message if isinstance(outcome, NativeError) else str(outcome)
+        raise LoadError(f"the rpc-server {endpoint} cannot be used: {reason}") from outcome
+    return outcome
