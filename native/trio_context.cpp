@@ -1,5 +1,6 @@
 // Contexts: the KV cache, and the step that decodes a batch and samples from it.
 
+#include "crew.h"
 #include "trio_internal.h"
 
 #include <algorithm>
@@ -19,6 +20,10 @@ constexpr int32_t MAX_THREADS = 512; // beyond about this, creating threads fail
 constexpr uint32_t MAX_BATCH = 1 << 16;
 constexpr int32_t FEW_ROWS = 16; // up to here an operation costs about as much as waiting for all threads
 constexpr int32_t N_POOLING_TYPES = 5;
+
+// Logits in one step from which on it is quicker to wake a few threads than to go through them alone.
+constexpr int64_t MUCH_TO_SAMPLE = 1 << 18;
+constexpr int32_t MAX_SAMPLERS_AT_ONCE = 8;
 
 // How long ggml's threads spin for the next graph before they sleep, from 0 to 100. Its default, 50, keeps every core
 // busy for tens of milliseconds after each step, just when the event loop has the step's tokens to deliver. 1 lasts for
@@ -94,7 +99,7 @@ private:
 } // namespace
 
 struct trio_context {
-    explicit trio_context(trio_model *owner) : model(owner), scratch(owner->info.n_vocab) {}
+    explicit trio_context(trio_model *owner) : model(owner) { scratch.emplace_back(owner->info.n_vocab); }
     ~trio_context() {
         if (model->devices_failed) (void)native.release();
     }
@@ -134,7 +139,9 @@ struct trio_context {
     std::vector<llama_seq_id> seqs;
     std::vector<llama_seq_id *> seq_pointers;
     std::vector<int8_t> native_outputs;
-    Scratch scratch;
+    std::unique_ptr<Crew> crew; // samples, where there is much to sample
+    std::vector<Scratch> scratch; // of each of its members
+    std::vector<const float *> logits;
 
     bool is_aborted() const {
         return running_number != 0 && aborted_number.load(std::memory_order_relaxed) == running_number;
@@ -292,7 +299,8 @@ void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, l
 }
 
 // One sequence's failure is its own: whatever is thrown here becomes this sample's status, and its piece the message.
-void sample_one(trio_context &context, int32_t index, const trio_sample_request &request, trio_sample_result &result) {
+void sample_one(const trio_context &context, int32_t index, const trio_sample_request &request, Scratch &scratch,
+                trio_sample_result &result) {
     const trio_model &model = *context.model.get();
     const int32_t stride = result.pieces_size / request.n_samples;
     trio_sampled &sampled = result.sampled[index];
@@ -301,13 +309,13 @@ void sample_one(trio_context &context, int32_t index, const trio_sample_request 
     sampled.piece_offset = index * stride;
     char *piece = result.pieces + sampled.piece_offset;
     sampled.status = guard([&] {
-        const float *logits = llama_get_logits_ith(context.native.get(), request.rows[index]);
+        const float *logits = context.logits[size_t(index)];
         if (logits == nullptr) throw Failure(TRIO_E_NATIVE, "llama.cpp has no logits for the row");
         trio_sampler &sampler = *request.samplers[index];
-        sampled.token = sampler.sample(logits, context.scratch);
+        sampled.token = sampler.sample(logits, scratch);
         if (sampler.n_top >= 0) {
             const size_t offset = size_t(index) * size_t(result.top_stride);
-            report_probabilities(logits, model.info.n_vocab, sampler.n_top, context.scratch.candidates.data(),
+            report_probabilities(logits, model.info.n_vocab, sampler.n_top, scratch.candidates.data(),
                                  sampled, result.top_tokens + offset, result.top_logprobs + offset);
         }
         if (!model.info.has_vocab) return TRIO_OK;
@@ -322,6 +330,26 @@ void sample_one(trio_context &context, int32_t index, const trio_sample_request 
     if (sampled.status != TRIO_E_GRAMMAR) sampled.status = TRIO_E_NATIVE;
     sampled.token = -1;
     sampled.piece_length = stride > 0 ? std::min(trio_last_error(piece, stride), stride - 1) : 0;
+}
+
+void sample(trio_context &context, const trio_sample_request &request, trio_sample_result &result) {
+    const int32_t n = request.n_samples;
+    context.logits.resize(size_t(n));
+    for (int32_t index = 0; index < n; ++index) // may wait, and is for one thread only
+        context.logits[size_t(index)] = llama_get_logits_ith(context.native.get(), request.rows[index]);
+    if (n < 2 || int64_t(n) * context.model->info.n_vocab < MUCH_TO_SAMPLE || context.n_threads_batch < 2) {
+        for (int32_t index = 0; index < n; ++index)
+            sample_one(context, index, request, context.scratch.front(), result);
+        return;
+    }
+    if (!context.crew) {
+        context.crew = std::make_unique<Crew>(std::min(context.n_threads_batch, MAX_SAMPLERS_AT_ONCE) - 1);
+        while (context.scratch.size() < context.crew->size())
+            context.scratch.emplace_back(context.model->info.n_vocab);
+    }
+    context.crew->run(n, [&](int32_t index, size_t member) {
+        sample_one(context, index, request, context.scratch[member], result);
+    });
 }
 
 // ---- decoding ------------------------------------------------------------------------------------------------------
@@ -811,8 +839,7 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
         context->outputs.assign(batch->outputs, batch->outputs + batch->n_rows);
         context->has_vectors = batch->embeddings != 0;
         const int32_t n_samples = request != nullptr ? request->n_samples : 0;
-        for (int32_t index = 0; index < n_samples; ++index)
-            sample_one(*context, index, *request, *result);
+        if (n_samples > 0) sample(*context, *request, *result);
         return TRIO_OK;
     });
 }

@@ -169,7 +169,7 @@ bool trio::on_progress(float progress, void *data) {
 
 void trio_model::release() {
     if (references.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        llama_model_free(native);
+        if (!devices_failed) llama_model_free(native);
         delete this;
     }
 }

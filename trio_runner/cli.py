@@ -691,7 +691,8 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
     """Sections of names and values, in the order in which a reader wants them."""
     from trio_runner.llama import backends, library
 
-    model, limits = engine.info, engine.limits
+    model, limits, placement = engine.info, engine.limits, engine.placement
+    remote = [device.number for device in placement.devices if device.is_remote] if placement else []
     return {
         "model": {
             "name": model.name,
@@ -715,8 +716,8 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
             "can go back in a text": limits.can_trim,
             "can shift": limits.can_shift,
         },
-        "placement": placement_facts(engine.placement),
-        "devices": {device.name: describe_device(device) for device in backends.devices()},
+        "placement": placement_facts(placement),
+        "devices": {device.name: describe_device(device) for device in backends.devices(remote)},
         "backends": {
             plugin.name: "opened" if plugin.problem is None else f"cannot be opened: {plugin.problem}"
             for plugin in backends.plugins()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 from trio_runner.core.placement import Device, DeviceKind
 from trio_runner.errors import LoadError, NativeError, RunnerError
-from trio_runner.llama.library import LIBRARY_DIRECTORY, check, drain_log, native
+from trio_runner.llama.library import LIBRARY_DIRECTORY, check, drain_log, logger, native
 
 RPC_SECONDS: Final = 10.0
 """How long an rpc-server may take to say which devices it has."""
@@ -47,6 +48,8 @@ GGML_TYPES: Final = {
 """The numbers of ggml's types of weights."""
 
 _rpc_lock = threading.Lock()
+_remote: set[int] = set()
+"""Numbers of the devices of rpc-servers: those that one engine has added are there for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,17 @@ class Plugin:
     problem: str | None = None
 
 
-def devices() -> tuple[Device, ...]:
-    """Every device that a loaded backend found, and those of rpc-servers that were added. Raises `NativeError` where a
-    device that is gone cannot be asked."""
-    return tuple(_device(number) for number in range(check("trio_device_count", native().lib.trio_device_count())))
+def devices(remote: Collection[int] = ()) -> tuple[Device, ...]:
+    """Every device that a backend found on this machine, and the `remote` ones by their numbers. One that is gone and
+    cannot be asked is left out, with a warning."""
+    found = []
+    for number in range(check("trio_device_count", native().lib.trio_device_count())):
+        if number in remote or number not in _remote:
+            try:
+                found.append(_device(number))
+            except NativeError as failure:
+                logger.warning("device %d cannot be asked what it is: %s", number, failure.message)
+    return tuple(found)
 
 
 def _device(number: int) -> Device:
@@ -124,7 +134,9 @@ def add_rpc_server(endpoint: str) -> range:
         try:
             with _rpc_lock:
                 n_devices = check("trio_rpc_add", loaded.lib.trio_rpc_add(endpoint.encode(), first))
-            result.append(range(first[0], first[0] + n_devices))
+            numbers = range(first[0], first[0] + n_devices)
+            _remote.update(numbers)
+            result.append(numbers)
         except RunnerError as failure:
             result.append(failure)
 

@@ -78,9 +78,11 @@ class LlamaLoader:
         if self.config.gpu_layers == 0:
             return []
         try:
-            devices = choose_devices(all_devices(), self.config.devices, remote)
+            devices = choose_devices(there := all_devices(remote), self.config.devices, remote)
         except ValueError as error:
             raise LoadError(str(error)) from None
+        if not {device.number for device in there}.issuperset(remote):
+            raise LoadError(f"a device of {', '.join(self.config.rpc)} is gone")
         if not devices and self.config.gpu_layers != "auto" and self.config.gpu_layers > 0:
             logger.warning("there is no device for %d layers: the CPU computes everything", self.config.gpu_layers)
         if self.config.split_mode == "none" and devices:
