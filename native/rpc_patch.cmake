@@ -86,6 +86,15 @@ trio_replace(rpc 1 [=[
         if (auto dispatcher = it->second.lock()) {
             if (!dispatcher->is_gone()) return dispatcher; // or it may be back
 ]=])
+# Buffers are freed in destructors, also while an abort unwinds.
+trio_replace(rpc 1 [=[
+    ctx->dispatcher->send(RPC_CMD_FREE_BUFFER, request, sizeof(*request));
+]=] [=[
+    try {
+        if (!ctx->dispatcher->is_gone()) ctx->dispatcher->send(RPC_CMD_FREE_BUFFER, request, sizeof(*request));
+    } catch (...) {
+    }
+]=])
 
 file(READ ${directory}/transport.cpp transport)
 trio_replace(transport 1 [=[
