@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -163,6 +164,36 @@ async def test_a_failure_that_is_no_news_of_the_library_is_logged_with_its_place
         await break_it(engine)
     [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert record.exc_info is not None
+
+
+@pytest.mark.parametrize("fails", ["loading", "decoding"])
+async def test_what_is_known_of_the_failure_keeps_no_memory(toy: Toy, fails: str) -> None:
+    """A traceback has the variables of its frames, and they may be all that the model still hangs on."""
+    handles: list[weakref.ref[Toy]] = []
+
+    def call() -> None:
+        handle = Toy()
+        handles.append(weakref.ref(handle))
+        raise KeyError("inside")
+
+    def fail(*_: object) -> None:
+        try:
+            call()
+        except KeyError as error:
+            handle = Toy()
+            handles.append(weakref.ref(handle))
+            raise NativeError("trio_step", -3, "the device is lost") from error
+
+    if fails == "loading":
+        toy.on_load = fail
+    else:
+        toy.on_decode = fail
+    async with surviving(toy, wait=False) as engine:
+        await break_it(engine)
+        assert isinstance(engine.failure, NativeError)
+        assert engine.failure.__traceback__ is not None
+        assert len(handles) == 2
+        await until(lambda: not any(handle() for handle in handles))
 
 
 async def test_another_engine_takes_its_place() -> None:

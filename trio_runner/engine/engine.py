@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import os
+import traceback
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -528,6 +529,7 @@ class Engine:
         except Exception as failure:
             logger.info("loading failed: %s", failure)
             self._break(failure)
+            _forget_variables(failure)
             return None
         self._progress = 1.0
         return runtime
@@ -575,6 +577,8 @@ class Engine:
             # What was submitted between the end of the decode thread and the news of it.
             self._loop.refuse_mail()
         self._runtime = self._loop = self._images = None
+        if self.failure is not None:
+            _forget_variables(self.failure)
         adapters = self._adapters.clear()
 
         def free() -> None:
@@ -812,6 +816,15 @@ def _loader(model: str | os.PathLike[str] | ModelConfig | Loader) -> Loader:
 
         return LlamaLoader(model)
     return model
+
+
+def _forget_variables(failure: BaseException) -> None:
+    """Those of all frames that it came through, which are over: some may be of what is to be freed, and the failure is
+    kept."""
+    error: BaseException | None = failure
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _close_sampler(mail: Submit | None) -> None:
