@@ -49,4 +49,5 @@ def test_every_command_and_option_exists() -> None:
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--help"}
-    assert mentioned <= options | {"--requirements"}
+    build = set(re.findall(r'"(--[a-z-]+)"', README.with_name("build_llama.py").read_text(encoding="utf-8")))
+    assert mentioned <= options | build | {"--requirements"}
