@@ -36,6 +36,8 @@ DEFAULT_CONTEXT_LENGTH: Final = 4096
 _MAX_SEQUENCES: Final = 2 * MAX_SLOTS
 _EMBEDDER_LANES: Final = 64
 """Texts that a model made for embeddings takes in one batch, if they fit."""
+_WIDE: Final = 64
+"""Rows from which on backends compute as they do for the widest of batches."""
 _MIN_PIECE_BYTES: Final = 256  # a sample that failed writes its message where its piece would go
 _POOLINGS: Final = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 _POOLING_NONE: Final = 0
@@ -147,7 +149,7 @@ class Context:
     """A context of a loaded model: `trio_runner.engine.runtime.Context` over llama.cpp.
 
     Creating it decodes two tokens to see what its memory can do, and to refuse a model that computes rubbish. With
-    `on_devices` a whole batch, too: what backends allocate and compile at the first use is then there, or is missed
+    `on_devices` a wide batch, too: what backends allocate and compile at the first use is then there, or is missed
     while fewer layers can still be tried. Raises `LoadError` where llama.cpp cannot create it: no memory, a setting
     that this model does not allow, a damaged file.
     """
@@ -177,7 +179,7 @@ class Context:
         pools_last_row = info.pooling_type in (_POOLING_NONE, _POOLING_LAST)
         try:
             if on_devices:
-                self._warm_up_rows(min(n_positions, config.batch_size), can_generate)
+                self._warm_up_rows(min(n_positions, config.batch_size, _WIDE), can_generate)
             can_trim = self._warm_up(can_generate)
         except RunnerError as failure:
             raise LoadError(f"the model does not work: {failure}", path=model.path) from failure
@@ -266,7 +268,7 @@ class Context:
         return can_trim
 
     def _warm_up_rows(self, n_rows: int, can_generate: bool) -> None:
-        """Decode a batch as wide as they come."""
+        """Decode a batch that goes the way of prompts."""
         tokens = (max(self._model.native_info.token_bos, 0),) * n_rows
         if can_generate:
             batch = Batch((Chunk(0, 0, 0, tokens, output=False, source=tokens[:1] if self._has_encoder else ()),))
