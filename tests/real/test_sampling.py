@@ -1,0 +1,45 @@
+"""A vocabulary of 49,152: many sequences are sampled by several threads at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tests.llama.running import Running
+from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
+from trio_runner.errors import InvalidGrammar
+from trio_runner.request import SamplingParams
+
+N_SEQUENCES = 16
+DEAD_END = 5
+PARAMS = SamplingParams(temperature=1.2, top_k=200, top_p=0.98, logprobs=3)
+
+
+def sampled(path: Path, threads: int) -> list[dict[int, Sampled]]:
+    """Three steps of sequences that differ in their first token and their seed."""
+    running = Running(path, slots=N_SEQUENCES, context_length=16, threads=threads, flash_attention="off")
+    params = {uid: replace(PARAMS, seed=uid) for uid in range(N_SEQUENCES)}
+    params[DEAD_END] = replace(PARAMS, grammar="root ::= <[99999999]>")
+    samplers = {uid: running.sampler(setting) for uid, setting in params.items()}
+    tokens = {uid: 1000 + uid for uid in params}
+    steps = []
+    for position in range(3):
+        chunks = [Chunk(uid, uid, position, (token,), output=True) for uid, token in tokens.items()]
+        result = running.step(*chunks, samplers=samplers)
+        assert result.outcome is DecodeOutcome.OK, result.message
+        steps.append(dict(result.sampled))
+        tokens = {uid: one.token for uid, one in result.sampled.items() if one.error is None}
+    return steps
+
+
+def test_threads_do_not_change_what_is_sampled(default_model: Path) -> None:
+    alone, together = sampled(default_model, 1), sampled(default_model, 2)
+    for one, many in zip(alone, together, strict=True):
+        assert one.keys() == many.keys()
+        for uid in one.keys() - {DEAD_END}:
+            assert one[uid] == many[uid]
+    assert len({one.token for one in alone[-1].values()}) > N_SEQUENCES // 2
+    # The failure of one is its own, on whichever thread.
+    for steps in (alone, together):
+        assert isinstance(steps[0][DEAD_END].error, InvalidGrammar)
+        assert all(step.keys() == set(range(N_SEQUENCES)) - {DEAD_END} for step in steps[1:])
