@@ -219,6 +219,7 @@ async def test_other_paths_are_not_found(path: str) -> None:
     ("path", "allowed"),
     [
         *[(path, "POST") for path in ("/completion", "/embedding", "/tokenize", "/detokenize", "/rerank")],
+        ("/props", "GET"),
         ("/statistics", "GET"),
         ("/adapters", "GET, POST"),
         ("/adapters/x", "DELETE"),

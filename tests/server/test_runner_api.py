@@ -17,7 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.malformed import RIGHT, malformed
+from trio_runner.core.limits import Limits
+from trio_runner.core.placement import Device, MemoryUse, Placement
 from trio_runner.engine.adapters import AdapterInfo
+from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -549,3 +552,35 @@ def test_refusals_in_the_words_of_the_original() -> None:
     assert runner_api.not_admitted(EngineBroken("dead")).text == "dead"
     with pytest.raises(InvalidRequest, match="Failed to create new sequence: no input provided"):
         runner_api.completion(b"{}")
+
+
+def test_props() -> None:
+    info = ModelInfo(
+        name="m", architecture="llama", description="llama 1B", n_vocab=8, n_ctx_train=64, n_embd=4, n_params=9, size=7
+    )
+    limits = Limits(n_slots=2, n_ctx=32, max_rows=8)
+    bare = json.loads(runner_api.props_line(info, limits, None))
+    assert bare == {
+        "model": {"name": "m", "architecture": "llama", "description": "llama 1B", "parameters": 9, "bytes": 7},
+        "slots": 2,
+        "context_length": 32,
+    }
+    device = Device(1, "Vulkan0", "a GPU", "Vulkan", "GPU", 500, 1000)
+    memory = (MemoryUse(None, 1, 2, 3), MemoryUse(1, 40, 50, 60))
+    placement = json.loads(runner_api.props_line(info, limits, Placement(31, 12, (device,), memory)))["placement"]
+    assert placement == {
+        "layers": 31,
+        "device_layers": 12,
+        "devices": [
+            {
+                "name": "Vulkan0",
+                "description": "a GPU",
+                "backend": "Vulkan",
+                "kind": "GPU",
+                "memory_total": 1000,
+                "memory_free_before": 500,
+                "memory_used": {"model": 40, "context": 50, "compute": 60},
+            }
+        ],
+        "host": {"memory_used": {"model": 1, "context": 2, "compute": 3}},
+    }
