@@ -70,7 +70,8 @@ class Model:
                 "devices": numbers,
                 "n_devices": len(devices),
                 "split_mode": SPLIT_MODES.index(config.split_mode),
-                "main_gpu": config.main_gpu,
+                # With "none", it is the only one of the devices.
+                "main_gpu": config.main_gpu if config.split_mode == "row" else 0,
                 # As the original runner does, although an adapter is no longer merged into the weights.
                 "use_mmap": config.mmap and not config.adapters,
                 "use_mlock": config.mlock,
