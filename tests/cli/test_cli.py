@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import trio
@@ -66,6 +67,7 @@ def test_defaults_are_those_of_the_configuration(call: Call) -> None:
 def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
     command = "serve -m m.gguf --slots 2 --context-length 100 --batch-size 32 --threads 3 --gpu-layers 7 --main-gpu 1"
     command += " --tensor-split 3,1.5 --lora a.gguf --lora-scaled b.gguf=0.5 --lora c.gguf --lora-scaled d=1=-2"
+    command += " --device Vulkan0,RPC1 --rpc 127.0.0.1:50052,box.example:1 --split-mode row"
     command += f" --mmproj p.gguf --flash-attention on --kv-type q8_0 --no-mmap --adapter-dir {tmp_path}"
     command += " --mlock --check-tensors --step-target 40 --pooling mean --max-queue 9 --host ::1 --port 0"
     command += " --drain-timeout 2.5 --allowed-host a.example --allowed-origin https://b.example -v"
@@ -80,6 +82,9 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
             AdapterConfig("d=1", -2.0),
         ),
         gpu_layers=7,
+        devices=("Vulkan0", "RPC1"),
+        rpc=("127.0.0.1:50052", "box.example:1"),
+        split_mode="row",
         main_gpu=1,
         tensor_split=(3.0, 1.5),
         mmap=False,
@@ -108,10 +113,32 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
     )
 
 
-def test_what_bench_is_told_of_an_engine_it_tells_its_server(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "layers", "devices"),
+    [
+        ("", "auto", None),
+        ("--gpu-layers auto --device none", "auto", ()),
+        ("--n-gpu-layers -1 --device Metal", -1, ("Metal",)),
+        ("-ngl 0", 0, None),
+    ],
+)
+def test_what_goes_to_devices(
+    options: str, layers: int | Literal["auto"], devices: tuple[str, ...] | None, call: Call
+) -> None:
+    assert cli.main(["serve", *options.split()]) == 0
+    assert call.model == ModelConfig(path="/fetched/SmolLM2-135M-Instruct", gpu_layers=layers, devices=devices)
+
+
+@pytest.mark.parametrize(
+    "more", ["", " --device none", " --device A,B --rpc a:1,b:2 --split-mode none --gpu-layers auto"]
+)
+def test_what_bench_is_told_of_an_engine_it_tells_its_server(
+    more: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = "bench --slots 2 --context-length 100 --batch-size 32 --threads 3 --gpu-layers 7 --main-gpu 1 --mlock"
     command += " --tensor-split 3,1.5 --lora a.gguf --lora-scaled b.gguf=0.5 --lora c:1 --lora-scaled d=1=-2 --no-mmap"
     command += " --mmproj p.gguf --flash-attention on --kv-type q8_0 --check-tensors --step-target 40 --pooling mean"
+    command += more
     told: list[list[str]] = []
 
     def tell(options: cli.EngineOptions) -> list[str]:
@@ -138,6 +165,13 @@ def test_what_bench_is_told_of_an_engine_it_tells_its_server(call: Call, monkeyp
         "serve --threads 0",
         "serve --kv-type f64",
         "serve --flash-attention maybe",
+        "serve --gpu-layers all",
+        "serve --gpu-layers -2",
+        "serve --rpc nonsense",
+        "serve --rpc a:0",
+        "serve --rpc a:1,:2",
+        "serve --split-mode tensor",
+        "serve --main-gpu -1",
         "serve --tensor-split 1,x",
         "serve --tensor-split 1,-1",
         "serve --mmproj=",
