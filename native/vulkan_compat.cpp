@@ -1,5 +1,5 @@
 // See vulkan_compat.h. A loader that exports these functions has them called through it, by the names here all the same.
-#include <vulkan/vulkan.h>
+#include "ggml-vulkan-types.h"
 
 namespace {
 
@@ -23,6 +23,35 @@ vkGetPipelineExecutableStatisticsKHR(VkDevice device, const VkPipelineExecutable
                                      VkPipelineExecutableStatisticKHR *statistics) {
     const auto function = find<PFN_vkGetPipelineExecutableStatisticsKHR>(device, "vkGetPipelineExecutableStatisticsKHR");
     return function ? function(device, info, count, statistics) : VK_ERROR_EXTENSION_NOT_PRESENT;
+}
+
+// ggml writes as many buffers into a set as its next shader reads. Behind them the set goes on naming what an earlier one
+// read, which may have been freed: nobody looks, says the specification. Mesa's software device does, up to 22.3 at least
+// (Debian 12): it counts references to all that a set names, and the process crashes in one of its threads. So all are
+// written.
+__attribute__((visibility("hidden"))) void vkUpdateDescriptorSets(VkDevice device, uint32_t n_writes,
+                                                                  const VkWriteDescriptorSet *writes, uint32_t n_copies,
+                                                                  const VkCopyDescriptorSet *copies) {
+    thread_local VkDevice last_device = VK_NULL_HANDLE;
+    thread_local PFN_vkUpdateDescriptorSets function = nullptr;
+    if (device != last_device) {
+        function = find<PFN_vkUpdateDescriptorSets>(device, "vkUpdateDescriptorSets");
+        last_device = device;
+    }
+    for (uint32_t i = 0; i < n_writes; ++i) {
+        VkWriteDescriptorSet write = writes[i];
+        VkDescriptorBufferInfo buffers[MAX_PARAMETER_COUNT];
+        const uint32_t n = write.descriptorCount;
+        if (write.descriptorType == VK_DESCRIPTOR_TYPE_STORAGE_BUFFER && write.dstBinding == 0 && n > 0 &&
+            n < MAX_PARAMETER_COUNT) {
+            for (uint32_t binding = 0; binding < MAX_PARAMETER_COUNT; ++binding)
+                buffers[binding] = write.pBufferInfo[binding < n ? binding : n - 1];
+            write.descriptorCount = MAX_PARAMETER_COUNT;
+            write.pBufferInfo = buffers;
+        }
+        function(device, 1, &write, 0, nullptr);
+    }
+    if (n_copies > 0) function(device, 0, nullptr, n_copies, copies);
 }
 
 } // extern "C"
