@@ -37,6 +37,7 @@ from trio_runner.core.prompt import fit_prompt
 from trio_runner.engine.engine import MAX_PICTURES, Engine, open_engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.image_store import ImageStore
+from trio_runner.engine.patience import Patience
 from trio_runner.engine.runtime import EncodedImage
 from trio_runner.errors import (
     EngineBroken,
@@ -298,7 +299,7 @@ async def test_those_that_were_asked_for_last_are_kept(asks: list[int], max_byte
     encoded: list[int] = []
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            store = ImageStore(projector, max_bytes, nursery)
+            store = ImageStore(projector, max_bytes, nursery, Patience())
             for number in asks:
                 image = await store.encode(pixels(number), param="image")
                 assert image.items == projector.image(pixels(number)).items
@@ -331,7 +332,7 @@ async def test_what_could_not_be_broken_off_any_more_counts_once() -> None:
     projector = DeafProjector()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            store = ImageStore(projector, 1000, nursery)
+            store = ImageStore(projector, 1000, nursery, Patience())
             encode = partial(store.encode, pixels(1), param="image")
             async with trio.open_nursery() as leaving:
                 leaving.start_soon(encode)

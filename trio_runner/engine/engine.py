@@ -39,6 +39,7 @@ from trio_runner.engine.decode_loop import DecodeLoop
 from trio_runner.engine.generation import Embedding, Generation, Reader
 from trio_runner.engine.image_store import ImageStore
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Retire, Submit
+from trio_runner.engine.patience import GaveUp, Patience
 from trio_runner.engine.prepare import AnyRequest, NamedImage, PairRequest, has_parts, parts_of, prepare, size, tokenize
 from trio_runner.engine.runtime import EncodedImage, Loader, ModelInfo, Runtime
 from trio_runner.errors import (
@@ -82,6 +83,9 @@ MAX_RETRY_AFTER = 60.0
 """Seconds; an estimate beyond that is worth nothing."""
 FREE_SECONDS = 3.0
 """That a device which has failed may take to give back its memory. One that is gone may never do so."""
+CLOSE_SECONDS = 4.0
+"""That whatever computes or loads may take to end when the engine is closed. A batch is broken off or soon over, and
+loading stops at the next tensor; but a device that hangs does neither."""
 
 
 Kind: TypeAlias = type[GenerateRequest] | type[EmbedRequest]
@@ -157,6 +161,8 @@ class Engine:
         self._picture_helper = trio.CapacityLimiter(1)
         self._images: ImageStore | None = None
         self._adapters = AdapterTable()
+        self._patience = Patience()
+        self._hangs = False
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -504,7 +510,9 @@ class Engine:
                 runtime = await self._load()
                 if runtime is not None:
                     if runtime.projector is not None:
-                        self._images = ImageStore(runtime.projector, self.config.image_cache_bytes, nursery)
+                        self._images = ImageStore(
+                            runtime.projector, self.config.image_cache_bytes, nursery, self._patience
+                        )
                     nursery.start_soon(self._stalled.watch)
                     nursery.start_soon(self._overdue.watch)
                     try:
@@ -523,8 +531,11 @@ class Engine:
 
         load = partial(self._loader, self.config, progress=report, cancelled=self._is_closing)
         try:
-            runtime = await trio.to_thread.run_sync(load, limiter=trio.CapacityLimiter(1))
+            runtime = await self._patience.run(load)
         except EngineClosed:
+            return None
+        except GaveUp:
+            logger.error("loading does not stop: a device does not answer")
             return None
         except Exception as failure:
             logger.info("loading failed: %s", failure)
@@ -549,8 +560,11 @@ class Engine:
             self._status = "ready"
         self._settled.set()
         try:
-            # Never abandoned: the context may only be freed once nothing computes on it.
-            await trio.to_thread.run_sync(loop.run, limiter=trio.CapacityLimiter(1))
+            await self._patience.run(loop.run)
+        except GaveUp:
+            self._hangs = True
+            logger.error("the decode thread does not stop: a device does not answer")
+            return
         except Exception as failure:
             # Where the native library failed, it has said itself; anything else is a bug, to be looked for.
             trace = None if isinstance(failure, NativeError) else failure
@@ -565,7 +579,8 @@ class Engine:
     async def _free(self, runtime: Runtime) -> None:
         self._end_readers(lambda: self._broken() if self._status == "broken" else EngineClosed("the engine was closed"))
         # Whoever is still tokenising, in whatever task, does so with this model.
-        with trio.CancelScope(shield=True):
+        seconds = FREE_SECONDS if self._status == "broken" else CLOSE_SECONDS
+        with trio.move_on_after(seconds, shield=True) as scope:
             for limiter in (self._helpers, self._long_helper):
                 for _ in range(int(limiter.total_tokens)):
                     await limiter.acquire_on_behalf_of(object())
@@ -573,13 +588,15 @@ class Engine:
             if self._images is not None:
                 self._images.close()
                 await self._images.closed()
-        if self._loop is not None:
+        loop, self._runtime, self._loop, self._images = self._loop, None, None, None
+        adapters = self._adapters.clear()
+        if self._hangs:
+            return  # freed, should its thread come back, by whoever has the last of it
+        if loop is not None:
             # What was submitted between the end of the decode thread and the news of it.
-            self._loop.refuse_mail()
-        self._runtime = self._loop = self._images = None
+            loop.refuse_mail()
         if self.failure is not None:
             _forget_variables(self.failure)
-        adapters = self._adapters.clear()
 
         def free() -> None:
             runtime.context.close()
@@ -589,10 +606,10 @@ class Engine:
                 runtime.projector.close()
             runtime.model.close()
 
-        # On a thread, as it may take a while, in which a server that is broken still says so.
-        seconds = FREE_SECONDS if self._status == "broken" else math.inf
-        with trio.move_on_after(seconds, shield=True) as scope:
-            await trio.to_thread.run_sync(free, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True)
+        if not scope.cancelled_caught:
+            # On a thread, as it may take a while, in which a server that is broken still says so.
+            with trio.move_on_after(seconds, shield=True) as scope:
+                await trio.to_thread.run_sync(free, limiter=trio.CapacityLimiter(1), abandon_on_cancel=True)
         if scope.cancelled_caught:
             logger.warning("the memory of the model is not free yet: a device does not answer")
 
@@ -603,6 +620,7 @@ class Engine:
             self._stopping = True
             if self._status != "broken":
                 self._status = "closing"
+            self._patience.end(CLOSE_SECONDS)
             self._mailbox.put(Close())
             if self._loop is not None:
                 self._loop.interrupt_all()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from trio_runner.engine.patience import GaveUp, Patience
 from trio_runner.engine.runtime import EncodedImage, Encoding, Projector
 from trio_runner.errors import EngineClosed, InvalidImage, NativeError, RunnerError
 
@@ -36,13 +37,14 @@ class _Job:
 class ImageStore:
     """All on one trio thread. Keyed by the digest of the pixels; there is one projector."""
 
-    def __init__(self, projector: Projector, max_bytes: int, nursery: trio.Nursery) -> None:
+    def __init__(self, projector: Projector, max_bytes: int, nursery: trio.Nursery, patience: Patience) -> None:
         """Keeps at most `max_bytes` of rows, those that were asked for last."""
         self.projector = projector
         self.n_bytes = self.n_encoded = self.n_found = 0
         """Bytes that are kept; images that were encoded, and that were there or on their way when asked for."""
         self._max_bytes = max_bytes
         self._nursery = nursery
+        self._patience = patience
         self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._jobs: dict[bytes, _Job] = {}
         self._limiter = trio.CapacityLimiter(1)
@@ -91,11 +93,14 @@ class ImageStore:
 
     async def _run(self, key: bytes, job: _Job) -> None:
         try:
-            job.result = await trio.to_thread.run_sync(job.encoding.run, limiter=self._limiter)
+            async with self._limiter:
+                job.result = await self._patience.run(job.encoding.run)
             self.n_encoded += 1
             self._keep(key, job.result)
         except RunnerError as error:
             job.result = error
+        except GaveUp:
+            job.result = EngineClosed("the engine is shutting down")
         except Exception as failure:  # such as MemoryError: no reason to bring the engine down
             logger.exception("an image could not be encoded")
             job.result = failure

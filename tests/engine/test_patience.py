@@ -1,0 +1,125 @@
+"""A device that hangs: the thread that waits for it is left to itself, and the program ends."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import trio
+import trio.testing
+
+from tests.engine.toys import DEADLINE, PATIENCE, Latch, Projector, Toy, picture, until
+from trio_runner.engine import engine as engine_module
+from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.patience import GaveUp, Patience
+from trio_runner.errors import EngineClosed
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "CLOSE_SECONDS", 0.05)
+
+
+@pytest.fixture
+def hang() -> Iterator[Latch]:
+    """Threads that pass by stand still until the test ends."""
+    latch = Latch()
+    yield latch
+    latch.open()
+
+
+async def read(engine: Engine, prompt: object) -> None:
+    with pytest.raises(EngineClosed):
+        await engine.generate(prompt).collect()  # type: ignore[arg-type]
+
+
+async def test_a_batch_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture) -> None:
+    """What it computes with is kept for as long as it takes, and no longer."""
+    toy = Toy()
+    toy.on_decode = hang
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery, open_engine(toy) as engine:
+            nursery.start_soon(read, engine, "hello")
+            await hang.reached()
+            nursery.start_soon(read, engine, "waits")
+            await until(lambda: engine.statistics().generations == 2)
+        assert engine.status == "closed"
+        assert "the decode thread does not stop" in caplog.text
+        assert not toy.context.closed
+        context, samplers = weakref.ref(toy.context), toy.model.samplers
+        del toy.context, toy.model
+        gc.collect()
+        assert context() is not None
+        hang.open()
+        await until(lambda: gc.collect() < 0 or context() is None)  # never the former
+    assert all(sampler.closed for sampler in samplers)
+
+
+async def test_a_load_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture) -> None:
+    toy = Toy()
+    toy.on_load = hang
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery, open_engine(toy, wait=False) as engine:
+            nursery.start_soon(read, engine, "hello")
+            await hang.reached()
+    assert engine.status == "closed"
+    assert "loading does not stop" in caplog.text
+
+
+async def test_an_image_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture) -> None:
+    toy = Toy()
+    toy.projector = Projector()
+    toy.projector.on_encode = hang
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery, open_engine(toy) as engine:
+            nursery.start_soon(read, engine, ["see ", picture(0)])
+            await hang.reached()
+    assert engine.status == "closed"
+    assert "is not free yet" in caplog.text
+
+
+@pytest.mark.parametrize("ends", ["before", "while it runs"])
+async def test_patience_ends(hang: Latch, ends: str) -> None:
+    patience = Patience()
+    with trio.fail_after(DEADLINE):
+        if ends == "before":
+            patience.end(0.01)
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                with pytest.raises(GaveUp):
+                    await patience.run(hang)
+
+            nursery.start_soon(wait)
+            await hang.reached()
+            nursery.cancel_scope.cancel()  # which is no reason to give up
+            patience.end(0.01)
+            patience.end(PATIENCE)  # the first one counts
+
+
+async def test_what_ends_in_time_is_heard_of() -> None:
+    patience, go = Patience(), threading.Event()
+    results: list[object] = []
+
+    async def run(call: Callable[[], object]) -> None:
+        try:
+            results.append(await patience.run(call))
+        except ValueError as error:
+            results.append(str(error))
+
+    def fail() -> None:
+        assert go.wait(PATIENCE)
+        raise ValueError("inside")
+
+    with trio.fail_after(DEADLINE), trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, lambda: go.wait(PATIENCE))
+            nursery.start_soon(run, fail)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            patience.end(DEADLINE)
+            go.set()
+    assert sorted(map(str, results)) == ["True", "inside"]
