@@ -1,7 +1,7 @@
 # ggml's RPC backend ends the process when a server is gone: on a thread of its own, where no guard of ours can be, and
-# with others waiting for that thread for ever. What is compiled is a copy of it in which that thread says that it is
-# gone, and the abort happens, and is caught, where the server was needed. And a server whose machine has vanished is
-# missed within half a minute rather than never.
+# with others waiting for that thread for ever. What is compiled is a copy of it in which that thread says why it has
+# given up, and those who need the server throw that. A server whose machine has vanished is missed within half a minute,
+# one that hangs after TRIO_RUNNER_RPC_SECONDS, and one that does not begin to answer after ten; upstream waits for ever.
 
 function(trio_replace text n old new)
   string(REPLACE "${old}" "" without "${${text}}")
@@ -17,7 +17,8 @@ function(trio_replace text n old new)
 endfunction()
 
 set(directory ${LLAMA_SOURCE}/ggml/src/ggml-rpc)
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${directory}/ggml-rpc.cpp ${directory}/transport.cpp)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${directory}/ggml-rpc.cpp ${directory}/transport.cpp
+             ${directory}/transport.h)
 
 file(READ ${directory}/ggml-rpc.cpp rpc)
 trio_replace(rpc 1 [=[
@@ -37,36 +38,27 @@ trio_replace(rpc 1 [=[
         return rest;
 ]=])
 trio_replace(rpc 1 [=[
-class rpc_dispatcher {
-]=] [=[
-[[noreturn]] static void rpc_server_is_gone() {
-    GGML_ABORT("the rpc-server is gone");
-}
-
-template <typename F>
-static void rpc_wait(F && future) {
-    try {
-        future.get();
-    } catch (const std::exception &) {
-        rpc_server_is_gone();
-    }
-}
-
-class rpc_dispatcher {
-]=])
-trio_replace(rpc 1 [=[
     void start(const std::string & endpoint);
 ]=] [=[
     bool is_gone() const { return gone; }
+    [[noreturn]] void fail() const { std::rethrow_exception(failure); }
+    std::string endpoint;
+    std::exception_ptr failure; // for good once `gone` is true, and when the queue takes nothing more
     std::atomic_bool gone{false};
     void start(const std::string & endpoint);
 ]=])
+trio_replace(rpc 2 "bool status = send_rpc_cmd(sock, msg_ptr->cmd" "const auto begin = std::chrono::steady_clock::now();
+                bool status = send_rpc_cmd(sock, msg_ptr->cmd")
 trio_replace(rpc 2 [=[
                 RPC_STATUS_ASSERT(status);
 ]=] [=[
                 if (!status) {
+                    const std::chrono::seconds patience(rpc_seconds());
+                    const bool hangs = std::chrono::steady_clock::now() - begin >= patience;
+                    failure = std::make_exception_ptr(std::runtime_error(
+                        "the rpc-server " + endpoint +
+                        (hangs ? " has not answered for " + std::to_string(patience.count()) + " seconds" : " is gone")));
                     gone = true;
-                    const auto failure = std::make_exception_ptr(std::runtime_error("gone"));
                     msg_ptr->completion.set_exception(failure);
                     for (auto rest = queue.interrupt(); !rest.empty(); rest.pop()) {
                         rest.front()->completion.set_exception(failure);
@@ -74,11 +66,11 @@ trio_replace(rpc 2 [=[
                     return;
                 }
 ]=])
-trio_replace(rpc 5 "GGML_ASSERT(queue.push(msg));" "if (!queue.push(msg)) rpc_server_is_gone();")
-trio_replace(rpc 2 "GGML_ASSERT(queue.push(ev->msg));" "if (!queue.push(ev->msg)) rpc_server_is_gone();")
-trio_replace(rpc 2 "future.wait();" "rpc_wait(future);")
-trio_replace(rpc 1 "msg->completion.get_future().wait();" "rpc_wait(msg->completion.get_future());")
-trio_replace(rpc 1 "ev->sf.wait();" "rpc_wait(ev->sf);")
+trio_replace(rpc 5 "GGML_ASSERT(queue.push(msg));" "if (!queue.push(msg)) fail();")
+trio_replace(rpc 2 "GGML_ASSERT(queue.push(ev->msg));" "if (!queue.push(ev->msg)) fail();")
+trio_replace(rpc 2 "future.wait();" "future.get();")
+trio_replace(rpc 1 "msg->completion.get_future().wait();" "msg->completion.get_future().get();")
+trio_replace(rpc 1 "ev->sf.wait();" "ev->sf.get();")
 trio_replace(rpc 1 [=[
         if (auto dispatcher = it->second.lock()) {
             return dispatcher;
@@ -86,7 +78,15 @@ trio_replace(rpc 1 [=[
         if (auto dispatcher = it->second.lock()) {
             if (!dispatcher->is_gone()) return dispatcher; // or it may be back
 ]=])
-# Buffers are freed in destructors, also while an abort unwinds.
+
+# Events and buffers are freed in destructors, also while an exception unwinds.
+foreach(function event_free event_synchronize)
+  trio_replace(rpc 1 "    void ${function}(" "    static void ${function}(")
+  trio_replace(rpc 1 "    ggml_backend_rpc_device_context * ctx = (ggml_backend_rpc_device_context *)dev->context;
+    auto dispatcher = get_dispatcher(ctx->endpoint);
+    dispatcher->${function}(event);" "    rpc_dispatcher::${function}(event);
+    GGML_UNUSED(dev);")
+endforeach()
 trio_replace(rpc 1 [=[
     ctx->dispatcher->send(RPC_CMD_FREE_BUFFER, request, sizeof(*request));
 ]=] [=[
@@ -96,9 +96,101 @@ trio_replace(rpc 1 [=[
     }
 ]=])
 
+# Somebody else may answer, or an rpc-server of another version.
+trio_replace(rpc 1 [=[
+    sock = socket_t::connect(host.c_str(), port);
+    if (sock == nullptr) {
+        GGML_ABORT("Failed to connect to %s\n", endpoint.c_str());
+    }
+    if (!negotiate_hello(sock)) {
+        GGML_ABORT("RPC handshake failed for %s\n", endpoint.c_str());
+    }
+]=] [=[
+    this->endpoint = endpoint;
+    try {
+        sock = socket_t::connect(host.c_str(), port);
+        negotiate_hello(sock);
+    } catch (const std::exception & error) {
+        throw std::runtime_error("the rpc-server " + endpoint + " " + error.what());
+    }
+    sock->set_timeout(rpc_seconds());
+]=])
+trio_replace(rpc 1 "    RPC_STATUS_ASSERT(status);" "    if (!status) {
+        throw std::runtime_error(\"does not answer as one: is it one, of this version, and has it no other client?\");
+    }")
+trio_replace(rpc 1 [=[
+        GGML_LOG_ERROR("RPC server version mismatch: %d.%d.%d\n",
+                       response.major, response.minor, response.patch);
+        return false;
+]=] [=[
+        const auto version = [](int major, int minor) { return std::to_string(major) + "." + std::to_string(minor); };
+        throw std::runtime_error("speaks version " + version(response.major, response.minor) + " of the protocol, not " +
+                                 version(RPC_PROTO_MAJOR_VERSION, RPC_PROTO_MINOR_VERSION));
+]=])
+trio_replace(rpc 1 [=[
+    if (dev_count == 0) {
+        return nullptr;
+    }
+]=] [=[
+    if (dev_count == 0 || dev_count > 64) {
+        throw std::runtime_error("the rpc-server " + std::string(endpoint) + " has " + std::to_string(dev_count) + " devices");
+    }
+]=])
+trio_replace(rpc 1 "    size_t alignment = get_alignment(dispatcher, device);" "    size_t alignment = get_alignment(dispatcher, device);
+    if (alignment == 0 || (alignment & (alignment - 1)) != 0) {
+        throw std::runtime_error(\"the rpc-server \" + std::string(endpoint) + \" aligns to \" + std::to_string(alignment));
+    }")
+trio_replace(rpc 1 "    if (response.remote_ptr != 0) {" "    if (response.remote_ptr != 0 && response.remote_size >= size) {")
+
+# A server keeps the last graph of each device, and contexts may compute at the same time.
+trio_replace(rpc 1 "    bool reuse = cgraph->uid != 0" "    static std::mutex mutex;
+    std::lock_guard<std::mutex> lock(mutex);
+    bool reuse = cgraph->uid != 0")
+
+file(READ ${directory}/transport.h header)
+trio_replace(header 1 [=[
+    void get_caps(uint8_t * local_caps);
+]=] [=[
+    void set_timeout(int seconds); // for each call below it
+    void get_caps(uint8_t * local_caps);
+]=])
+trio_replace(header 1 [=[
+bool rpc_transport_init();
+]=] [=[
+bool rpc_transport_init();
+int rpc_seconds(); // that a server may take to answer
+]=])
+
 file(READ ${directory}/transport.cpp transport)
 trio_replace(transport 1 [=[
+#include <cstdlib>
+]=] [=[
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+]=])
+trio_replace(transport 1 [=[
 static bool set_reuse_addr(]=] [=[
+int rpc_seconds() {
+    static const int seconds = [] {
+        const char * text = std::getenv("TRIO_RUNNER_RPC_SECONDS");
+        const int n = text ? std::atoi(text) : 0;
+        return n > 0 ? n : 300;
+    }();
+    return seconds;
+}
+
+void socket_t::set_timeout(int seconds) {
+#ifndef _WIN32
+    timeval time = {};
+    time.tv_sec = seconds;
+    (void) setsockopt(pimpl->fd, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof(time));
+    (void) setsockopt(pimpl->fd, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof(time));
+#endif
+}
+
 static void set_keep_alive(sockfd_t sockfd) {
     const auto set = [&](int level, int option, int value) {
         (void) setsockopt(sockfd, level, option, (char *) &value, sizeof(value));
@@ -119,19 +211,46 @@ static void set_keep_alive(sockfd_t sockfd) {
 }
 
 static bool set_reuse_addr(]=])
-trio_replace(transport 1 "    if (!set_no_delay(sockfd)) {" "    set_keep_alive(sockfd);
+trio_replace(transport 1 "    if (!set_no_delay(sockfd)) {" "    socket_ptr client(new socket_t(std::make_unique<impl>(sockfd))); // closes it, whatever happens
+    set_keep_alive(sockfd);
+    client->set_timeout(std::min(rpc_seconds(), 10));
     if (!set_no_delay(sockfd)) {")
-
-foreach(part rpc transport)
-  set(file ${CMAKE_BINARY_DIR}/rpc/${part}.cpp)
-  set(old "")
-  if(EXISTS ${file})
-    file(READ ${file} old)
-  endif()
-  if(NOT old STREQUAL "${${part}}") # or Ninja would compile it again
-    file(WRITE ${file} "${${part}}")
-  endif()
+trio_replace(transport 1 [=[
+        GGML_LOG_ERROR("Cannot resolve host '%s'\n", host);
+        return nullptr;
+]=] [=[
+        throw std::runtime_error("cannot be found: nobody knows this name");
+]=])
+trio_replace(transport 1 [=[
+    if (::connect(sockfd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
+        return nullptr;
+    }
+    return socket_ptr(new socket_t(std::make_unique<impl>(sockfd)));
+]=] [=[
+    if (::connect(sockfd, (struct sockaddr *)&addr, sizeof(addr)) < 0) {
+        throw std::runtime_error(std::string("cannot be reached: ") + std::strerror(errno == EINPROGRESS ? ETIMEDOUT : errno));
+    }
+    return client;
+]=])
+# Sockets with a timeout are interrupted by every signal, and when the process is continued.
+foreach(call "send(fd, (const char *)data + bytes_sent, size_to_send, 0)" "recv(fd, (char *)data + bytes_recv, size_to_recv, 0)")
+  trio_replace(transport 1 "        ssize_t n = ${call};" "        ssize_t n = ${call};
+        if (n < 0 && errno == EINTR) continue;")
 endforeach()
-set_property(TARGET ggml-rpc PROPERTY SOURCES ${CMAKE_BINARY_DIR}/rpc/rpc.cpp ${CMAKE_BINARY_DIR}/rpc/transport.cpp)
+
+set(patched ${CMAKE_BINARY_DIR}/rpc)
+function(trio_write name content)
+  set(old "")
+  if(EXISTS ${patched}/${name})
+    file(READ ${patched}/${name} old)
+  endif()
+  if(NOT old STREQUAL content) # or Ninja would compile it again
+    file(WRITE ${patched}/${name} "${content}")
+  endif()
+endfunction()
+trio_write(rpc.cpp "${rpc}")
+trio_write(transport.cpp "${transport}")
+trio_write(transport.h "${header}")
+set_property(TARGET ggml-rpc PROPERTY SOURCES ${patched}/rpc.cpp ${patched}/transport.cpp)
 target_include_directories(ggml-rpc PRIVATE ${directory})
-target_compile_options(ggml-rpc PRIVATE -ffile-prefix-map=${CMAKE_BINARY_DIR}/rpc=ggml-rpc)
+target_compile_options(ggml-rpc PRIVATE -ffile-prefix-map=${patched}=ggml-rpc)

@@ -105,10 +105,10 @@ int32_t trio_rpc_add(const char *endpoint, int32_t *first) {
         auto found = added.find(endpoint);
         if (found == added.end()) {
             ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
-            if (rpc == nullptr) throw Failure(TRIO_E_LOAD, "the RPC backend is not there");
+            if (rpc == nullptr) throw Failure(TRIO_E_LOAD, "the backend rpc was not built or cannot be opened");
             const auto add = reinterpret_cast<decltype(ggml_backend_rpc_add_server) *>(
                 ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server"));
-            if (add == nullptr) throw Failure(TRIO_E_LOAD, "the RPC backend cannot add servers");
+            if (add == nullptr) throw Failure(TRIO_E_LOAD, "the backend rpc cannot add servers");
             ggml_backend_reg_t server = add(endpoint);
             if (server == nullptr) throw Failure(TRIO_E_LOAD, "the rpc-server has no devices");
             const auto before = int32_t(ggml_backend_dev_count());

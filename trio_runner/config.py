@@ -37,9 +37,9 @@ def check_adapter_name(name: str) -> None:
 
 
 def check_endpoint(endpoint: str) -> None:
-    """Raises ValueError for what is no "host:port"."""
+    """Raises ValueError for what is no "host:port"; the host is a name or an address of IPv4."""
     host, _, port = endpoint.rpartition(":")
-    if not host or re.search(r"\s", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+    if not host or re.search(r"[\s:]", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise ValueError(f"rpc: {endpoint!r} is not host:port")
 
 

@@ -140,18 +140,18 @@ def add_rpc_server(endpoint: str) -> range:
         except RunnerError as failure:
             result.append(failure)
 
-    # Upstream connects and reads without a deadline: a thread that waits for what never answers is left behind.
+    # What waits for a name server, or for what never answers, has deadlines of its own, and may outlive this one.
     thread = threading.Thread(target=add, name="trio-runner-rpc", daemon=True)
     thread.start()
     thread.join(RPC_SECONDS)
     drain_log()
     if not result:
         raise LoadError(
-            f"the rpc-server {endpoint} does not answer after {RPC_SECONDS:g} seconds: is it one, and of this version, "
-            "and does nobody else use it?"
+            f"the rpc-server {endpoint} does not answer after {RPC_SECONDS:g} seconds: is it one, of this version, and "
+            "has it no other client?"
         )
     outcome = result[0]
     if isinstance(outcome, RunnerError):
         reason = outcome.message if isinstance(outcome, NativeError) else str(outcome)
-        raise LoadError(f"the rpc-server {endpoint} cannot be used: {reason}") from outcome
+        raise LoadError(reason if endpoint in reason else f"the rpc-server {endpoint} cannot be used: {reason}")
     return outcome

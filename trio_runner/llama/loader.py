@@ -121,6 +121,8 @@ class LlamaLoader:
                     raise
                 reason = failure.message if isinstance(failure, NativeError) else failure.reason
                 names = ", ".join(device.name for device in devices)
+                if not _are_there(devices):  # or the CPU would be given what was to be on other machines
+                    raise LoadError(f"with {n} layers on {names}: {reason}", path=self.config.path) from failure
                 if wanted != "auto":
                     raise LoadError(
                         f'with {n} layers on {names}: {reason} (gpu_layers "auto" takes as many as fit)',
@@ -225,6 +227,12 @@ def describe_placement(placement: Placement) -> list[str]:
             f"cache, {use.compute >> 20} to compute"
         )
     return lines
+
+
+def _are_there(devices: Iterable[Device]) -> bool:
+    """Whether those among them that belong to rpc-servers can still be reached."""
+    remote = {device.number for device in devices if device.is_remote}
+    return not remote or remote <= {device.number for device in all_devices(remote)}
 
 
 def _n_layers(header: GgufHeader) -> int:
