@@ -63,6 +63,7 @@ trio_replace(rpc 2 [=[
                     for (auto rest = queue.interrupt(); !rest.empty(); rest.pop()) {
                         rest.front()->completion.set_exception(failure);
                     }
+                    sock->hang_up(); // it may still be there, and be asked for by others
                     return;
                 }
 ]=])
@@ -79,7 +80,32 @@ trio_replace(rpc 1 [=[
             if (!dispatcher->is_gone()) return dispatcher; // or it may be back
 ]=])
 
-# Events and buffers are freed in destructors, also while an exception unwinds.
+# Contexts wait for their backends in their destructors, and events and buffers are freed there.
+trio_replace(rpc 1 [=[
+    uint32_t                        device;
+    std::string                     name;
+};
+
+struct ggml_backend_rpc_buffer_context {
+]=] [=[
+    uint32_t                        device;
+    std::string                     name;
+    bool                            told = false; // that the server is gone
+};
+
+struct ggml_backend_rpc_buffer_context {
+]=])
+trio_replace(rpc 1 [=[
+    rpc_ctx->dispatcher->synchronize();
+]=] [=[
+    if (rpc_ctx->told) return;
+    try {
+        rpc_ctx->dispatcher->synchronize();
+    } catch (...) {
+        rpc_ctx->told = true;
+        throw;
+    }
+]=])
 foreach(function event_free event_synchronize)
   trio_replace(rpc 1 "    void ${function}(" "    static void ${function}(")
   trio_replace(rpc 1 "    ggml_backend_rpc_device_context * ctx = (ggml_backend_rpc_device_context *)dev->context;
@@ -94,6 +120,17 @@ trio_replace(rpc 1 [=[
         if (!ctx->dispatcher->is_gone()) ctx->dispatcher->send(RPC_CMD_FREE_BUFFER, request, sizeof(*request));
     } catch (...) {
     }
+]=])
+
+# This thread may wait for a server that hangs, and would not notice that its socket is closed.
+trio_replace(rpc 1 [=[
+    sock = nullptr;
+    if (thread.joinable()) {
+]=] [=[
+    if (sock != nullptr) {
+        sock->hang_up();
+    }
+    if (thread.joinable()) {
 ]=])
 
 # Somebody else may answer, or an rpc-server of another version.
@@ -152,6 +189,7 @@ trio_replace(header 1 [=[
     void get_caps(uint8_t * local_caps);
 ]=] [=[
     void set_timeout(int seconds); // for each call below it
+    void hang_up(); // whoever waits for it notices
     void get_caps(uint8_t * local_caps);
 ]=])
 trio_replace(header 1 [=[
@@ -188,6 +226,14 @@ void socket_t::set_timeout(int seconds) {
     time.tv_sec = seconds;
     (void) setsockopt(pimpl->fd, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof(time));
     (void) setsockopt(pimpl->fd, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof(time));
+#endif
+}
+
+void socket_t::hang_up() {
+#ifdef _WIN32
+    (void) shutdown(pimpl->fd, SD_BOTH);
+#else
+    (void) shutdown(pimpl->fd, SHUT_RDWR);
 #endif
 }
 

@@ -75,10 +75,6 @@ private:
     decltype(ggml_threadpool_free) *free_ = nullptr;
 };
 
-struct ContextDeleter {
-    void operator()(llama_context *context) const { llama_free(context); }
-};
-
 // While alive, rows see later ones of their sequence too.
 class BothWays {
 public:
@@ -98,11 +94,24 @@ private:
 
 } // namespace
 
+// llama.cpp waits for the devices of a context in its destructor, where nothing can be caught. So that is tried before.
+// Of the rpc-servers each that is gone throws once; whoever throws again can never be freed.
+void ContextDeleter::operator()(llama_context *context) const noexcept {
+    Scope scope;
+    for (int32_t n = llama_model_n_devices(model->native); n >= 0 && !model->devices_failed; --n) {
+        try {
+            llama_synchronize(context);
+        } catch (...) {
+            continue;
+        }
+        llama_free(context);
+        return;
+    }
+    model->devices_failed = true;
+}
+
 struct trio_context {
     explicit trio_context(trio_model *owner) : model(owner) { scratch.emplace_back(owner->info.n_vocab); }
-    ~trio_context() {
-        if (model->devices_failed) (void)native.release();
-    }
 
     ModelReference model;
     // Before `native`, which uses them until it is freed.
@@ -114,12 +123,13 @@ struct trio_context {
     bool abort_armed = true;     // false while an interrupted graph would leave the KV cache wrong
     std::vector<std::shared_ptr<Lora>> adapters; // that are set
     bool plan_pending = false;                   // they were changed; the next batch plans its graphs anew
-    std::unique_ptr<llama_context, ContextDeleter> native;
+    std::unique_ptr<llama_context, ContextDeleter> native{nullptr, ContextDeleter{model.get()}};
     llama_memory_t memory = nullptr;
     trio_context_info info{};
     int32_t n_ubatch = 0;
     bool has_devices = false; // besides the CPU
     bool has_remote = false;  // one of them belongs to an rpc-server
+    bool has_local = false;   // one of them does not
     bool is_recurrent = false; // state that cannot be taken back to an earlier position
     // llama.cpp gives a cell that only one sequence has, and that is out of its sliding window, to others, even where the
     // cache has room for all: what is then cut off behind it would leave the rest incomplete. So each sequence has a
@@ -193,7 +203,7 @@ template <class Body> int32_t guard_context(trio_context *context, Body &&body) 
         if (code != TRIO_E_INVALID && context != nullptr && context->poison[0] == '\0') {
             std::strcpy(context->poison, "an earlier failure");
             trio_last_error(context->poison, sizeof context->poison);
-            if (context->has_devices) context->model->devices_failed = true;
+            if (context->has_local) context->model->devices_failed = true;
         }
         return code;
     }
@@ -628,7 +638,7 @@ int32_t trio_context_open(trio_model *model, const trio_context_params *params, 
         opened->has_shadows = can_have_shadows(*model, *params);
         for (int32_t i = 0; i < llama_model_n_devices(model->native); ++i) {
             opened->has_devices = true;
-            opened->has_remote = opened->has_remote || is_remote(llama_model_get_device(model->native, i));
+            (is_remote(llama_model_get_device(model->native, i)) ? opened->has_remote : opened->has_local) = true;
         }
         {
             // One KV cache for all sequences may hold more than the model's context, and any model may give vectors.

@@ -121,7 +121,7 @@ struct trio_model {
     bool vocab_only = false;
     bool no_alloc = false;
     // A context failed that computes on devices. What lies on them is never freed: that would end in an abort, in a
-    // destructor, where nothing can catch it.
+    // destructor, where nothing can catch it. Those of rpc-servers do not count: see rpc_patch.cmake.
     std::atomic<bool> devices_failed{false};
     std::string architecture;
     trio_model_info info{};
@@ -139,6 +139,11 @@ struct trio_model {
 };
 
 namespace trio {
+
+struct ContextDeleter {
+    trio_model *model;
+    void operator()(llama_context *context) const noexcept;
+};
 
 class ModelReference {
 public:

@@ -125,7 +125,7 @@ void read_through(const char *path) {
 
 // Decodes a few tokens in a context of its own, on this thread alone. What in an adapter does not fit the model asserts
 // when a graph is built or computed: here, where it is caught, and not in the middle of everybody's text.
-void try_adapter(const trio_model &model, llama_adapter_lora *adapter) {
+void try_adapter(trio_model &model, llama_adapter_lora *adapter) {
     constexpr int32_t N_TOKENS = 4; // several rows go through other code than one
     ExpectWarnings expected;        // about a context that short
     llama_context_params params = llama_context_default_params();
@@ -137,8 +137,8 @@ void try_adapter(const trio_model &model, llama_adapter_lora *adapter) {
     params.no_perf = true;
     params.kv_unified = true;
     params.embeddings = !model.info.has_decoder;
-    std::unique_ptr<llama_context, decltype(&llama_free)> context(llama_init_from_model(model.native, params),
-                                                                  llama_free);
+    const std::unique_ptr<llama_context, ContextDeleter> context(llama_init_from_model(model.native, params),
+                                                                 ContextDeleter{&model});
     if (!context) throw Failure(TRIO_E_NATIVE, "no context to try the adapter in: " + Scope::errors());
     params.embeddings = params.embeddings || llama_get_memory(context.get()) == nullptr;
     llama_set_embeddings(context.get(), params.embeddings);
