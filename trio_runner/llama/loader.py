@@ -74,15 +74,16 @@ class LlamaLoader:
 
     def _devices(self) -> list[Device]:
         """Those that layers go to. Raises `LoadError`."""
-        remote = [number for endpoint in self.config.rpc for number in add_rpc_server(endpoint)]
+        servers = {endpoint: add_rpc_server(endpoint) for endpoint in self.config.rpc}
+        remote = [number for numbers in servers.values() for number in numbers]
         if self.config.gpu_layers == 0:
             return []
         try:
             devices = choose_devices(there := all_devices(remote), self.config.devices, remote)
         except ValueError as error:
             raise LoadError(str(error)) from None
-        if not {device.number for device in there}.issuperset(remote):
-            raise LoadError(f"a device of {', '.join(self.config.rpc)} is gone")
+        if gone := [name for name, numbers in servers.items() if set(numbers) - {device.number for device in there}]:
+            raise LoadError(f"the rpc-server {' and '.join(gone)} is gone")
         if not devices and self.config.gpu_layers != "auto" and self.config.gpu_layers > 0:
             logger.warning("there is no device for %d layers: the CPU computes everything", self.config.gpu_layers)
         if self.config.split_mode == "none" and devices:
@@ -91,6 +92,13 @@ class LlamaLoader:
             devices = [devices[self.config.main_gpu]]
         if len(self.config.tensor_split) > len(devices) > 0:
             raise LoadError(f"tensor_split has {len(self.config.tensor_split)} parts for {len(devices)} devices")
+        if devices and not self.config.tensor_split and not any(d.memory_free or not d.memory_total for d in devices):
+            # llama.cpp would share out layers by proportions of nothing.
+            names = ", ".join(device.name for device in devices)
+            if self.config.gpu_layers != "auto":
+                raise LoadError(f"no memory is free on {names}")
+            logger.warning("no memory is free on %s: the CPU computes everything", names)
+            return []
         return devices
 
     def _load(
