@@ -45,6 +45,8 @@ trio_replace(rpc 1 [=[
     std::string endpoint;
     std::exception_ptr failure; // for good once `gone` is true, and when the queue takes nothing more
     std::atomic_bool gone{false};
+    std::mutex graphs_mutex;                       // held until what it is about is sent
+    std::unordered_map<uint32_t, uint64_t> graphs; // that the server has, by their devices
     void start(const std::string & endpoint);
 ]=])
 trio_replace(rpc 2 "bool status = send_rpc_cmd(sock, msg_ptr->cmd" "const auto begin = std::chrono::steady_clock::now();
@@ -117,7 +119,11 @@ trio_replace(rpc 1 [=[
     ctx->dispatcher->send(RPC_CMD_FREE_BUFFER, request, sizeof(*request));
 ]=] [=[
     try {
-        if (!ctx->dispatcher->is_gone()) ctx->dispatcher->send(RPC_CMD_FREE_BUFFER, request, sizeof(*request));
+        if (!ctx->dispatcher->is_gone()) {
+            std::lock_guard<std::mutex> lock(ctx->dispatcher->graphs_mutex);
+            ctx->dispatcher->graphs.clear();
+            ctx->dispatcher->send(RPC_CMD_FREE_BUFFER, request, sizeof(*request));
+        }
     } catch (...) {
     }
 ]=])
@@ -179,10 +185,17 @@ trio_replace(rpc 1 "    size_t alignment = get_alignment(dispatcher, device);" "
     }")
 trio_replace(rpc 1 "    if (response.remote_ptr != 0) {" "    if (response.remote_ptr != 0 && response.remote_size >= size) {")
 
-# A server keeps the last graph of each device, and contexts may compute at the same time.
-trio_replace(rpc 1 "    bool reuse = cgraph->uid != 0" "    static std::mutex mutex;
-    std::lock_guard<std::mutex> lock(mutex);
-    bool reuse = cgraph->uid != 0")
+# A server keeps the last graph of each device until any buffer is freed, and hangs up on whoever means one that it does
+# not have. Contexts compute and are freed at the same time, and so does a trial of an adapter.
+trio_replace(rpc 1 [=[
+    bool reuse = cgraph->uid != 0 && rpc_dev_ctx->last_graph_uid == cgraph->uid;
+]=] [=[
+    std::lock_guard<std::mutex> lock(rpc_ctx->dispatcher->graphs_mutex);
+    uint64_t & last_graph_uid = rpc_ctx->dispatcher->graphs[rpc_ctx->device];
+    bool reuse = cgraph->uid != 0 && last_graph_uid == cgraph->uid;
+    GGML_UNUSED(rpc_dev_ctx);
+]=])
+trio_replace(rpc 1 "        rpc_dev_ctx->last_graph_uid = cgraph->uid;" "        last_graph_uid = cgraph->uid;")
 
 file(READ ${directory}/transport.h header)
 trio_replace(header 1 [=[
