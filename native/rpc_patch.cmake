@@ -291,11 +291,16 @@ trio_replace(transport 1 [=[
     }
     return client;
 ]=])
-# Sockets with a timeout are interrupted by every signal, and when the process is continued.
-foreach(call "send(fd, (const char *)data + bytes_sent, size_to_send, 0)" "recv(fd, (char *)data + bytes_recv, size_to_recv, 0)")
-  trio_replace(transport 1 "        ssize_t n = ${call};" "        ssize_t n = ${call};
+# Sockets with a timeout are interrupted by every signal, and when the process is continued. And a client that has waited
+# for its turn in vain is no reason for a server to end.
+trio_replace(transport 1 "        ssize_t n = send(fd, (const char *)data + bytes_sent, size_to_send, 0);" "#ifdef MSG_NOSIGNAL
+        ssize_t n = send(fd, (const char *)data + bytes_sent, size_to_send, MSG_NOSIGNAL);
+#else
+        ssize_t n = send(fd, (const char *)data + bytes_sent, size_to_send, 0);
+#endif
         if (n < 0 && errno == EINTR) continue;")
-endforeach()
+trio_replace(transport 1 "        ssize_t n = recv(fd, (char *)data + bytes_recv, size_to_recv, 0);" "        ssize_t n = recv(fd, (char *)data + bytes_recv, size_to_recv, 0);
+        if (n < 0 && errno == EINTR) continue;")
 
 set(patched ${CMAKE_BINARY_DIR}/rpc)
 function(trio_write name content)
