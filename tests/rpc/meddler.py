@@ -73,16 +73,16 @@ class Meddler:
         self._thread.join()
 
     def _serve(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError), self._listener:  # until that is closed, or the server is gone
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                self._open = [client, server]
-                with client, server, suppress(OSError, EOFError):
-                    for end in (client, server):
+                with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+                    self._open = [client, server]
+                    for end in self._open:
                         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    while self._pass_on(client, server):
-                        pass
+                    with suppress(OSError, EOFError):
+                        while self._pass_on(client, server):
+                            pass
 
     def _pass_on(self, client: socket.socket, server: socket.socket) -> bool:
         head = _read(client, 9)

@@ -91,6 +91,24 @@ async def test_a_server_is_killed(models: Models, doomed: Servers, victim: int, 
         await assert_broken(server, reason)
 
 
+async def test_a_server_is_killed_while_the_model_is_loaded(models: Models, doomed: Servers) -> None:
+    """The CPU, which has room for the layers, does not take its place."""
+
+    def die(answer: bytes, number: int) -> bytes | None:
+        if number < 40:
+            return answer
+        doomed[0].kill()
+        return None
+
+    meddler = Meddler(doomed[0].port, "set_tensor", die)
+    try:
+        with trio.fail_after(DEADLINE), pytest.raises(LoadError, match=f"the rpc-server {meddler.endpoint} is gone"):
+            async with open_engine(ModelConfig(path=str(models("swa")), rpc=(meddler.endpoint,)), threads=1):
+                pass
+    finally:
+        meddler.close()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 async def test_nobody_notices_and_the_engine_is_closed(models: Models, doomed: Servers, victim: int) -> None:
     async with surviving(models("swa"), *doomed) as engine:
