@@ -86,10 +86,11 @@ async def test_layers_lie_on_both(models: Models, servers: Servers) -> None:
         assert device.is_remote
         assert min(use.model, use.context, use.compute) > 100_000
     assert placement.used(None).context == 0
-    async with running(models("swa"), *servers, gpu_layers=2) as engine:
+    async with running(models("swa"), *servers[::-1], gpu_layers=2) as engine:
         placement = engine.placement
     assert placement is not None
     assert placement.n_device_layers == 2
+    assert [device.description for device in placement.devices] == [server.endpoint for server in servers[::-1]]
     assert placement.used(None).context > 100_000
 
 

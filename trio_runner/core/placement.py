@@ -62,9 +62,10 @@ class Placement:
         return next((use for use in self.memory if use.device == device), MemoryUse(device, 0, 0, 0))
 
 
-def choose_devices(devices: Sequence[Device], names: Collection[str] | None, remote: Collection[int]) -> list[Device]:
-    """Those that layers may go to: the named ones in their order, or, for None, the `remote` ones by their numbers and
-    all GPUs of this machine. Integrated GPUs, which share the memory of the CPU, only where there is no other.
+def choose_devices(devices: Sequence[Device], names: Collection[str] | None, remote: Sequence[int]) -> list[Device]:
+    """Those that layers may go to: the named ones in their order, or, for None, the `remote` ones by their numbers, in
+    that order, and all GPUs of this machine. Integrated GPUs, which share the memory of the CPU, only where there is no
+    other.
 
     Raises ValueError for a name that no device has that could be given layers.
     """
@@ -78,7 +79,8 @@ def choose_devices(devices: Sequence[Device], names: Collection[str] | None, rem
     local = [device for device in able if not device.is_remote]
     gpus = [device for device in local if device.kind == "GPU"] or local
     # First the remote ones, as llama.cpp has it: the last layers, and the logits with them, are then here.
-    chosen = [device for device in able if device.is_remote and device.number in remote]
+    by_number = {device.number: device for device in able if device.is_remote}
+    chosen = [by_number[number] for number in remote if number in by_number]
     for device in gpus:
         if not device.id or device.id not in {other.id for other in chosen}:
             chosen.append(device)
