@@ -120,11 +120,14 @@ class LlamaLoader:
             attempts = (n_layers if wanted < 0 else min(wanted, n_layers),)
         for n in attempts:
             used = tuple(devices) if n else ()
+            model: Model | None = None
             try:
                 model = watch.load(partial(self._model, used, n), 0.0, share)
                 _stop_if(cancelled)
                 context = Context(model, config, on_devices=n > 0)
             except (LoadError, NativeError) as failure:
+                if model is not None:
+                    model.close()  # or the next attempt would have to do with what it leaves
                 if not n:
                     raise
                 reason = failure.message if isinstance(failure, NativeError) else failure.reason
