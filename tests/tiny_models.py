@@ -9,6 +9,7 @@ every token before it. Only "chain" says something: `CHAIN_TEXT` and then the en
     chain         each token has one successor
     spm           llama with a SentencePiece vocabulary with byte fallback, begins with BOS
     swa           gemma3: five of six layers see only a window of the last 32 tokens
+    swa-short     the same with two layers, one of each kind
     mrope         qwen2vl: positions with several components, which cannot be renumbered
     mamba         recurrent: a state that cannot be taken back
     lfm2          hybrid: one layer of attention between two with such a state
@@ -153,14 +154,15 @@ def _write_spm(path: Path) -> None:
     model.write()
 
 
-def _write_swa(path: Path) -> None:
-    n_layer, n_head, head = 6, 2, 32
-    model, vocabulary = ModelFile(path, "gemma3", "tiny-swa", seed=5), Bpe()
+def _write_swa(path: Path, *, name: str = "tiny-swa", n_layer: int = 6) -> None:
+    n_head, head = 2, 32
+    model, vocabulary = ModelFile(path, "gemma3", name, seed=5), Bpe()
     model.add_sizes(n_layer=n_layer)
     model.add_attention(n_head, 1)
     model.writer.add_key_length(head)
     model.writer.add_value_length(head)
     model.writer.add_sliding_window(32)
+    model.writer.add_sliding_window_pattern(n_layer)
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD)})
     for layer in range(n_layer):
@@ -180,6 +182,10 @@ def _write_swa(path: Path) -> None:
         model.add_layer(layer, tensors)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
+
+
+def _write_swa_short(path: Path) -> None:
+    _write_swa(path, name="tiny-swa-short", n_layer=2)
 
 
 def _write_mrope(path: Path) -> None:
@@ -414,6 +420,7 @@ MODELS: Final[dict[str, Callable[[Path], None]]] = {
     "chain": _write_chain,
     "spm": _write_spm,
     "swa": _write_swa,
+    "swa-short": _write_swa_short,
     "mrope": _write_mrope,
     "mamba": _write_mamba,
     "lfm2": _write_lfm2,

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from tests.engine.toys import until, until_idle
+from tests.placing import model_config
 from tests.tiny_models import tiny_model
 from trio_runner.engine.engine import Engine, open_engine
 from trio_runner.engine.generation import Generation
@@ -34,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def running(models: Path, name: str, **options: object) -> AsyncIterator[Engine]:
     settings = {"threads": 1, "context_length": 512, "batch_size": 64, "kv_type": "f32"} | options
     with trio.fail_after(DEADLINE):
-        async with open_engine(tiny_model(name, models), **settings) as engine:  # type: ignore[arg-type]
+        async with open_engine(model_config(tiny_model(name, models)), **settings) as engine:  # type: ignore[arg-type]
             yield engine
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
+from tests.placing import model_config
+from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Trim
 from trio_runner.core.prompt import Item, Media, MediaRow, n_positions
@@ -22,12 +23,20 @@ class Running:
     """A loaded model with its context. Steps have all `adapters` (uids are 0, 1, ...) unless they say otherwise."""
 
     def __init__(
-        self, path: Path, *, projector: Path | None = None, adapters: tuple[AdapterConfig, ...] = (), **config: object
+        self,
+        path: Path,
+        *,
+        projector: Path | None = None,
+        adapters: tuple[AdapterConfig, ...] = (),
+        **config: object,
     ) -> None:
         settings = {"slots": 2, "context_length": 256, "batch_size": 64, "threads": 1, "kv_type": "f32"} | config
+        gpu_layers = settings.pop("gpu_layers", -1)
         mmproj = None if projector is None else str(projector)
-        loader = LlamaLoader(ModelConfig(path=str(path), projector=mmproj, adapters=adapters))
+        model = model_config(path, projector=mmproj, adapters=adapters, gpu_layers=gpu_layers)
+        loader = LlamaLoader(model)
         runtime = loader(EngineConfig(**settings), progress=lambda _: None, cancelled=lambda: False)  # type: ignore[arg-type]
+        self.placement = runtime.placement
         assert isinstance(runtime.model, Model)
         assert isinstance(runtime.context, Context)
         self.model = runtime.model

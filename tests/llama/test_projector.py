@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.llama.running import Running, tokens_of
+from tests.placing import device_number
 from trio_runner.config import ModelConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Copy, Trim
@@ -41,7 +42,8 @@ def open_pair(models: Models, name: str, **config: object) -> Running:
 
 
 def open_projector(models: Models, name: str, *, max_rows: int = 64) -> Projector:
-    return Projector(Model(ModelConfig(path=str(models(name)))), str(models(PAIRS[name])), max_rows=max_rows)
+    model = Model(ModelConfig(path=str(models(name))))
+    return Projector(model, str(models(PAIRS[name])), max_rows=max_rows, device=device_number())
 
 
 def media_of(image: EncodedImage) -> list[Media]:

@@ -1,0 +1,51 @@
+"""The GPUs that are there, each of which runs every test here.
+
+ggml looks for them once in a process, and leaves Mesa's software device alone unless it is named before: `pytest
+tests/devices` names it. In a run of all tests it is not there, for they would be on it as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.placing import placed
+from tests.tiny_models import tiny_model
+from trio_runner.llama import devices
+
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = [config.invocation_params.dir / argument.partition("::")[0] for argument in config.args]
+    if all(path.resolve().is_relative_to(HERE) for path in chosen):
+        os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0")
+        # What is computed with half the bits can only be said to be about right.
+        os.environ.setdefault("GGML_VK_DISABLE_F16", "1")
+
+
+def gpus() -> list[str]:
+    return [device.name for device in devices() if device.kind in ("GPU", "integrated GPU") and not device.is_remote]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        none = pytest.param("none", marks=pytest.mark.skip("there is no GPU, or not in a run of all tests"))
+        metafunc.parametrize("device", gpus() or [none], scope="session")
+
+
+@pytest.fixture(autouse=True)
+def everything_is_on_the_device(device: str) -> Iterator[None]:
+    with placed(device):
+        yield
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the file of a tiny model by its name."""
+    directory = tmp_path_factory.mktemp("models")
+    shorter = {"swa": "swa-short"}  # norms take a software device long
+    return lambda name: tiny_model(shorter.get(name, name), directory)

@@ -1,0 +1,47 @@
+"""What holds on the CPU, on a device: contexts, images, adapters and encoders, one kind of memory each."""
+
+from __future__ import annotations
+
+from tests.devices.again import again
+from tests.llama import test_adapter, test_context, test_encoder, test_projector
+
+llama = test_context.llama
+paths = test_adapter.paths
+running = test_encoder.running
+
+test_chain = again(test_context.test_chain_says_its_text_and_ends, "prompt", ["hello"])
+test_portions = again(test_context.test_prompt_may_come_in_any_portions, "name", ["llama"])
+test_company = again(test_context.test_same_text_alone_and_in_company, "name", ["llama", "gpt2", "mamba", "lfm2"])
+test_fork = again(test_context.test_fork_goes_on_as_the_original_would, "name", ["llama", "swa"])
+test_trim = again(test_context.test_trim_takes_back_to_an_earlier_position, "name", ["mrope"])
+test_recurrent = test_context.test_recurrent_memory_can_only_be_forgotten_whole
+test_slide = test_context.test_slide_renumbers_what_is_left
+test_slide_all = again(test_context.test_sliding_everything_changes_nothing, "name", ["llama", "swa"])
+test_slide_aborted = test_context.test_slide_survives_an_abort_of_the_step_that_carries_it_out
+test_aborted_before = again(
+    test_context.test_batch_aborted_before_it_starts_changes_nothing, "name", ["llama", "mamba"]
+)
+test_numbers = test_context.test_abort_touches_no_batch_of_another_number
+test_poolings = again(test_context.test_every_pooling_gives_a_vector, "pooling", ["none", "mean"])
+test_last_row = again(
+    test_context.test_vector_of_the_last_row_alone_is_that_of_the_text, "name,rows,pooling", [("llama", 7, "last")]
+)
+test_beside = again(test_context.test_embedding_beside_a_generation_changes_neither, "name", ["llama"])
+test_settings = again(
+    test_context.test_other_settings_run_too,
+    "settings",
+    [{"kv_type": "q8_0"}, {"flash_attention": "on"}, {"flash_attention": "off"}, {"batch_size": 1}],
+)
+test_closing = test_context.test_closing_is_idempotent_and_final
+
+test_images = again(test_projector.test_image_alone_and_beside_another, "name", ["llama", "swa"])
+test_image_portions = again(test_projector.test_rows_that_look_back_only_may_come_in_any_portions, "name", ["llama"])
+test_image_forked = again(test_projector.test_fork_and_trim_know_where_an_image_ends, "name", ["mrope"])
+test_image_aborted = again(test_projector.test_aborted_image_leaves_nothing, "name", ["mrope"])
+
+test_adapter_sets = test_adapter.test_every_step_has_the_adapters_it_names
+test_adapter_closed = test_adapter.test_adapter_that_is_set_outlives_its_handle
+test_adapters_come = test_adapter.test_adapters_come_and_go_while_a_context_decodes
+
+test_source_slides = test_encoder.test_slide_renumbers_what_is_left
+test_source_aborted = test_encoder.test_aborted_before_it_reads_changes_nothing
