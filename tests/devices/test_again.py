@@ -40,7 +40,6 @@ test_image_forked = again(test_projector.test_fork_and_trim_know_where_an_image_
 test_image_aborted = again(test_projector.test_aborted_image_leaves_nothing, "name", ["mrope"])
 
 test_adapter_sets = test_adapter.test_every_step_has_the_adapters_it_names
-test_adapter_closed = test_adapter.test_adapter_that_is_set_outlives_its_handle
 test_adapters_come = test_adapter.test_adapters_come_and_go_while_a_context_decodes
 
 test_source_slides = test_encoder.test_slide_renumbers_what_is_left
