@@ -22,7 +22,7 @@ from trio_runner.llama.gguf import GgufArray, check_gguf
 
 Models = Callable[[str], Path]
 
-ARCHITECTURES = {"swa": "gemma3", "mrope": "qwen2vl", "bert-cls": "bert", "rerank": "bert"}
+ARCHITECTURES = {"swa": "gemma3", "swa-short": "gemma3", "mrope": "qwen2vl", "bert-cls": "bert", "rerank": "bert"}
 ARCHITECTURES |= {"qwen-embed": "qwen3", "rerank-causal": "qwen3"}
 ARCHITECTURES |= {name: name for name in ("mamba", "lfm2", "gpt2", "t5", "bert")}
 U32, F32, STRING, ARRAY = 4, 6, 8, 9
