@@ -14,7 +14,7 @@ import pytest
 
 from tests.placing import placed
 from tests.tiny_models import tiny_model
-from trio_runner.llama import devices
+from trio_runner.llama import context, devices
 
 HERE = Path(__file__).parent
 
@@ -38,7 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def everything_is_on_the_device(device: str) -> Iterator[None]:
+def everything_is_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(context, "_WIDE", 20)  # rows to warm up with: a software device takes its time for each
     with placed(device):
         yield
 

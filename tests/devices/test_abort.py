@@ -68,7 +68,7 @@ class Caller:
 
     def break_off(self, step: Step) -> StepResult:
         """The result of a step that was called off in the middle."""
-        delay, deadline = 1.0, time.monotonic() + DEADLINE
+        delay, deadline = 0.15, time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
             result, is_called_off = self.call_off(step, delay)
             if is_called_off and result.outcome is DecodeOutcome.ABORTED:
