@@ -21,16 +21,11 @@ set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${directory}/ggml
              ${directory}/transport.h)
 
 file(READ ${directory}/ggml-rpc.cpp rpc)
+trio_replace(rpc 1 "    void interrupt() {" "    std::queue<T> interrupt() { // returns what was not taken")
 trio_replace(rpc 1 [=[
-    void interrupt() {
-        std::unique_lock<std::mutex> lock(mutex);
-        interrupted = true;
         lock.unlock();
         cvar.notify_all();
 ]=] [=[
-    std::queue<T> interrupt() { // returns what was not taken
-        std::unique_lock<std::mutex> lock(mutex);
-        interrupted = true;
         std::queue<T> rest;
         rest.swap(queue);
         lock.unlock();
@@ -84,15 +79,11 @@ trio_replace(rpc 1 [=[
 
 # Contexts wait for their backends in their destructors, and events and buffers are freed there.
 trio_replace(rpc 1 [=[
-    uint32_t                        device;
-    std::string                     name;
 };
 
 struct ggml_backend_rpc_buffer_context {
 ]=] [=[
-    uint32_t                        device;
-    std::string                     name;
-    bool                            told = false; // that the server is gone
+    bool told = false; // that the server is gone
 };
 
 struct ggml_backend_rpc_buffer_context {
@@ -140,14 +131,9 @@ trio_replace(rpc 1 [=[
 ]=])
 
 # Somebody else may answer, or an rpc-server of another version.
+trio_replace(rpc 1 "    if (!negotiate_hello(sock)) {" "    if (sock == nullptr) { // or it was greeted")
 trio_replace(rpc 1 [=[
     sock = socket_t::connect(host.c_str(), port);
-    if (sock == nullptr) {
-        GGML_ABORT("Failed to connect to %s\n", endpoint.c_str());
-    }
-    if (!negotiate_hello(sock)) {
-        GGML_ABORT("RPC handshake failed for %s\n", endpoint.c_str());
-    }
 ]=] [=[
     this->endpoint = endpoint;
     try {
@@ -164,7 +150,6 @@ trio_replace(rpc 1 "    RPC_STATUS_ASSERT(status);" "    if (!status) {
 trio_replace(rpc 1 [=[
         GGML_LOG_ERROR("RPC server version mismatch: %d.%d.%d\n",
                        response.major, response.minor, response.patch);
-        return false;
 ]=] [=[
         const auto version = [](int major, int minor) { return std::to_string(major) + "." + std::to_string(minor); };
         throw std::runtime_error("speaks version " + version(response.major, response.minor) + " of the protocol, not " +
