@@ -199,8 +199,8 @@ int32_t trio_context_set_adapters(trio_context *context, trio_adapter *const *ad
                                   int32_t n_adapters);
 
 /* The trio_step() of the batch with this number, running or yet to come, returns TRIO_ABORTED; no other batch is touched.
- * CPU backends stop at the next graph node; all others finish the micro-batch they have begun. Only the latest call counts: the
- * number 0, which names no batch, withdraws it. Never blocks. */
+ * CPU backends stop at the next graph node, devices after a layer of a wide batch; rpc-servers finish it. Only the latest
+ * call counts: the number 0, which names no batch, withdraws it. Never blocks. */
 void trio_abort(trio_context *context, uint64_t number);
 
 /* Edits of the KV cache, between steps. Positions are half-open [start, end); end -1 means "to the end".

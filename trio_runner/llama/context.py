@@ -501,8 +501,9 @@ class Context:
                 vectors[chunk.uid] = vector
 
     def abort(self, number: int) -> None:
-        """Make `decode` of the batch of this number, running or yet to start, return ABORTED; 0 withdraws that. Only
-        CPU backends stop in the middle. From any thread; never blocks."""
+        """Make `decode` of the batch of this number, running or yet to start, return ABORTED; 0 withdraws that. CPUs
+        stop at the next operation, devices after a layer of a wide batch, rpc-servers at its end. From any thread;
+        never blocks."""
         handle = self._handle  # a reference of our own, for close() may come in between
         if handle is not None:
             self._lib.trio_abort(handle, number)

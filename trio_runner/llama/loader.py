@@ -115,7 +115,11 @@ class LlamaLoader:
         if not devices:
             attempts: Iterable[int] = (0,)
         elif wanted == "auto":
-            attempts = steps_down(self._fitting_layers(config, n_layers, devices, cancelled))
+            fitting = self._fitting_layers(config, n_layers, devices, cancelled)
+            if not fitting:
+                names = ", ".join(device.name for device in devices)
+                logger.warning("not one layer fits into what is free on %s: the CPU computes everything", names)
+            attempts = steps_down(fitting)
         else:
             attempts = (n_layers if wanted < 0 else min(wanted, n_layers),)
         for n in attempts:
