@@ -731,12 +731,8 @@ def placement_facts(placement: Placement | None) -> dict[str, object]:
     if placement is None:
         return {}
     facts: dict[str, object] = {"layers on devices": f"{placement.n_device_layers} of {placement.n_layers}"}
-    for device in (*placement.devices, None):
-        use = placement.used(None if device is None else device.number)
-        facts["this machine" if device is None else device.name] = (
-            f"{use.total / MIB:.0f} MiB: {use.model / MIB:.0f} for the model, {use.context / MIB:.0f} for the KV "
-            f"cache, {use.compute / MIB:.0f} to compute"
-        )
+    for device, use in placement.places:
+        facts["this machine" if device is None else device.name] = f"{use.total / MIB:.0f} MiB: {use}"
     return facts
 
 

@@ -8,6 +8,7 @@ from typing import Final, Literal, TypeAlias
 
 DeviceKind: TypeAlias = Literal["CPU", "GPU", "integrated GPU", "accelerator", "other"]
 
+MIB: Final = 1 << 20
 MAX_MARGIN: Final = 1 << 30
 MARGIN_SHARE: Final = 8
 """What is left free on a device: an eighth of it, at most 1 GiB. Its driver, the screen and what the backend allocates
@@ -44,6 +45,11 @@ class MemoryUse:
     def total(self) -> int:
         return self.model + self.context + self.compute
 
+    def __str__(self) -> str:
+        """For people, in MiB: what the total is made of."""
+        model, context, compute = (round(n / MIB) for n in (self.model, self.context, self.compute))
+        return f"{model} for the model, {context} for the KV cache, {compute} to compute"
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -56,6 +62,12 @@ class Placement:
     devices: tuple[Device, ...]
     """As they were before; the model's layers lie on them in this order."""
     memory: tuple[MemoryUse, ...]
+
+    @property
+    def places(self) -> tuple[tuple[Device | None, MemoryUse], ...]:
+        """What lies on each of the devices, and, last, for None, in the memory of this machine."""
+        devices = tuple((device, self.used(device.number)) for device in self.devices)
+        return (*devices, (None, self.used(None)))
 
     def used(self, device: int | None) -> MemoryUse:
         """Of a device by its number, or, for None, of this machine."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from trio_runner.config import EngineConfig, ModelConfig
-from trio_runner.core.placement import Device, Placement, choose_devices, fits, most_layers, steps_down
+from trio_runner.core.placement import MIB, Device, Placement, choose_devices, fits, most_layers, steps_down
 from trio_runner.engine.runtime import LoadedAdapter, Runtime
 from trio_runner.errors import EngineClosed, LoadError, NativeError
 from trio_runner.llama.backends import add_rpc_server
@@ -233,14 +233,10 @@ class _Watch:
 def describe_placement(placement: Placement) -> list[str]:
     """A line for each place that the model lies in."""
     lines = [f"{placement.n_device_layers} of {placement.n_layers} layers are on devices"] if placement.devices else []
-    for device in (*placement.devices, None):
-        use = placement.used(None if device is None else device.number)
+    for device, use in placement.places:
         name = "this machine" if device is None else f"{device.name} ({device.description})"
         free = "" if device is None else f" of {device.memory_free >> 20} free"
-        lines.append(
-            f"{name}: {use.total >> 20} MiB{free}: {use.model >> 20} for the model, {use.context >> 20} for the KV "
-            f"cache, {use.compute >> 20} to compute"
-        )
+        lines.append(f"{name}: {use.total / MIB:.0f} MiB{free}: {use}")
     return lines
 
 
