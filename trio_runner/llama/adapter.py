@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from trio_runner.errors import EngineClosed, LoadError
+from trio_runner.llama.ggml_types import CANNOT_MULTIPLY
 from trio_runner.llama.gguf import GgufHeader, GgufTensor, check_gguf
 from trio_runner.llama.library import check_file, drain_log, native
 
@@ -21,8 +22,6 @@ _A: Final = ".lora_a"
 _B: Final = ".lora_b"
 _MATRICES_OF_EXPERTS: Final = "_exps.weight"
 _MAX_TAIL: Final = 1 << 20  # bytes after the last tensor, as alignment goes
-# All others have no product with a row of floats: ggml would call a function that is not there.
-_CANNOT_MULTIPLY: Final = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 
 
 class Adapter:
@@ -87,7 +86,7 @@ def _problem(tensor: GgufTensor, tensors: dict[str, GgufTensor], n_expert: int) 
     """What is wrong with one of the two factors of a matrix, of those that do not depend on the matrix."""
     if not tensor.name.endswith((_A, _B)):
         return "is not part of a LoRA"
-    if tensor.type in _CANNOT_MULTIPLY:
+    if tensor.type in CANNOT_MULTIPLY:
         return f"is of the type {tensor.type}, which cannot be multiplied"
     base = tensor.name[: -len(_A)]
     a, b = tensors.get(base + _A), tensors.get(base + _B)

@@ -11,6 +11,7 @@ from typing import Final
 
 from trio_runner.core.placement import Device, DeviceKind
 from trio_runner.errors import LoadError, NativeError, RunnerError
+from trio_runner.llama.ggml_types import WEIGHT_TYPES
 from trio_runner.llama.library import LIBRARY_DIRECTORY, check, drain_log, logger, native
 
 RPC_SECONDS: Final = 10.0
@@ -18,34 +19,6 @@ RPC_SECONDS: Final = 10.0
 
 _KINDS: Final[dict[int, DeviceKind]] = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator"}
 _WEIGHTS, _KV_CACHE = 0, 1
-GGML_TYPES: Final = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "q2_K": 10,
-    "q3_K": 11,
-    "q4_K": 12,
-    "q5_K": 13,
-    "q6_K": 14,
-    "iq2_xxs": 16,
-    "iq2_xs": 17,
-    "iq3_xxs": 18,
-    "iq1_s": 19,
-    "iq4_nl": 20,
-    "iq3_s": 21,
-    "iq2_s": 22,
-    "iq4_xs": 23,
-    "iq1_m": 29,
-    "bf16": 30,
-    "tq1_0": 34,
-    "tq2_0": 35,
-    "mxfp4": 39,
-}
-"""The numbers of ggml's types of weights."""
 
 _rpc_lock = threading.Lock()
 _remote: set[int] = set()
@@ -100,7 +73,7 @@ def _types(device: Device, use: int) -> tuple[str, ...]:
     supports = native().lib.trio_device_supports
     return tuple(
         name
-        for name, number in GGML_TYPES.items()
+        for name, number in WEIGHT_TYPES.items()
         if check("trio_device_supports", supports(device.number, use, number))
     )
 

@@ -24,7 +24,7 @@ from trio_runner.engine.runtime import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeError, RunnerError
 from trio_runner.events import TokenInfo
 from trio_runner.llama.adapter import Adapter
-from trio_runner.llama.backends import GGML_TYPES
+from trio_runner.llama.ggml_types import WEIGHT_TYPES
 from trio_runner.llama.library import FLASH_ATTENTION, check, drain_log, last_error, native
 from trio_runner.llama.model import Model
 from trio_runner.llama.sampler import Sampler
@@ -105,8 +105,8 @@ def _plan(model: Model, config: EngineConfig) -> _Plan:
         "n_threads": n_threads,
         "n_threads_batch": n_threads_batch,
         "flash_attention": FLASH_ATTENTION[config.flash_attention],
-        "type_k": GGML_TYPES[config.kv_type],
-        "type_v": GGML_TYPES[config.kv_type],
+        "type_k": WEIGHT_TYPES[config.kv_type],
+        "type_v": WEIGHT_TYPES[config.kv_type],
         "pooling_type": _POOLING_LAST if pooling < 0 else pooling,
         "offload_kqv": True,
         # A window-sized cache forgets what a trimmed slot needs and cannot shift.

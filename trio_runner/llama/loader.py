@@ -16,9 +16,9 @@ from trio_runner.errors import EngineClosed, LoadError, NativeError
 from trio_runner.llama.backends import add_rpc_server
 from trio_runner.llama.backends import devices as all_devices
 from trio_runner.llama.context import Context, default_threads, measure
-from trio_runner.llama.gguf import GgufHeader, check_gguf
+from trio_runner.llama.gguf import ADAPTER_TYPE, PROJECTOR_ARCHITECTURE, GgufHeader, check_gguf, check_parts
 from trio_runner.llama.model import LoadProgress, Model
-from trio_runner.llama.projector import ARCHITECTURE, Projector, check_projector
+from trio_runner.llama.projector import Projector, check_projector
 
 POLL_SECONDS: Final = 0.05
 """How often a load is watched. llama.cpp would call back instead, but from inside the load, where Python must not."""
@@ -44,11 +44,12 @@ class LlamaLoader:
         """
         path, projector_path = self.config.path, self.config.projector
         header = _check_model(path)
+        n_bytes = sum(map(_size, check_parts(path, header)))
         if projector_path is not None:
             check_projector(projector_path)
         _stop_if(cancelled)
         watch = _Watch(progress, cancelled)
-        share = 1.0 if projector_path is None else _size(path) / (_size(path) + _size(projector_path))
+        share = 1.0 if projector_path is None else n_bytes / (n_bytes + _size(projector_path))
         devices = self._devices()
         try:
             model, context, placement = self._load(config, _n_layers(header), devices, cancelled, watch, share)
@@ -254,10 +255,9 @@ def _n_layers(header: GgufHeader) -> int:
 
 def _check_model(path: str) -> GgufHeader:
     header = check_gguf(path)
-    kind = header.metadata.get("general.type", "model")
-    if header.architecture == ARCHITECTURE:
+    if header.architecture == PROJECTOR_ARCHITECTURE:
         raise LoadError("this is a projector (mmproj), not a model", path=path)
-    if kind == "adapter":
+    if header.metadata.get("general.type") == ADAPTER_TYPE:
         raise LoadError("this is an adapter, not a model", path=path)
     return header
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Final
 
+from trio_runner.llama.ggml_types import CANNOT_MULTIPLY
 from trio_runner.llama.gguf import MAX_BLOCKS, GgufArray, GgufHeader, GgufTensor
 
 _VISION: Final = "clip.vision."
@@ -19,9 +20,7 @@ _PATCHES_OF_SECOND_FRAME: Final = "v.patch_embd.weight.1"
 _POSITIONS: Final = "v.position_embd.weight"
 _CLASS: Final = "v.class_embd"
 
-_FLOATS: Final = frozenset({"F32", "F16", "BF16"})
-_NEVER: Final = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
-"""Types that nothing can be multiplied with."""
+_FLOATS: Final = frozenset({"f32", "f16", "bf16"})
 
 _MLP: Final = "mlp"
 _LLAVA: Final = frozenset({_MLP, "ldp", "ldpv2", "adapter"})
@@ -106,9 +105,9 @@ def _can_compute(tensor: GgufTensor, kind: object) -> bool:
     n_dimensions = max((i + 1 for i, size in enumerate(tensor.shape) if size > 1), default=1)
     is_added = n_dimensions == 1 or (tensor.name == _POSITIONS and kind not in _LOOK_UP)
     if is_added:  # or multiplied, element by element
-        return tensor.type == "F32"
+        return tensor.type == "f32"
     is_kernel = n_dimensions > 2 and "_exps." not in tensor.name
-    return tensor.type in _FLOATS if is_kernel or tensor.name in _TURNED else tensor.type not in _NEVER
+    return tensor.type in _FLOATS if is_kernel or tensor.name in _TURNED else tensor.type not in CANNOT_MULTIPLY
 
 
 def _needed(header: GgufHeader, tensors: dict[str, GgufTensor]) -> Iterator[str]:

@@ -14,13 +14,11 @@ from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.engine.runtime import EncodedImage, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidImage, LoadError
 from trio_runner.images import Pixels
-from trio_runner.llama.gguf import check_gguf
+from trio_runner.llama.gguf import PROJECTOR_ARCHITECTURE, check_gguf
 from trio_runner.llama.library import FLASH_ATTENTION, check, check_file, drain_log, last_error, native
 from trio_runner.llama.mmproj import problem_of
 from trio_runner.llama.model import LoadProgress, Model
 
-ARCHITECTURE: Final = "clip"
-"""What a projector's file gives as its architecture, whatever it is."""
 _N_POSITIONS: Final = 4  # of a row, with M-RoPE
 _DIGEST_BYTES: Final = 32
 
@@ -28,7 +26,7 @@ _DIGEST_BYTES: Final = 32
 def check_projector(path: str) -> None:
     """Look at a file's header. Raises `LoadError` unless it is that of a projector which mtmd can be given."""
     header = check_gguf(path)
-    if header.architecture != ARCHITECTURE:
+    if header.architecture != PROJECTOR_ARCHITECTURE:
         kind = header.metadata.get("general.type", "model")
         raise LoadError(f"this is a {kind} ({header.architecture}), not a projector (mmproj)", path=path)
     problem = problem_of(header)
