@@ -176,8 +176,8 @@ def test_one_door_to_the_native_library() -> None:
     ("text", "names"),
     [
         ("import trio_runner.core.batch", [".core.batch"]),
-        ("from trio_runner.engine import runtime", [".engine.runtime"]),
-        ("from trio_runner.engine.runtime import Model", [".engine.runtime"]),
+        ("from trio_runner.core import ports", [".engine.runtime"]),
+        ("from trio_runner.core.ports import Model", [".engine.runtime"]),
         ("import os, trio.lowlevel", ["os", "trio.lowlevel"]),
     ],
 )

@@ -242,9 +242,9 @@ def _write_lfm2(path: Path) -> None:
     model.writer.add_shortconv_l_cache(n_conv)
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
-    for layer, n_shared in enumerate(n_head_kv):
-        if n_shared:
-            tensors = _attention(model, n_head=n_head, n_head_kv=n_shared)
+    for layer, n_shared_cells in enumerate(n_head_kv):
+        if n_shared_cells:
+            tensors = _attention(model, n_head=n_head, n_head_kv=n_shared_cells)
             tensors |= {f"attn_{part}_norm.weight": ones(N_EMBD // n_head) * 2 for part in "qk"}
         else:
             tensors = {

@@ -26,9 +26,9 @@ from trio_runner.events import Embedded, Event, Finished, PromptProgress, Sample
 from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest, SamplingParams
 
 if typing.TYPE_CHECKING:
-    from trio_runner.engine.adapters import AdapterInfo
-    from trio_runner.engine.engine import Engine, EngineStatistics, open_engine
+    from trio_runner.engine.engine import Engine, open_engine
     from trio_runner.engine.generation import Generation
+    from trio_runner.info import AdapterInfo, EngineStatistics
 else:
     # These bring trio and numpy along, which take longer than all the rest of the command line's start.
     _SLOW = dict.fromkeys(["Engine", "EngineStatistics", "open_engine"], "trio_runner.engine.engine")

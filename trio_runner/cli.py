@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from trio_runner.bench.dialects import DialectName
     from trio_runner.config import FlashAttention, KvType, Pooling, SplitMode
-    from trio_runner.core.placement import Device, Placement
     from trio_runner.engine.engine import Engine
+    from trio_runner.info import Device, Placement
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -691,7 +691,7 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
     """Sections of names and values, in the order in which a reader wants them."""
     from trio_runner.llama import backends, library
 
-    model, limits, placement = engine.info, engine.limits, engine.placement
+    model, capabilities, placement = engine.info, engine.capabilities, engine.placement
     remote = [device.number for device in placement.devices if device.is_remote] if placement else []
     return {
         "model": {
@@ -708,13 +708,13 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
             "chat template": model.chat_template is not None,
         },
         "context": {
-            "tokens per slot": limits.n_ctx,
-            "generates text": limits.can_generate,
+            "tokens per slot": capabilities.n_ctx,
+            "generates text": capabilities.can_generate,
             "takes images": engine.has_projector,
-            "ranks": limits.ranks,
-            "reads with an encoder": limits.decoder_start is not None,
-            "can go back in a text": limits.can_trim,
-            "can shift": limits.can_shift,
+            "ranks": capabilities.ranks,
+            "reads with an encoder": capabilities.decoder_start is not None,
+            "can go back in a text": capabilities.can_trim,
+            "can shift": capabilities.can_shift,
         },
         "placement": placement_facts(placement),
         "devices": {device.name: describe_device(device) for device in backends.devices(remote)},

@@ -22,7 +22,7 @@ from trio_runner.server.app import MAX_BODY_BYTES, MAX_BODY_BYTES_WITH_IMAGES
 from trio_runner.server.serve import serve
 
 if TYPE_CHECKING:
-    from trio_runner.engine.runtime import Loader
+    from trio_runner.core.ports import Loader
 
     TaskStatus: TypeAlias = trio.TaskStatus[list[tuple[str, int]]]
 

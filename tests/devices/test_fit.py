@@ -14,7 +14,8 @@ from tests.devices.test_numbers import TEXT, check_same, on_cpu, tell
 from tests.llama.running import Running
 from tests.placing import model_config
 from trio_runner.config import EngineConfig
-from trio_runner.core.placement import MARGIN_SHARE, Device
+from trio_runner.core.placement import MARGIN_SHARE
+from trio_runner.info import Device
 from trio_runner.llama import Context, Model, devices
 from trio_runner.llama import loader as loader_module
 from trio_runner.llama.context import measure

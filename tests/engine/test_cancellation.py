@@ -269,7 +269,7 @@ async def test_a_list_of_embeddings_in_flight(toy: Toy, n_texts: int) -> None:
 # -- by chance --------------------------------------------------------------------------------------------------------
 
 
-LIMITS: list[dict[str, object]] = [{}, {"can_trim": False}, {"embeds_last_row": True}, {"can_shift": False}]
+CAPABILITIES: list[dict[str, object]] = [{}, {"can_trim": False}, {"embeds_last_row": True}, {"can_shift": False}]
 
 
 class Storm:
@@ -277,7 +277,7 @@ class Storm:
     now and then."""
 
     def __init__(self, toy: Toy, seed: int) -> None:
-        toy.limits = LIMITS[seed % len(LIMITS)]
+        toy.capabilities = CAPABILITIES[seed % len(CAPABILITIES)]
         toy.on_decode = self.interrupt
         self.toy = toy
         self.chance = random.Random(seed)

@@ -320,7 +320,7 @@ async def test_facts_and_tokens(toy: Toy) -> None:
         assert engine.status == "ready"
         assert engine.progress == 1.0
         assert engine.info.architecture == "toy"
-        assert engine.limits.n_slots == engine.statistics().slots == 4
+        assert engine.capabilities.n_slots == engine.statistics().slots == 4
         assert await engine.tokenize("été") == list("été".encode())
         assert await engine.detokenize(list("été".encode())[:-1]) == "ét\ufffd"
         with pytest.raises(InvalidRequest):
@@ -338,5 +338,5 @@ async def test_facts_that_are_not_known_yet(toy: Toy) -> None:
         with pytest.raises(EngineBusy):
             _ = engine.info
         with pytest.raises(EngineBusy):
-            _ = engine.limits
+            _ = engine.capabilities
         assert is_idle(engine)

@@ -107,7 +107,7 @@ async def test_afterwards_it_is_closed(toy: Toy) -> None:
     for use in (generation.start, engine.wait_ready, lambda: engine.tokenize("x"), lambda: engine.embed(["x"])):
         with pytest.raises(EngineClosed):
             await use()
-    for facts in (lambda: engine.info, lambda: engine.limits):
+    for facts in (lambda: engine.info, lambda: engine.capabilities):
         with pytest.raises(EngineClosed):
             facts()
     await engine.drain(1)

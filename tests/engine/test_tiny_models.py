@@ -95,7 +95,7 @@ async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) 
 async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
     async with running(models, "llama", slots=4) as engine:
         prompts = [f"{PROMPT}{word}" for word in ("hello", "world", "count", "system")]
-        n_shared = len(await engine.tokenize(PROMPT))
+        n_shared_cells = len(await engine.tokenize(PROMPT))
         texts: dict[str, str] = {}
 
         async def read(prompt: str) -> None:
@@ -104,7 +104,7 @@ async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
         async with trio.open_nursery() as nursery:
             for prompt in prompts:
                 nursery.start_soon(read, prompt)
-        assert engine.statistics().scheduler.n_prompt_rows < n_shared * 1.2
+        assert engine.statistics().scheduler.n_prompt_rows < n_shared_cells * 1.2
         assert texts == await alone(engine, *prompts)
 
 

@@ -20,8 +20,8 @@ import trio
 from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome
 from trio_runner.core.memory import Trim
+from trio_runner.core.ports import Context, Model, Sampler
 from trio_runner.engine.engine import Engine, open_engine
-from trio_runner.engine.runtime import Context, Model, Sampler
 from trio_runner.errors import PromptTooLong
 from trio_runner.events import Finished, TextPiece
 from trio_runner.request import GenerateRequest, SamplingParams
@@ -50,8 +50,8 @@ async def run_bench(
     from trio_runner.llama.loader import LlamaLoader
 
     async with open_engine(model, replace(config, max_queue=None)) as engine:
-        if max(n_prompt, N_SHORT_PROMPT + n_tokens) >= engine.limits.n_ctx:
-            raise PromptTooLong(max(n_prompt, N_SHORT_PROMPT + n_tokens), engine.limits.n_ctx - 1)
+        if max(n_prompt, N_SHORT_PROMPT + n_tokens) >= engine.capabilities.n_ctx:
+            raise PromptTooLong(max(n_prompt, N_SHORT_PROMPT + n_tokens), engine.capabilities.n_ctx - 1)
         load = partial(LlamaLoader(model), config, progress=lambda _: None, cancelled=lambda: False)
         bare = await trio.to_thread.run_sync(load)
         sampling = _endless(engine)
@@ -163,8 +163,8 @@ def _bare_rate(
 
 
 def _bare_prefill(context: Context, slot: int, prompt: tuple[int, ...], samplers: dict[int, Sampler]) -> int:
-    for start in range(0, len(prompt), context.limits.max_rows):
-        tokens = prompt[start : start + context.limits.max_rows]
+    for start in range(0, len(prompt), context.capabilities.max_rows):
+        tokens = prompt[start : start + context.capabilities.max_rows]
         chunk = Chunk(slot, slot, start, tokens, output=start + len(tokens) == len(prompt))
         result = context.decode(Batch((chunk,)), samplers)
         assert result.outcome is DecodeOutcome.OK, result.message

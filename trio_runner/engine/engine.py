@@ -22,18 +22,17 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.core.limits import Limits
-from trio_runner.core.placement import Placement
 from trio_runner.core.pooling import normalize as normalize_vector
-from trio_runner.core.scheduler import Emission, SchedulerStatistics
-from trio_runner.engine.adapters import AdapterInfo, AdapterTable
+from trio_runner.core.ports import EncodedImage, Loader, Runtime
+from trio_runner.core.scheduler import Emission
+from trio_runner.engine.adapters import AdapterTable
 from trio_runner.engine.deadlines import Deadlines
 from trio_runner.engine.decode_loop import DecodeLoop
 from trio_runner.engine.generation import Embedding, Generation, Reader
@@ -41,7 +40,6 @@ from trio_runner.engine.image_store import ImageStore
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Retire, Submit
 from trio_runner.engine.patience import GaveUp, Patience
 from trio_runner.engine.prepare import AnyRequest, NamedImage, PairRequest, has_parts, parts_of, prepare, size, tokenize
-from trio_runner.engine.runtime import EncodedImage, Loader, ModelInfo, Runtime
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -54,6 +52,15 @@ from trio_runner.errors import (
 )
 from trio_runner.events import Embedded, Finished, Usage
 from trio_runner.images import load_pixels
+from trio_runner.info import (
+    AdapterInfo,
+    Capabilities,
+    EngineStatistics,
+    ModelInfo,
+    Placement,
+    SchedulerStatistics,
+    Status,
+)
 from trio_runner.request import (
     AdapterChoice,
     Chat,
@@ -67,7 +74,6 @@ from trio_runner.request import (
 
 logger = logging.getLogger("trio_runner.engine")
 
-Status: TypeAlias = Literal["loading", "ready", "closing", "closed", "broken"]
 T = TypeVar("T")
 
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
@@ -98,32 +104,6 @@ class _InFlight:
 
     reader: Reader
     kind: Kind
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """A snapshot, for people and metrics. The scheduler's part is as of the last step."""
-
-    status: Status
-    slots: int
-    generations: int
-    """Requests in flight: waiting, running, paused, or with their last events not handed over yet."""
-    scheduler: SchedulerStatistics
-    images_encoded: int = 0
-    images_found: int = 0
-    """That were asked for while they were kept, or being encoded for somebody else."""
-    image_bytes: int = 0
-    """Kept."""
-
-    @property
-    def busy(self) -> int:
-        """Slots in use."""
-        return self.scheduler.n_running
-
-    @property
-    def waiting(self) -> int:
-        """Sequences without a slot."""
-        return self.scheduler.n_waiting
 
 
 class Engine:
@@ -181,9 +161,9 @@ class Engine:
         return self._ready_runtime().model.info
 
     @property
-    def limits(self) -> Limits:
+    def capabilities(self) -> Capabilities:
         """What the context can do. Raises as `info`."""
-        return self._ready_runtime().context.limits
+        return self._ready_runtime().context.capabilities
 
     def statistics(self) -> EngineStatistics:
         scheduler = self._loop.statistics if self._loop is not None else SchedulerStatistics()
@@ -281,7 +261,7 @@ class Engine:
             for text in texts
         ]
         vectors = [np.asarray(embedded.vector) for embedded in await self.embed_requests(requests)]
-        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.limits.n_vector), np.float32)
+        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.capabilities.n_vector), np.float32)
 
     async def embed_requests(self, requests: Sequence[EmbedRequest]) -> list[Embedded]:
         """As `embed_request`, of many at once: all of them, or none."""
@@ -320,7 +300,7 @@ class Engine:
         vectors: dict[int, Embedded] = {}
         in_flight: deque[tuple[int, Embedding]] = deque()
         # A window, so that a long list neither fills the queue nor starves the requests of others.
-        lanes, max_queue = self.limits.n_embed_slots, self.config.max_queue
+        lanes, max_queue = self.capabilities.n_embed_slots, self.config.max_queue
         window = 2 * lanes if max_queue is None else lanes + min(lanes, max_queue)
 
         async def take_first() -> None:
@@ -690,7 +670,11 @@ class Engine:
     def _n_lanes(self, kind: Kind) -> int:
         """Requests of a kind that run at once, as far as that is known before there is a model."""
         runtime = self._runtime
-        return self.config.slots if kind is GenerateRequest or runtime is None else runtime.context.limits.n_embed_slots
+        return (
+            self.config.slots
+            if kind is GenerateRequest or runtime is None
+            else runtime.context.capabilities.n_embed_slots
+        )
 
     def _hand_over(self) -> None:
         # Runs inside trio's own entry queue: an exception here would bring down trio itself.

@@ -13,7 +13,7 @@ from trio_runner.llama.gguf import GgufHeader, GgufTensor, check_gguf
 from trio_runner.llama.library import check_file, drain_log, native
 
 if TYPE_CHECKING:
-    from trio_runner.engine.runtime import ModelInfo
+    from trio_runner.info import ModelInfo
 
 MAX_RANK: Final = 16384
 """Above the sizes of all but the largest models; a damaged file may claim what fills the memory."""

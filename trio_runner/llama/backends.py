@@ -9,8 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-from trio_runner.core.placement import Device, DeviceKind
 from trio_runner.errors import LoadError, NativeError, RunnerError
+from trio_runner.info import Device, DeviceKind
 from trio_runner.llama.ggml_types import WEIGHT_TYPES
 from trio_runner.llama.library import LIBRARY_DIRECTORY, check, drain_log, logger, native
 

@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.config import MAX_SLOTS, EngineConfig
+from trio_runner.core import ports
 from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
-from trio_runner.core.placement import MemoryUse
+from trio_runner.core.ports import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.core.prompt import Media, MediaRow
-from trio_runner.engine import runtime
-from trio_runner.engine.runtime import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeError, RunnerError
 from trio_runner.events import TokenInfo
+from trio_runner.info import Capabilities, MemoryUse
 from trio_runner.llama.adapter import Adapter
 from trio_runner.llama.ggml_types import WEIGHT_TYPES
 from trio_runner.llama.library import FLASH_ATTENTION, check, drain_log, last_error, native
@@ -146,7 +145,7 @@ def measure(model: Model, config: EngineConfig) -> tuple[MemoryUse, ...]:
 
 
 class Context:
-    """A context of a loaded model: `trio_runner.engine.runtime.Context` over llama.cpp.
+    """A context of a loaded model: `trio_runner.core.ports.Context` over llama.cpp.
 
     Creating it decodes two tokens to see what its memory can do, and to refuse a model that computes rubbish. With
     `on_devices` a wide batch, too: what backends allocate and compile at the first use is then there, or is missed
@@ -185,7 +184,7 @@ class Context:
             raise LoadError(f"the model does not work: {failure}", path=model.path) from failure
         finally:
             drain_log()
-        self._limits = Limits(
+        self._capabilities = Capabilities(
             n_slots=config.slots,
             # Attention that looks both ways, or a memory that keeps nothing, needs the whole text in one step.
             n_ctx=n_positions if self._has_memory and info.causal else min(n_positions, config.batch_size),
@@ -252,12 +251,14 @@ class Context:
     def _warm_up(self, can_generate: bool) -> bool:
         """Decode two tokens, check that numbers come out, and leave the memory empty. Tells whether it can trim."""
         token = max(self._model.native_info.token_bos, 0)
-        source = (token,) if self._has_encoder else ()
+        encoder_tokens = (token,) if self._has_encoder else ()
         if can_generate:
             sampler = self._model.sampler(SamplingParams(temperature=0.0, repeat_penalty=1.0), ())
-            samplers: dict[int, runtime.Sampler] = {0: sampler}
-            self._warm_up_step(Batch((Chunk(0, 0, 0, (token,), output=False, source=source),)), samplers)
-            self._warm_up_step(Batch((Chunk(0, 0, 1, (token,), output=True, source=source),)), samplers)
+            samplers: dict[int, ports.Sampler] = {0: sampler}
+            self._warm_up_step(
+                Batch((Chunk(0, 0, 0, (token,), output=False, encoder_tokens=encoder_tokens),)), samplers
+            )
+            self._warm_up_step(Batch((Chunk(0, 0, 1, (token,), output=True, encoder_tokens=encoder_tokens),)), samplers)
             sampler.close()
         else:
             self._warm_up_step(Batch((Chunk(0, 0, 0, (token,), output=True),), embeddings=True), {})
@@ -271,13 +272,15 @@ class Context:
         """Decode a batch that goes the way of prompts."""
         tokens = (max(self._model.native_info.token_bos, 0),) * n_rows
         if can_generate:
-            batch = Batch((Chunk(0, 0, 0, tokens, output=False, source=tokens[:1] if self._has_encoder else ()),))
+            batch = Batch(
+                (Chunk(0, 0, 0, tokens, output=False, encoder_tokens=tokens[:1] if self._has_encoder else ()),)
+            )
         else:
             batch = Batch((Chunk(0, 0, 0, tokens, output=True),), embeddings=True)
         self._warm_up_step(batch, {})
         self.apply(Trim(0, 0))
 
-    def _warm_up_step(self, batch: Batch, samplers: Mapping[int, runtime.Sampler]) -> None:
+    def _warm_up_step(self, batch: Batch, samplers: Mapping[int, ports.Sampler]) -> None:
         result = self.decode(batch, samplers)
         if result.outcome is not DecodeOutcome.OK:
             raise NativeError("trio_step", self._lib.TRIO_E_FATAL, result.message or result.outcome.value)
@@ -286,8 +289,8 @@ class Context:
                 raise sampled.error
 
     @property
-    def limits(self) -> Limits:
-        return self._limits
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
 
     @property
     def memory(self) -> tuple[MemoryUse, ...]:
@@ -328,10 +331,10 @@ class Context:
     def decode(
         self,
         batch: Batch,
-        samplers: Mapping[int, runtime.Sampler],
+        samplers: Mapping[int, ports.Sampler],
         *,
         media: Mapping[Media, EncodedMedia] = NO_MEDIA,
-        adapters: Mapping[int, runtime.Adapter] = NO_ADAPTERS,
+        adapters: Mapping[int, ports.Adapter] = NO_ADAPTERS,
     ) -> StepResult:
         """Run one batch and sample its outputs with the samplers of their uids; `media` and `adapters` have what the
         batch names.
@@ -340,7 +343,7 @@ class Context:
         keeps nothing of the batch's slots after ABORTED and FATAL.
         """
         handle = self.handle
-        n_rows = max(batch.n_rows, sum(len(chunk.source) for chunk in batch.chunks))
+        n_rows = max(batch.n_rows, sum(len(chunk.encoder_tokens) for chunk in batch.chunks))
         if n_rows > self._max_rows:
             message = f"the batch has {n_rows} rows, but at most {self._max_rows} are allowed"
             return StepResult(DecodeOutcome.INVALID, {}, {}, {}, message=message)
@@ -382,7 +385,7 @@ class Context:
             raise NativeError(function, code, "unknown code")
         return outcome
 
-    def _set_adapters(self, wanted: AdapterSet, adapters: Mapping[int, runtime.Adapter]) -> None:
+    def _set_adapters(self, wanted: AdapterSet, adapters: Mapping[int, ports.Adapter]) -> None:
         if wanted == self._adapters:
             return
         handles = []
@@ -400,16 +403,18 @@ class Context:
     def _encode_sources(self, batch: Batch) -> DecodeOutcome:
         """Have the encoder read what the batch's slots begin with, unless it has. It reads for all of them at once, and
         forgets what it has read for others."""
-        if all(self._sources.get(chunk.slot) == chunk.source for chunk in batch.chunks):
+        if all(self._sources.get(chunk.slot) == chunk.encoder_tokens for chunk in batch.chunks):
             return DecodeOutcome.OK
-        sources = Batch(tuple(Chunk(chunk.uid, chunk.slot, 0, chunk.source, output=False) for chunk in batch.chunks))
+        sources = Batch(
+            tuple(Chunk(chunk.uid, chunk.slot, 0, chunk.encoder_tokens, output=False) for chunk in batch.chunks)
+        )
         self._batch.n_rows, _ = self._fill_rows(sources)
         self._batch.inputs = self._ffi.NULL
         self._batch.tokens = self._native_tokens
         self._batch.number = batch.number
         outcome = self._outcome("trio_encode", self._lib.trio_encode(self.handle, self._batch))
         if outcome is DecodeOutcome.OK:
-            self._sources = {chunk.slot: chunk.source for chunk in batch.chunks}
+            self._sources = {chunk.slot: chunk.encoder_tokens for chunk in batch.chunks}
         return outcome
 
     def _fill_rows(self, batch: Batch) -> tuple[int, list[tuple[Chunk, int]]]:
@@ -460,7 +465,7 @@ class Context:
             row += len(chunk.items)
         return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
-    def _fill_request(self, outputs: list[tuple[Chunk, int]], samplers: Mapping[int, runtime.Sampler]) -> None:
+    def _fill_request(self, outputs: list[tuple[Chunk, int]], samplers: Mapping[int, ports.Sampler]) -> None:
         for index, (chunk, row) in enumerate(outputs):
             sampler = samplers[chunk.uid]
             assert isinstance(sampler, Sampler)

@@ -10,9 +10,10 @@ from functools import partial
 from typing import Final, TypeVar
 
 from trio_runner.config import EngineConfig, ModelConfig
-from trio_runner.core.placement import MIB, Device, Placement, choose_devices, fits, most_layers, steps_down
-from trio_runner.engine.runtime import LoadedAdapter, Runtime
+from trio_runner.core.placement import choose_devices, fits, most_layers, steps_down
+from trio_runner.core.ports import LoadedAdapter, Runtime
 from trio_runner.errors import EngineClosed, LoadError, NativeError
+from trio_runner.info import MIB, Device, Placement
 from trio_runner.llama.backends import add_rpc_server
 from trio_runner.llama.backends import devices as all_devices
 from trio_runner.llama.context import Context, default_threads, measure
@@ -29,7 +30,7 @@ logger = logging.getLogger("trio_runner.placement")
 
 
 class LlamaLoader:
-    """Loads a model with its projector and adapters, and makes its context: `trio_runner.engine.runtime.Loader` over
+    """Loads a model with its projector and adapters, and makes its context: `trio_runner.core.ports.Loader` over
     llama.cpp."""
 
     def __init__(self, config: ModelConfig) -> None:

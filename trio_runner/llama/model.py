@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.config import SPLIT_MODES, ModelConfig
-from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
+from trio_runner.info import ModelInfo
 from trio_runner.llama.adapter import Adapter
 from trio_runner.llama.library import check, drain_log, last_error, native, read_text
 from trio_runner.llama.sampler import Sampler
@@ -42,7 +42,7 @@ class LoadProgress:
 
 
 class Model:
-    """A loaded model: `trio_runner.engine.runtime.Model` over llama.cpp.
+    """A loaded model: `trio_runner.core.ports.Model` over llama.cpp.
 
     Blocks while it loads, with the GIL released. The last `n_device_layers` of its layers (-1: all) go to `devices`, by
     their numbers. With `no_alloc` it has no weights: a context made of it only tells how much memory it would take.

@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from trio_runner.core.ports import EncodedImage, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.engine.runtime import EncodedImage, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidImage, LoadError
 from trio_runner.images import Pixels
 from trio_runner.llama.gguf import PROJECTOR_ARCHITECTURE, check_gguf
@@ -35,7 +35,7 @@ def check_projector(path: str) -> None:
 
 
 class Projector:
-    """The projector in a file: `trio_runner.engine.runtime.Projector` over llama.cpp. Keeps its model alive.
+    """The projector in a file: `trio_runner.core.ports.Projector` over llama.cpp. Keeps its model alive.
 
     `max_rows` is what fits into a batch: images whose rows must share one are scaled down to about that many, where the
     projector can. It computes on the device of that number; None: on the CPU. Blocks while it loads, with the GIL
@@ -162,7 +162,7 @@ class Encoding:
             folded = bool(positions[0, -1] == positions[0, 0]) and n_rows > 1
         key = hashlib.blake2b(self._pixels.digest, digest_size=_DIGEST_BYTES)
         key.update(projector.digest + index.to_bytes(4, "little"))
-        media = Media(key.digest(), n_rows, n_positions, causal=not info.both_ways, folded=folded)
+        media = Media(key.digest(), n_rows, n_positions, causal=not info.both_ways, shares_positions=folded)
         if media.whole and n_rows > projector.max_rows:
             raise InvalidImage(_too_many_rows(n_rows, projector.max_rows))
         rows: NDArray[np.float32] = np.empty((n_rows, projector.n_embd), np.float32)

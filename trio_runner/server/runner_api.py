@@ -38,11 +38,7 @@ from trio_runner.request import (
 from trio_runner.server.problems import Problem, problem, problem_text
 
 if TYPE_CHECKING:
-    from trio_runner.core.limits import Limits
-    from trio_runner.core.placement import Placement
-    from trio_runner.engine.adapters import AdapterInfo
-    from trio_runner.engine.engine import EngineStatistics
-    from trio_runner.engine.runtime import ModelInfo
+    from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement
 
 NO_SEQUENCE = "Failed to create new sequence: "
 NO_SLOT = "Failed to load cache: no available cache slots"
@@ -573,7 +569,7 @@ def health_status(status: str) -> int:
     return 200 if status in _STATUS else 503
 
 
-def props_line(info: ModelInfo, limits: Limits, placement: Placement | None) -> bytes:
+def props_line(info: ModelInfo, capabilities: Capabilities, placement: Placement | None) -> bytes:
     """The answer of /props: what does not change while the engine lives. Memory in bytes."""
     fields: dict[str, object] = {
         "model": {
@@ -583,8 +579,8 @@ def props_line(info: ModelInfo, limits: Limits, placement: Placement | None) -> 
             "parameters": info.n_params,
             "bytes": info.size,
         },
-        "slots": limits.n_slots,
-        "context_length": limits.n_ctx,
+        "slots": capabilities.n_slots,
+        "context_length": capabilities.n_ctx,
     }
     if placement is not None:
         fields["placement"] = {
