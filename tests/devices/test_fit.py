@@ -18,7 +18,7 @@ from trio_runner.core.placement import MARGIN_SHARE
 from trio_runner.info import Device
 from trio_runner.llama import Context, Model, devices
 from trio_runner.llama import loader as loader_module
-from trio_runner.llama.context import measure
+from trio_runner.llama.context_plan import measure
 
 Models = Callable[[str], Path]
 

@@ -16,10 +16,12 @@ from trio_runner.errors import EngineClosed, LoadError, NativeError
 from trio_runner.info import MIB, Device, Placement
 from trio_runner.llama.backends import add_rpc_server
 from trio_runner.llama.backends import devices as all_devices
-from trio_runner.llama.context import Context, default_threads, measure
+from trio_runner.llama.context import Context
+from trio_runner.llama.context_plan import measure
 from trio_runner.llama.gguf import ADAPTER_TYPE, PROJECTOR_ARCHITECTURE, GgufHeader, check_gguf, check_parts
 from trio_runner.llama.model import LoadProgress, Model
 from trio_runner.llama.projector import Projector, check_projector
+from trio_runner.llama.threads import default_threads
 
 POLL_SECONDS: Final = 0.05
 """How often a load is watched. llama.cpp would call back instead, but from inside the load, where Python must not."""
