@@ -110,7 +110,7 @@ async def test_a_device_with_less_memory_than_it_said(models: Models, device: st
     assert said[0][1], said
     if layers == "auto":
         assert said[1][:2] == said[0][:2]
-        assert f"1 layers cannot be had on {device}, trying fewer: " in said[1][2]
+        assert f"1 layers do not load on {device}, trying fewer: " in said[1][2]
     else:
         assert said[1][:2] == (1, b"")
         line = said[1][2].splitlines()[-1]

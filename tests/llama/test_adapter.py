@@ -196,7 +196,7 @@ def test_quantised_halves(models: Models, tmp_path: Path) -> None:
     shape = np.array([32, N], np.uint64).tobytes()
     assert shape in data
     path.write_bytes(data.replace(shape, np.array([RANK, N * 8], np.uint64).tobytes()))
-    with pytest.raises(LoadError, match="no whole blocks"):
+    with pytest.raises(LoadError, match="not whole blocks"):
         running.model.adapter(str(path))
 
 

@@ -1,4 +1,4 @@
-"""Models, contexts and samplers over llama.cpp: the only door to the native library."""
+"""Models, contexts and samplers over llama.cpp. Only this package calls the native library."""
 
 from __future__ import annotations
 

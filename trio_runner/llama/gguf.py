@@ -1,8 +1,8 @@
-"""GGUF: a look at a model file's header before native code trusts it.
+"""GGUF: checks the header of a model file before native code trusts it.
 
-llama.cpp answers most damage with an error, but some with an abort of the process (a block count out of range, a
-repeated vocabulary entry) and some not at all. This reads the header alone, in a fraction of a second, and says what
-is wrong.
+llama.cpp reports most damage as an error. For some it aborts the process, such as for a block count out of range or a
+repeated entry of the vocabulary, and some it does not notice. This module reads only the header, in a fraction of a
+second, and says what is wrong with it. The format is described in ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MAX_KEYS: Final = 65_536
 MAX_TENSORS: Final = 100_000
 MAX_STRING_BYTES: Final = 16 << 20
 MAX_ARRAY_LENGTH: Final = 4_000_000
-MAX_NAME_BYTES: Final = 64  # ggml's own bound, with the terminating NUL
+MAX_NAME_BYTES: Final = 64  # ggml's own bound, including the terminating NUL
 MAX_DIMENSIONS: Final = 4
 MAX_TEMPLATE_BYTES: Final = 1 << 20
 MAX_BLOCKS: Final = 512
 SHORT_ARRAY_LENGTH: Final = 64
-"""Arrays up to this length are kept with their values."""
+"""Length up to which the values of an array are kept."""
 
 ADAPTER_TYPE: Final = "adapter"
 """The `general.type` of an adapter's file."""
@@ -44,7 +44,10 @@ _NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array of the metadata; `values` only when it is short."""
+    """An array of the metadata. `values` is None if it is longer than `SHORT_ARRAY_LENGTH`.
+
+    `type` is a code of the struct module, or "s" for strings.
+    """
 
     type: str
     length: int
@@ -56,7 +59,7 @@ GgufValue: TypeAlias = "bool | int | float | str | GgufArray"
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor stands: `offset` from the beginning of the file, in bytes."""
+    """A tensor in a file. `type` is ggml's name of its type, and `offset` its first byte in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,7 +70,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a file says about itself, before any weight is read."""
+    """The header of a file."""
 
     version: int
     file_size: int
@@ -147,11 +150,11 @@ def check_parts(path: str, header: GgufHeader) -> list[str]:
 
 
 class _Damaged(Exception):
-    pass
+    """The message says what is wrong with the file, in words that follow its name."""
 
 
 class _Reader:
-    """Reads from the beginning of the file on; never beyond its end."""
+    """Reads a file from its beginning, and never beyond its end. Raises `_Damaged`."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
@@ -229,7 +232,7 @@ class _Reader:
         return GgufArray(code, length, struct.unpack_from(f"<{length}{code}", self._data, begin) if short else None)
 
     def _string_array(self, key: str, length: int) -> GgufArray:
-        # A vocabulary has a hundred thousand strings: everything in this loop is a local name.
+        # A vocabulary has a hundred thousand strings, so this loop uses local names only.
         data, at, size, unpack = self._data, self._at, self._size, struct.Struct("<Q").unpack_from
         want = key == "tokenizer.ggml.tokens" or length <= SHORT_ARRAY_LENGTH
         strings: list[bytes] = []
@@ -245,7 +248,7 @@ class _Reader:
             at += n_bytes
         self._at = at
         if key == "tokenizer.ggml.tokens":
-            named = [text for text in strings if text]  # llama.cpp gives empty ones names of their own
+            named = [text for text in strings if text]  # llama.cpp makes up names for empty ones
             if len(set(named)) != len(named):
                 raise _Damaged("damaged: the vocabulary has the same token twice")
         short = length <= SHORT_ARRAY_LENGTH
@@ -273,7 +276,7 @@ class _Reader:
             if not 0 < n_elements < 2**62:
                 raise _Damaged(f"damaged: the tensor {name} has the shape {shape}")
             if shape and shape[0] % block:
-                raise _Damaged(f"damaged: rows of the tensor {name} are no whole blocks of {type_name}")
+                raise _Damaged(f"damaged: the rows of the tensor {name} are not whole blocks of {type_name}")
             if offset % alignment:
                 raise _Damaged(f"damaged: the tensor {name} is not aligned to {alignment} bytes")
             raw.append((name, shape, type_name, offset, n_elements // block * block_bytes))
@@ -319,7 +322,7 @@ def _check_values(header: GgufHeader) -> None:
 
     def whole(key: str, low: int, high: int) -> int | None:
         value = metadata.get(f"{architecture}.{key}")
-        if value is None or isinstance(value, GgufArray):  # one per layer: a layer may well have none
+        if value is None or isinstance(value, GgufArray):  # an array has a value for each layer, which may be 0
             return None
         if not isinstance(value, int) or not low <= value <= high:
             raise _Damaged(f"{architecture}.{key} is {value}, but must be between {low} and {high}")
@@ -328,7 +331,7 @@ def _check_values(header: GgufHeader) -> None:
     whole("block_count", 1, MAX_BLOCKS)
     whole("context_length", 1, 2**31 - 1)
     whole("embedding_length", 1, 2**24)
-    # A recurrent model says that it has no heads.
+    # A recurrent model may have 0 heads.
     has_state = any(".ssm." in key or ".wkv." in key or ".shortconv." in key for key in metadata)
     least = 0 if has_state or "rwkv" in architecture else 1
     n_head = whole("attention.head_count", least, 2**16)
