@@ -15,7 +15,7 @@ from trio_runner.core.grammar import (
     check_grammar,
 )
 from trio_runner.errors import InvalidGrammar
-from trio_runner.request import MAX_GRAMMAR_BYTES
+from trio_runner.sampling import MAX_GRAMMAR_BYTES
 
 OLLAMA_JSON = r"""
 root   ::= object

@@ -21,7 +21,8 @@ from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.core.ports import EncodedImage, LoadedAdapter, Runtime
 from trio_runner.core.prompt import Item, MediaRow
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
+from trio_runner.front_door import open_engine
 from trio_runner.images import ImageSource, Pixels, load_pixels
 from trio_runner.testing import (
     END,

@@ -24,7 +24,7 @@ from trio_runner.errors import EngineClosed, InvalidImage, LoadError
 from trio_runner.images import Pixels
 from trio_runner.llama import Model, Projector
 from trio_runner.llama.library import drain_log, last_error, native
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 

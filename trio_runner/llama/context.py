@@ -27,7 +27,7 @@ from trio_runner.llama.backends import GGML_TYPES
 from trio_runner.llama.library import FLASH_ATTENTION, check, drain_log, last_error, native
 from trio_runner.llama.model import Model
 from trio_runner.llama.sampler import Sampler
-from trio_runner.request import MAX_LOGPROBS, SamplingParams
+from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_CONTEXT_LENGTH: Final = 4096
 """What a slot holds unless told otherwise, at most: models trained for a million tokens would want all memory."""

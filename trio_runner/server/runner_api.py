@@ -27,14 +27,13 @@ from trio_runner.request import (
     MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
     MAX_IMAGES,
-    MAX_LOGPROBS,
     MAX_TEXT_BYTES,
     AdapterChoice,
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
-    SamplingParams,
 )
+from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.problems import Problem, problem, problem_text
 
 if TYPE_CHECKING:
