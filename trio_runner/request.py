@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.images import ImageSource, is_image_source
+from trio_runner.image_source import ImageSource, is_image_source
 
 MAX_TEXT_BYTES = 4 << 20
 """Bytes of one prompt or content, which are refused before they are tokenised: that takes seconds per megabyte."""

@@ -43,7 +43,7 @@ from trio_runner.events import TokenInfo
 from trio_runner.request import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 N_VOCAB = 257
 END = 256

@@ -33,7 +33,7 @@ from trio_runner.errors import (
     RunnerError,
 )
 from trio_runner.events import Embedded, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.images import MAX_IMAGE_BYTES
+from trio_runner.image_source import MAX_IMAGE_BYTES
 from trio_runner.request import (
     RANDOM_SEED,
     AdapterChoice,

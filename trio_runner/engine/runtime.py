@@ -19,7 +19,7 @@ from trio_runner.core.prompt import Item, Media
 from trio_runner.request import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
