@@ -48,7 +48,7 @@ OUTSIDE: dict[str, set[str]] = {
     "h11": {"server", "bench.client"},
     "cffi": {"llama"},
     "trio": {"engine", "server", "bench", ""},
-    "numpy": {"core.pooling", "core.grammar", "llama", "engine", "server", "testing", ""},
+    "numpy": {"core.pooling", "core.grammar.derivations", "llama", "engine", "server", "testing", ""},
     "msgspec": {"server", ""},
     "jinja2": {"core.template"},
     "matplotlib": {"bench.report"},
