@@ -30,7 +30,8 @@ from trio_runner import __version__
 from trio_runner.config import KV_TYPES, POOLINGS, SPLIT_MODES, AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import RunnerError
 from trio_runner.models import DEFAULT_MODEL, resolve_model
-from trio_runner.request import Chat, GenerateRequest, Prompt, SamplingParams
+from trio_runner.request import Chat, GenerateRequest, Prompt
+from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -383,7 +384,7 @@ async def wait_ready(engine: Engine) -> None:
 
 def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: Callable[[Engine], Awaitable[None]]) -> int:
     """Load the model, run `main` with the engine, and turn signals and expected failures into an exit code."""
-    from trio_runner.engine.engine import open_engine
+    from trio_runner.front_door import open_engine
     from trio_runner.service import run_to_exit_code, until_signal
 
     async def with_engine() -> None:
@@ -898,13 +899,14 @@ def bench(
 
 
 def _bench_bare(options: EngineOptions, *, n_prompt: int, n_tokens: int, rounds: int) -> int:
-    configs = options.configs(slots=EngineConfig().slots)
+    model, config = options.configs(slots=EngineConfig().slots)
 
     from trio_runner.bench.bare import run_bench
+    from trio_runner.llama.loader import LlamaLoader
     from trio_runner.service import run_to_exit_code, until_signal
 
     async def measure() -> None:
-        measured = await run_bench(*configs, n_prompt=n_prompt, n_tokens=n_tokens, rounds=rounds)
+        measured = await run_bench(LlamaLoader(model), config, n_prompt=n_prompt, n_tokens=n_tokens, rounds=rounds)
         click.echo(f"{'tokens per second':<20} {'engine':>10} {'bare loop':>10} {'ratio':>7}")
         for row in measured:
             click.echo(f"{row.name:<20} {row.engine:>10.1f} {row.bare:>10.1f} {row.ratio:>7.3f}")

@@ -16,7 +16,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, TypeAlias
 
 Kind: TypeAlias = Literal["number", "integer", "boolean", "text", "choice", "other"]
@@ -101,7 +100,7 @@ def text(default: str, *, doc: str, **more: Any) -> Any:
     return _field(Parameter(kind="text", default=default, doc=doc, **more))
 
 
-def choice(default: str, choices: tuple[str, ...], *, doc: str, **more: Any) -> Any:
+def one_of(default: str, choices: tuple[str, ...], *, doc: str, **more: Any) -> Any:
     """A field for one of a few words."""
     return _field(Parameter(kind="choice", default=default, doc=doc, choices=choices, **more))
 
@@ -112,13 +111,21 @@ def other(default: Any = dataclasses.MISSING, *, doc: str, **more: Any) -> Any:
 
 
 def _field(parameter: Parameter) -> Any:
-    parameter = dataclasses.replace(parameter, optional=parameter.default is None)
+    parameter = dataclasses.replace(parameter, optional=parameter.optional or parameter.default is None)
     return dataclasses.field(default=parameter.default, metadata={_KEY: parameter})
 
 
-@cache
+_tables: dict[type[Any], Mapping[str, Parameter]] = {}
+
+
 def parameters_of(cls: type[Any]) -> Mapping[str, Parameter]:
     """The table of a dataclass, by name, in the order of its fields. Fields that are no parameters are left out."""
+    if cls not in _tables:  # made once: every request is checked against its table
+        _tables[cls] = _table(cls)
+    return _tables[cls]
+
+
+def _table(cls: type[Any]) -> dict[str, Parameter]:
     return {
         field.name: dataclasses.replace(field.metadata[_KEY], name=field.name)
         for field in dataclasses.fields(cls)
@@ -136,7 +143,7 @@ def complaints(values: Any) -> Mapping[str, str]:
     return found
 
 
-# ---- single checks: each returns what is wrong, or None ---------------------------------------------------------------
+# ---- single checks: each returns what is wrong, or None --------------------------------------------------------------
 
 
 def number_complaint(name: str, value: object, low: float, high: float, unit: str = "") -> str | None:

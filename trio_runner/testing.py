@@ -39,10 +39,10 @@ from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError
 from trio_runner.events import TokenInfo
 from trio_runner.info import Capabilities, ModelInfo
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 N_VOCAB = 257
 END = 256

@@ -21,7 +21,7 @@ DEADLINE = 60
 TOY = """
 import os, sys, time
 from dataclasses import replace
-import trio_runner.engine.engine
+import trio_runner.front_door
 from trio_runner import testing
 from trio_runner.errors import LoadError, NativeError
 
@@ -53,7 +53,7 @@ def loader(model):
 
     return load
 
-trio_runner.engine.engine._loader = loader
+trio_runner.front_door._loader = loader
 
 sys.executable = os.environ.get("TOY_PYTHON", sys.executable)
 

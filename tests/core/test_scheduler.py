@@ -20,7 +20,7 @@ from trio_runner.core.sequence import SequenceSpec
 from trio_runner.errors import InvalidGrammar, NativeError
 from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
 from trio_runner.info import Capabilities
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import Interruption, toy_continuation, toy_vector
 
 A, B, C = 97, 98, 99

@@ -16,7 +16,7 @@ from trio_runner.core.scheduler import Scheduler
 from trio_runner.core.sequence import SequenceSpec
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.info import Capabilities
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import END, N_EMBD, Interruption, ToyAdapter, ToyContext, ToySampler, toy_cache_key, toy_next
 
 # --- the oracle ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Trim
 from trio_runner.errors import EngineClosed
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 

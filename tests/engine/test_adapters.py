@@ -29,11 +29,12 @@ from tests.engine.toys import (
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.adapters import MAX_LOADED
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import EngineBroken, EngineClosed, InvalidRequest, LoadError, NativeError, UnknownAdapter
+from trio_runner.front_door import open_engine
 from trio_runner.info import AdapterInfo
-from trio_runner.request import AdapterChoice, EmbedRequest, RerankRequest
+from trio_runner.request import AdapterChoice, EmbedRequest, Priority, RerankRequest
 from trio_runner.testing import Interruption, ToyAdapter, toy_cache_key, toy_text, toy_vector
 
 SCALES = {"one": 1.0, "two": 0.0, "three": -0.5}
@@ -108,7 +109,7 @@ async def test_scores_have_adapters_too(toy: Toy) -> None:
     toy.capabilities = {"ranks": True}
     async with toy.engine() as engine:
         request = RerankRequest(query="a", documents=("b",), adapters=chosen(two=1))
-        (score,) = await engine.rerank(request)
+        (score,) = await engine.rerank_request(request)
         assert score == toy_vector(list(b"ab"), cache_key(two=1))[0]
 
 
@@ -386,7 +387,7 @@ async def four_that_have_it(toy: Toy) -> AsyncIterator[tuple[Engine, Gate, list[
     async with toy.engine(slots=1) as engine:
         generations: list[Generation] = []
         for n, prompt in enumerate(prompts(4, 30)):
-            priority = "background" if n in (0, 3) else "interactive"
+            priority: Priority = "background" if n in (0, 3) else "interactive"
             generation = engine.generate(prompt, max_tokens=30, adapters=chosen(one=1), priority=priority)
             await generation.start()
             generations.append(generation)

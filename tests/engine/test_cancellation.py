@@ -18,7 +18,7 @@ from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
 from trio_runner.events import Finished
-from trio_runner.request import EmbedRequest, GenerateRequest
+from trio_runner.request import EmbedRequest, GenerateRequest, Priority
 from trio_runner.testing import Interruption, toy_text, toy_vector
 
 # -- the ways out -----------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class Storm:
         )
 
     async def stay(self, prompt: str) -> None:
-        priority = self.chance.choice(["interactive", "background"])
+        priority: Priority = self.chance.choice(["interactive", "background"])
         generation = self.engine.generate(prompt, max_tokens=40, priority=priority, deadline=1000)
         self.texts[prompt] = await generation.collect()
 

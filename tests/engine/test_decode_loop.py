@@ -13,7 +13,7 @@ from trio_runner.engine.decode_loop import MIN_ROWS_TO_INTERRUPT, DecodeLoop
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Submit
 from trio_runner.events import Finished
 from trio_runner.info import Capabilities
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import ToyContext, ToySampler, toy_text
 
 CAPABILITIES = Capabilities(n_slots=2, n_ctx=256, max_rows=64)

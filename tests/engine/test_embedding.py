@@ -299,7 +299,7 @@ async def test_many_documents_over_few_slots(toy: Toy) -> None:
     ranking(toy)
     documents = [f"document {'x' * (n % 13)} {n}" for n in range(60)]
     async with toy.engine(slots=2, max_queue=1, batch_size=64) as engine:
-        scores = await engine.rerank(RerankRequest(query=QUERY, documents=tuple(documents)))
+        scores = await engine.rerank_request(RerankRequest(query=QUERY, documents=tuple(documents)))
         assert engine.statistics().generations == 0
     np.testing.assert_array_equal(scores, [toy_vector(list((QUERY + document).encode()))[0] for document in documents])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import trio
 
@@ -25,7 +27,7 @@ def said(prompt: str, n_tokens: int = 20, *, adapters: ToyAdapters = (), end: by
     return toy_text([START], n_tokens, toy_cache_key(adapters, list(prompt.encode() + end)))
 
 
-async def read_all(engine: Engine, requests: list[str], n_tokens: int, **options: object) -> None:
+async def read_all(engine: Engine, requests: list[str], n_tokens: int, **options: Any) -> None:
     """Each at the same time; the texts are checked."""
 
     async def read(prompt: str) -> None:

@@ -35,7 +35,7 @@ from tests.hostile_images import good_images, hostile_images
 from trio_runner.core.batch import Batch
 from trio_runner.core.ports import EncodedImage
 from trio_runner.core.prompt import fit_prompt
-from trio_runner.engine.engine import MAX_PICTURES, Engine, open_engine
+from trio_runner.engine.engine import MAX_PICTURES, Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.image_store import ImageStore
 from trio_runner.engine.patience import Patience
@@ -52,7 +52,10 @@ from trio_runner.errors import (
     Unsupported,
 )
 from trio_runner.events import PromptProgress
-from trio_runner.images import ImageSource, Pixels, load_pixels
+from trio_runner.front_door import open_engine
+from trio_runner.image_source import ImageSource
+from trio_runner.images import load_pixels
+from trio_runner.pixels import Pixels
 from trio_runner.request import MAX_IMAGES
 from trio_runner.testing import ToyEncoding, ToyProjector, toy_text, toy_vector
 

@@ -14,10 +14,12 @@ import trio
 from tests.engine.toys import until, until_idle
 from tests.placing import model_config
 from tests.tiny_models import tiny_model
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.events import Finished
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.front_door import open_engine
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 
 DEADLINE = 60.0
 KINDS = ["llama", "swa", "mrope", "gpt2", "mamba", "lfm2", "t5"]

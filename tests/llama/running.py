@@ -13,7 +13,7 @@ from trio_runner.core.memory import Trim
 from trio_runner.core.ports import NO_MEDIA, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow, n_positions
 from trio_runner.llama import Context, LlamaLoader, Model, Projector, Sampler
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0)
 PROMPT = "hello world, the model and the answer"

@@ -15,7 +15,7 @@ from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.errors import LoadError
 from trio_runner.llama.library import last_error, native
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 

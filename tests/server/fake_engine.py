@@ -119,7 +119,7 @@ class FakeEngine:
     async def embed_requests(self, requests: Sequence[EmbedRequest]) -> list[Embedded]:
         return [await self.embed_request(request) for request in requests]
 
-    async def rerank(self, request: RerankRequest) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    async def rerank_request(self, request: RerankRequest) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         self.calls.append(request)
         await self.admit()
         return np.array(self.scores, np.float32)

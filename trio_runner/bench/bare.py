@@ -17,14 +17,16 @@ from functools import partial
 
 import trio
 
-from trio_runner.config import EngineConfig, ModelConfig
+from trio_runner.config import EngineConfig
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome
 from trio_runner.core.memory import Trim
-from trio_runner.core.ports import Context, Model, Sampler
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.core.ports import Context, Loader, Model, Sampler
 from trio_runner.errors import PromptTooLong
 from trio_runner.events import Finished, TextPiece
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.front_door import open_engine
+from trio_runner.interface import EngineInterface
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 
 N_SHORT_PROMPT = 16
 """Tokens of the prompts when decoding is measured."""
@@ -41,19 +43,17 @@ class Measured:
 
 
 async def run_bench(
-    model: ModelConfig, config: EngineConfig, *, n_prompt: int, n_tokens: int, rounds: int
+    loader: Loader, config: EngineConfig, *, n_prompt: int, n_tokens: int, rounds: int
 ) -> list[Measured]:
     """Measure prefill of one prompt, decoding of one sequence, and decoding of a sequence on every slot.
 
     Loads the model twice. Raises `LoadError` if it cannot be loaded, and `PromptTooLong` if the prompt, or a short
     prompt and the generated tokens, do not fit into a slot.
     """
-    from trio_runner.llama.loader import LlamaLoader
-
-    async with open_engine(model, replace(config, max_queue=None)) as engine:
+    async with open_engine(loader, replace(config, max_queue=None)) as engine:
         if max(n_prompt, N_SHORT_PROMPT + n_tokens) >= engine.capabilities.n_ctx:
             raise PromptTooLong(max(n_prompt, N_SHORT_PROMPT + n_tokens), engine.capabilities.n_ctx - 1)
-        load = partial(LlamaLoader(model), config, progress=lambda _: None, cancelled=lambda: False)
+        load = partial(loader, config, progress=lambda _: None, cancelled=lambda: False)
         bare = await trio.to_thread.run_sync(load)
         sampling = _endless(engine)
         try:
@@ -73,7 +73,7 @@ async def run_bench(
 
 async def _measure(
     name: str,
-    engine: Engine,
+    engine: EngineInterface,
     model: Model,
     context: Context,
     sampling: SamplingParams,
@@ -99,7 +99,7 @@ async def _measure(
     return Measured(name, statistics.median(with_engine), statistics.median(without), statistics.median(ratios))
 
 
-def _endless(engine: Engine) -> SamplingParams:
+def _endless(engine: EngineInterface) -> SamplingParams:
     """Greedy sampling without the model's special tokens, so that no stream ends before the others."""
     special = [
         int(value)
@@ -117,7 +117,7 @@ def _prompt(n_tokens: int, number: int, n_vocab: int) -> tuple[int, ...]:
 
 
 async def _engine_rate(
-    engine: Engine, sampling: SamplingParams, prompts: Sequence[tuple[int, ...]], n_decode: int
+    engine: EngineInterface, sampling: SamplingParams, prompts: Sequence[tuple[int, ...]], n_decode: int
 ) -> float:
     """The engine's tokens per second: of prefill if `n_decode` is 0, or of decoding, all streams together."""
     first: list[float] = []

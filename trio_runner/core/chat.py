@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 
 from trio_runner.core.template import BoundedTemplate, Refusal, TemplateError, TooLong
 from trio_runner.errors import InvalidRequest, RequestError, Unsupported
-from trio_runner.images import MAX_IMAGE_BYTES, ImageSource, is_image_source
+from trio_runner.image_source import MAX_IMAGE_BYTES, ImageSource, is_image_source
 from trio_runner.request import MAX_TEXT_BYTES, Part
 
 MAX_MESSAGES: Final = 4096

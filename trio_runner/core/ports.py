@@ -15,10 +15,10 @@ from trio_runner.core.batch import Batch, StepResult
 from trio_runner.core.memory import MemoryOp
 from trio_runner.core.prompt import Item, Media
 from trio_runner.info import Capabilities, ModelInfo, Placement
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 
 class Sampler(Protocol):

@@ -18,17 +18,17 @@ import math
 import os
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, Unpack
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.pooling import normalize as normalize_vector
 from trio_runner.core.ports import EncodedImage, Loader, Runtime
 from trio_runner.core.scheduler import Emission
@@ -61,6 +61,7 @@ from trio_runner.info import (
     SchedulerStatistics,
     Status,
 )
+from trio_runner.options import ChatOptions, GenerateOptions
 from trio_runner.request import (
     AdapterChoice,
     Chat,
@@ -68,15 +69,13 @@ from trio_runner.request import (
     GenerateRequest,
     Part,
     RerankRequest,
-    SamplingParams,
     as_prompt,
+    make_request,
 )
 
 logger = logging.getLogger("trio_runner.engine")
 
 T = TypeVar("T")
-
-_SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 
 MAX_HELPERS = 2
 """Prompts that are tokenised at the same time: more would only take the cores from the decode thread."""
@@ -199,7 +198,12 @@ class Engine:
 
     # -- what it does -------------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerateRequest | Chat | str | Sequence[int | Part], /, **options: Any) -> Generation:
+    def generate(
+        self,
+        request: GenerateRequest | Chat | str | Sequence[int | Part],
+        /,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
         """Continue a prompt: a whole request, or text, or tokens, or a list of texts and images, with any fields of
         `GenerateRequest` and `SamplingParams` by name. Nothing happens before the generation is entered, started or
         iterated.
@@ -207,15 +211,7 @@ class Engine:
         Raises `InvalidRequest` for a value outside its range and TypeError for a name that is no field.
         """
         if not isinstance(request, GenerateRequest):
-            sampling = {name: options.pop(name) for name in _SAMPLING_FIELDS & options.keys()}
-            if "stop" in options:
-                stop = options["stop"]
-                options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-            if sampling and "sampling" in options:
-                raise TypeError(f"give either sampling or its fields by name: {', '.join(sorted(sampling))}")
-            if sampling:
-                options["sampling"] = SamplingParams(**sampling)
-            request = GenerateRequest(prompt=as_prompt(request), **options)
+            request = make_request(as_prompt(request), options)
         elif options:
             raise TypeError("options go into the request")
         return Generation(self, request)
@@ -228,7 +224,7 @@ class Engine:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_variables: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> Generation:
         """Continue a conversation, which the chat template in the model's file makes a prompt of; the rest as
         `generate`. A message's content is text, or a list of parts: `{"type": "text", "text": ...}` and
@@ -279,16 +275,16 @@ class Engine:
             embedding.close()
         return Embedded(_vector(embedded, request), embedded.usage)
 
-    async def rerank(
-        self, query: str | RerankRequest, documents: Sequence[str] = (), *, truncate: bool = False
-    ) -> NDArray[np.float32]:
+    async def rerank(self, query: str, documents: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """How well each document answers the query, shape (len(documents),): the model's own scores, of which only
         the order means something. Raises as `Generation.start`, `Unsupported` if the model was not made for it."""
-        if isinstance(query, str):
-            query = RerankRequest(query=query, documents=tuple(documents), truncate=truncate)
+        return await self.rerank_request(RerankRequest(query=query, documents=tuple(documents), truncate=truncate))
+
+    async def rerank_request(self, request: RerankRequest) -> NDArray[np.float32]:
+        """As `rerank`, of a whole request."""
         pairs = [
-            PairRequest(query.query, document, query.truncate, query.adapters, f"documents[{index}]")
-            for index, document in enumerate(query.documents)
+            PairRequest(request.query, document, request.truncate, request.adapters, f"documents[{index}]")
+            for index, document in enumerate(request.documents)
         ]
         await self.wait_ready()
         embedded = await self._all_vectors(pairs)
@@ -740,84 +736,6 @@ class Engine:
             drop()
             raise
         return results.pop()
-
-
-@asynccontextmanager
-async def open_engine(
-    model: str | os.PathLike[str] | ModelConfig | Loader,
-    config: EngineConfig | None = None,
-    *,
-    wait: bool = True,
-    cancel_when_broken: bool = True,
-    **options: Any,
-) -> AsyncIterator[Engine]:
-    """An engine for the length of the block.
-
-    `model` is a path, a `ModelConfig`, or anything that loads (`testing.ToyLoader`). `config`, or the fields of an
-    `EngineConfig` by name, say how to run it. With `wait` the block starts when the model is loaded, and a model that
-    does not load raises `LoadError`; without, it starts at once, with `engine.status` "loading", and a failure shows
-    as "broken". Leaving the block ends every generation with `EngineClosed`.
-
-    Should the decode thread die, of a device that fails or vanishes for example, every generation and embedding ends
-    with `EngineBroken`, which carries the reason. Then the block is cancelled and `EngineBroken` is raised out of it.
-    With `cancel_when_broken=False` it goes on instead, for programs that have more to do: `engine.status` is "broken",
-    requests raise `EngineBroken` at once, another engine may be opened meanwhile, and leaving the block raises nothing.
-    """
-    if config is not None and options:
-        raise TypeError("give either config or its fields by name")
-    engine = Engine(_loader(model), config or EngineConfig(**options), cancel_when_broken=cancel_when_broken)
-    own: BaseException | None = None
-    errors: list[BaseException] = []
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.live)
-            try:
-                if wait:
-                    await engine.wait_ready()
-                yield engine
-            except BaseException as error:
-                own = error
-                # A cancellation is for trio to sort out. Any other error goes around the nursery, which takes groups
-                # apart: who wrote `raise X` in the block expects this very X to come out of it.
-                if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(error)):
-                    raise
-                errors.append(error)
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        errors += leaves(group, own)
-    if errors:
-        raise _one_of(errors, own)
-
-
-def _one_of(errors: list[BaseException], own: BaseException | None) -> BaseException:
-    """The one that matters, or a group where several do; `own` is the caller's."""
-    failures = [error for error in errors if not isinstance(error, trio.Cancelled)]
-    if not failures:
-        return errors[0]
-    if len(failures) > 1 and own in failures and all(isinstance(leaf, EngineBroken) for leaf in leaves(own)):
-        # A reader in the block has raised what the engine raises, too: that is one piece of news.
-        failures.remove(own)
-    return failures[0] if len(failures) == 1 else BaseExceptionGroup("the engine and the block failed", failures)
-
-
-def leaves(error: BaseException | None, whole: BaseException | None = None) -> Iterator[BaseException]:
-    """The errors in `error`, which may be a group in groups; `whole` is not looked into."""
-    if isinstance(error, BaseExceptionGroup) and error is not whole:
-        for inside in error.exceptions:
-            yield from leaves(inside, whole)
-    elif error is not None:
-        yield error
-
-
-def _loader(model: str | os.PathLike[str] | ModelConfig | Loader) -> Loader:
-    if isinstance(model, (str, os.PathLike)):
-        model = ModelConfig(path=os.fspath(model))
-    if isinstance(model, ModelConfig):
-        # Imported here, so that everything but real models works without the native library.
-        from trio_runner.llama.loader import LlamaLoader
-
-        return LlamaLoader(model)
-    return model
 
 
 def _forget_variables(failure: BaseException) -> None:

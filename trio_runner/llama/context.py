@@ -30,7 +30,7 @@ from trio_runner.llama.library import check, drain_log, last_error, native
 from trio_runner.llama.model import Model
 from trio_runner.llama.step_input import OutputRow, StepInput
 from trio_runner.llama.step_output import StepOutput
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 WIDE_BATCH: Final = 64
 """Rows of a batch that devices compute in the same way as the widest batches."""

@@ -16,7 +16,8 @@ from trio_runner.info import ModelInfo
 from trio_runner.llama.adapter import Adapter
 from trio_runner.llama.library import check, drain_log, last_error, native, read_text
 from trio_runner.llama.sampler import Sampler
-from trio_runner.request import MAX_TEXT_BYTES, SamplingParams
+from trio_runner.request import MAX_TEXT_BYTES
+from trio_runner.sampling import SamplingParams
 
 
 def _token(token: int) -> int | None:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from trio_runner.core.ports import EncodedImage, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.errors import EngineClosed, InvalidImage, LoadError
-from trio_runner.images import Pixels
 from trio_runner.llama.gguf import PROJECTOR_ARCHITECTURE, check_gguf
 from trio_runner.llama.library import FLASH_ATTENTION, check, check_file, drain_log, last_error, native
 from trio_runner.llama.mmproj import problem_of
 from trio_runner.llama.model import LoadProgress, Model
+from trio_runner.pixels import Pixels
 
 _N_POSITIONS: Final = 4  # of a row, with M-RoPE
 _DIGEST_BYTES: Final = 32

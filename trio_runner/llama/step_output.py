@@ -16,7 +16,7 @@ from trio_runner.llama.library import last_error, native
 from trio_runner.llama.model import Model
 from trio_runner.llama.sampler import Sampler
 from trio_runner.llama.step_input import OutputRow
-from trio_runner.request import MAX_LOGPROBS
+from trio_runner.sampling import MAX_LOGPROBS
 
 _MIN_PIECE_BYTES: Final = 256
 """Bytes of each sample's piece, at least: a sample that failed writes its message there."""

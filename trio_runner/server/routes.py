@@ -82,7 +82,7 @@ def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) 
 
     async def rerank() -> Response:
         asked, top_n = await body(runner_api.rerank)
-        scores = await engine.rerank(asked)
+        scores = await engine.rerank_request(asked)
         return json_response(runner_api.rerank_line(scores.tolist(), top_n))
 
     async def list_adapters() -> Response:

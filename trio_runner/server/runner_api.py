@@ -22,19 +22,18 @@ import numpy as np
 
 from trio_runner.errors import EngineBusy, InvalidImage, InvalidRequest, LoadError, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.images import MAX_IMAGE_BYTES
+from trio_runner.image_source import MAX_IMAGE_BYTES
 from trio_runner.request import (
     MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
     MAX_IMAGES,
-    MAX_LOGPROBS,
     MAX_TEXT_BYTES,
     AdapterChoice,
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
-    SamplingParams,
 )
+from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.problems import Problem, problem, problem_text
 
 if TYPE_CHECKING:
