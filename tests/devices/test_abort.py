@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.devices.test_numbers import PARAMS, TEXT, check_same, go_on, read_and_tell
+from tests.llama.pictures import media_of, open_pair, picture
 from tests.llama.running import Running
-from tests.llama.test_projector import media_of, open_pair, picture
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Slide, Trim
 from trio_runner.core.prompt import MediaRow

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.llama.pictures import PAIRS, open_pair, picture, rows_of
 from tests.llama.running import Running
-from tests.llama.test_projector import PAIRS, open_pair, picture, rows_of
 from tests.placing import placed
 from tests.tiny_models import GENERATIVE
 from trio_runner.config import AdapterConfig
