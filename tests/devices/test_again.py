@@ -1,4 +1,4 @@
-"""What holds on the CPU, on a device: contexts, images, adapters and encoders, one kind of memory each."""
+"""Tests of contexts, images, adapters and encoders on a device, with one kind of memory each."""
 
 from __future__ import annotations
 

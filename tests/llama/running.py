@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Running:
         self.adapter_set: AdapterSet = tuple(
             (uid, loaded.scale) for uid, loaded in enumerate(runtime.adapters) if loaded.scale
         )
+        self.around_decode: Callable[[Batch], AbstractContextManager[object]] = nullcontext
+        """Called with each batch; the context manager it returns is entered while the batch is decoded."""
         if projector is not None:
             assert isinstance(runtime.projector, Projector)
             self.projector = runtime.projector
@@ -66,9 +69,11 @@ class Running:
         media: Mapping[Media, EncodedMedia] = NO_MEDIA,
         number: int = 0,
     ) -> StepResult:
+        """Decode one batch of these chunks."""
         adapter_set = self.adapter_set if adapters is None else adapters
         batch = Batch(chunks, embeddings=embeddings, adapters=adapter_set, number=number)
-        return self.context.decode(batch, samplers or {}, media=media, adapters=self.adapters)
+        with self.around_decode(batch):
+            return self.context.decode(batch, samplers or {}, media=media, adapters=self.adapters)
 
     def prefill(self, tokens: Sequence[int], *, slot: int = 0, start: int = 0, rows: int = 64) -> int:
         """Decode `tokens` without output, `rows` at a time. Returns the position after them."""
