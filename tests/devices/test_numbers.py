@@ -42,7 +42,7 @@ def tell(running: Running, tokens: Sequence[int], chosen: Sequence[Sampled] = ()
 def go_on(
     running: Running, token: int, position: int, chosen: Sequence[Sampled] = (), *, slot: int = 0
 ) -> list[Sampled]:
-    """Decode `token` at `position` and sample, eight times. Continue with the tokens of `chosen`, or the sampled ones."""
+    """Decode `token` at `position` and sample, eight times. Continue with `chosen`, or with the sampled tokens."""
     sampler = running.sampler(PARAMS)
     result: list[Sampled] = []
     for n in range(len(chosen) or 8):
