@@ -332,7 +332,7 @@ def test_kinds_of_rows_take_turns() -> None:
     """However many want rows of one kind, and however few of them get some at a time."""
     world = make_world(3, n_ctx=128, max_rows=64, slowness=40.0, n_embed_slots=8)
     kinds: list[tuple[bool, object]] = []
-    world.on_batch = lambda batch: kinds.append((batch.embeddings, batch.adapters))
+    world.on_batch = lambda batch: kinds.append((batch.kind.embedding, batch.kind.adapters))
     for n in range(80):
         live = [spec for uid, spec in world.specs.items() if not world.finished(uid)]
         for adapters in {(), ((1, 1.0),), ((2, 1.0),)} - {spec.adapters for spec in live if not spec.embedding}:

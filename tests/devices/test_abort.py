@@ -216,8 +216,8 @@ def test_vectors(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
 
     first = step()
     result = Caller(running, monkeypatch).break_off(step)
-    assert (result.kept, result.vectors) == ({0: 0}, {})
-    np.testing.assert_allclose(np.asarray(step().vectors[0]), np.asarray(first.vectors[0]), atol=1e-3)
+    assert (result.kept, result.embeddings) == ({0: 0}, {})
+    np.testing.assert_allclose(np.asarray(step().embeddings[0]), np.asarray(first.embeddings[0]), atol=1e-3)
 
 
 def test_rows_of_an_image_that_see_each_other(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim:
         can_trim=can_trim,
         can_shift=can_shift,
         embeds_last_row=can_trim,
-        n_vector=64,
+        embedding_size=64,
     )
     assert running.context.length(0) == 0
 
@@ -89,7 +89,7 @@ def test_limits_of_an_encoder(models: Models, name: str) -> None:
     assert not capabilities.embeds_last_row
     assert capabilities.n_ctx == 64
     assert capabilities.ranks == (name == "rerank")
-    assert capabilities.n_vector == (1 if name == "rerank" else 64)
+    assert capabilities.embedding_size == (1 if name == "rerank" else 64)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
@@ -338,7 +338,7 @@ def embed(running: Running, *texts: str) -> list[np.ndarray[tuple[int], np.dtype
     result = running.step(*chunks, embeddings=True)
     assert result.outcome is DecodeOutcome.OK
     assert result.sampled == {}
-    vectors = [result.vectors[uid] for uid in range(len(texts))]
+    vectors = [result.embeddings[uid] for uid in range(len(texts))]
     for vector in vectors:
         assert isinstance(vector, np.ndarray)
         assert vector.dtype == np.float32
@@ -387,10 +387,10 @@ def test_vector_of_the_last_row_alone_is_that_of_the_text(models: Models, name: 
     assert running.capabilities.embeds_last_row
     tokens = running.tokens(TEXT)[:60]
     lane = running.capabilities.first_embed_slot
-    whole = running.step(Chunk(0, lane, 0, tuple(tokens), output=True), embeddings=True).vectors[0]
+    whole = running.step(Chunk(0, lane, 0, tuple(tokens), output=True), embeddings=True).embeddings[0]
     assert running.context.apply(Trim(lane, 0))
     position = running.prefill(tokens[:-1], slot=lane, rows=rows)
-    last = running.step(Chunk(0, lane, position, (tokens[-1],), output=True), embeddings=True).vectors[0]
+    last = running.step(Chunk(0, lane, position, (tokens[-1],), output=True), embeddings=True).embeddings[0]
     assert isinstance(whole, np.ndarray)
     assert isinstance(last, np.ndarray)
     assert cosine(whole, last) >= 0.9999
@@ -408,7 +408,7 @@ def test_embedding_beside_a_generation_changes_neither(models: Models, name: str
     prompt, text = running.tokens("hello and a story"), running.tokens(TEXT)[:60]
     lane = running.capabilities.first_embed_slot + 1
     expected = tokens_of(running.generate(prompt, 16))
-    whole = running.step(Chunk(9, lane, 0, tuple(text), output=True), embeddings=True).vectors[9]
+    whole = running.step(Chunk(9, lane, 0, tuple(text), output=True), embeddings=True).embeddings[9]
     assert isinstance(whole, np.ndarray)
     assert running.context.apply(Trim(lane, 0))
     assert running.context.apply(Trim(0, 0))
@@ -424,7 +424,7 @@ def test_embedding_beside_a_generation_changes_neither(models: Models, name: str
             start += len(rows)
         elif vector is None:
             step = running.step(Chunk(9, lane, start, (text[-1],), output=True), embeddings=True)
-            vector = step.vectors[9]
+            vector = step.embeddings[9]
         result = running.step(*chunks, samplers={1: sampler})
         assert result.outcome is DecodeOutcome.OK
         position += len(pending)

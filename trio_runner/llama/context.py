@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trio_runner.config import MAX_SLOTS, EngineConfig
 from trio_runner.core import ports
-from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.batch import AdapterSet, Batch, BatchKind, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
 from trio_runner.core.ports import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.core.prompt import Media, MediaRow
@@ -198,7 +198,7 @@ class Context:
             can_shift=bool(info.can_shift) and can_trim,
             can_generate=can_generate,
             ranks=info.pooling_type == _POOLING_RANK,
-            n_vector=self._n_embd_out,
+            embedding_size=self._n_embd_out,
             decoder_start=int(info.decoder_start) if self._has_encoder else None,
         )
 
@@ -261,9 +261,9 @@ class Context:
             self._warm_up_step(Batch((Chunk(0, 0, 1, (token,), output=True, encoder_tokens=encoder_tokens),)), samplers)
             sampler.close()
         else:
-            self._warm_up_step(Batch((Chunk(0, 0, 0, (token,), output=True),), embeddings=True), {})
+            self._warm_up_step(Batch((Chunk(0, 0, 0, (token,), output=True),), BatchKind(embedding=True)), {})
             if self._has_memory:
-                self._warm_up_step(Batch((Chunk(0, 0, 1, (token,), output=True),), embeddings=True), {})
+                self._warm_up_step(Batch((Chunk(0, 0, 1, (token,), output=True),), BatchKind(embedding=True)), {})
         can_trim = self.apply(Trim(0, 1))
         self.apply(Trim(0, 0))
         return can_trim
@@ -276,7 +276,7 @@ class Context:
                 (Chunk(0, 0, 0, tokens, output=False, encoder_tokens=tokens[:1] if self._has_encoder else ()),)
             )
         else:
-            batch = Batch((Chunk(0, 0, 0, tokens, output=True),), embeddings=True)
+            batch = Batch((Chunk(0, 0, 0, tokens, output=True),), BatchKind(embedding=True))
         self._warm_up_step(batch, {})
         self.apply(Trim(0, 0))
 
@@ -348,18 +348,20 @@ class Context:
             message = f"the batch has {n_rows} rows, but at most {self._max_rows} are allowed"
             return StepResult(DecodeOutcome.INVALID, {}, {}, {}, message=message)
         started = time.perf_counter()
-        self._set_adapters(batch.adapters, adapters)
+        self._set_adapters(batch.kind.adapters, adapters)
         outcome = self._encode_sources(batch) if self._has_encoder else DecodeOutcome.OK
         if outcome is DecodeOutcome.OK:
             self._batch.n_rows, outputs = self._fill_rows(batch)
-            inputs = self._fill_inputs(batch, media) if batch.of_media else None
+            inputs = self._fill_inputs(batch, media) if batch.kind.of_media else None
             self._batch.inputs = self._ffi.NULL if inputs is None else self._ffi.from_buffer("float[]", inputs)
             self._batch.tokens = self._native_tokens if inputs is None else self._ffi.NULL
-            self._batch.both_ways = not batch.causal
-            if not batch.embeddings:
+            self._batch.both_ways = not batch.kind.causal
+            if not batch.kind.embedding:
                 self._fill_request(outputs, samplers)
-            request, result = (self._ffi.NULL, self._ffi.NULL) if batch.embeddings else (self._request, self._result)
-            self._batch.embeddings = batch.embeddings
+            request, result = (
+                (self._ffi.NULL, self._ffi.NULL) if batch.kind.embedding else (self._request, self._result)
+            )
+            self._batch.embeddings = batch.kind.embedding
             self._batch.number = batch.number
             outcome = self._outcome("trio_step", self._lib.trio_step(handle, self._batch, request, result))
         if outcome is not DecodeOutcome.OK:
@@ -370,13 +372,13 @@ class Context:
             kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks} if keeps_part else {}
             return StepResult(outcome, {}, {}, kept, time.perf_counter() - started, message)
         sampled: dict[int, Sampled] = {}
-        vectors: dict[int, object] = {}
-        if batch.embeddings:
-            self._read_vectors(outputs, sampled, vectors)
+        embeddings: dict[int, object] = {}
+        if batch.kind.embedding:
+            self._read_embeddings(outputs, sampled, embeddings)
         else:
             for index, (chunk, _) in enumerate(outputs):
                 sampled[chunk.uid] = self._read_sampled(index)
-        return StepResult(outcome, sampled, vectors, {}, time.perf_counter() - started)
+        return StepResult(outcome, sampled, embeddings, {}, time.perf_counter() - started)
 
     def _outcome(self, function: str, code: int) -> DecodeOutcome:
         outcome = self._outcomes.get(code)
@@ -420,7 +422,7 @@ class Context:
     def _fill_rows(self, batch: Batch) -> tuple[int, list[tuple[Chunk, int]]]:
         """Lay the chunks out as rows. Returns the number of rows, and each chunk with output with its last row."""
         tokens, positions, seqs, flags = self._tokens, self._positions, self._seqs, self._outputs
-        of_media = batch.of_media
+        of_media = batch.kind.of_media
         outputs: list[tuple[Chunk, int]] = []
         row = 0
         for chunk in batch.chunks:
@@ -493,8 +495,8 @@ class Context:
         )
         return Sampled(raw.token, piece, bool(raw.is_end), raw.logprob, top)
 
-    def _read_vectors(
-        self, outputs: list[tuple[Chunk, int]], sampled: dict[int, Sampled], vectors: dict[int, object]
+    def _read_embeddings(
+        self, outputs: list[tuple[Chunk, int]], sampled: dict[int, Sampled], embeddings: dict[int, object]
     ) -> None:
         for chunk, row in outputs:
             vector: NDArray[np.float32] = np.empty(self._n_embd_out, np.float32)
@@ -503,7 +505,7 @@ class Context:
             if code < 0:
                 sampled[chunk.uid] = Sampled(error=NativeError("trio_embedding", code, last_error()))
             else:
-                vectors[chunk.uid] = vector
+                embeddings[chunk.uid] = vector
 
     def abort(self, number: int) -> None:
         """Make `decode` of the batch of this number, running or yet to start, return ABORTED; 0 withdraws that. CPUs
