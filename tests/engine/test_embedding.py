@@ -9,7 +9,7 @@ import trio
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import EngineBusy, InvalidRequest, NativeError, PromptTooLong, Unsupported
+from trio_runner.errors import DecodeFailed, EngineBusy, InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.events import Embedded
 from trio_runner.request import EmbedRequest, RerankRequest
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
@@ -129,9 +129,9 @@ async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
 
     toy.on_decode = refuse
     async with toy.engine() as engine:
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed(["one", "two"])
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed_request(EmbedRequest(content="one"))
         assert engine.statistics().generations == 0
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)

@@ -33,7 +33,7 @@ from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_after, cu
 from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason
 from trio_runner.core.shift import n_discard, shift_ops
 from trio_runner.core.slots import Slot, SlotPool
-from trio_runner.errors import NativeError
+from trio_runner.errors import DecodeFailed
 from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
 from trio_runner.info import Capabilities, SchedulerStatistics
 
@@ -537,7 +537,7 @@ class Scheduler:
             if (sequence := self._running.get(chunk.uid)) is not None:
                 for other in self._running.values():
                     other.n_failed = 0  # that explains it
-                error = NativeError("decode", 0, result.message or result.outcome.value)
+                error = DecodeFailed(result.message or result.outcome.value)
                 self._ops.append(sequence.slot.trim(0))
                 yield self._finish(sequence, "error", error=error)
 
