@@ -94,8 +94,9 @@ class ChatOptions(SamplingOptions, total=False):
     sampling: SamplingParams
     """How tokens are chosen, as one value."""
     cache_prompt: bool
-    """Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it
-    again."""
+    """Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.
+    On by default in Python and on the command line. The HTTP endpoints of the runner dialect have it off unless
+    the request says so, as the original had."""
     n_keep: int
     """Tokens at the start of the prompt, after BOS, that truncation and context shift leave in place. Below 0
     means the whole prompt."""
