@@ -16,7 +16,7 @@ from trio_runner.core.ports import EncodedImage, EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media
 from trio_runner.engine.tokens import special_tokens, tokenize
 from trio_runner.errors import InvalidRequest, Unsupported
-from trio_runner.images import ImageSource
+from trio_runner.image_source import ImageSource
 from trio_runner.info import ModelInfo
 from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest
 
