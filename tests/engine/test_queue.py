@@ -195,6 +195,28 @@ async def test_who_waits_to_be_tokenised_has_a_place_in_the_queue(toy: Toy) -> N
     assert len(toy.model.samplers) == 3
 
 
+async def test_samplers_that_take_long_to_make_hold_up_nobody_else(toy: Toy) -> None:
+    """llama.cpp compares each DRY breaker with each token of a vocabulary that may be large."""
+    latch = Latch()
+    toy.info = {"n_vocab": 250_000}
+    toy.on_sampler = lambda params: latch() if params.dry_multiplier else None
+    breakers = [str(n) for n in range(16)]
+    texts: list[str] = []
+
+    async def read(engine: Engine) -> None:
+        dry = engine.generate("slow", max_tokens=5, dry_multiplier=0.8, dry_sequence_breakers=breakers)
+        texts.append(await dry.collect())
+
+    async with toy.engine() as engine, trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(read, engine)
+        await latch.reached()
+        assert await engine.generate("quick", max_tokens=20).collect() == toy_text("quick", 20)
+        assert await engine.tokenize("quick") == list(b"quick")
+        latch.open()
+    assert texts == [toy_text("slow", 5)] * 3
+
+
 async def test_a_list_of_texts_waits_for_room_in_the_queue(toy: Toy) -> None:
     gate = Gate(toy)
     toy.on_decode = gate
