@@ -206,10 +206,18 @@ class Scheduler:
         candidates = (
             (sequence.spec.background, sequence.spec.uid)
             for sequence in self._waiting.values()
-            if sequence.spec.embedding == embedding and not sequence.paused
+            if self._takes_embed_slot(sequence) == embedding and not sequence.paused
         )
         first = min(candidates, default=None)
         return None if first is None else self._waiting[first[1]]
+
+    def _takes_embed_slot(self, sequence: Sequence) -> bool:
+        """Whether it runs in a slot for embeddings. Those slots together hold no more rows than one batch. A longer
+        text, whose last row is its embedding, takes a slot like a generation."""
+        spec = sequence.spec
+        return spec.embedding and not (
+            self._capabilities.embeds_last_row and len(spec.prompt) > self._capabilities.max_rows
+        )
 
     def _start(self, sequence: Sequence, slot: Slot) -> None:
         del self._waiting[sequence.spec.uid]
@@ -550,7 +558,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         if sequence.spec.uid in self._running:
             self._leave_slot(sequence)
-            self._crowded = self._crowded and sequence.spec.embedding
+            self._crowded = self._crowded and self._takes_embed_slot(sequence)
 
 
 def _n_kept(slot: Slot, chunk: Chunk, length: int) -> int | None:

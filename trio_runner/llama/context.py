@@ -60,7 +60,7 @@ class Context:
         self._adapters: AdapterSet = ()
         self._encoder_tokens: dict[int, tuple[int, ...]] = {}
         self._n_encoder_runs = 0
-        self._input = StepInput(config.batch_size, int(info.n_input_positions))
+        self._input = StepInput(plan.max_rows, int(info.n_input_positions))
         self._output = StepOutput(model, config.slots, int(info.n_embd_out))
         self._outcomes = {
             self._lib.TRIO_OK: DecodeOutcome.OK,
@@ -289,8 +289,8 @@ def _capabilities(model: Model, config: EngineConfig, plan: ContextPlan, info: A
     return Capabilities(
         n_slots=config.slots,
         # Non-causal attention, or a memory that keeps nothing, needs the whole text in one step.
-        n_ctx=n_positions if has_memory and causal else min(n_positions, config.batch_size),
-        max_rows=config.batch_size,
+        n_ctx=n_positions if has_memory and causal else min(n_positions, plan.max_rows),
+        max_rows=plan.max_rows,
         n_spare_slots=plan.n_spare,
         n_embed_slots=plan.n_embed,
         embeds_last_row=has_memory and causal and pools_last_row and not is_recurrent,
