@@ -1,19 +1,19 @@
 """Directives for Sphinx: the tables of `tables.py`, and docstrings as we write them.
 
-    ```{parameters} trio_runner.sampling.SamplingParams
-    ```
-    ```{wire-fields} completion
-    :part: sampling
-    ```
-    ```{commands}
-    ```
-    ```{command-options} embed
-    :beside: serve
-    ```
-    ```{error-classes}
-    ```
-    ```{bounds}
-    ```
+```{parameters} trio_runner.sampling.SamplingParams
+```
+```{wire-fields} completion
+:part: sampling
+```
+```{commands}
+```
+```{command-options} embed
+:beside: serve
+```
+```{error-classes}
+```
+```{bounds}
+```
 """
 
 from __future__ import annotations

@@ -104,12 +104,12 @@ COMPLETION: Final[Mapping[str, Field]] = {
     "image_data": Field(
         "list of objects",
         "none",
-        "Images of the prompt, as `{\"id\": N, \"data\": \"...\"}`: `data` is a file in base64.",
+        'Images of the prompt, as `{"id": N, "data": "..."}`: `data` is a file in base64.',
     ),
     "adapters": Field(
         "list of objects",
         "those loaded with the model",
-        "LoRA adapters to apply, as `{\"name\": \"...\", \"scale\": 1}`. An empty list means the bare model.",
+        'LoRA adapters to apply, as `{"name": "...", "scale": 1}`. An empty list means the bare model.',
     ),
     "n_predict": Field("integer", "`-1`", "Tokens to generate at most. 0 and below: until the model ends the text."),
     "stop": Field("list of strings", "none"),
@@ -127,14 +127,14 @@ COMPLETION: Final[Mapping[str, Field]] = {
     "logit_bias": Field(
         "list or object",
         "none",
-        "Numbers to add to the logits of tokens, as `[[token, bias], ...]` or `{\"token\": bias}`. A bias of `false` "
+        'Numbers to add to the logits of tokens, as `[[token, bias], ...]` or `{"token": bias}`. A bias of `false` '
         "forbids the token.",
     ),
     "dry_sequence_breakers": Field("list of strings"),
     "n_probs": Field(
         "integer",
         "`0`",
-        "Number of most probable alternatives to report with every token; `logprobs` goes before it. 0 reports nothing.",
+        "Number of most probable alternatives to report with every token; `logprobs` overrules it. 0 reports nothing.",
     ),
     **dict.fromkeys(
         (
