@@ -1,8 +1,8 @@
 """Every `curl` in README and docs is sent to a real server, is answered with 200, and has the fields that are shown.
 
-The blocks run in bash as they stand there. Only `curl` is a program of ours: it knows the servers' ports, and fails where
-the status is another one. The default model answers, with the projector and the adapters of tests/data. A tiny model that
-ranks answers /rerank.
+The blocks run in bash as they stand there. Only `curl` is a program of ours: it knows the servers' ports, and fails
+where the status is another one. The default model answers, with the projector and the adapters of tests/data. A tiny
+model that ranks answers /rerank.
 """
 
 from __future__ import annotations
