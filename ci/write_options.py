@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from trio_runner.config import FlashAttention, KvType, Pooling
-from trio_runner.images import ImageSource
+from trio_runner.image_source import ImageSource
 from trio_runner.request import AdapterChoice, Priority
 from trio_runner.sampling import SamplingParams
 '''

@@ -13,7 +13,10 @@ import pytest
 import trio_runner
 
 PACKAGE = Path(trio_runner.__file__).parent
-VALUES = {"errors", "events", "parameters", "sampling", "request", "config", "info", "options"}
+VALUES = {
+    *{"errors", "events", "parameters", "sampling", "request", "config", "info", "options"},
+    *{"image_source", "pixels"},
+}
 """The values that everyone speaks in."""
 
 ROOMS: dict[str, set[str]] = {
@@ -21,11 +24,14 @@ ROOMS: dict[str, set[str]] = {
     "events": set(),
     "parameters": set(),
     "info": set(),
-    "images": {"errors"},
+    "image_source": set(),
+    "pixels": set(),
+    "image_formats": set(),
+    "images": {"errors", "image_formats", "image_source", "pixels"},
     "config": {"parameters"},
     "sampling": {"errors", "parameters"},
-    "request": {"errors", "parameters", "sampling", "images"},
-    "options": VALUES | {"images"},
+    "request": {"errors", "parameters", "sampling", "image_source"},
+    "options": VALUES,
     "interface": VALUES,
     "core": {"core", *VALUES},
     "llama": {"llama", "core", *VALUES},
@@ -52,7 +58,7 @@ OUTSIDE: dict[str, set[str]] = {
     "msgspec": {"server", ""},
     "jinja2": {"core.template"},
     "matplotlib": {"bench.report"},
-    "PIL": {"images"},
+    "PIL": {"images", "image_source"},
 }
 """Who may import what is not ours: the packages that belong to some rooms only; "" are the front doors."""
 

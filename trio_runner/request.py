@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.images import ImageSource, is_image_source
+from trio_runner.image_source import ImageSource, is_image_source
 from trio_runner.parameters import (
     boolean,
     complaints,

@@ -53,7 +53,9 @@ from trio_runner.errors import (
 )
 from trio_runner.events import PromptProgress
 from trio_runner.front_door import open_engine
-from trio_runner.images import ImageSource, Pixels, load_pixels
+from trio_runner.image_source import ImageSource
+from trio_runner.images import load_pixels
+from trio_runner.pixels import Pixels
 from trio_runner.request import MAX_IMAGES
 from trio_runner.testing import ToyEncoding, ToyProjector, toy_text, toy_vector
 

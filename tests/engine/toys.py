@@ -23,7 +23,9 @@ from trio_runner.core.ports import EncodedImage, LoadedAdapter, Runtime
 from trio_runner.core.prompt import Item, MediaRow
 from trio_runner.engine.engine import Engine
 from trio_runner.front_door import open_engine
-from trio_runner.images import ImageSource, Pixels, load_pixels
+from trio_runner.image_source import ImageSource
+from trio_runner.images import load_pixels
+from trio_runner.pixels import Pixels
 from trio_runner.testing import (
     END,
     Interruption,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.llama.running import Running
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome
+from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.errors import LoadError
 from trio_runner.llama.library import last_error, native
@@ -74,28 +74,25 @@ def test_text_depends_on_the_source_and_on_nothing_else(running: Running) -> Non
     assert generate(running, *reversed(SOURCES)) == alone[::-1]
 
 
-def test_the_encoder_reads_again_when_it_must_and_only_then(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_reads_again_when_it_must_and_only_then(running: Running) -> None:
+    context = running.context
     expected = [generate(running, source)[0] for source in SOURCES]
-    reads: list[int] = []
-    encode_sources = running.context._encode_sources
+    before = context.n_encoder_runs
 
-    def counting(batch: Batch) -> DecodeOutcome:
-        before = running.context._sources
-        outcome = encode_sources(batch)
-        if running.context._sources is not before:
-            reads.append(len(batch.chunks))
-        return outcome
+    def has_read() -> tuple[int, set[int]]:
+        """How often the encoder has run since then, and the slots that it has read for."""
+        return context.n_encoder_runs - before, set(context.encoder_tokens)
 
-    monkeypatch.setattr(running.context, "_encode_sources", counting)
     assert generate(running, *SOURCES) == expected
-    assert reads == [3]
+    assert has_read() == (1, {0, 1, 2})
     assert generate(running, SOURCES[1], slots=(1,)) == expected[1:2]
-    assert reads == [3]  # is still among them
+    assert has_read() == (1, {0, 1, 2})  # what slot 1 needs is still there
     assert generate(running, SOURCES[1]) == expected[1:2]
-    assert reads == [3, 1]
+    assert has_read() == (2, {0})
     assert generate(running, *SOURCES[:2]) == expected[:2]
+    assert has_read() == (3, {0, 1})
     assert generate(running, SOURCES[2]) == expected[2:]
-    assert reads == [3, 1, 2, 1]
+    assert has_read() == (4, {0})
 
 
 def source_of(running: Running, slot: int) -> tuple[int, ...]:

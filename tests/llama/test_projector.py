@@ -21,9 +21,9 @@ from trio_runner.core.memory import Copy, Trim
 from trio_runner.core.ports import EncodedImage, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.errors import EngineClosed, InvalidImage, LoadError
-from trio_runner.images import Pixels
 from trio_runner.llama import Model, Projector
 from trio_runner.llama.library import drain_log, last_error, native
+from trio_runner.pixels import Pixels
 from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]

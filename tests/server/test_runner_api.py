@@ -29,7 +29,7 @@ from trio_runner.errors import (
     RunnerError,
 )
 from trio_runner.events import Embedded, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.images import MAX_IMAGE_BYTES
+from trio_runner.image_source import MAX_IMAGE_BYTES
 from trio_runner.info import AdapterInfo, Capabilities, Device, MemoryUse, ModelInfo, Placement
 from trio_runner.request import AdapterChoice, EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import RANDOM_SEED, SamplingParams

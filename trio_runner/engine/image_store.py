@@ -18,7 +18,7 @@ from trio_runner.engine.patience import GaveUp, Patience
 from trio_runner.errors import EngineClosed, InvalidImage, NativeError, RunnerError
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 
 logger = logging.getLogger("trio_runner.engine")

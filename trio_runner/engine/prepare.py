@@ -15,7 +15,7 @@ from trio_runner.core.prompt import Item, Media, fit_prompt
 from trio_runner.core.sequence import SequenceSpec
 from trio_runner.engine.mailbox import Submit
 from trio_runner.errors import InvalidRequest, PromptTooLong, Unsupported
-from trio_runner.images import ImageSource
+from trio_runner.image_source import ImageSource
 from trio_runner.info import ModelInfo
 from trio_runner.request import MAX_IMAGES, AdapterChoice, Chat, EmbedRequest, GenerateRequest, Part
 

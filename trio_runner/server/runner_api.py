@@ -22,7 +22,7 @@ import numpy as np
 
 from trio_runner.errors import EngineBusy, InvalidImage, InvalidRequest, LoadError, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.images import MAX_IMAGE_BYTES
+from trio_runner.image_source import MAX_IMAGE_BYTES
 from trio_runner.request import (
     MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
