@@ -49,10 +49,10 @@ ALL = {
     ],
     "storm": ["connections", "time for all of them", "until the server is quiet again", "first token afterwards"],
     "slow-reader": [
-        "3 streams, nobody else",
+        "3 streams, alone",
         "3 streams, beside one that reads",
         "3 streams, beside one that never reads",
-        "beside one that never reads / nobody else",
+        "beside one that never reads / alone",
         "beside one that never reads / one that reads",
     ],
     "embeddings": ["64 tokens, idle server", "64 tokens, beside 3 streams"],
@@ -61,7 +61,7 @@ ALL = {
         "answered",
         "503 with Retry-After",
         "anything else",
-        "until all were told",
+        "until all were answered",
         "first token of those answered",
         "/health meanwhile",
         "/health failed",
@@ -250,7 +250,7 @@ async def test_a_client_that_never_reads_is_noticed_before_anything_is_measured(
     async with fake_server("runner") as (fake, server):
         fake.pauses = pauses
         [outcome] = await run_rounds([server], ["slow-reader"], repeat=1, seed=1, load=LOAD)
-    [ratio] = outcome.rounds[0].samples[Metric("beside one that never reads / nobody else", "x")]
+    [ratio] = outcome.rounds[0].samples[Metric("beside one that never reads / alone", "x")]
     if pauses:
         assert not outcome.notes
     else:

@@ -145,7 +145,7 @@ async def test_different_sets_run_side_by_side(toy: Toy, slots: int) -> None:
     async with toy.engine(slots=slots, batch_size=16) as engine:
         await read_all(engine, requests, 40)
         await until_idle(engine)
-    assert len({batch.adapters for batch in toy.context.batches}) == len(SETS)
+    assert len({batch.kind.adapters for batch in toy.context.batches}) == len(SETS)
 
 
 async def test_none_of_them_starves(toy: Toy) -> None:

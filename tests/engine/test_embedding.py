@@ -9,7 +9,7 @@ import trio
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import EngineBusy, InvalidRequest, NativeError, PromptTooLong, Unsupported
+from trio_runner.errors import DecodeFailed, EngineBusy, InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.events import Embedded
 from trio_runner.request import EmbedRequest, RerankRequest
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
@@ -78,7 +78,7 @@ async def test_among_generations(toy: Toy) -> None:
             (vector,) = await engine.embed([f"text {n}"])
             np.testing.assert_array_equal(vector, toy_vector(list(f"text {n}".encode())))
     assert texts == {prompt: toy_text(prompt, 60) for prompt in requests}
-    assert {batch.embeddings for batch in toy.context.batches} == {False, True}
+    assert {batch.kind.embedding for batch in toy.context.batches} == {False, True}
 
 
 async def test_a_slot_that_made_a_vector_can_generate(toy: Toy) -> None:
@@ -125,13 +125,13 @@ async def test_a_model_that_only_embeds(toy: Toy) -> None:
 
 async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
     def refuse(batch: Batch) -> Interruption | None:
-        return Interruption(DecodeOutcome.INVALID) if batch.embeddings else None
+        return Interruption(DecodeOutcome.INVALID) if batch.kind.embedding else None
 
     toy.on_decode = refuse
     async with toy.engine() as engine:
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed(["one", "two"])
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed_request(EmbedRequest(content="one"))
         assert engine.statistics().generations == 0
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
@@ -160,7 +160,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
         gate.let(2)  # the one that stood at the gate, and the vector's
         await until(lambda: bool(vectors))
         np.testing.assert_array_equal(vectors[0].vector, toy_vector(list(b"hello")))
-        assert [batch.embeddings for batch in gate.batches[:5]] == [False] * 4 + [True]
+        assert [batch.kind.embedding for batch in gate.batches[:5]] == [False] * 4 + [True]
         assert engine.statistics().generations == 2
         gate.open()
         for generation, prompt in zip(generations, prompts(2, 40), strict=True):
@@ -193,7 +193,7 @@ async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> 
         await anext(generation)
         np.testing.assert_array_equal(await engine.embed(texts), [toy_vector(list(text.encode())) for text in texts])
         await generation.collect()
-    assert max(batch.n_rows for batch in toy.context.batches if batch.embeddings) <= 2
+    assert max(batch.n_rows for batch in toy.context.batches if batch.kind.embedding) <= 2
 
 
 async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:

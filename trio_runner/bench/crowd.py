@@ -57,10 +57,10 @@ async def slow_reader(turn: Turn) -> Measured:
         company: sum(n_tokens for n_tokens, _ in pooled) / sum(seconds for _, seconds in pooled)
         for company, pooled in stretches.items()
     }
-    measured.add(Metric(f"{n_streams} streams, nobody else", "tokens/s"), rates["alone"])
+    measured.add(Metric(f"{n_streams} streams, alone", "tokens/s"), rates["alone"])
     measured.add(Metric(f"{n_streams} streams, beside one that reads", "tokens/s"), rates["reading"])
     measured.add(Metric(f"{n_streams} streams, beside one that never reads", "tokens/s"), rates["deaf"])
-    measured.add(Metric("beside one that never reads / nobody else", "x"), rates["deaf"] / rates["alone"])
+    measured.add(Metric("beside one that never reads / alone", "x"), rates["deaf"] / rates["alone"])
     measured.add(Metric("beside one that never reads / one that reads", "x"), rates["deaf"] / rates["reading"])
     return measured
 
@@ -172,7 +172,7 @@ async def overload(turn: Turn) -> Measured:
     measured.add(Metric("answered", ""), len(first))
     measured.add(Metric("503 with Retry-After", ""), results.pop("503", 0))
     measured.add(Metric("anything else", ""), sum(results.values()))
-    measured.add(Metric("until all were told", "s"), ended - started)
+    measured.add(Metric("until all were answered", "s"), ended - started)
     measured.add(Metric("first token of those answered", "ms"), *first)
     measured.add(Metric("/health meanwhile", "ms"), *poll.latencies)
     measured.add(Metric("/health failed", ""), poll.n_failed)

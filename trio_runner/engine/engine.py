@@ -257,7 +257,9 @@ class Engine:
             for text in texts
         ]
         vectors = [np.asarray(embedded.vector) for embedded in await self.embed_requests(requests)]
-        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.capabilities.n_vector), np.float32)
+        return (
+            np.stack(vectors) if vectors else np.empty((0, dimensions or self.capabilities.embedding_size), np.float32)
+        )
 
     async def embed_requests(self, requests: Sequence[EmbedRequest]) -> list[Embedded]:
         """As `embed_request`, of many at once: all of them, or none."""
