@@ -57,8 +57,8 @@ class Peers:
 
 
 class Exchange:
-    """Runs `app` in `nursery` for one request. `send` is given the answer. When the application has ended or its answer
-    is complete, `finished` is called once, without a checkpoint between it and the last `send`.
+    """Runs `app` in `nursery` for one request. `send` is given the answer. `finished` is called once: when the answer is
+    complete, or when the application has ended without completing it.
 
     No method waits: not for the application, and not for the client.
     """
@@ -139,4 +139,5 @@ class Exchange:
             case EndBody():
                 await self._send(h11.EndOfMessage())
             case StreamClosed():
+                await self.disconnect()
                 await self._finished()

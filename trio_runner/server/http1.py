@@ -79,7 +79,9 @@ class Http1:
     async def disconnect(self) -> None:
         """The client has gone: tell the application, and write nothing more."""
         self._closed = True
-        await self._end_exchange()
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            await exchange.disconnect()
 
     def _too_much_waits(self) -> bool:
         if self._paused:
@@ -136,7 +138,7 @@ class Http1:
     async def _exchange_finished(self) -> None:
         # quart-trio calls this from a task that it has already cancelled, because the answer is complete. So there may
         # be no checkpoint in here.
-        await self._end_exchange()
+        self._exchange = None
         if self._closed:
             return  # the answer was complete just as the client disconnected
         both_done = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
@@ -148,11 +150,6 @@ class Http1:
         if self._paused:
             self._paused = False
             self._nursery.start_soon(self._handle_events)
-
-    async def _end_exchange(self) -> None:
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            await exchange.disconnect()
 
     async def _refuse(self, problem: Problem, *, head: bool = False) -> None:
         """Answer what is not a request we serve, unless an answer is under way, and close."""
