@@ -57,8 +57,8 @@ class Peers:
 
 
 class Exchange:
-    """Runs `app` in `nursery` for one request. `send` is given the answer. `finished` is called once: when the answer is
-    complete, or when the application has ended without completing it.
+    """Runs `app` in `nursery` for one request. `send` is given the answer, and `finished` is called once: when the
+    answer is complete, or when the application has ended without completing it.
 
     No method waits: not for the application, and not for the client.
     """
