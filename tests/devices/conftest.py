@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def everything_is_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(context, "_WIDE", 20)  # rows to warm up with: a software device takes its time for each
+    monkeypatch.setattr(context, "WIDE_BATCH", 20)  # rows to warm up with: a software device takes its time for each
     with placed(device):
         yield
 

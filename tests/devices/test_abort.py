@@ -207,7 +207,7 @@ def test_a_step_that_renumbers_positions_is_not_broken_off(models: Models, monke
 
 def test_vectors(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     running = Running(models("bert"))
-    lane = running.limits.first_embed_slot
+    lane = running.capabilities.first_embed_slot
     tokens = tuple((running.tokens(TEXT) * 2)[:60])
 
     def step() -> StepResult:
@@ -254,7 +254,9 @@ def test_an_encoder_that_reads(models: Models, monkeypatch: pytest.MonkeyPatch) 
         nonlocal n_steps
         n_steps += 1
         assert running.context.apply(Trim(0, 0))
-        chunk = Chunk(0, 0, 0, (0,), output=False, source=texts[n_steps % 2])  # another one, or it need not be read
+        chunk = Chunk(
+            0, 0, 0, (0,), output=False, encoder_tokens=texts[n_steps % 2]
+        )  # another one, or it need not be read
         return running.step(chunk, number=NUMBER)
 
     result = Caller(running, monkeypatch).break_off(step)

@@ -14,10 +14,11 @@ from tests.devices.test_numbers import TEXT, check_same, on_cpu, tell
 from tests.llama.running import Running
 from tests.placing import model_config
 from trio_runner.config import EngineConfig
-from trio_runner.core.placement import MARGIN_SHARE, Device
+from trio_runner.core.placement import MARGIN_SHARE
+from trio_runner.info import Device
 from trio_runner.llama import Context, Model, devices
 from trio_runner.llama import loader as loader_module
-from trio_runner.llama.context import measure
+from trio_runner.llama.context_plan import measure
 
 Models = Callable[[str], Path]
 
@@ -109,7 +110,7 @@ async def test_a_device_with_less_memory_than_it_said(models: Models, device: st
     assert said[0][1], said
     if layers == "auto":
         assert said[1][:2] == said[0][:2]
-        assert f"1 layers cannot be had on {device}, trying fewer: " in said[1][2]
+        assert f"1 layers do not load on {device}, trying fewer: " in said[1][2]
     else:
         assert said[1][:2] == (1, b"")
         line = said[1][2].splitlines()[-1]

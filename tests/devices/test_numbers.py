@@ -19,7 +19,7 @@ from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Trim
 from trio_runner.errors import EngineClosed
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 
@@ -157,12 +157,12 @@ def test_who_leaves_breaks_off_an_image(models: Models) -> None:
 
 def read_and_tell(running: Running, text: str, chosen: Sequence[Sampled] = ()) -> list[Sampled]:
     """What an encoder and a decoder say to `text`."""
-    source, token = tuple(running.tokens(text)), running.limits.decoder_start
+    source, token = tuple(running.tokens(text)), running.capabilities.decoder_start
     assert token is not None
     assert running.context.apply(Trim(0, 0))
     sampler, result = running.sampler(PARAMS), list[Sampled]()
     for position in range(len(chosen) or 8):
-        chunk = Chunk(0, 0, position, (token,), output=True, source=source)
+        chunk = Chunk(0, 0, position, (token,), output=True, encoder_tokens=source)
         result.append(running.step(chunk, samplers={0: sampler}).sampled[0])
         token = (chosen or result)[position].token
     return result
@@ -182,7 +182,7 @@ def test_vectors(models: Models, name: str) -> None:
     cpu, device = on_cpu(models(name)), Running(models(name))
 
     def vectors(running: Running, *chosen: str) -> list[Any]:
-        lanes = range(running.limits.first_embed_slot, running.limits.first_embed_slot + len(chosen))
+        lanes = range(running.capabilities.first_embed_slot, running.capabilities.first_embed_slot + len(chosen))
         for lane in lanes:
             assert running.context.apply(Trim(lane, 0))
         chunks = [

@@ -121,7 +121,7 @@ async def test_whatever_is_asked_of_it_is_refused_at_once(toy: Toy) -> None:
                 with pytest.raises(EngineBroken) as caught:
                     await use()
                 assert REASON in str(caught.value)
-            for facts in (lambda: engine.info, lambda: engine.limits, lambda: engine.adapters):
+            for facts in (lambda: engine.info, lambda: engine.capabilities, lambda: engine.adapters):
                 with pytest.raises(EngineBroken):
                     facts()
             with pytest.raises(EngineBroken):

@@ -24,9 +24,10 @@ from tests.engine.toys import (
     picture,
     prompts,
 )
-from trio_runner.engine.engine import LONG_TEXT, Engine, open_engine
+from trio_runner.engine.engine import LONG_TEXT, Engine
 from trio_runner.engine.prepare import size
 from trio_runner.errors import EngineClosed, InvalidImage, InvalidRequest, PromptTooLong, RequestError, Unsupported
+from trio_runner.front_door import open_engine
 from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest
 from trio_runner.testing import toy_text
 
@@ -82,7 +83,7 @@ async def test_a_conversation_is_a_request_like_others(toy: Toy) -> None:
         assert generation.request.priority == "background"
         assert toy.model.samplers[0].params.temperature == 0.5
         with pytest.raises(TypeError):
-            engine.chat(messages, temprature=0.5)
+            engine.chat(messages, temprature=0.5)  # type: ignore[call-arg]
         request = GenerateRequest(prompt=Chat(messages=tuple(messages)), max_tokens=3)
         assert await engine.generate(request).collect() == toy_text(rendered(messages), 3)
 

@@ -138,7 +138,7 @@ async def test_batches_that_fail_whenever_they_are_shared_end(toy: Toy, can_trim
         n_failed += len(batch.chunks) > 1
         return Interruption(DecodeOutcome.FATAL, n_rows) if len(batch.chunks) > 1 else None
 
-    toy.limits = {"can_trim": can_trim, "can_shift": can_trim}
+    toy.capabilities = {"can_trim": can_trim, "can_shift": can_trim}
     toy.on_decode = fail_if_shared
     requests = prompts(4, 40)
     async with toy.engine(slots=4, batch_size=4) as engine:

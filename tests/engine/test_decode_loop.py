@@ -7,23 +7,23 @@ from collections.abc import Callable
 import pytest
 
 from trio_runner.core.batch import Batch
-from trio_runner.core.limits import Limits
 from trio_runner.core.scheduler import Emission
 from trio_runner.core.sequence import SequenceSpec
 from trio_runner.engine.decode_loop import MIN_ROWS_TO_INTERRUPT, DecodeLoop
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Submit
 from trio_runner.events import Finished
-from trio_runner.request import SamplingParams
+from trio_runner.info import Capabilities
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import ToyContext, ToySampler, toy_text
 
-LIMITS = Limits(n_slots=2, n_ctx=256, max_rows=64)
+CAPABILITIES = Capabilities(n_slots=2, n_ctx=256, max_rows=64)
 
 
 class Bench:
     """A decode loop with everything it needs, within reach."""
 
-    def __init__(self, limits: Limits = LIMITS, context: ToyContext | None = None) -> None:
-        self.context = context or ToyContext(limits)
+    def __init__(self, capabilities: Capabilities = CAPABILITIES, context: ToyContext | None = None) -> None:
+        self.context = context or ToyContext(capabilities)
         self.mailbox = Mailbox()
         self.emissions: list[Emission] = []
         self.samplers: list[ToySampler] = []
@@ -104,7 +104,7 @@ def test_who_waits_for_the_same_prompt_wants_the_batch_too(uids: tuple[int, ...]
 @pytest.mark.parametrize("uids", [(1, 2), (2, 1), (1, 2, 1), (99, 2, 1)])
 def test_a_batch_that_nobody_wants_is_broken_off(uids: tuple[int, ...], can_trim: bool) -> None:
     """Unless a retry could not go on from before it: recurrent state is interrupted between batches only."""
-    bench = Bench(Limits(n_slots=2, n_ctx=256, max_rows=64, can_trim=can_trim))
+    bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=can_trim))
     bench.submit(1, "x")
     bench.submit(2, "y")
     breaker = Breaker(bench, *uids)
@@ -155,7 +155,7 @@ def test_only_rows_of_the_cancelled_sequence_count() -> None:
 
 def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
     """One waits for a slot, one is in a lane that has no rows in this batch."""
-    bench = Bench(Limits(n_slots=1, n_ctx=256, max_rows=64, n_embed_slots=1))
+    bench = Bench(Capabilities(n_slots=1, n_ctx=256, max_rows=64, n_embed_slots=1))
     bench.submit(1, prompt_of(40))
     bench.submit(2, prompt_of(30))
     bench.mailbox.put(Submit(SequenceSpec(uid=3, prompt=tuple(b"embedded"), embedding=True), None))
@@ -232,7 +232,7 @@ def test_the_batch_after_one_that_was_broken_off_is_not() -> None:
 
 def test_recurrent_state_is_not_broken_off_for_one_of_many() -> None:
     """It could not go on from the middle of a batch, nor from anywhere before."""
-    bench = Bench(Limits(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
+    bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
     bench.submit(1, prompt_of(40))
     bench.submit(2, "x")
     bench.context.on_decode = breaker = Breaker(bench, 1)
@@ -241,7 +241,7 @@ def test_recurrent_state_is_not_broken_off_for_one_of_many() -> None:
 
 
 def test_interrupting_all_breaks_off_whatever_runs() -> None:
-    bench = Bench(Limits(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
+    bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
     bench.submit(1, "x", max_tokens=10)
     bench.submit(2, "y", max_tokens=10)
 

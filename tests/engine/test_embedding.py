@@ -115,7 +115,7 @@ async def test_a_text_is_not_a_list_of_texts(toy: Toy) -> None:
 
 
 async def test_a_model_that_only_embeds(toy: Toy) -> None:
-    toy.limits = {"can_generate": False, "has_memory": False}
+    toy.capabilities = {"can_generate": False, "has_memory": False}
     async with toy.engine() as engine:
         with pytest.raises(Unsupported):
             await engine.generate("hello").start()
@@ -169,7 +169,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
 
 @pytest.mark.parametrize("n_lanes", [2, 7])
 async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None:
-    toy.limits = {"n_embed_slots": n_lanes}
+    toy.capabilities = {"n_embed_slots": n_lanes}
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=2, max_queue=1) as engine:
@@ -186,7 +186,7 @@ async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None
 
 
 async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> None:
-    toy.limits = {"embeds_last_row": True}
+    toy.capabilities = {"embeds_last_row": True}
     (prompt,) = prompts(1, 60)
     texts = [f"a text of some length, number {n}" for n in range(6)]
     async with toy.engine(slots=2, batch_size=32) as engine, engine.generate(prompt, max_tokens=60) as generation:
@@ -271,7 +271,7 @@ QUERY, DOCUMENTS = "what?", ["this", "that, which is longer", "é", "this"]
 
 
 def ranking(toy: Toy, **info: object) -> None:
-    toy.limits, toy.info = {"ranks": True}, info
+    toy.capabilities, toy.info = {"ranks": True}, info
 
 
 @pytest.mark.parametrize("special", SPECIALS)
@@ -299,7 +299,7 @@ async def test_many_documents_over_few_slots(toy: Toy) -> None:
     ranking(toy)
     documents = [f"document {'x' * (n % 13)} {n}" for n in range(60)]
     async with toy.engine(slots=2, max_queue=1, batch_size=64) as engine:
-        scores = await engine.rerank(RerankRequest(query=QUERY, documents=tuple(documents)))
+        scores = await engine.rerank_request(RerankRequest(query=QUERY, documents=tuple(documents)))
         assert engine.statistics().generations == 0
     np.testing.assert_array_equal(scores, [toy_vector(list((QUERY + document).encode()))[0] for document in documents])
 
@@ -343,7 +343,7 @@ async def test_a_pair_of_nothing(toy: Toy) -> None:
 
 @pytest.mark.parametrize("ranks", [False, True])
 async def test_vectors_and_scores_are_of_different_models(toy: Toy, ranks: bool) -> None:
-    toy.limits = {"ranks": ranks}
+    toy.capabilities = {"ranks": ranks}
     async with toy.engine() as engine:
         with pytest.raises(Unsupported) as caught:
             await (engine.embed(["x"]) if ranks else engine.rerank("x", ["y"]))

@@ -33,12 +33,12 @@ from tests.engine.toys import (
 )
 from tests.hostile_images import good_images, hostile_images
 from trio_runner.core.batch import Batch
+from trio_runner.core.ports import EncodedImage
 from trio_runner.core.prompt import fit_prompt
-from trio_runner.engine.engine import MAX_PICTURES, Engine, open_engine
+from trio_runner.engine.engine import MAX_PICTURES, Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.image_store import ImageStore
 from trio_runner.engine.patience import Patience
-from trio_runner.engine.runtime import EncodedImage
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -52,7 +52,10 @@ from trio_runner.errors import (
     Unsupported,
 )
 from trio_runner.events import PromptProgress
-from trio_runner.images import ImageSource, Pixels, load_pixels
+from trio_runner.front_door import open_engine
+from trio_runner.image_source import ImageSource
+from trio_runner.images import load_pixels
+from trio_runner.pixels import Pixels
 from trio_runner.request import MAX_IMAGES
 from trio_runner.testing import ToyEncoding, ToyProjector, toy_text, toy_vector
 
@@ -62,10 +65,10 @@ A, B, C = picture(0), picture(1), picture(2)
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "folded": {"folded": True},
+    "folded": {"shares_positions": True},
     "looking both ways": {"causal": False},
     "in tiles": {"n_tiles": 3},
-    "in folded tiles": {"folded": True, "n_tiles": 2},
+    "in folded tiles": {"shares_positions": True, "n_tiles": 2},
 }
 ARRANGEMENTS: dict[str, Parts] = {
     "alone": [A],
@@ -80,7 +83,7 @@ ARRANGEMENTS: dict[str, Parts] = {
 
 def seeing(toy: Toy, kind: str = "plain") -> Projector:
     toy.projector = Projector(**KINDS[kind])
-    toy.limits = {**toy.limits, "can_shift": not toy.projector.folded}
+    toy.capabilities = {**toy.capabilities, "can_shift": not toy.projector.shares_positions}
     return toy.projector
 
 

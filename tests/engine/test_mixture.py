@@ -22,7 +22,7 @@ from trio_runner.engine.generation import Generation
 from trio_runner.errors import InvalidImage, RunnerError, UnknownAdapter
 from trio_runner.images import load_pixels
 from trio_runner.request import AdapterChoice, EmbedRequest, GenerateRequest
-from trio_runner.testing import Interruption, ToyAdapters, ToyEncoding, toy_basis, toy_text, toy_vector
+from trio_runner.testing import Interruption, ToyAdapters, ToyEncoding, toy_cache_key, toy_text, toy_vector
 
 START = 1
 N_TOKENS = 30
@@ -33,11 +33,11 @@ TEXTS = ["a beginning that is long enough to be waited for by others", "look: ",
 
 WORLDS: list[tuple[dict[str, object], Projector | None]] = [
     ({}, Projector()),
-    ({"can_shift": False}, Projector(folded=True)),
+    ({"can_shift": False}, Projector(shares_positions=True)),
     ({"can_trim": False}, Projector(n_tiles=2)),
     ({"embeds_last_row": True}, Projector(causal=False)),
     ({"decoder_start": START}, None),
-    ({"can_shift": False}, Projector(folded=True, n_tiles=3)),
+    ({"can_shift": False}, Projector(shares_positions=True, n_tiles=3)),
 ]
 
 
@@ -70,9 +70,11 @@ class Storm:
     """`guest` is an adapter that comes and goes, each time another; the other two stay."""
 
     def __init__(self, toy: Toy, seed: int) -> None:
-        toy.limits, projector = WORLDS[seed % len(WORLDS)]
+        toy.capabilities, projector = WORLDS[seed % len(WORLDS)]
         if projector is not None:
-            toy.projector = Projector(folded=projector.folded, causal=projector.causal, n_tiles=projector.n_tiles)
+            toy.projector = Projector(
+                shares_positions=projector.shares_positions, causal=projector.causal, n_tiles=projector.n_tiles
+            )
             toy.projector.on_encode = self.encode
         toy.adapters = (AdapterConfig("/lora/one.gguf", 0), AdapterConfig("/lora/two.gguf", 0))
         toy.on_decode = self.interrupt
@@ -123,8 +125,8 @@ class Storm:
     def said(self, ask: Ask, adapters: ToyAdapters, n_tokens: int) -> str:
         if self.toy.projector is None:
             source = [item for item in ask.items if isinstance(item, int)]
-            return toy_text([START], n_tokens, toy_basis(adapters, source))
-        return toy_text(ask.items, n_tokens, toy_basis(adapters))
+            return toy_text([START], n_tokens, toy_cache_key(adapters, source))
+        return toy_text(ask.items, n_tokens, toy_cache_key(adapters))
 
     def chosen(self, ask: Ask) -> ToyAdapters:
         """What its names mean now."""
@@ -190,8 +192,8 @@ class Storm:
     async def embed(self, text: str) -> None:
         adapters = self.chance.choice([(), (AdapterChoice("one", 0.5),)])
         embedded = await self.engine.embed_request(EmbedRequest(content=text, adapters=adapters))
-        basis = toy_basis([("/lora/one.gguf", choice.scale) for choice in adapters])
-        np.testing.assert_array_equal(embedded.vector, toy_vector(list(text.encode()), basis))
+        cache_key = toy_cache_key([("/lora/one.gguf", choice.scale) for choice in adapters])
+        np.testing.assert_array_equal(embedded.vector, toy_vector(list(text.encode()), cache_key))
 
     async def visit(self, n: int) -> None:
         """The guest comes, and goes when it has been used a little."""

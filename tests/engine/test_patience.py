@@ -13,9 +13,10 @@ import trio.testing
 
 from tests.engine.toys import DEADLINE, PATIENCE, Latch, Projector, Toy, picture, until
 from trio_runner.engine import engine as engine_module
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.patience import GaveUp, Patience
 from trio_runner.errors import EngineClosed
+from trio_runner.front_door import open_engine
 
 
 @pytest.fixture(autouse=True)

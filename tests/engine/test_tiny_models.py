@@ -14,10 +14,12 @@ import trio
 from tests.engine.toys import until, until_idle
 from tests.placing import model_config
 from tests.tiny_models import tiny_model
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.events import Finished
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.front_door import open_engine
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 
 DEADLINE = 60.0
 KINDS = ["llama", "swa", "mrope", "gpt2", "mamba", "lfm2", "t5"]
@@ -95,7 +97,7 @@ async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) 
 async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
     async with running(models, "llama", slots=4) as engine:
         prompts = [f"{PROMPT}{word}" for word in ("hello", "world", "count", "system")]
-        n_shared = len(await engine.tokenize(PROMPT))
+        n_shared_cells = len(await engine.tokenize(PROMPT))
         texts: dict[str, str] = {}
 
         async def read(prompt: str) -> None:
@@ -104,7 +106,7 @@ async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
         async with trio.open_nursery() as nursery:
             for prompt in prompts:
                 nursery.start_soon(read, prompt)
-        assert engine.statistics().scheduler.n_prompt_rows < n_shared * 1.2
+        assert engine.statistics().scheduler.n_prompt_rows < n_shared_cells * 1.2
         assert texts == await alone(engine, *prompts)
 
 

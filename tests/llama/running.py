@@ -10,10 +10,10 @@ from tests.placing import model_config
 from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Trim
+from trio_runner.core.ports import NO_MEDIA, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow, n_positions
-from trio_runner.engine.runtime import NO_MEDIA, EncodedMedia
 from trio_runner.llama import Context, LlamaLoader, Model, Projector, Sampler
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0)
 PROMPT = "hello world, the model and the answer"
@@ -41,7 +41,7 @@ class Running:
         assert isinstance(runtime.context, Context)
         self.model = runtime.model
         self.context = runtime.context
-        self.limits = runtime.context.limits
+        self.capabilities = runtime.context.capabilities
         self.adapters = {uid: loaded.adapter for uid, loaded in enumerate(runtime.adapters)}
         self.adapter_set: AdapterSet = tuple(
             (uid, loaded.scale) for uid, loaded in enumerate(runtime.adapters) if loaded.scale

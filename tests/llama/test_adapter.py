@@ -140,14 +140,14 @@ HOSTILE: Final[dict[str, tuple[Tensors, dict[str, object], str]]] = {
         "of rank 4 where",
     ),
     "vectors of tokens the other way round": (pair("token_embd.weight", n_in=N, n_out=N_VOCAB), {}, "rank"),
-    "whole numbers": (cast(pair(), np.int32), {}, "I32, which cannot be multiplied"),
-    "small whole numbers": (cast(pair(), np.int8), {}, "I8, which cannot be multiplied"),
-    "large whole numbers": (cast(pair(), np.int64), {}, "I64, which cannot be multiplied"),
-    "doubles": (cast(pair(), np.float64), {}, "F64, which cannot be multiplied"),
+    "whole numbers": (cast(pair(), np.int32), {}, "i32, which cannot be multiplied"),
+    "small whole numbers": (cast(pair(), np.int8), {}, "i8, which cannot be multiplied"),
+    "large whole numbers": (cast(pair(), np.int64), {}, "i64, which cannot be multiplied"),
+    "doubles": (cast(pair(), np.float64), {}, "f64, which cannot be multiplied"),
     "a whole number in one half": (
         pair() | cast({f"{Q}.lora_b": pair()[f"{Q}.lora_b"]}, np.int16),
         {},
-        "I16, which cannot be multiplied",
+        "i16, which cannot be multiplied",
     ),
     "three dimensions": (reshaped(2, N, N), {}, r"the shape \(64, 64, 2\)"),
     "four dimensions": (reshaped(2, 1, N, N), {}, r"the shape \(64, 64, 1, 2\)"),
@@ -196,7 +196,7 @@ def test_quantised_halves(models: Models, tmp_path: Path) -> None:
     shape = np.array([32, N], np.uint64).tobytes()
     assert shape in data
     path.write_bytes(data.replace(shape, np.array([RANK, N * 8], np.uint64).tobytes()))
-    with pytest.raises(LoadError, match="no whole blocks"):
+    with pytest.raises(LoadError, match="not whole blocks"):
         running.model.adapter(str(path))
 
 

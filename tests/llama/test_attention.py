@@ -13,7 +13,7 @@ import pytest
 
 from tests.llama.running import Running
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 

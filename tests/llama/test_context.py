@@ -14,9 +14,9 @@ from tests.llama.running import GREEDY, Running, tokens_of
 from tests.tiny_models import CHAIN_TEXT, GENERATIVE
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.errors import EngineClosed, LoadError, NativeError
+from trio_runner.info import Capabilities
 from trio_runner.llama import default_threads
 
 Models = Callable[[str], Path]
@@ -59,7 +59,7 @@ def test_a_character_may_be_spread_over_tokens(models: Models) -> None:
 )
 def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim: bool, can_shift: bool) -> None:
     running = Running(models(name))
-    assert running.limits == Limits(
+    assert running.capabilities == Capabilities(
         n_slots=2,
         n_spare_slots=2,
         n_embed_slots=2,
@@ -77,19 +77,19 @@ def test_limits_tell_what_the_memory_can_do(models: Models, name: str, can_trim:
     ("slots", "n_spare", "can_trim"), [(42, 42, True), (64, 0, True), (65, 65, False), (128, 0, False)]
 )
 def test_windows_leave_fewer_sequences(models: Models, slots: int, n_spare: int, can_trim: bool) -> None:
-    limits = Running(models("swa"), slots=slots, context_length=16, batch_size=16).limits
-    assert (limits.n_spare_slots, limits.can_trim) == (n_spare, can_trim)
+    capabilities = Running(models("swa"), slots=slots, context_length=16, batch_size=16).capabilities
+    assert (capabilities.n_spare_slots, capabilities.can_trim) == (n_spare, can_trim)
 
 
 @pytest.mark.parametrize("name", ["bert", "rerank"])
 def test_limits_of_an_encoder(models: Models, name: str) -> None:
-    limits = Running(models(name)).limits
-    assert not limits.has_memory
-    assert not limits.can_generate
-    assert not limits.embeds_last_row
-    assert limits.n_ctx == 64
-    assert limits.ranks == (name == "rerank")
-    assert limits.n_vector == (1 if name == "rerank" else 64)
+    capabilities = Running(models(name)).capabilities
+    assert not capabilities.has_memory
+    assert not capabilities.can_generate
+    assert not capabilities.embeds_last_row
+    assert capabilities.n_ctx == 64
+    assert capabilities.ranks == (name == "rerank")
+    assert capabilities.n_vector == (1 if name == "rerank" else 64)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
@@ -384,9 +384,9 @@ TEXT = "the story of the world and more than a window of thirty-two tokens in th
 @pytest.mark.parametrize("name", LAST_ROW)
 def test_vector_of_the_last_row_alone_is_that_of_the_text(models: Models, name: str, rows: int, pooling: str) -> None:
     running = Running(models(name), pooling=pooling)
-    assert running.limits.embeds_last_row
+    assert running.capabilities.embeds_last_row
     tokens = running.tokens(TEXT)[:60]
-    lane = running.limits.first_embed_slot
+    lane = running.capabilities.first_embed_slot
     whole = running.step(Chunk(0, lane, 0, tuple(tokens), output=True), embeddings=True).vectors[0]
     assert running.context.apply(Trim(lane, 0))
     position = running.prefill(tokens[:-1], slot=lane, rows=rows)
@@ -399,14 +399,14 @@ def test_vector_of_the_last_row_alone_is_that_of_the_text(models: Models, name: 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_vector_of_every_row_needs_the_whole_text(models: Models, pooling: str) -> None:
-    assert not Running(models("llama"), pooling=pooling).limits.embeds_last_row
+    assert not Running(models("llama"), pooling=pooling).capabilities.embeds_last_row
 
 
 @pytest.mark.parametrize("name", LAST_ROW)
 def test_embedding_beside_a_generation_changes_neither(models: Models, name: str) -> None:
     running = Running(models(name))
     prompt, text = running.tokens("hello and a story"), running.tokens(TEXT)[:60]
-    lane = running.limits.first_embed_slot + 1
+    lane = running.capabilities.first_embed_slot + 1
     expected = tokens_of(running.generate(prompt, 16))
     whole = running.step(Chunk(9, lane, 0, tuple(text), output=True), embeddings=True).vectors[9]
     assert isinstance(whole, np.ndarray)
@@ -437,10 +437,10 @@ def test_embedding_beside_a_generation_changes_neither(models: Models, name: str
 
 def test_full_slots_leave_room_for_embeddings(models: Models) -> None:
     running = Running(models("llama"))
-    for slot in range(running.limits.n_slots):
-        running.prefill([5] * running.limits.n_ctx, slot=slot)
-    lane = running.limits.first_embed_slot
-    chunk = Chunk(0, lane, 0, (5,) * running.limits.max_rows, output=True)
+    for slot in range(running.capabilities.n_slots):
+        running.prefill([5] * running.capabilities.n_ctx, slot=slot)
+    lane = running.capabilities.first_embed_slot
+    chunk = Chunk(0, lane, 0, (5,) * running.capabilities.max_rows, output=True)
     assert running.step(chunk, embeddings=True).outcome is DecodeOutcome.OK
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.llama.running import Running
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome
+from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.errors import LoadError
 from trio_runner.llama.library import last_error, native
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 
@@ -35,11 +35,11 @@ def generate(running: Running, *sources: str, n_tokens: int = 10, slots: tuple[i
     for lane in lanes:
         assert running.context.apply(Trim(lane, 0))
     texts: list[list[int]] = [[] for _ in sources]
-    token = running.limits.decoder_start
+    token = running.capabilities.decoder_start
     assert token is not None
     for position in range(n_tokens):
         chunks = [
-            Chunk(lane, lane, position, ((text[-1] if text else token),), output=True, source=source)
+            Chunk(lane, lane, position, ((text[-1] if text else token),), output=True, encoder_tokens=source)
             for lane, text, source in zip(lanes, texts, read, strict=True)
         ]
         result = running.step(*chunks, samplers=samplers)
@@ -50,19 +50,19 @@ def generate(running: Running, *sources: str, n_tokens: int = 10, slots: tuple[i
 
 
 def test_limits(running: Running) -> None:
-    limits = running.limits
-    assert limits.decoder_start == 0
-    assert limits.can_generate
-    assert limits.can_trim
-    assert limits.can_shift
-    assert limits.n_ctx == 256
+    capabilities = running.capabilities
+    assert capabilities.decoder_start == 0
+    assert capabilities.can_generate
+    assert capabilities.can_trim
+    assert capabilities.can_shift
+    assert capabilities.n_ctx == 256
     assert not running.context.takes_rows
     assert running.tokens("hello")[-1] == 2  # what an encoder reads ends with EOS
 
 
 def test_positions_have_no_end_but_that_of_the_cache(models: Models) -> None:
-    """Distances count, not places: no table limits them."""
-    assert Running(models("t5"), context_length=4096).limits.n_ctx == 4096
+    """Distances count, not places: no table capabilities them."""
+    assert Running(models("t5"), context_length=4096).capabilities.n_ctx == 4096
 
 
 def test_text_depends_on_the_source_and_on_nothing_else(running: Running) -> None:
@@ -74,28 +74,25 @@ def test_text_depends_on_the_source_and_on_nothing_else(running: Running) -> Non
     assert generate(running, *reversed(SOURCES)) == alone[::-1]
 
 
-def test_the_encoder_reads_again_when_it_must_and_only_then(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_reads_again_when_it_must_and_only_then(running: Running) -> None:
+    context = running.context
     expected = [generate(running, source)[0] for source in SOURCES]
-    reads: list[int] = []
-    encode_sources = running.context._encode_sources
+    before = context.n_encoder_runs
 
-    def counting(batch: Batch) -> DecodeOutcome:
-        before = running.context._sources
-        outcome = encode_sources(batch)
-        if running.context._sources is not before:
-            reads.append(len(batch.chunks))
-        return outcome
+    def has_read() -> tuple[int, set[int]]:
+        """How often the encoder has run since then, and the slots that it has read for."""
+        return context.n_encoder_runs - before, set(context.encoder_tokens)
 
-    monkeypatch.setattr(running.context, "_encode_sources", counting)
     assert generate(running, *SOURCES) == expected
-    assert reads == [3]
+    assert has_read() == (1, {0, 1, 2})
     assert generate(running, SOURCES[1], slots=(1,)) == expected[1:2]
-    assert reads == [3]  # is still among them
+    assert has_read() == (1, {0, 1, 2})  # what slot 1 needs is still there
     assert generate(running, SOURCES[1]) == expected[1:2]
-    assert reads == [3, 1]
+    assert has_read() == (2, {0})
     assert generate(running, *SOURCES[:2]) == expected[:2]
+    assert has_read() == (3, {0, 1})
     assert generate(running, SOURCES[2]) == expected[2:]
-    assert reads == [3, 1, 2, 1]
+    assert has_read() == (4, {0})
 
 
 def source_of(running: Running, slot: int) -> tuple[int, ...]:
@@ -107,7 +104,7 @@ def test_slots_with_one_source_share_what_they_hold(running: Running) -> None:
     (expected,) = generate(running, SOURCES[0])
     assert running.context.apply(Trim(1, 0))
     assert running.context.apply(Copy(0, 1, 6))
-    chunk = Chunk(1, 1, 6, (expected[5],), output=True, source=source)
+    chunk = Chunk(1, 1, 6, (expected[5],), output=True, encoder_tokens=source)
     result = running.step(chunk, samplers={1: running.sampler()})
     assert result.sampled[1].token == expected[6]
 
@@ -116,7 +113,7 @@ def test_trim_takes_back_to_an_earlier_position(running: Running) -> None:
     source = source_of(running, 0)
     (expected,) = generate(running, SOURCES[0])
     assert running.context.apply(Trim(0, 4))
-    chunk = Chunk(0, 0, 4, (expected[3],), output=True, source=source)
+    chunk = Chunk(0, 0, 4, (expected[3],), output=True, encoder_tokens=source)
     assert running.step(chunk, samplers={0: running.sampler()}).sampled[0].token == expected[4]
 
 
@@ -128,11 +125,11 @@ def test_slide_renumbers_what_is_left(running: Running) -> None:
 
     def logprob(begin: int, *, slide: int = 0) -> float:
         assert running.context.apply(Trim(0, 0))
-        running.step(Chunk(0, 0, 0, tokens, output=False, offset=begin, source=source))
+        running.step(Chunk(0, 0, 0, tokens, output=False, offset=begin, encoder_tokens=source))
         end = begin + len(tokens)
         if slide:
             assert running.context.apply(Slide(0, begin, end, -slide))
-        chunk = Chunk(0, 0, len(tokens), (5,), output=True, offset=end - slide - len(tokens), source=source)
+        chunk = Chunk(0, 0, len(tokens), (5,), output=True, offset=end - slide - len(tokens), encoder_tokens=source)
         params = SamplingParams(temperature=0.0, repeat_penalty=1.0, logprobs=0)
         step = running.step(chunk, samplers={0: running.sampler(params)})
         assert step.outcome is DecodeOutcome.OK, step.message
@@ -148,7 +145,7 @@ def test_aborted_before_it_reads_changes_nothing(running: Running) -> None:
     expected = generate(running, *SOURCES[:2])
     assert running.context.apply(Trim(0, 0))
     running.context.abort(5)
-    chunk = Chunk(0, 0, 0, (0,), output=True, source=source_of(running, 2))
+    chunk = Chunk(0, 0, 0, (0,), output=True, encoder_tokens=source_of(running, 2))
     result = running.step(chunk, samplers={0: running.sampler()}, number=5)
     assert (result.outcome, result.kept) == (DecodeOutcome.ABORTED, {0: 0})
     assert generate(running, *SOURCES[:2]) == expected
@@ -172,7 +169,7 @@ def test_abort_while_it_reads(models: Models) -> None:
         started.set()
         n_steps += 1
         source = (*tokens[:-1], 5 + n_steps % 2)  # another one, or it would not be read again
-        result = running.step(Chunk(0, 0, 0, (0,), output=False, source=source), number=1)
+        result = running.step(Chunk(0, 0, 0, (0,), output=False, encoder_tokens=source), number=1)
         outcome = result.outcome
     thread.join()
     assert outcome is DecodeOutcome.ABORTED
@@ -181,15 +178,15 @@ def test_abort_while_it_reads(models: Models) -> None:
 
 def test_sources_must_fit_into_a_batch_together(running: Running) -> None:
     source = (5,) * 40
-    one = Chunk(0, 0, 0, (0,), output=False, source=source)
+    one = Chunk(0, 0, 0, (0,), output=False, encoder_tokens=source)
     assert running.step(one).outcome is DecodeOutcome.OK
-    result = running.step(one, Chunk(1, 1, 0, (0,), output=False, source=source))
+    result = running.step(one, Chunk(1, 1, 0, (0,), output=False, encoder_tokens=source))
     assert result.outcome is DecodeOutcome.INVALID
     assert "80 rows" in result.message
 
 
 def test_no_vectors(running: Running) -> None:
-    chunk = Chunk(0, 0, 0, (0,), output=True, source=(5, 2))
+    chunk = Chunk(0, 0, 0, (0,), output=True, encoder_tokens=(5, 2))
     result = running.step(chunk, embeddings=True)
     assert result.outcome is DecodeOutcome.INVALID
     assert "no vectors" in result.message
@@ -275,5 +272,5 @@ def test_models_without_an_encoder_beside_a_decoder(models: Models, name: str) -
     assert "no encoder" in last_error()
     assert shim.lib.trio_encode(running.context.handle, shim.ffi.NULL) == shim.lib.TRIO_E_INVALID
     assert shim.lib.trio_encode(shim.ffi.NULL, raw) == shim.lib.TRIO_E_INVALID
-    assert running.limits.decoder_start is None
+    assert running.capabilities.decoder_start is None
     del kept

@@ -17,7 +17,9 @@ import pytest
 
 from tests.llama.running import Running
 from tests.tiny_models import MODELS
+from trio_runner.config import KV_TYPES
 from trio_runner.errors import LoadError
+from trio_runner.llama.ggml_types import CANNOT_MULTIPLY, GGML_TYPES, WEIGHT_TYPES
 from trio_runner.llama.gguf import GgufArray, check_gguf
 
 Models = Callable[[str], Path]
@@ -129,6 +131,28 @@ def test_values_that_llama_cpp_would_abort_on(tmp_path: Path, keys: list[tuple[s
     with pytest.raises(LoadError, match=match) as error:
         check_gguf(path)
     assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize("kind", ["modem", "mmproj", "imatrix", 7])
+def test_no_general_type_of_a_model_switches_its_checks_off(tmp_path: Path, kind: object) -> None:
+    path = write(tmp_path / "model.gguf", [ARCHITECTURE, ("general.type", kind), ("llama.block_count", 0)])
+    with pytest.raises(LoadError, match="block_count is 0"):
+        check_gguf(path)
+
+
+def test_type_table_agrees_with_the_gguf_package() -> None:
+    sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    # The package counts two floats in a block of q8_1; ggml-common.h has two halves since 2024.
+    sizes[gguf.GGMLQuantizationType.Q8_1] = (32, 36)
+    assert {number: GGML_TYPES[number][1:3] for number in sizes} == sizes
+    names = {number: gguf.GGMLQuantizationType(number).name for number in sizes}
+    assert {number: GGML_TYPES[number].name.upper() for number in sizes} == names
+
+
+def test_every_type_is_a_type_of_weights_or_cannot_be_multiplied() -> None:
+    assert WEIGHT_TYPES.keys() | CANNOT_MULTIPLY == {kind.name for kind in GGML_TYPES.values()}
+    assert not WEIGHT_TYPES.keys() & CANNOT_MULTIPLY
+    assert set(KV_TYPES) <= WEIGHT_TYPES.keys()
 
 
 def test_odd_but_sound_values_pass(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_renumbering_where_it_is_impossible(models: Models, name: str) -> None:
 
 def test_positions_beyond_a_trained_table(models: Models) -> None:
     running = Running(models("bert"), context_length=4096, batch_size=600)
-    assert running.limits.n_ctx == 512
+    assert running.capabilities.n_ctx == 512
     assert running.step(Chunk(0, 0, 512, (5,), True), embeddings=True).outcome is DecodeOutcome.INVALID
     assert running.step(Chunk(0, 0, 0, (5,) * 513, True), embeddings=True).outcome is DecodeOutcome.INVALID
     assert running.step(Chunk(0, 0, 0, (5,) * 512, True), embeddings=True).outcome is DecodeOutcome.OK

@@ -152,7 +152,7 @@ PROGRAM: Final = """
 import sys
 from trio_runner.config import ModelConfig
 from trio_runner.errors import LoadError
-from trio_runner.images import Pixels
+from trio_runner.pixels import Pixels
 from trio_runner.llama import Model, Projector
 
 model = Model(ModelConfig(path=sys.argv[1]))

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.core.placement import Device, MemoryUse
-from trio_runner.engine.runtime import Runtime
+from trio_runner.core.ports import Runtime
 from trio_runner.errors import EngineClosed, LoadError, NativeError
+from trio_runner.info import Device, MemoryUse
 from trio_runner.llama import LlamaLoader
 from trio_runner.llama import loader as loader_module
 

@@ -18,13 +18,13 @@ from tests.placing import device_number
 from trio_runner.config import ModelConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Copy, Trim
+from trio_runner.core.ports import EncodedImage, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.engine.runtime import EncodedImage, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidImage, LoadError
-from trio_runner.images import Pixels
 from trio_runner.llama import Model, Projector
 from trio_runner.llama.library import drain_log, last_error, native
-from trio_runner.request import SamplingParams
+from trio_runner.pixels import Pixels
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 
@@ -103,7 +103,7 @@ def test_positions_are_those_of_a_grid(models: Models) -> None:
 def test_rows_in_a_single_line_share_their_position_too(models: Models) -> None:
     (media,) = open_projector(models, "mrope").encoding(picture(560, 28)).run().media
     assert media.n_rows == 20
-    assert media.folded
+    assert media.shares_positions
     assert media.n_positions == media.n_rows
 
 

@@ -14,7 +14,7 @@ from tests.llama.running import GREEDY, PROMPT, Running, tokens_of
 from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Trim
 from trio_runner.errors import InvalidGrammar, InvalidRequest, NativeError
-from trio_runner.request import RANDOM_SEED, SamplingParams
+from trio_runner.sampling import RANDOM_SEED, SamplingParams
 
 Models = Callable[[str], Path]
 

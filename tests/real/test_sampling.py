@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.llama.running import Running
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.errors import InvalidGrammar
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 N_SEQUENCES = 16
 DEAD_END = 5

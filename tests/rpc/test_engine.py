@@ -15,10 +15,12 @@ import trio
 from tests.engine.toys import picture, until, until_idle
 from tests.rpc.servers import RpcServer
 from trio_runner.config import AdapterConfig, ModelConfig
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.events import PromptProgress, TokenInfo
+from trio_runner.front_door import open_engine
 from trio_runner.models import DEFAULT_MODEL, resolve_model
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 
 Models: TypeAlias = Callable[[str], Path]
 Servers: TypeAlias = tuple[RpcServer, RpcServer]

@@ -23,8 +23,9 @@ from tests.rpc.servers import RpcServer
 from tests.server.client import Server, post, request, serving
 from trio_runner.config import ModelConfig
 from trio_runner.engine import engine as engine_module
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.errors import EngineBroken, EngineClosed, LoadError
+from trio_runner.front_door import open_engine
 
 Models: TypeAlias = Callable[[str], Path]
 Servers: TypeAlias = tuple[RpcServer, RpcServer]
@@ -161,7 +162,7 @@ ATTEMPT = """
 import json, logging, sys
 import trio
 from trio_runner.config import ModelConfig
-from trio_runner.engine.engine import open_engine
+from trio_runner.front_door import open_engine
 
 logging.disable()
 

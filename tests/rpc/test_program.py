@@ -186,7 +186,7 @@ def test_what_is_no_rpc_server(models: Models, monkeypatch: pytest.MonkeyPatch) 
         )
     monkeypatch.setattr(backends, "RPC_SECONDS", 0.1)
     with saying(b"") as silent:
-        words = f"the rpc-server {silent} does not answer after 0.1 seconds: is it one"
+        words = f"the rpc-server {silent} did not answer within 0.1 seconds: is it an rpc-server of this version"
         assert refusal(models("llama"), silent).startswith(words)
     monkeypatch.undo()
     assert refusal(models("llama"), closed) == unreachable  # nothing of that is left

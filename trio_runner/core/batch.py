@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
     output: bool
     offset: int = 0
     """From `start` to `position`: below 0 where rows before it share positions."""
-    source: tuple[int, ...] = ()
+    encoder_tokens: tuple[int, ...] = ()
     """What the encoder has read, if the model has one."""
 
     @property
@@ -143,7 +143,7 @@ class Wanting(NamedTuple):
     whole: bool = False
     """All of `pending` in one batch, or nothing."""
     offset: int = 0
-    source: tuple[int, ...] = ()
+    encoder_tokens: tuple[int, ...] = ()
 
 
 def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int) -> tuple[Chunk, ...]:
@@ -179,4 +179,4 @@ def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int) -
 def _chunk(want: Wanting, n_rows: int) -> Chunk:
     items = tuple(want.pending[:n_rows])
     output = want.output and n_rows == len(want.pending)
-    return Chunk(want.uid, want.slot, want.start, items, output, want.offset, want.source)
+    return Chunk(want.uid, want.slot, want.start, items, output, want.offset, want.encoder_tokens)

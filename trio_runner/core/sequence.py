@@ -19,7 +19,7 @@ class SequenceSpec:
 
     uid: int
     prompt: tuple[Item, ...]
-    source: tuple[int, ...] = ()
+    encoder_tokens: tuple[int, ...] = ()
     """What the encoder reads, if the model has one."""
     adapters: AdapterSet = ()
     n_keep: int = 0
@@ -35,9 +35,9 @@ class SequenceSpec:
     logprobs: bool = False
 
     @property
-    def basis(self) -> Hashable:
+    def cache_key(self) -> Hashable:
         """What the KV cache of its rows depends on besides the rows before them."""
-        return (self.adapters, self.source) if self.adapters or self.source else None
+        return (self.adapters, self.encoder_tokens) if self.adapters or self.encoder_tokens else None
 
 
 def _no_slot() -> Slot:
@@ -82,13 +82,13 @@ class Sequence:
 
     @property
     def items(self) -> list[Item]:
-        """Everything that the next token depends on, in its basis."""
+        """Everything that the next token depends on, in its cache_key."""
         return self.slot.items + self.pending
 
     @property
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=len(self.spec.prompt) + len(self.spec.source),
+            prompt_tokens=len(self.spec.prompt) + len(self.spec.encoder_tokens),
             cached_tokens=self.n_cached,
             completion_tokens=self.text.n_tokens,
             prompt_seconds=self.prompt_seconds,

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from trio_runner.config import check_adapter_name
 from trio_runner.core.batch import AdapterSet
-from trio_runner.engine.runtime import Adapter
+from trio_runner.core.ports import Adapter
 from trio_runner.errors import InvalidRequest, UnknownAdapter
+from trio_runner.info import AdapterInfo
 from trio_runner.request import AdapterChoice
 
 MAX_LOADED = 64
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """A loaded adapter. `scale` applies to requests that choose no adapters."""
-
-    name: str
-    path: str
-    scale: float
 
 
 class AdapterTable:

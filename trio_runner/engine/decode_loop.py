@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
+from trio_runner.core.ports import Adapter, Context, EncodedMedia, Sampler
 from trio_runner.core.prompt import Media
-from trio_runner.core.scheduler import Emission, Scheduler, SchedulerStatistics, Step
+from trio_runner.core.scheduler import Emission, Scheduler, Step
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mail, Mailbox, Pause, Resume, Retire, Submit
-from trio_runner.engine.runtime import Adapter, Context, EncodedMedia, Sampler
 from trio_runner.events import Embedded, Finished
+from trio_runner.info import SchedulerStatistics
 
 logger = logging.getLogger("trio_runner.engine")
 
@@ -53,7 +54,7 @@ class DecodeLoop:
         self._context = context
         self._mailbox = mailbox
         self._deliver = deliver
-        self._scheduler = Scheduler(context.limits, step_target)
+        self._scheduler = Scheduler(context.capabilities, step_target)
         self._submitted: dict[int, Submit] = {}
         self._samplers: dict[int, Sampler] = {}
         self._retired: dict[int, Adapter] = {}
@@ -70,7 +71,7 @@ class DecodeLoop:
         number, so that the call comes too late and does nothing.
         """
         running = self._in_flight
-        if running is None or not self._context.limits.can_trim:
+        if running is None or not self._context.capabilities.can_trim:
             return
         is_follower = uid in running.followers
         running.followers.discard(uid)

@@ -18,22 +18,21 @@ import math
 import os
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, Unpack
 
 import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.core.limits import Limits
-from trio_runner.core.placement import Placement
+from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.pooling import normalize as normalize_vector
-from trio_runner.core.scheduler import Emission, SchedulerStatistics
-from trio_runner.engine.adapters import AdapterInfo, AdapterTable
+from trio_runner.core.ports import EncodedImage, Loader, Runtime
+from trio_runner.core.scheduler import Emission
+from trio_runner.engine.adapters import AdapterTable
 from trio_runner.engine.deadlines import Deadlines
 from trio_runner.engine.decode_loop import DecodeLoop
 from trio_runner.engine.generation import Embedding, Generation, Reader
@@ -41,7 +40,6 @@ from trio_runner.engine.image_store import ImageStore
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Retire, Submit
 from trio_runner.engine.patience import GaveUp, Patience
 from trio_runner.engine.prepare import AnyRequest, NamedImage, PairRequest, has_parts, parts_of, prepare, size, tokenize
-from trio_runner.engine.runtime import EncodedImage, Loader, ModelInfo, Runtime
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -54,6 +52,16 @@ from trio_runner.errors import (
 )
 from trio_runner.events import Embedded, Finished, Usage
 from trio_runner.images import load_pixels
+from trio_runner.info import (
+    AdapterInfo,
+    Capabilities,
+    EngineStatistics,
+    ModelInfo,
+    Placement,
+    SchedulerStatistics,
+    Status,
+)
+from trio_runner.options import ChatOptions, GenerateOptions
 from trio_runner.request import (
     AdapterChoice,
     Chat,
@@ -61,16 +69,13 @@ from trio_runner.request import (
     GenerateRequest,
     Part,
     RerankRequest,
-    SamplingParams,
     as_prompt,
+    make_request,
 )
 
 logger = logging.getLogger("trio_runner.engine")
 
-Status: TypeAlias = Literal["loading", "ready", "closing", "closed", "broken"]
 T = TypeVar("T")
-
-_SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 
 MAX_HELPERS = 2
 """Prompts that are tokenised at the same time: more would only take the cores from the decode thread."""
@@ -98,32 +103,6 @@ class _InFlight:
 
     reader: Reader
     kind: Kind
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """A snapshot, for people and metrics. The scheduler's part is as of the last step."""
-
-    status: Status
-    slots: int
-    generations: int
-    """Requests in flight: waiting, running, paused, or with their last events not handed over yet."""
-    scheduler: SchedulerStatistics
-    images_encoded: int = 0
-    images_found: int = 0
-    """That were asked for while they were kept, or being encoded for somebody else."""
-    image_bytes: int = 0
-    """Kept."""
-
-    @property
-    def busy(self) -> int:
-        """Slots in use."""
-        return self.scheduler.n_running
-
-    @property
-    def waiting(self) -> int:
-        """Sequences without a slot."""
-        return self.scheduler.n_waiting
 
 
 class Engine:
@@ -181,9 +160,9 @@ class Engine:
         return self._ready_runtime().model.info
 
     @property
-    def limits(self) -> Limits:
+    def capabilities(self) -> Capabilities:
         """What the context can do. Raises as `info`."""
-        return self._ready_runtime().context.limits
+        return self._ready_runtime().context.capabilities
 
     def statistics(self) -> EngineStatistics:
         scheduler = self._loop.statistics if self._loop is not None else SchedulerStatistics()
@@ -219,7 +198,12 @@ class Engine:
 
     # -- what it does -------------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerateRequest | Chat | str | Sequence[int | Part], /, **options: Any) -> Generation:
+    def generate(
+        self,
+        request: GenerateRequest | Chat | str | Sequence[int | Part],
+        /,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
         """Continue a prompt: a whole request, or text, or tokens, or a list of texts and images, with any fields of
         `GenerateRequest` and `SamplingParams` by name. Nothing happens before the generation is entered, started or
         iterated.
@@ -227,15 +211,7 @@ class Engine:
         Raises `InvalidRequest` for a value outside its range and TypeError for a name that is no field.
         """
         if not isinstance(request, GenerateRequest):
-            sampling = {name: options.pop(name) for name in _SAMPLING_FIELDS & options.keys()}
-            if "stop" in options:
-                stop = options["stop"]
-                options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-            if sampling and "sampling" in options:
-                raise TypeError(f"give either sampling or its fields by name: {', '.join(sorted(sampling))}")
-            if sampling:
-                options["sampling"] = SamplingParams(**sampling)
-            request = GenerateRequest(prompt=as_prompt(request), **options)
+            request = make_request(as_prompt(request), options)
         elif options:
             raise TypeError("options go into the request")
         return Generation(self, request)
@@ -248,7 +224,7 @@ class Engine:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_variables: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> Generation:
         """Continue a conversation, which the chat template in the model's file makes a prompt of; the rest as
         `generate`. A message's content is text, or a list of parts: `{"type": "text", "text": ...}` and
@@ -281,7 +257,7 @@ class Engine:
             for text in texts
         ]
         vectors = [np.asarray(embedded.vector) for embedded in await self.embed_requests(requests)]
-        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.limits.n_vector), np.float32)
+        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.capabilities.n_vector), np.float32)
 
     async def embed_requests(self, requests: Sequence[EmbedRequest]) -> list[Embedded]:
         """As `embed_request`, of many at once: all of them, or none."""
@@ -299,16 +275,16 @@ class Engine:
             embedding.close()
         return Embedded(_vector(embedded, request), embedded.usage)
 
-    async def rerank(
-        self, query: str | RerankRequest, documents: Sequence[str] = (), *, truncate: bool = False
-    ) -> NDArray[np.float32]:
+    async def rerank(self, query: str, documents: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
         """How well each document answers the query, shape (len(documents),): the model's own scores, of which only
         the order means something. Raises as `Generation.start`, `Unsupported` if the model was not made for it."""
-        if isinstance(query, str):
-            query = RerankRequest(query=query, documents=tuple(documents), truncate=truncate)
+        return await self.rerank_request(RerankRequest(query=query, documents=tuple(documents), truncate=truncate))
+
+    async def rerank_request(self, request: RerankRequest) -> NDArray[np.float32]:
+        """As `rerank`, of a whole request."""
         pairs = [
-            PairRequest(query.query, document, query.truncate, query.adapters, f"documents[{index}]")
-            for index, document in enumerate(query.documents)
+            PairRequest(request.query, document, request.truncate, request.adapters, f"documents[{index}]")
+            for index, document in enumerate(request.documents)
         ]
         await self.wait_ready()
         embedded = await self._all_vectors(pairs)
@@ -320,7 +296,7 @@ class Engine:
         vectors: dict[int, Embedded] = {}
         in_flight: deque[tuple[int, Embedding]] = deque()
         # A window, so that a long list neither fills the queue nor starves the requests of others.
-        lanes, max_queue = self.limits.n_embed_slots, self.config.max_queue
+        lanes, max_queue = self.capabilities.n_embed_slots, self.config.max_queue
         window = 2 * lanes if max_queue is None else lanes + min(lanes, max_queue)
 
         async def take_first() -> None:
@@ -690,7 +666,11 @@ class Engine:
     def _n_lanes(self, kind: Kind) -> int:
         """Requests of a kind that run at once, as far as that is known before there is a model."""
         runtime = self._runtime
-        return self.config.slots if kind is GenerateRequest or runtime is None else runtime.context.limits.n_embed_slots
+        return (
+            self.config.slots
+            if kind is GenerateRequest or runtime is None
+            else runtime.context.capabilities.n_embed_slots
+        )
 
     def _hand_over(self) -> None:
         # Runs inside trio's own entry queue: an exception here would bring down trio itself.
@@ -756,84 +736,6 @@ class Engine:
             drop()
             raise
         return results.pop()
-
-
-@asynccontextmanager
-async def open_engine(
-    model: str | os.PathLike[str] | ModelConfig | Loader,
-    config: EngineConfig | None = None,
-    *,
-    wait: bool = True,
-    cancel_when_broken: bool = True,
-    **options: Any,
-) -> AsyncIterator[Engine]:
-    """An engine for the length of the block.
-
-    `model` is a path, a `ModelConfig`, or anything that loads (`testing.ToyLoader`). `config`, or the fields of an
-    `EngineConfig` by name, say how to run it. With `wait` the block starts when the model is loaded, and a model that
-    does not load raises `LoadError`; without, it starts at once, with `engine.status` "loading", and a failure shows
-    as "broken". Leaving the block ends every generation with `EngineClosed`.
-
-    Should the decode thread die, of a device that fails or vanishes for example, every generation and embedding ends
-    with `EngineBroken`, which carries the reason. Then the block is cancelled and `EngineBroken` is raised out of it.
-    With `cancel_when_broken=False` it goes on instead, for programs that have more to do: `engine.status` is "broken",
-    requests raise `EngineBroken` at once, another engine may be opened meanwhile, and leaving the block raises nothing.
-    """
-    if config is not None and options:
-        raise TypeError("give either config or its fields by name")
-    engine = Engine(_loader(model), config or EngineConfig(**options), cancel_when_broken=cancel_when_broken)
-    own: BaseException | None = None
-    errors: list[BaseException] = []
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.live)
-            try:
-                if wait:
-                    await engine.wait_ready()
-                yield engine
-            except BaseException as error:
-                own = error
-                # A cancellation is for trio to sort out. Any other error goes around the nursery, which takes groups
-                # apart: who wrote `raise X` in the block expects this very X to come out of it.
-                if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(error)):
-                    raise
-                errors.append(error)
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        errors += leaves(group, own)
-    if errors:
-        raise _one_of(errors, own)
-
-
-def _one_of(errors: list[BaseException], own: BaseException | None) -> BaseException:
-    """The one that matters, or a group where several do; `own` is the caller's."""
-    failures = [error for error in errors if not isinstance(error, trio.Cancelled)]
-    if not failures:
-        return errors[0]
-    if len(failures) > 1 and own in failures and all(isinstance(leaf, EngineBroken) for leaf in leaves(own)):
-        # A reader in the block has raised what the engine raises, too: that is one piece of news.
-        failures.remove(own)
-    return failures[0] if len(failures) == 1 else BaseExceptionGroup("the engine and the block failed", failures)
-
-
-def leaves(error: BaseException | None, whole: BaseException | None = None) -> Iterator[BaseException]:
-    """The errors in `error`, which may be a group in groups; `whole` is not looked into."""
-    if isinstance(error, BaseExceptionGroup) and error is not whole:
-        for inside in error.exceptions:
-            yield from leaves(inside, whole)
-    elif error is not None:
-        yield error
-
-
-def _loader(model: str | os.PathLike[str] | ModelConfig | Loader) -> Loader:
-    if isinstance(model, (str, os.PathLike)):
-        model = ModelConfig(path=os.fspath(model))
-    if isinstance(model, ModelConfig):
-        # Imported here, so that everything but real models works without the native library.
-        from trio_runner.llama.loader import LlamaLoader
-
-        return LlamaLoader(model)
-    return model
 
 
 def _forget_variables(failure: BaseException) -> None:

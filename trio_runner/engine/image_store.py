@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from trio_runner.core.ports import EncodedImage, Encoding, Projector
 from trio_runner.engine.patience import GaveUp, Patience
-from trio_runner.engine.runtime import EncodedImage, Encoding, Projector
 from trio_runner.errors import EngineClosed, InvalidImage, NativeError, RunnerError
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 
 logger = logging.getLogger("trio_runner.engine")

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
 from trio_runner.core.prompt import Media
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.engine.runtime import Adapter, EncodedMedia, Sampler
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from trio_runner.core.ports import EncodedImage, EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media, fit_prompt
 from trio_runner.core.sequence import SequenceSpec
 from trio_runner.engine.mailbox import Submit
-from trio_runner.engine.runtime import EncodedImage, EncodedMedia, Model, ModelInfo, Runtime
 from trio_runner.errors import InvalidRequest, PromptTooLong, Unsupported
-from trio_runner.images import ImageSource
+from trio_runner.image_source import ImageSource
+from trio_runner.info import ModelInfo
 from trio_runner.request import MAX_IMAGES, AdapterChoice, Chat, EmbedRequest, GenerateRequest, Part
 
 if TYPE_CHECKING:
@@ -221,8 +222,8 @@ def prepare(
 def _prepare_generation(
     request: GenerateRequest, runtime: Runtime, uid: int, parts: Sequence[str | EncodedImage] | None
 ) -> Submit:
-    model, limits = runtime.model, runtime.context.limits
-    if not limits.can_generate:
+    model, capabilities = runtime.model, runtime.context.capabilities
+    if not capabilities.can_generate:
         raise Unsupported("generation", "this model makes embeddings, it cannot generate text")
     param = "messages" if isinstance(request.prompt, Chat) else "prompt"
     items: Sequence[Item]
@@ -232,10 +233,10 @@ def _prepare_generation(
         items, media = _joined(parts, model, param=param, parse_special=request.parse_special, is_chat=is_chat)
     else:
         items = _tokens(model, request.prompt, param=param, parse_special=request.parse_special)
-    reads = limits.decoder_start is not None
+    reads = capabilities.decoder_start is not None
     fitted = fit_prompt(
         items,
-        n_ctx=limits.max_rows if reads else limits.n_ctx,
+        n_ctx=capabilities.max_rows if reads else capabilities.n_ctx,
         n_keep=request.n_keep,
         adds_bos=model.info.adds_bos,
         truncate=request.truncate,
@@ -244,8 +245,8 @@ def _prepare_generation(
     tokens = tuple(item for item in fitted.items if isinstance(item, int))
     spec = SequenceSpec(
         uid=uid,
-        prompt=fitted.items if limits.decoder_start is None else (limits.decoder_start,),
-        source=tokens if reads else (),
+        prompt=fitted.items if capabilities.decoder_start is None else (capabilities.decoder_start,),
+        encoder_tokens=tokens if reads else (),
         n_keep=1 if reads else fitted.n_keep,
         max_tokens=request.max_tokens,
         stop=request.stop,
@@ -259,17 +260,17 @@ def _prepare_generation(
 
 
 def _prepare_embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Submit:
-    model, limits = runtime.model, runtime.context.limits
-    if limits.ranks:
+    model, capabilities = runtime.model, runtime.context.capabilities
+    if capabilities.ranks:
         raise Unsupported("embeddings", "this model ranks documents for a query, it makes no embeddings")
-    if limits.decoder_start is not None:
+    if capabilities.decoder_start is not None:
         raise Unsupported("embeddings", "a model with an encoder and a decoder makes no embeddings here")
-    if request.dimensions is not None and request.dimensions > limits.n_vector:
+    if request.dimensions is not None and request.dimensions > capabilities.n_vector:
         raise InvalidRequest(
-            f"dimensions must be at most {limits.n_vector}, not {request.dimensions}", param="dimensions"
+            f"dimensions must be at most {capabilities.n_vector}, not {request.dimensions}", param="dimensions"
         )
     tokens = _tokens(model, request.content, param="content", parse_special=True)
-    longest = min(limits.n_ctx, limits.max_rows)
+    longest = min(capabilities.n_ctx, capabilities.max_rows)
     if request.truncate and len(tokens) > longest:
         tokens = _truncated(tokens, longest, model, ends=isinstance(request.content, str))
     fitted = fit_prompt(tokens, n_ctx=longest, n_keep=0, adds_bos=False, truncate=False, param="content")
@@ -283,10 +284,10 @@ def _truncated(tokens: list[int], longest: int, model: Model, *, ends: bool) -> 
 
 
 def _prepare_pair(request: PairRequest, runtime: Runtime, uid: int) -> Submit:
-    model, limits = runtime.model, runtime.context.limits
-    if not limits.ranks:
+    model, capabilities = runtime.model, runtime.context.capabilities
+    if not capabilities.ranks:
         raise Unsupported("reranking", "this model does not rank documents")
-    longest = min(limits.n_ctx, limits.max_rows)
+    longest = min(capabilities.n_ctx, capabilities.max_rows)
     document = request.document
     tokens = _pair(model, request.query, document, param=request.param)
     # Tokens of a text are no longer than its characters are many: what is cut is more than enough, in few turns.
