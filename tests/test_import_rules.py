@@ -50,7 +50,7 @@ DECISIONS = {"core.scheduler", "core.sequence", "core.slots", "core.stop", "core
 OUTSIDE: dict[str, set[str]] = {
     "quart": {"server"},
     "quart_trio": {"server"},
-    "hypercorn": {"server"},
+    "hypercorn": {"server.exchange"},
     "h11": {"server", "bench.client"},
     "cffi": {"llama"},
     "trio": {"engine", "server", "bench", ""},

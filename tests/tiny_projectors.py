@@ -7,8 +7,8 @@ They differ in the number of rows and in what goes with them:
     mmproj-gemma  for "swa": 16 rows with non-causal attention, between two texts
     mmproj-qwen   for "mrope": one row for 28 x 28 pixels, at least 8 rows, between two texts; as many positions as rows
                   along the longer side
-    mmproj-tiles  for "tiles": an overview, and tiles of 56 pixels of the image scaled to 112 pixels; each has 4 rows and
-                  a text
+    mmproj-tiles  for "tiles": an overview, and tiles of 56 pixels of the image scaled to 112 pixels; each has 4 rows
+                  and a text
 """
 
 from __future__ import annotations

@@ -220,8 +220,8 @@ def test_an_aborted_embedding(models: Models) -> None:
 
     first = step()
     result = Aborter(running).abort_in_the_middle(step)
-    assert (result.kept, result.vectors) == ({0: 0}, {})
-    np.testing.assert_allclose(np.asarray(step().vectors[0]), np.asarray(first.vectors[0]), atol=1e-3)
+    assert (result.kept, result.embeddings) == ({0: 0}, {})
+    np.testing.assert_allclose(np.asarray(step().embeddings[0]), np.asarray(first.embeddings[0]), atol=1e-3)
 
 
 def test_aborted_non_causal_rows_of_an_image(models: Models) -> None:

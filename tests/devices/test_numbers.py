@@ -194,7 +194,7 @@ def test_embeddings_agree(models: Models, name: str) -> None:
         ]
         result = running.step(*chunks, embeddings=True)
         assert result.outcome is DecodeOutcome.OK, result.message
-        return [result.vectors[lane] for lane in lanes]
+        return [result.embeddings[lane] for lane in lanes]
 
     expected = [vectors(cpu, text)[0] for text in texts]
     size = max(np.abs(vector).max() for vector in expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.placing import model_config
 from trio_runner.config import AdapterConfig, EngineConfig
-from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.batch import AdapterSet, Batch, BatchKind, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Trim
 from trio_runner.core.ports import NO_MEDIA, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow, n_positions
@@ -71,7 +71,9 @@ class Running:
     ) -> StepResult:
         """Decode one batch of these chunks."""
         adapter_set = self.adapter_set if adapters is None else adapters
-        batch = Batch(chunks, embeddings=embeddings, adapters=adapter_set, number=number)
+        kind = BatchKind(adapter_set, embedding=embeddings)
+        media_of_chunks = chunks[0].media if chunks else None
+        batch = Batch(chunks, kind if media_of_chunks is None else kind.for_media(media_of_chunks), number)
         with self.around_decode(batch):
             return self.context.decode(batch, samplers or {}, media=media, adapters=self.adapters)
 

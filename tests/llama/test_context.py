@@ -67,7 +67,7 @@ def test_capabilities_follow_from_the_memory(models: Models, name: str, can_trim
         can_trim=can_trim,
         can_shift=can_shift,
         embeds_last_row=can_trim,
-        n_vector=64,
+        embedding_size=64,
     )
     assert running.context.length(0) == 0
 
@@ -88,7 +88,7 @@ def test_capabilities_of_an_encoder(models: Models, name: str) -> None:
     assert not capabilities.embeds_last_row
     assert capabilities.n_ctx == 64
     assert capabilities.ranks == (name == "rerank")
-    assert capabilities.n_vector == (1 if name == "rerank" else 64)
+    assert capabilities.embedding_size == (1 if name == "rerank" else 64)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)

@@ -28,7 +28,7 @@ def embed(running: Running, *texts: str) -> list[np.ndarray[tuple[int], np.dtype
     result = running.step(*chunks, embeddings=True)
     assert result.outcome is DecodeOutcome.OK
     assert result.sampled == {}
-    vectors = [result.vectors[uid] for uid in range(len(texts))]
+    vectors = [result.embeddings[uid] for uid in range(len(texts))]
     for vector in vectors:
         assert isinstance(vector, np.ndarray)
         assert vector.dtype == np.float32
@@ -76,10 +76,10 @@ def test_the_last_row_alone_gives_the_embedding_of_the_text(models: Models, name
     assert running.capabilities.embeds_last_row
     tokens = running.tokens(LONG_TEXT)[:60]
     lane = running.capabilities.first_embed_slot
-    whole = running.step(Chunk(0, lane, 0, tuple(tokens), output=True), embeddings=True).vectors[0]
+    whole = running.step(Chunk(0, lane, 0, tuple(tokens), output=True), embeddings=True).embeddings[0]
     assert running.context.apply(Trim(lane, 0))
     position = running.prefill(tokens[:-1], slot=lane, rows=rows)
-    last = running.step(Chunk(0, lane, position, (tokens[-1],), output=True), embeddings=True).vectors[0]
+    last = running.step(Chunk(0, lane, position, (tokens[-1],), output=True), embeddings=True).embeddings[0]
     assert isinstance(whole, np.ndarray)
     assert isinstance(last, np.ndarray)
     assert cosine(whole, last) >= 0.9999
@@ -97,7 +97,7 @@ def test_an_embedding_beside_a_generation_changes_neither(models: Models, name: 
     prompt, text = running.tokens("hello and a story"), running.tokens(LONG_TEXT)[:60]
     lane = running.capabilities.first_embed_slot + 1
     expected = tokens_of(running.generate(prompt, 16))
-    whole = running.step(Chunk(9, lane, 0, tuple(text), output=True), embeddings=True).vectors[9]
+    whole = running.step(Chunk(9, lane, 0, tuple(text), output=True), embeddings=True).embeddings[9]
     assert isinstance(whole, np.ndarray)
     assert running.context.apply(Trim(lane, 0))
     assert running.context.apply(Trim(0, 0))
@@ -113,7 +113,7 @@ def test_an_embedding_beside_a_generation_changes_neither(models: Models, name: 
             start += len(rows)
         elif vector is None:
             step = running.step(Chunk(9, lane, start, (text[-1],), output=True), embeddings=True)
-            vector = step.vectors[9]
+            vector = step.embeddings[9]
         result = running.step(*chunks, samplers={1: sampler})
         assert result.outcome is DecodeOutcome.OK
         position += len(pending)

@@ -22,7 +22,7 @@ from tests.rpc.meddler import Meddle, Meddler, framed
 from tests.rpc.servers import RpcServer
 from tests.server.client import Server, post, request, serving
 from trio_runner.config import ModelConfig
-from trio_runner.engine import engine as engine_module
+from trio_runner.engine import lifecycle
 from trio_runner.engine.engine import Engine
 from trio_runner.errors import EngineBroken, EngineClosed, LoadError
 from trio_runner.front_door import open_engine
@@ -134,7 +134,7 @@ async def test_a_server_that_hangs_can_be_left(
     models: Models, doomed: Servers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Clients can still disconnect, and the engine can still be closed."""
-    monkeypatch.setattr(engine_module, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(lifecycle, "CLOSE_SECONDS", 0.1)
     async with surviving(models("swa"), *doomed) as engine, serving(engine, deadline=DEADLINE) as server:
         client, other = await server.connect(), await server.connect()
         for each in (client, other):

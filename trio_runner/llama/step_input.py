@@ -55,8 +55,8 @@ class StepInput:
         native_batch.n_rows, outputs = self._fill_rows(batch)
         native_batch.inputs = self._null if inputs is None else self._from_buffer("float[]", inputs)
         native_batch.tokens = self._native_tokens if inputs is None else self._null
-        native_batch.both_ways = not batch.causal
-        native_batch.embeddings = batch.embeddings
+        native_batch.both_ways = not batch.kind.causal
+        native_batch.embeddings = batch.kind.embedding
         native_batch.number = batch.number
         return outputs
 
@@ -85,7 +85,7 @@ class StepInput:
     def _fill_rows(self, batch: Batch) -> tuple[int, list[OutputRow]]:
         """Write everything that rows of tokens and of images have in common. Returns the number of rows, too."""
         tokens, positions, seqs, flags = self._tokens, self._positions, self._seqs, self._outputs
-        of_media = batch.of_media
+        of_media = batch.kind.of_media
         outputs: list[OutputRow] = []
         row = 0
         for chunk in batch.chunks:
