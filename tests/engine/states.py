@@ -1,4 +1,4 @@
-"""A request in every state it can be in, each with the decode thread standing still there."""
+"""A request in every state that it can be in. In each, the decode thread stands still."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ N_KEPT = 20
 
 @dataclass
 class Scene:
-    """A request that has come to the state under test; `keeps` tokens of it are in the KV cache."""
+    """A request that has reached the state under test; `keeps` of its tokens are in the KV cache."""
 
     engine: Engine
     generation: Generation
@@ -96,7 +96,7 @@ async def encoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def encoding_for_two(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    """The other one has no deadline, and stays."""
+    """Another request, without a deadline, waits for the same image and stays."""
     async with encoding(toy, **request) as scene, trio.open_nursery() as nursery:
         nursery.start_soon(scene.engine.generate([picture(0)], max_tokens=1).start)
         await until(lambda: scene.engine.statistics().images_found == 1)
@@ -128,7 +128,7 @@ async def prefilling(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def between_chunks(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    """The chunk that runs is small, but nobody else wants it; the next one must not come."""
+    """The chunk that runs is small, but no other request wants it. The next chunk must not run."""
     async with _in_state(toy, request, {"batch_size": 8}, keeps=16, is_broken_off=True) as scene:
         scene.gate.let()
         await scene.gate.reached(2)
@@ -145,7 +145,7 @@ async def decoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def holding_back(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    """All its text so far may turn out to be the start of a stop string."""
+    """All its text so far may be the start of a stop string."""
     request["stop"] = toy_text(PROMPT, 10) + " and more"
     async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
         scene.gate.let(5)

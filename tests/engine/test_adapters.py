@@ -65,8 +65,9 @@ CHOICES = st.dictionaries(st.sampled_from(list(SCALES)), st.sampled_from([0, 1, 
 
 
 @given(st.lists(CHOICES, min_size=1, max_size=4))
-async def test_text_is_what_the_model_says_with_them(choices: list[dict[str, float]]) -> None:
-    """In whatever order, and whoever ran before in the same slots; scale 0 is as if it had not been chosen."""
+async def test_text_is_that_of_the_model_with_the_chosen_adapters(choices: list[dict[str, float]]) -> None:
+    """The order of the adapters and earlier requests in the slots make no difference. Scale 0 is the same as no
+    adapter."""
     toy = Toy()
     with_adapters(toy)
     async with toy.engine(slots=1) as engine:
@@ -76,7 +77,7 @@ async def test_text_is_what_the_model_says_with_them(choices: list[dict[str, flo
     toy.check_closed()
 
 
-async def test_each_set_has_a_text_of_its_own(toy: Toy) -> None:
+async def test_each_set_of_adapters_gives_another_text(toy: Toy) -> None:
     with_adapters(toy)
     sets: list[dict[str, float]] = [{}, {"one": 1}, {"one": 2}, {"two": 1}, {"one": 1, "two": 1}]
     async with toy.engine() as engine:
@@ -84,7 +85,7 @@ async def test_each_set_has_a_text_of_its_own(toy: Toy) -> None:
     assert len(texts) == len(sets)
 
 
-async def test_without_a_choice_the_scales_of_the_engine_apply(toy: Toy) -> None:
+async def test_without_a_choice_all_adapters_apply_at_their_own_scales(toy: Toy) -> None:
     with_adapters(toy)
     async with toy.engine() as engine:
         assert engine.adapters == tuple(AdapterInfo(name, f"/lora/{name}.gguf", SCALES[name]) for name in SCALES)
@@ -94,7 +95,7 @@ async def test_without_a_choice_the_scales_of_the_engine_apply(toy: Toy) -> None
         np.testing.assert_array_equal(vector, toy_vector(list(b"hello"), cache_key(**SCALES)))
 
 
-async def test_vectors_have_adapters_too(toy: Toy) -> None:
+async def test_embeddings_have_adapters(toy: Toy) -> None:
     with_adapters(toy)
     texts = ["hello", "world"]
     async with toy.engine() as engine:
@@ -105,7 +106,7 @@ async def test_vectors_have_adapters_too(toy: Toy) -> None:
             np.testing.assert_array_equal(embedded.vector, expected[0])
 
 
-async def test_scores_have_adapters_too(toy: Toy) -> None:
+async def test_scores_have_adapters(toy: Toy) -> None:
     with_adapters(toy)
     toy.capabilities = {"ranks": True}
     async with toy.engine() as engine:
@@ -115,7 +116,7 @@ async def test_scores_have_adapters_too(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e30, -1e30])
-async def test_a_default_that_no_request_may_ask_for_applies_all_the_same(toy: Toy, scale: float) -> None:
+async def test_a_default_scale_may_be_larger_than_a_request_may_choose(toy: Toy, scale: float) -> None:
     toy.adapters = (AdapterConfig("/lora/one.gguf", scale),)
     async with toy.engine() as engine:
         assert await engine.generate("hello", max_tokens=20).collect() == said("hello", one=scale)
@@ -128,7 +129,7 @@ SETS: list[dict[str, float]] = [{}, {"one": 1.0}, {"two": 1.0}, {"one": 1.0, "tw
 
 
 async def read_all(engine: Engine, requests: dict[str, dict[str, float]], n_tokens: int, **options: Any) -> None:
-    """Each at the same time, with its own set; the texts are checked."""
+    """Read all requests at the same time, each with its own adapters, and check the texts."""
 
     async def read(prompt: str, scales: dict[str, float]) -> None:
         generation = engine.generate(prompt, max_tokens=n_tokens, adapters=chosen(**scales), **options)
@@ -140,7 +141,7 @@ async def read_all(engine: Engine, requests: dict[str, dict[str, float]], n_toke
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
-async def test_different_sets_run_side_by_side(toy: Toy, slots: int) -> None:
+async def test_different_sets_of_adapters_run_side_by_side(toy: Toy, slots: int) -> None:
     with_adapters(toy)
     requests = {prompt: SETS[n % len(SETS)] for n, prompt in enumerate(prompts(10, 40))}
     async with toy.engine(slots=slots, batch_size=16) as engine:
@@ -149,8 +150,8 @@ async def test_different_sets_run_side_by_side(toy: Toy, slots: int) -> None:
     assert len({batch.adapters for batch in toy.context.batches}) == len(SETS)
 
 
-async def test_none_of_them_starves(toy: Toy) -> None:
-    """Each set has its turn, however many are of another."""
+async def test_no_set_of_adapters_starves(toy: Toy) -> None:
+    """Each set has its turn, however many requests have another set."""
     with_adapters(toy)
     toy.on_decode = gate = Gate(toy)
     sets = [SETS[0]] * 5 + SETS[1:]
@@ -171,7 +172,7 @@ async def test_none_of_them_starves(toy: Toy) -> None:
         assert max(gaps) <= 2 * len(SETS)
 
 
-async def test_the_prompt_cache_is_within_a_set(toy: Toy) -> None:
+async def test_a_prompt_is_found_in_the_cache_only_with_the_same_adapters(toy: Toy) -> None:
     with_adapters(toy)
     prompt = "a prompt that is long enough to be worth something"
     cached: list[int] = []
@@ -186,8 +187,8 @@ async def test_the_prompt_cache_is_within_a_set(toy: Toy) -> None:
     assert cached == [0, 0, 0, 0, n_all, n_all, n_all, n_all]
 
 
-async def test_nobody_follows_a_prompt_of_another_set(toy: Toy) -> None:
-    """The same prompts at the same time: decoded once for each set, not once for all."""
+async def test_a_request_follows_only_prompts_with_the_same_adapters(toy: Toy) -> None:
+    """The same prompts at the same time are decoded once per set of adapters."""
     with_adapters(toy)
     prefix = "a prefix of many words that all of them begin with, " * 4
     requests = {f"{prefix}{n}": SETS[n % 2] for n in range(4)}
@@ -200,7 +201,7 @@ async def test_nobody_follows_a_prompt_of_another_set(toy: Toy) -> None:
         assert engine.statistics().scheduler.n_prompt_rows == 2 * (len(prefix) + 2)
 
 
-async def test_a_background_request_goes_on_with_its_own(toy: Toy) -> None:
+async def test_a_preempted_request_goes_on_with_its_own_adapters(toy: Toy) -> None:
     with_adapters(toy)
     slow, quick, other = prompts(3, 100)
     async with toy.engine(slots=1) as engine:
@@ -215,7 +216,7 @@ async def test_a_background_request_goes_on_with_its_own(toy: Toy) -> None:
 # -- wrong ones -------------------------------------------------------------------------------------------------------
 
 
-async def test_an_unknown_one_takes_no_slot(toy: Toy) -> None:
+async def test_an_unknown_adapter_takes_no_slot(toy: Toy) -> None:
     with_adapters(toy)
     (other,) = prompts(1, 30)
     toy.on_decode = gate = Gate(toy)
@@ -238,7 +239,7 @@ async def test_an_unknown_one_takes_no_slot(toy: Toy) -> None:
         assert await neighbour.collect() == said(other, 30, one=1)
 
 
-async def test_one_of_them_twice(toy: Toy) -> None:
+async def test_an_adapter_may_be_chosen_only_once(toy: Toy) -> None:
     with_adapters(toy)
     async with toy.engine() as engine:
         with pytest.raises(InvalidRequest) as caught:
@@ -249,7 +250,7 @@ async def test_one_of_them_twice(toy: Toy) -> None:
 # -- coming -----------------------------------------------------------------------------------------------------------
 
 
-async def test_one_is_loaded_while_others_are_served(toy: Toy) -> None:
+async def test_an_adapter_is_loaded_while_requests_run(toy: Toy) -> None:
     toy.on_adapter = latch = Latch()
     (prompt,) = prompts(1, 60)
     infos: list[AdapterInfo] = []
@@ -271,7 +272,7 @@ async def test_one_is_loaded_while_others_are_served(toy: Toy) -> None:
         assert await engine.generate("hello", max_tokens=20, adapters=chosen(one=1)).collect() == said("hello", one=1)
 
 
-async def test_what_is_loaded_with_a_scale_is_for_those_who_come_later(toy: Toy) -> None:
+async def test_an_adapter_loaded_with_a_scale_applies_to_later_requests(toy: Toy) -> None:
     toy.on_decode = gate = Gate(toy)
     (prompt,) = prompts(1, 30)
     async with toy.engine(slots=1) as engine:
@@ -287,7 +288,7 @@ async def test_what_is_loaded_with_a_scale_is_for_those_who_come_later(toy: Toy)
         assert await later.collect() == said("hello", one=2)
 
 
-async def test_a_name_is_for_one(toy: Toy) -> None:
+async def test_two_adapters_cannot_have_one_name(toy: Toy) -> None:
     with_adapters(toy)
     toy.on_adapter = latch = Latch()
     async with toy.engine() as engine, trio.open_nursery() as nursery:
@@ -311,7 +312,7 @@ async def test_a_name_is_for_one(toy: Toy) -> None:
         ({"scale": float("inf")}, "scale"),
     ],
 )
-async def test_what_is_wrong_with_a_load_is_said_by_name(toy: Toy, fields: dict[str, Any], param: str) -> None:
+async def test_the_error_of_a_load_names_the_field(toy: Toy, fields: dict[str, Any], param: str) -> None:
     async with toy.engine() as engine:
         with pytest.raises(InvalidRequest) as caught:
             await engine.load_adapter("/lora/one.gguf", **fields)
@@ -319,7 +320,7 @@ async def test_what_is_wrong_with_a_load_is_said_by_name(toy: Toy, fields: dict[
         assert toy.model.adapters == []
 
 
-async def test_a_bad_file_changes_nothing(toy: Toy) -> None:
+async def test_a_bad_adapter_file_changes_nothing(toy: Toy) -> None:
     with_adapters(toy)
     async with toy.engine() as engine, engine.generate(prompts(1, 30)[0], max_tokens=30) as neighbour:
         before = engine.adapters
@@ -333,7 +334,7 @@ async def test_a_bad_file_changes_nothing(toy: Toy) -> None:
         assert await neighbour.collect() == said(prompts(1, 30)[0], 30, **SCALES)
 
 
-async def test_there_is_an_end_to_them(toy: Toy) -> None:
+async def test_only_so_many_adapters_can_be_loaded(toy: Toy) -> None:
     async with toy.engine() as engine:
         for n in range(MAX_LOADED):
             await engine.load_adapter(f"/lora/{n}.gguf")
@@ -344,8 +345,8 @@ async def test_there_is_an_end_to_them(toy: Toy) -> None:
         assert len(engine.adapters) == MAX_LOADED
 
 
-async def test_letting_go_of_a_load(toy: Toy) -> None:
-    """Its name is free at once; what arrives later is for nobody."""
+async def test_a_load_that_is_cancelled(toy: Toy) -> None:
+    """The name is free at once, and the adapter is closed when it arrives."""
     toy.on_adapter = latch = Latch()
     async with toy.engine() as engine:
         async with trio.open_nursery() as nursery:
@@ -362,8 +363,8 @@ async def test_letting_go_of_a_load(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("turn", range(8))
-async def test_what_is_loaded_while_the_engine_is_leaving_is_closed(toy: Toy, turn: int) -> None:
-    """Which of the two hears of it first is up to chance."""
+async def test_an_adapter_that_loads_while_the_engine_closes_is_closed(toy: Toy, turn: int) -> None:
+    """Which task hears of the end first is up to chance."""
     toy.on_adapter = latch = Latch()
 
     async def load(engine: Engine) -> None:
@@ -381,8 +382,10 @@ async def test_what_is_loaded_while_the_engine_is_leaving_is_closed(toy: Toy, tu
 
 
 @asynccontextmanager
-async def four_that_have_it(toy: Toy) -> AsyncIterator[tuple[Engine, Gate, list[Generation], ToyAdapter]]:
-    """One runs, one has lost its slot to it, two wait; and their adapter was unloaded."""
+async def four_requests_with_an_unloaded_adapter(
+    toy: Toy,
+) -> AsyncIterator[tuple[Engine, Gate, list[Generation], ToyAdapter]]:
+    """One request runs, one was preempted by it, two wait. Then their adapter is unloaded."""
     with_adapters(toy)
     toy.on_decode = gate = Gate(toy)
     async with toy.engine(slots=1) as engine:
@@ -401,8 +404,8 @@ async def four_that_have_it(toy: Toy) -> AsyncIterator[tuple[Engine, Gate, list[
         yield engine, gate, generations, toy.model.adapters[0]
 
 
-async def test_who_comes_later_does_not_get_it(toy: Toy) -> None:
-    async with four_that_have_it(toy) as (engine, gate, _, adapter):
+async def test_a_later_request_cannot_choose_an_unloaded_adapter(toy: Toy) -> None:
+    async with four_requests_with_an_unloaded_adapter(toy) as (engine, gate, _, adapter):
         with pytest.raises(UnknownAdapter):
             await engine.generate("hello", adapters=chosen(one=1)).start()
         assert [info.name for info in engine.adapters] == ["two", "three"]
@@ -414,9 +417,9 @@ async def test_who_comes_later_does_not_get_it(toy: Toy) -> None:
         assert await other.collect() == said("hello", three=-0.5)
 
 
-async def test_it_is_closed_when_the_last_one_that_has_it_has_ended(toy: Toy) -> None:
-    """The toy sees to it that it is not closed before."""
-    async with four_that_have_it(toy) as (_, gate, generations, adapter):
+async def test_an_adapter_is_closed_when_the_last_request_with_it_ends(toy: Toy) -> None:
+    """The toy checks that it is not closed before."""
+    async with four_requests_with_an_unloaded_adapter(toy) as (_, gate, generations, adapter):
         gate.open()
         for generation, prompt in zip(generations, prompts(4, 30), strict=True):
             assert await generation.collect() == said(prompt, 30, one=1)
@@ -425,8 +428,8 @@ async def test_it_is_closed_when_the_last_one_that_has_it_has_ended(toy: Toy) ->
 
 
 @pytest.mark.parametrize("stays", range(4))
-async def test_it_is_closed_when_the_last_one_that_has_it_was_let_go(toy: Toy, stays: int) -> None:
-    async with four_that_have_it(toy) as (engine, gate, generations, adapter):
+async def test_an_adapter_is_closed_when_the_last_request_with_it_is_closed(toy: Toy, stays: int) -> None:
+    async with four_requests_with_an_unloaded_adapter(toy) as (engine, gate, generations, adapter):
         for generation in generations:
             if generation is not generations[stays]:
                 generation.close()
@@ -438,7 +441,7 @@ async def test_it_is_closed_when_the_last_one_that_has_it_was_let_go(toy: Toy, s
         await until(lambda: adapter.closed)
 
 
-async def test_texts_go_on_with_what_is_no_longer_there(toy: Toy) -> None:
+async def test_requests_go_on_with_an_unloaded_adapter(toy: Toy) -> None:
     with_adapters(toy)
     async with toy.engine(slots=2) as engine:
         generations = [engine.generate(prompt, max_tokens=30, adapters=chosen(one=1)) for prompt in prompts(4, 30)]
@@ -449,7 +452,7 @@ async def test_texts_go_on_with_what_is_no_longer_there(toy: Toy) -> None:
             assert await generation.collect() == said(prompt, 30, one=1)
 
 
-async def test_one_that_nobody_has_is_closed_at_once(toy: Toy) -> None:
+async def test_an_unused_adapter_is_closed_at_once(toy: Toy) -> None:
     with_adapters(toy)
     async with toy.engine() as engine:
         await engine.generate("hello", max_tokens=5, adapters=chosen(one=1)).collect()
@@ -462,7 +465,7 @@ async def test_one_that_nobody_has_is_closed_at_once(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("how", ["deadline", "failure", "embedding"])
-async def test_every_end_counts(toy: Toy, how: str) -> None:
+async def test_every_end_of_a_request_gives_its_adapter_back(toy: Toy, how: str) -> None:
     with_adapters(toy)
     gate = Gate(toy)
 
@@ -483,7 +486,7 @@ async def test_every_end_counts(toy: Toy, how: str) -> None:
         await until(lambda: toy.model.adapters[0].closed)
 
 
-async def test_leaving_the_engine_closes_what_is_still_in_use(toy: Toy) -> None:
+async def test_closing_the_engine_closes_adapters_in_use(toy: Toy) -> None:
     with_adapters(toy)
     toy.on_decode = gate = Gate(toy)
     async with toy.engine(slots=1) as engine:
@@ -495,8 +498,8 @@ async def test_leaving_the_engine_closes_what_is_still_in_use(toy: Toy) -> None:
     assert all(adapter.closed for adapter in toy.model.adapters)
 
 
-async def test_one_that_goes_when_the_decode_thread_has_died(toy: Toy) -> None:
-    """And nobody has heard of that yet."""
+async def test_an_adapter_unloaded_after_the_decode_thread_died_is_closed(toy: Toy) -> None:
+    """The trio thread does not know of the death yet."""
     with_adapters(toy)
     dead = threading.Event()
 
@@ -514,7 +517,7 @@ async def test_one_that_goes_when_the_decode_thread_has_died(toy: Toy) -> None:
     assert toy.model.adapters[0].closed
 
 
-async def test_one_that_goes_while_its_request_is_tokenised(toy: Toy) -> None:
+async def test_an_adapter_unloaded_while_its_request_is_tokenised(toy: Toy) -> None:
     with_adapters(toy)
     toy.on_tokenize = latch = Latch()
 

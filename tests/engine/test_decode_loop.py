@@ -1,4 +1,4 @@
-"""The decode thread's work, done in the test's own thread: hooks of the context play the trio thread."""
+"""The work of the decode thread, done in the test's own thread. Hooks of the context play the trio thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPABILITIES = Capabilities(n_slots=2, n_ctx=256, max_rows=64)
 
 
 class Bench:
-    """A decode loop with everything it needs, within reach."""
+    """A decode loop and all that it needs."""
 
     def __init__(self, capabilities: Capabilities = CAPABILITIES, context: ToyContext | None = None) -> None:
         self.context = context or ToyContext(capabilities)
@@ -48,8 +48,8 @@ def prompt_of(n_rows: int) -> str:
     return ("a prompt to cut " * 8)[:n_rows]
 
 
-class Breaker:
-    """For `on_decode`: in each batch somebody is let go, as if they were cancelled at that moment."""
+class Canceller:
+    """For `on_decode`: cancels some sequences in each batch."""
 
     def __init__(self, bench: Bench, *uids: int) -> None:
         self.aborted: list[bool] = []
@@ -64,21 +64,23 @@ class Breaker:
 
 
 @pytest.mark.parametrize(("n_rows", "aborts"), [(1, False), (MIN_ROWS_TO_ABORT - 1, False), (MIN_ROWS_TO_ABORT, True)])
-def test_a_batch_that_others_want_is_broken_off_only_for_many_rows(n_rows: int, aborts: bool) -> None:
+def test_a_batch_that_others_want_is_aborted_only_for_many_rows(n_rows: int, aborts: bool) -> None:
     bench = Bench()
     bench.submit(1, prompt_of(n_rows))
     bench.submit(2, "x")
-    bench.context.on_decode = breaker = Breaker(bench, 1)
+    bench.context.on_decode = breaker = Canceller(bench, 1)
     bench.loop.run()
     assert breaker.aborted[0] == aborts
 
 
 @pytest.mark.parametrize(("n_mine", "n_others", "aborts"), [(20, 21, False), (21, 21, True), (30, 20, True)])
-def test_whoever_leaves_costs_others_no_more_rows_than_it_had(n_mine: int, n_others: int, aborts: bool) -> None:
+def test_a_batch_is_aborted_only_if_the_cancelled_rows_are_at_least_as_many_as_the_others(
+    n_mine: int, n_others: int, aborts: bool
+) -> None:
     bench = Bench()
     bench.submit(1, prompt_of(n_mine))
     bench.submit(2, "another" + prompt_of(n_others - 7))
-    bench.context.on_decode = breaker = Breaker(bench, 1)
+    bench.context.on_decode = breaker = Canceller(bench, 1)
     bench.loop.run()
     assert [len(chunk.items) for chunk in bench.context.batches[0].chunks] == [n_mine, n_others]
     assert breaker.aborted[0] == aborts
@@ -87,11 +89,11 @@ def test_whoever_leaves_costs_others_no_more_rows_than_it_had(n_mine: int, n_oth
 @pytest.mark.parametrize(
     ("uids", "aborts"), [((1,), False), ((2,), False), ((1, 2), True), ((2, 1), True), ((1, 99), False)]
 )
-def test_who_waits_for_the_same_prompt_wants_the_batch_too(uids: tuple[int, ...], aborts: bool) -> None:
+def test_a_sequence_that_follows_another_wants_its_batch(uids: tuple[int, ...], aborts: bool) -> None:
     bench = Bench()
     bench.submit(1, prompt_of(60) + "x")
     bench.submit(2, prompt_of(60) + "y")
-    breaker = Breaker(bench, *uids)
+    breaker = Canceller(bench, *uids)
     bench.context.on_decode = lambda batch: breaker(batch) if not breaker.aborted else None
     bench.loop.run()
     assert {chunk.uid for chunk in bench.context.batches[0].chunks} == {1}
@@ -100,12 +102,12 @@ def test_who_waits_for_the_same_prompt_wants_the_batch_too(uids: tuple[int, ...]
 
 @pytest.mark.parametrize("can_trim", [True, False])
 @pytest.mark.parametrize("uids", [(1, 2), (2, 1), (1, 2, 1), (99, 2, 1)])
-def test_a_batch_that_nobody_wants_is_broken_off(uids: tuple[int, ...], can_trim: bool) -> None:
-    """Unless a retry could not go on from before it: recurrent state is interrupted between batches only."""
+def test_a_batch_that_no_sequence_wants_is_aborted(uids: tuple[int, ...], can_trim: bool) -> None:
+    """Not with recurrent state: a retry could not continue from before the batch."""
     bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=can_trim))
     bench.submit(1, "x")
     bench.submit(2, "y")
-    breaker = Breaker(bench, *uids)
+    breaker = Canceller(bench, *uids)
 
     def let_go(batch: Batch) -> None:
         if len(bench.context.batches) <= 3:
@@ -117,7 +119,7 @@ def test_a_batch_that_nobody_wants_is_broken_off(uids: tuple[int, ...], can_trim
     assert bench.text(1) == toy_text("x", 1)
 
 
-def test_a_paused_neighbour_does_not_want_the_batch() -> None:
+def test_a_paused_sequence_does_not_want_a_batch() -> None:
     bench = Bench()
     bench.submit(1, "one", max_tokens=10)
     bench.submit(2, "another", max_tokens=10)
@@ -145,14 +147,14 @@ def test_only_rows_of_the_cancelled_sequence_count() -> None:
     bench = Bench()
     bench.submit(1, "x")
     bench.submit(2, prompt_of(40))
-    bench.context.on_decode = breaker = Breaker(bench, 1, 99)
+    bench.context.on_decode = breaker = Canceller(bench, 1, 99)
     bench.loop.run()
     assert {chunk.uid for chunk in bench.context.batches[0].chunks} == {1, 2}
     assert breaker.aborted == [False]
 
 
-def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
-    """One waits for a slot, one is in a lane that has no rows in this batch."""
+def test_a_batch_is_not_aborted_for_a_sequence_outside_it() -> None:
+    """One sequence waits for a slot, one has an embedding slot without rows in this batch."""
     bench = Bench(Capabilities(n_slots=1, n_ctx=256, max_rows=64, n_embed_slots=1))
     bench.submit(1, prompt_of(40))
     bench.submit(2, prompt_of(30))
@@ -171,7 +173,7 @@ def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
     assert not any(aborted)
 
 
-def test_nothing_is_in_flight_between_two_batches() -> None:
+def test_between_batches_nothing_is_aborted() -> None:
     bench = Bench()
     bench.submit(1, prompt_of(40))
     bench.loop.abort_for(1)
@@ -183,8 +185,8 @@ def test_nothing_is_in_flight_between_two_batches() -> None:
     assert bench.context.aborted_number is None
 
 
-def test_a_call_that_comes_too_late_breaks_off_no_later_batch() -> None:
-    """The trio thread has looked, and calls when the next batch runs already."""
+def test_an_abort_that_comes_too_late_aborts_no_later_batch() -> None:
+    """The trio thread looks during one batch and calls during the next."""
     bench = Bench()
     bench.submit(1, prompt_of(40), max_tokens=5)
     bench.submit(2, "x", max_tokens=5)
@@ -201,8 +203,8 @@ def test_a_call_that_comes_too_late_breaks_off_no_later_batch() -> None:
     assert bench.text(1) == toy_text(prompt_of(40), 5)
 
 
-def test_the_batch_after_one_that_was_broken_off_is_not() -> None:
-    """Or who cancels in a loop stops the others for ever."""
+def test_the_batch_after_an_aborted_one_is_not_aborted_for_one_sequence() -> None:
+    """Otherwise a client that cancels in a loop would stop the others for ever."""
     bench = Bench()
     bench.submit(1, "x", max_tokens=8)
     aborted: list[bool] = []
@@ -228,17 +230,17 @@ def test_the_batch_after_one_that_was_broken_off_is_not() -> None:
     assert aborted[:6] == [True, False, True, False, True, False]
 
 
-def test_recurrent_state_is_not_broken_off_for_one_of_many() -> None:
-    """It could not go on from the middle of a batch, nor from anywhere before."""
+def test_recurrent_state_is_not_aborted_for_one_of_many() -> None:
+    """It could continue neither from the middle of the batch nor from before it."""
     bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
     bench.submit(1, prompt_of(40))
     bench.submit(2, "x")
-    bench.context.on_decode = breaker = Breaker(bench, 1)
+    bench.context.on_decode = breaker = Canceller(bench, 1)
     bench.loop.run()
     assert not any(breaker.aborted)
 
 
-def test_interrupting_all_breaks_off_whatever_runs() -> None:
+def test_abort_running_aborts_every_batch() -> None:
     bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
     bench.submit(1, "x", max_tokens=10)
     bench.submit(2, "y", max_tokens=10)
@@ -265,7 +267,7 @@ class LateMailbox(Mailbox):
 
 
 def test_mail_that_comes_while_a_batch_is_prepared_is_read_before_it_runs() -> None:
-    """Whoever cancels before the rows are in flight cannot break them off, so they must not start."""
+    """A cancellation before the batch is published cannot abort it, so the batch must not start."""
     bench = Bench()
     bench.mailbox = mailbox = LateMailbox()
     bench.loop = DecodeLoop(bench.context, mailbox, bench.deliver)
@@ -283,7 +285,7 @@ def test_mail_that_comes_while_a_batch_is_prepared_is_read_before_it_runs() -> N
     assert bench.samplers[0].closed
 
 
-def test_a_batch_thrown_away_for_mail_changes_no_text() -> None:
+def test_a_batch_that_is_dropped_for_mail_changes_no_text() -> None:
     bench = Bench()
     bench.mailbox = mailbox = LateMailbox()
     bench.loop = DecodeLoop(bench.context, mailbox, bench.deliver)
@@ -366,7 +368,7 @@ def test_every_sampler_is_closed_when_the_context_fails() -> None:
     assert all(sampler.closed for sampler in bench.samplers)
 
 
-def test_a_cancelled_sequence_loses_its_sampler_at_once() -> None:
+def test_the_sampler_of_a_cancelled_sequence_is_closed_at_once() -> None:
     bench = Bench()
     bench.submit(1, "one", max_tokens=50)
     bench.submit(2, "another", max_tokens=5)
@@ -391,7 +393,7 @@ def test_a_cancelled_sequence_loses_its_sampler_at_once() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [3, 50])
-def test_a_sequence_that_expires_ends_with_what_it_has(max_tokens: int) -> None:
+def test_an_expired_sequence_ends_with_the_text_it_has(max_tokens: int) -> None:
     bench = Bench()
     bench.submit(1, "one", max_tokens=max_tokens)
     bench.submit(2, "another", max_tokens=20)
@@ -414,7 +416,7 @@ def test_a_sequence_that_expires_ends_with_what_it_has(max_tokens: int) -> None:
     assert bench.samplers[0].closed
 
 
-def test_who_reads_of_an_expired_sequence_finds_the_slot_free() -> None:
+def test_the_slot_of_an_expired_sequence_is_free_before_its_last_event() -> None:
     bench = Bench()
     bench.submit(1, "one", max_tokens=50)
     running: list[int] = []

@@ -1,4 +1,4 @@
-"""Images in prompts: each is encoded once, whoever asks for it, and nobody else waits for that."""
+"""Images in prompts: what the model gets to see."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def seeing(toy: Toy, kind: str = "plain") -> Projector:
     return toy.projector
 
 
-def shut(toy: Toy) -> Shutter:
-    """A projector that encodes nothing before it is let."""
+def shuttered(toy: Toy) -> Shutter:
+    """A projector that encodes nothing before the shutter opens."""
     seeing(toy).on_encode = shutter = Shutter()
     return shutter
 
 
 def tagged(parts: Parts) -> tuple[str, tuple[tuple[int, ImageSource], ...]]:
-    """The same prompt as text with tags, and what they stand for."""
+    """The same prompt as text with tags, and the images that the tags stand for."""
     images = [part for part in parts if not isinstance(part, str)]
     numbers = {image: 7 * images.index(image) + 1 for image in images}
     text = "".join(part if isinstance(part, str) else f"[img-{numbers[part]}]" for part in parts)
@@ -117,7 +117,7 @@ async def text_of(engine: Engine, parts: Parts, **options: Any) -> str:
 
 
 def said(projector: ToyProjector, parts: Parts) -> str:
-    """What `text_of` should be."""
+    """The text that `text_of` should return."""
     return toy_text(items_of(projector, parts), 20)
 
 
@@ -127,7 +127,7 @@ def said(projector: ToyProjector, parts: Parts) -> str:
 @pytest.mark.parametrize("ask", [by_parts, by_tags])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parts", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
-async def test_text_is_what_the_model_says_to_what_it_sees(
+async def test_text_is_that_of_the_model_for_texts_and_images(
     toy: Toy, parts: Parts, kind: str, ask: Callable[..., Generation]
 ) -> None:
     projector = seeing(toy, kind)
@@ -140,8 +140,8 @@ PARTS = st.lists(st.text("a1[]-img ", max_size=8) | st.sampled_from([A, B, C]), 
 
 
 @given(PARTS, st.sampled_from(list(KINDS)), st.integers(1, 20))
-async def test_any_texts_and_images(parts: Parts, kind: str, batch_size: int) -> None:
-    """In a list nothing is a tag; and where an image may be cut, no batch is too small for it."""
+async def test_any_mix_of_texts_and_images(parts: Parts, kind: str, batch_size: int) -> None:
+    """In a list, no text is a tag. Where an image may be divided, no batch is too small for it."""
     toy = Toy()
     projector = seeing(toy, kind)
     batch_size = batch_size if kind in ("plain", "in tiles") else max(batch_size, 6)
@@ -151,7 +151,7 @@ async def test_any_texts_and_images(parts: Parts, kind: str, batch_size: int) ->
 
 
 @given(PARTS, st.sampled_from(list(KINDS)), st.integers(8, 30), st.integers(-1, 30))
-async def test_a_prompt_that_is_cut_loses_no_half_of_an_image(
+async def test_truncation_never_cuts_an_image_in_half(
     parts: Parts, kind: str, context_length: int, n_keep: int
 ) -> None:
     toy = Toy()
@@ -168,7 +168,7 @@ async def test_a_prompt_that_is_cut_loses_no_half_of_an_image(
 
 
 @pytest.mark.parametrize("parts", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
-async def test_what_the_model_has_around_a_text_stands_around_all_parts(toy: Toy, parts: Parts) -> None:
+async def test_special_tokens_stand_around_all_parts_together(toy: Toy, parts: Parts) -> None:
     projector = seeing(toy)
     toy.info = {"token_bos": 2, "adds_bos": True, "token_eos": 3, "adds_eos": True}
     async with toy.engine() as engine:
@@ -176,7 +176,7 @@ async def test_what_the_model_has_around_a_text_stands_around_all_parts(toy: Toy
     assert text == toy_text([2, *items_of(projector, parts), 3], 20)
 
 
-async def test_another_picture_is_another_text(toy: Toy) -> None:
+async def test_another_image_gives_another_text(toy: Toy) -> None:
     seeing(toy)
     questions: list[Parts] = [[A, "?"], [B, "?"], ["?", A], [A, B], [B, A], [A, A], [A], ["?"]]
     async with toy.engine() as engine:
@@ -184,8 +184,8 @@ async def test_another_picture_is_another_text(toy: Toy) -> None:
     assert len(set(texts)) == len(questions)
 
 
-async def test_it_is_the_pixels_that_count(toy: Toy, tmp_path: Path) -> None:
-    """Not the file, nor how it is given."""
+async def test_only_the_pixels_count(toy: Toy, tmp_path: Path) -> None:
+    """Neither the file format nor the type of the source does."""
     projector = seeing(toy)
     image = Image.open(BytesIO(A))
     bitmap = BytesIO()
@@ -198,7 +198,7 @@ async def test_it_is_the_pixels_that_count(toy: Toy, tmp_path: Path) -> None:
     assert len(projector.encoded) == 1
 
 
-async def test_of_two_images_with_one_number_the_first_counts(toy: Toy) -> None:
+async def test_of_two_images_with_the_same_id_the_first_counts(toy: Toy) -> None:
     projector = seeing(toy)
     async with toy.engine() as engine:
         generation = engine.generate("[img-1]?", image_data=[(1, A), (1, B)], max_tokens=20)
@@ -237,7 +237,7 @@ async def test_progress_counts_rows(toy: Toy, kind: str) -> None:
 # -- once -------------------------------------------------------------------------------------------------------------
 
 
-async def test_twice_in_one_prompt(toy: Toy) -> None:
+async def test_an_image_twice_in_one_prompt_is_encoded_once(toy: Toy) -> None:
     projector = seeing(toy)
     async with toy.engine() as engine:
         await text_of(engine, [A, " and ", A])
@@ -246,7 +246,7 @@ async def test_twice_in_one_prompt(toy: Toy) -> None:
     assert (statistics.images_encoded, statistics.images_found) == (1, 1)
 
 
-async def test_one_request_after_the_other(toy: Toy) -> None:
+async def test_an_image_in_later_requests_is_found_in_the_cache(toy: Toy) -> None:
     projector = seeing(toy)
     async with toy.engine() as engine:
         questions: list[Parts] = [[A, "what?"], [A, "why?"], ["so: ", B, A]]
@@ -257,8 +257,8 @@ async def test_one_request_after_the_other(toy: Toy) -> None:
     assert (statistics.images_encoded, statistics.images_found) == (2, 2)
 
 
-async def test_many_at_the_same_time(toy: Toy) -> None:
-    shutter = shut(toy)
+async def test_an_image_in_many_requests_at_once_is_encoded_once(toy: Toy) -> None:
+    shutter = shuttered(toy)
     texts: dict[str, str] = {}
 
     async def read(engine: Engine, question: str) -> None:
@@ -276,7 +276,7 @@ async def test_many_at_the_same_time(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_beginning_with_an_image_is_found_in_the_prompt_cache(toy: Toy, kind: str) -> None:
+async def test_a_prefix_with_an_image_is_found_in_the_prompt_cache(toy: Toy, kind: str) -> None:
     projector = seeing(toy, kind)
 
     async def n_cached(engine: Engine, parts: Parts) -> int:
@@ -298,7 +298,7 @@ def pixels(number: int) -> Pixels:
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(0, 700))
-async def test_those_that_were_asked_for_last_are_kept(asks: list[int], max_bytes: int) -> None:
+async def test_the_images_asked_for_last_are_kept(asks: list[int], max_bytes: int) -> None:
     projector = ToyProjector()
     kept: OrderedDict[int, int] = OrderedDict()
     encoded: list[int] = []
@@ -321,8 +321,8 @@ async def test_those_that_were_asked_for_last_are_kept(asks: list[int], max_byte
     assert (store.n_encoded, store.n_found) == (len(encoded), len(asks) - len(encoded))
 
 
-async def test_what_could_not_be_broken_off_any_more_counts_once() -> None:
-    """It is encoded to its end, and so is what came in its place."""
+async def test_an_image_that_is_encoded_twice_is_kept_once() -> None:
+    """The first encoding does not notice that it is cancelled, and a second one starts."""
     latch = Latch()
 
     class DeafEncoding(ToyEncoding):
@@ -350,7 +350,7 @@ async def test_what_could_not_be_broken_off_any_more_counts_once() -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1 << 20])
-async def test_how_much_is_kept_is_configured(toy: Toy, n_bytes: int) -> None:
+async def test_the_size_of_the_cache_is_configured(toy: Toy, n_bytes: int) -> None:
     projector = seeing(toy)
     async with toy.engine(image_cache_bytes=n_bytes) as engine:
         for _ in range(3):
@@ -363,8 +363,8 @@ async def test_how_much_is_kept_is_configured(toy: Toy, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("who_leaves", [0, 1])
-async def test_who_leaves_does_not_take_the_image_along(toy: Toy, who_leaves: int) -> None:
-    shutter = shut(toy)
+async def test_closing_one_of_two_requests_does_not_cancel_their_image(toy: Toy, who_leaves: int) -> None:
+    shutter = shuttered(toy)
     scopes = [trio.CancelScope(), trio.CancelScope()]
     texts: dict[int, str] = {}
 
@@ -388,8 +388,8 @@ async def test_who_leaves_does_not_take_the_image_along(toy: Toy, who_leaves: in
     assert len(shutter.encodings) == 1
 
 
-async def test_when_all_have_left_it_is_broken_off_and_the_next_starts_anew(toy: Toy) -> None:
-    """Even if what was broken off is still there, hard of hearing."""
+async def test_an_encoding_is_cancelled_when_no_request_waits_for_it(toy: Toy) -> None:
+    """The next request starts another encoding, even while the cancelled one still runs."""
     projector, latch = seeing(toy), Latch()
     encodings: list[ToyEncoding] = []
     texts: list[str] = []
@@ -416,8 +416,8 @@ async def test_when_all_have_left_it_is_broken_off_and_the_next_starts_anew(toy:
     assert [encoding.cancelled.is_set() for encoding in encodings] == [True, False]
 
 
-async def test_who_leaves_while_it_waits_for_its_turn_is_never_encoded(toy: Toy) -> None:
-    shutter = shut(toy)
+async def test_an_image_that_is_cancelled_before_its_turn_is_never_encoded(toy: Toy) -> None:
+    shutter = shuttered(toy)
     async with toy.engine() as engine, trio.open_nursery() as nursery:
         nursery.start_soon(text_of, engine, [A])
         await shutter.reached()
@@ -431,8 +431,8 @@ async def test_who_leaves_while_it_waits_for_its_turn_is_never_encoded(toy: Toy)
     ]
 
 
-async def test_others_go_on_while_an_image_is_encoded(toy: Toy) -> None:
-    shutter = shut(toy)
+async def test_other_requests_go_on_while_an_image_is_encoded(toy: Toy) -> None:
+    shutter = shuttered(toy)
     (prompt,) = prompts(1, 60)
     texts: list[str] = []
 
@@ -459,8 +459,8 @@ async def test_others_go_on_while_an_image_is_encoded(toy: Toy) -> None:
     assert texts == [said(toy.projector, [A])]
 
 
-async def test_who_waits_for_an_image_has_a_place_in_the_queue(toy: Toy) -> None:
-    shutter = shut(toy)
+async def test_a_request_that_waits_for_an_image_has_a_place_in_the_queue(toy: Toy) -> None:
+    shutter = shuttered(toy)
     async with toy.engine(slots=1, max_queue=1) as engine, trio.open_nursery() as nursery:
         for image in (A, B):
             nursery.start_soon(text_of, engine, [image])
@@ -470,8 +470,8 @@ async def test_who_waits_for_an_image_has_a_place_in_the_queue(toy: Toy) -> None
         shutter.open()
 
 
-async def test_only_so_many_pictures_are_in_memory(toy: Toy, tmp_path: Path) -> None:
-    """Those that nobody encodes yet stay in their files."""
+async def test_only_so_many_images_are_decoded_ahead(toy: Toy, tmp_path: Path) -> None:
+    """The others stay in their files until their turn is near."""
     projector, latch = seeing(toy), Latch()
     shutter = Shutter()
     latch.open()
@@ -503,7 +503,8 @@ FAILURES: dict[str, tuple[Exception, type[RunnerError]]] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_what_cannot_be_encoded_fails_all_who_wait_for_it_and_is_forgotten(toy: Toy, failure: str) -> None:
+async def test_an_encoding_that_fails_fails_all_requests_that_wait_for_it(toy: Toy, failure: str) -> None:
+    """Nothing of it is kept: the next request tries again."""
     projector, shutter = seeing(toy), Shutter()
     raised, expected = FAILURES[failure]
     (prompt,) = prompts(1, 40)
@@ -603,12 +604,12 @@ async def test_a_wrong_prompt_takes_no_slot(toy: Toy, wrong: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", WITHOUT_A_PROJECTOR)
-async def test_without_a_projector_no_image_is_looked_at(toy: Toy, wrong: str) -> None:
+async def test_without_a_projector_images_are_refused_unread(toy: Toy, wrong: str) -> None:
     await _refused(toy, *WITHOUT_A_PROJECTOR[wrong])
 
 
-async def test_hostile_files_are_refused_one_and_all(toy: Toy) -> None:
-    """At the same time, beside those that are good."""
+async def test_all_hostile_files_are_refused(toy: Toy) -> None:
+    """They come at the same time as good files, which are encoded."""
     projector = seeing(toy)
     texts: dict[str, str] = {}
     params: dict[str, str | None] = {}
@@ -643,8 +644,8 @@ async def _read(generation: Generation, errors: list[type[Exception]]) -> None:
 
 
 @pytest.mark.parametrize("n_images", [1, 3])
-async def test_leaving_does_not_wait_for_images(toy: Toy, n_images: int) -> None:
-    shutter = shut(toy)
+async def test_closing_the_engine_does_not_wait_for_images(toy: Toy, n_images: int) -> None:
+    shutter = shuttered(toy)
     errors: list[type[Exception]] = []
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
@@ -657,9 +658,9 @@ async def test_leaving_does_not_wait_for_images(toy: Toy, n_images: int) -> None
     assert errors == [EngineClosed] * n_images
 
 
-async def test_leaving_breaks_off_an_image_first(toy: Toy) -> None:
-    """Whatever else there is to wait for."""
-    shutter, tokenising = shut(toy), Latch()
+async def test_closing_the_engine_cancels_an_encoding_first(toy: Toy) -> None:
+    """It does so before it waits for helper threads."""
+    shutter, tokenising = shuttered(toy), Latch()
     toy.on_tokenize = tokenising
     errors: list[type[Exception]] = []
 
@@ -677,8 +678,8 @@ async def test_leaving_breaks_off_an_image_first(toy: Toy) -> None:
     assert errors == [EngineClosed] * 2
 
 
-async def test_who_waits_for_an_image_hears_that_the_engine_has_broken(toy: Toy) -> None:
-    shutter = shut(toy)
+async def test_a_request_that_waits_for_an_image_fails_when_the_engine_breaks(toy: Toy) -> None:
+    shutter = shuttered(toy)
     errors: list[type[Exception]] = []
 
     def die(batch: Batch) -> None:
@@ -696,7 +697,7 @@ async def test_who_waits_for_an_image_hears_that_the_engine_has_broken(toy: Toy)
     assert errors == [EngineBroken] * 2
 
 
-async def test_a_file_that_is_read_when_the_engine_has_gone(toy: Toy, tmp_path: Path) -> None:
+async def test_an_image_file_that_is_read_after_the_engine_closed(toy: Toy, tmp_path: Path) -> None:
     seeing(toy)
     latch = Latch()
     errors: list[type[Exception]] = []
@@ -710,8 +711,8 @@ async def test_a_file_that_is_read_when_the_engine_has_gone(toy: Toy, tmp_path: 
     assert errors == [EngineClosed]
 
 
-async def test_a_file_that_is_read_while_the_engine_is_leaving(toy: Toy, tmp_path: Path) -> None:
-    """Its image is there, but the model is about to go: somebody is still tokenising with it."""
+async def test_an_image_file_that_is_read_while_the_engine_closes(toy: Toy, tmp_path: Path) -> None:
+    """Its image is in the cache, but the model is about to be freed: only a helper thread still uses it."""
     seeing(toy)
     latch, tokenising = Latch(), Latch()
     toy.on_tokenize = lambda text: tokenising() if text == "slow" else None
@@ -735,8 +736,8 @@ async def test_a_file_that_is_read_while_the_engine_is_leaving(toy: Toy, tmp_pat
     assert errors == [EngineClosed] * 2
 
 
-async def test_draining_waits_for_who_was_there_before_it(toy: Toy) -> None:
-    shutter = shut(toy)
+async def test_draining_waits_for_requests_whose_images_are_encoded(toy: Toy) -> None:
+    shutter = shuttered(toy)
     texts: list[str] = []
 
     async def ask(engine: Engine) -> None:
@@ -754,8 +755,8 @@ async def test_draining_waits_for_who_was_there_before_it(toy: Toy) -> None:
     assert texts == [said(toy.projector, [A, "what is this?"])]
 
 
-async def test_draining_ends_who_is_not_ready_in_time(toy: Toy) -> None:
-    shutter = shut(toy)
+async def test_draining_ends_requests_whose_images_are_not_ready_in_time(toy: Toy) -> None:
+    shutter = shuttered(toy)
     async with toy.engine() as engine, trio.open_nursery() as nursery:
 
         async def ask() -> None:

@@ -55,7 +55,7 @@ class Interrupted(BaseException):
     ],
     ids=repr,
 )
-async def test_what_the_block_raises_comes_out_as_it_is(toy: Toy, error: BaseException) -> None:
+async def test_an_error_of_the_block_comes_out_unchanged(toy: Toy, error: BaseException) -> None:
     cause, context = KeyError("cause"), KeyError("context")
     error.__cause__, error.__context__ = cause, context
     with trio.fail_after(DEADLINE), pytest.raises(type(error)) as caught:
@@ -68,7 +68,7 @@ async def test_what_the_block_raises_comes_out_as_it_is(toy: Toy, error: BaseExc
         assert error.message == "mine"
 
 
-async def test_groups_of_the_block_come_out_whole_while_requests_run(toy: Toy) -> None:
+async def test_a_group_of_errors_comes_out_whole_while_requests_run(toy: Toy) -> None:
     async def fail(generation: Generation) -> None:
         await anext(generation)
         raise ValueError("a reader failed")
@@ -101,7 +101,7 @@ async def test_an_error_while_cancelled_is_not_lost(toy: Toy) -> None:
                 raise ValueError("on the way out")
 
 
-async def test_afterwards_it_is_closed(toy: Toy) -> None:
+async def test_after_the_block_the_engine_is_closed(toy: Toy) -> None:
     async with toy.engine() as engine:
         generation = engine.generate("hello")
     assert engine.status == "closed"
@@ -126,7 +126,7 @@ async def test_two_engines_at_once() -> None:
     other.check_closed()
 
 
-async def test_config_and_its_fields_do_not_mix(toy: Toy) -> None:
+async def test_wrong_options_are_refused(toy: Toy) -> None:
     with pytest.raises(TypeError):
         async with open_engine(toy, slot=3):  # type: ignore[call-arg]
             pass
@@ -151,7 +151,7 @@ async def test_a_model_that_does_not_load(toy: Toy) -> None:
     assert str(caught.value) == "model.gguf: not a model"
 
 
-async def test_a_model_that_does_not_load_while_nobody_waits(toy: Toy) -> None:
+async def test_a_model_that_does_not_load_while_the_block_runs(toy: Toy) -> None:
     toy.on_load = fail_to_load
     async with toy.engine(wait=False) as engine:
         with pytest.raises(LoadError):
@@ -171,7 +171,7 @@ async def test_a_model_that_does_not_load_while_nobody_waits(toy: Toy) -> None:
     assert engine.status == "broken"
 
 
-async def test_a_loader_that_fails_in_another_way(toy: Toy) -> None:
+async def test_a_loader_that_raises_another_error_breaks_the_engine(toy: Toy) -> None:
     def fail(report: object, cancelled: object) -> None:
         raise MemoryError("a big model")
 
@@ -241,7 +241,7 @@ async def test_loading_can_be_cancelled(toy: Toy) -> None:
     assert toy.n_loaded == 0
 
 
-async def test_leaving_while_it_loads(toy: Toy) -> None:
+async def test_leaving_the_block_while_the_model_loads(toy: Toy) -> None:
     started = threading.Event()
     toy.on_load = load_until_cancelled(started)
     errors: list[Exception] = []
@@ -260,7 +260,7 @@ async def test_leaving_while_it_loads(toy: Toy) -> None:
     assert [type(error) for error in errors] == [EngineClosed]
 
 
-async def test_draining_while_it_loads(toy: Toy) -> None:
+async def test_draining_while_the_model_loads(toy: Toy) -> None:
     started = threading.Event()
     toy.on_load = load_until_cancelled(started)
     async with toy.engine(wait=False) as engine:
@@ -270,8 +270,8 @@ async def test_draining_while_it_loads(toy: Toy) -> None:
             await engine.generate("hello").start()
 
 
-async def test_a_loader_that_does_not_look(toy: Toy) -> None:
-    """It loads to the end though nobody wants the model any more: then that is closed."""
+async def test_a_loader_that_does_not_notice_its_cancellation(toy: Toy) -> None:
+    """It loads to the end. Then the model is closed."""
     latch = Latch()
     toy.on_load = latch
 
@@ -296,8 +296,8 @@ async def test_a_loader_that_does_not_look(toy: Toy) -> None:
 # -- leaving ----------------------------------------------------------------------------------------------------------
 
 
-async def test_leaving_ends_what_runs(toy: Toy) -> None:
-    """Running, waiting, and somewhere in a tokeniser: all are told, and nothing that had arrived is lost."""
+async def test_leaving_the_block_ends_all_requests(toy: Toy) -> None:
+    """One runs, one waits, one is being tokenised. Each gets an error, and loses no event that had arrived."""
     gate, latch = Gate(toy), Latch()
     toy.on_decode = gate
     toy.on_tokenize = lambda text: latch() if text == "slow" else None
@@ -337,8 +337,8 @@ async def test_leaving_ends_what_runs(toy: Toy) -> None:
 
 @pytest.mark.parametrize("turn", range(8))
 @pytest.mark.parametrize("prompt", ["short", "long" * LONG_TEXT], ids=["short", "long"])
-async def test_what_is_tokenised_while_it_leaves_is_closed(toy: Toy, prompt: str, turn: int) -> None:
-    """Who hears of it first, the one that waits for the tokeniser or the one that asked for it, is up to chance."""
+async def test_a_sampler_made_while_the_engine_closes_is_closed(toy: Toy, prompt: str, turn: int) -> None:
+    """Which task hears of the end first, the request or the engine, is up to chance."""
     toy.on_tokenize = latch = Latch()
 
     async def ask(engine: Engine) -> None:
@@ -353,8 +353,8 @@ async def test_what_is_tokenised_while_it_leaves_is_closed(toy: Toy, prompt: str
     assert [sampler.closed for sampler in toy.model.samplers] == [True]
 
 
-async def test_leaving_breaks_off_the_batch_that_runs(toy: Toy) -> None:
-    """One row, so that no cancelled generation would have broken it off."""
+async def test_leaving_the_block_aborts_the_running_batch(toy: Toy) -> None:
+    """It has one row, so closing its generation alone would not have aborted it."""
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine() as engine, trio.open_nursery() as nursery:
@@ -368,7 +368,7 @@ async def test_leaving_breaks_off_the_batch_that_runs(toy: Toy) -> None:
         await anext(generation)
 
 
-async def test_everybody_is_told_in_an_exception_of_their_own(toy: Toy) -> None:
+async def test_every_reader_raises_an_exception_of_its_own(toy: Toy) -> None:
     toy.on_decode = Gate(toy)
     async with toy.engine() as engine:
         generations = [engine.generate("hello") for _ in range(3)]
@@ -410,13 +410,13 @@ async def test_draining_lets_requests_finish(toy: Toy) -> None:
         await engine.drain(DEADLINE)
 
 
-async def test_draining_with_nothing_to_wait_for(toy: Toy) -> None:
+async def test_draining_an_idle_engine(toy: Toy) -> None:
     async with toy.engine() as engine:
         await engine.drain(float("inf"))
         assert engine.status == "closing"
 
 
-async def test_draining_ends_what_is_left(toy: Toy) -> None:
+async def test_draining_ends_requests_that_do_not_finish_in_time(toy: Toy) -> None:
     gate = Gate(toy)
     toy.on_decode = gate
     (prompt,) = prompts(1, 20)
@@ -438,7 +438,7 @@ async def test_draining_ends_what_is_left(toy: Toy) -> None:
         await until_idle(engine)
 
 
-async def test_a_drain_that_is_cancelled_ends_nothing(toy: Toy) -> None:
+async def test_a_cancelled_drain_ends_no_request(toy: Toy) -> None:
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine() as engine:
@@ -458,7 +458,7 @@ def die(batch: Batch) -> None:
     raise NativeError("decode", -3, "out of memory")
 
 
-async def test_a_dead_decode_thread_is_heard_everywhere(toy: Toy) -> None:
+async def test_a_dead_decode_thread_ends_every_request_and_the_block(toy: Toy) -> None:
     gate = Gate(toy)
     toy.on_decode = gate
     one, other = prompts(2, 60)
@@ -502,8 +502,8 @@ async def test_a_dead_decode_thread_is_heard_everywhere(toy: Toy) -> None:
         _ = engine.info
 
 
-async def test_a_reader_in_the_block_hears_it_once(toy: Toy) -> None:
-    """The reader's error leaves the block as the engine's own comes: still it is one EngineBroken, not a group."""
+async def test_a_reader_in_the_block_and_the_engine_raise_one_error(toy: Toy) -> None:
+    """The reader's error and the engine's own leave the block together, as one EngineBroken and not as a group."""
     toy.on_decode = die
     with trio.fail_after(DEADLINE), pytest.raises(EngineBroken) as caught:
         async with open_engine(toy) as engine:
@@ -511,7 +511,7 @@ async def test_a_reader_in_the_block_hears_it_once(toy: Toy) -> None:
     assert isinstance(caught.value.__cause__, NativeError)
 
 
-async def test_readers_in_a_nursery_in_the_block_hear_it_once(toy: Toy) -> None:
+async def test_readers_in_a_nursery_in_the_block_and_the_engine_raise_one_error(toy: Toy) -> None:
     toy.on_decode = die
     with trio.fail_after(DEADLINE), pytest.raises(EngineBroken) as caught:
         async with open_engine(toy) as engine, trio.open_nursery() as nursery:
@@ -533,7 +533,7 @@ async def test_another_error_at_the_same_time_is_not_lost(toy: Toy) -> None:
     assert rest is not None
 
 
-async def test_it_dies_while_a_request_is_tokenised(toy: Toy) -> None:
+async def test_the_decode_thread_dies_while_a_request_is_tokenised(toy: Toy) -> None:
     latch = Latch()
     toy.on_tokenize = lambda text: latch() if text == "slow" else None
     toy.on_decode = die
@@ -560,9 +560,11 @@ async def test_it_dies_while_a_request_is_tokenised(toy: Toy) -> None:
     assert [type(error) for error in errors] == [EngineBroken]
 
 
-async def test_a_request_that_comes_while_it_dies(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread has read its last mail, and trio has not been told of its end: whoever submits now is told too, and
-    leaves no sampler behind."""
+async def test_a_request_that_is_submitted_while_the_decode_thread_dies(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode thread has read its last mail, but the trio thread does not know it yet. The request fails, and its
+    sampler is closed."""
     dying, may_die = threading.Event(), threading.Event()
     toy.on_decode = die
 

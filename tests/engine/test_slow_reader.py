@@ -1,4 +1,4 @@
-"""The reader's pace is the reader's problem, and nobody else's.
+"""A slow reader slows its own generation down, and no other.
 
 The clock is the real one here: trio's mock clock would jump while the decode thread works.
 """
@@ -20,14 +20,14 @@ N_TOKENS = 200
 
 
 async def until_paused(engine: Engine, generation: Generation, gate: Gate) -> None:
-    """The gate keeps the decode thread from running to the end of the text before trio can say stop."""
+    """Wait until the generation is paused. The gate keeps the decode thread from finishing the text before that."""
     gate.let(N_TOKENS // 4)
     await until(lambda: is_paused(generation))
     gate.open()
     await until(lambda: engine.statistics().scheduler.n_paused == 1)
 
 
-async def test_a_slow_reader_is_paused_and_the_others_are_not(toy: Toy) -> None:
+async def test_a_slow_reader_is_paused_and_others_are_not(toy: Toy) -> None:
     slow, *others = prompts(4, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -47,7 +47,7 @@ async def test_a_slow_reader_is_paused_and_the_others_are_not(toy: Toy) -> None:
 
 
 async def test_the_backlog_is_bounded(toy: Toy) -> None:
-    """By what it may be, and what the step that was running then adds."""
+    """Its bound is `max_backlog` and the events of the step that runs meanwhile."""
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -68,8 +68,8 @@ async def test_the_backlog_is_bounded(toy: Toy) -> None:
         assert text + "".join([event.text async for event in generation]) == toy_text(prompt, N_TOKENS)
 
 
-async def test_it_goes_on_only_when_most_was_read(toy: Toy) -> None:
-    """Not with every event it takes: that would be one mail for each token."""
+async def test_a_paused_generation_resumes_only_when_most_was_read(toy: Toy) -> None:
+    """Otherwise there would be one mail for each token."""
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -100,7 +100,7 @@ async def test_pausing_all_the_time_loses_nothing(toy: Toy, max_backlog: int) ->
     assert texts == {prompt: toy_text(prompt, N_TOKENS) for prompt in prompts(2, N_TOKENS)}
 
 
-async def test_a_stalled_reader_is_dropped(toy: Toy) -> None:
+async def test_a_generation_with_a_stalled_reader_is_ended(toy: Toy) -> None:
     slow, other = prompts(2, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -145,7 +145,7 @@ async def test_each_of_many_stalled_readers_has_its_own_deadline(toy: Toy) -> No
         assert toy_text(prompts(6, N_TOKENS)[generations.index(generation)], 1000).startswith(text)
 
 
-async def test_whoever_reads_again_has_no_deadline_any_more(toy: Toy) -> None:
+async def test_a_reader_that_catches_up_has_no_stall_deadline_any_more(toy: Toy) -> None:
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -157,7 +157,7 @@ async def test_whoever_reads_again_has_no_deadline_any_more(toy: Toy) -> None:
     await until_idle(engine)
 
 
-async def test_every_event_that_a_slow_reader_takes_gives_it_more_time(toy: Toy) -> None:
+async def test_every_event_that_a_slow_reader_takes_extends_its_stall_deadline(toy: Toy) -> None:
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -172,7 +172,7 @@ async def test_every_event_that_a_slow_reader_takes_gives_it_more_time(toy: Toy)
     await until_idle(engine)
 
 
-async def test_a_paused_reader_that_leaves_has_no_deadline_any_more(toy: Toy) -> None:
+async def test_closing_a_paused_generation_clears_its_stall_deadline(toy: Toy) -> None:
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -183,8 +183,8 @@ async def test_a_paused_reader_that_leaves_has_no_deadline_any_more(toy: Toy) ->
         await until_idle(engine)
 
 
-async def test_an_end_that_comes_while_it_is_paused_is_the_end(toy: Toy) -> None:
-    """The last token was on its way when the reader fell behind: all can be read, and nothing stalls."""
+async def test_a_text_that_ends_while_its_reader_is_paused(toy: Toy) -> None:
+    """The last token was on its way when the reader fell behind. All can be read, and nothing stalls."""
     prompt = next(prompt for prompt in prompts(20, 40) if toy_text(prompt, 6).isascii())
     gate = Gate(toy)
     toy.on_decode = gate
