@@ -18,10 +18,10 @@ from trio_runner.engine.generation import Generation
 from trio_runner.testing import toy_text
 
 PROMPT = "a prompt that is long enough to be worth breaking off in the middle of it, 15"
-"""The toy has 197 tokens to say to this."""
+"""The toy answers 197 tokens to this."""
 N_PROMPT = len(PROMPT)
 N_KEPT = 20
-"""Rows that are done when a batch is broken off."""
+"""Rows that are done when a batch is aborted."""
 
 
 @dataclass
@@ -32,11 +32,11 @@ class Scene:
     generation: Generation
     gate: Gate
     keeps: int = 0
-    is_broken_off: bool = False
+    is_aborted: bool = False
     release: Callable[[], None] = lambda: None
-    """Lets go on what holds it, where that is not the gate."""
+    """Release what holds it, if that is not the gate."""
     is_dropped: Callable[[], bool] = lambda: True
-    """Whether nothing is computed any more that nobody wants, when it was let go."""
+    """Whether nothing is computed in vain after it was closed."""
     reader: trio.CancelScope = field(default_factory=trio.CancelScope)
     leave: trio.Event = field(default_factory=trio.Event)
 
@@ -110,9 +110,9 @@ async def waiting(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     toy.on_tokenize = latch = Latch()
     async with _in_state(toy, request, {}) as scene:
         await latch.reached()
-        # Whoever needs no tokeniser overtakes it.
-        somebody_else = scene.engine.generate(list(b"somebody else"), max_tokens=3)
-        await somebody_else.start()
+        # A prompt of tokens needs no tokeniser, so it overtakes.
+        another = scene.engine.generate(list(b"another prompt"), max_tokens=3)
+        await another.start()
         await scene.gate.reached(1)
         latch.open()
         await until(lambda: scene.engine.statistics().generations == 2)
@@ -121,7 +121,7 @@ async def waiting(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def prefilling(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    async with _in_state(toy, request, {}, keeps=N_KEPT, is_broken_off=True) as scene:
+    async with _in_state(toy, request, {}, keeps=N_KEPT, is_aborted=True) as scene:
         await scene.gate.reached(1)
         yield scene
 
@@ -129,7 +129,7 @@ async def prefilling(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 @asynccontextmanager
 async def between_chunks(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     """The chunk that runs is small, but no other request wants it. The next chunk must not run."""
-    async with _in_state(toy, request, {"batch_size": 8}, keeps=16, is_broken_off=True) as scene:
+    async with _in_state(toy, request, {"batch_size": 8}, keeps=16, is_aborted=True) as scene:
         scene.gate.let()
         await scene.gate.reached(2)
         yield scene
@@ -137,7 +137,7 @@ async def between_chunks(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def decoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
+    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_aborted=True) as scene:
         scene.gate.let(5)
         await scene.gate.reached(6)
         yield scene
@@ -147,7 +147,7 @@ async def decoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 async def holding_back(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     """All its text so far may be the start of a stop string."""
     request["stop"] = toy_text(PROMPT, 10) + " and more"
-    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
+    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_aborted=True) as scene:
         scene.gate.let(5)
         await scene.gate.reached(6)
         assert scene.generation.receive_nowait() == []
@@ -157,7 +157,7 @@ async def holding_back(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 @asynccontextmanager
 async def paused(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     async with _in_state(toy, request, {"max_backlog": 2}, keeps=N_PROMPT - 1) as scene:
-        # Eight tokens are too many to leave unread. A ninth may be on its way by the time that is known.
+        # Eight unread tokens are too many. A ninth may be on its way by then.
         scene.gate.let(8)
         await until(lambda: is_paused(scene.generation))
         scene.gate.let()

@@ -1,11 +1,9 @@
-"""Adapters: every request chooses its own, and they come and go while others run."""
+"""Adapters: every request chooses its own."""
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -15,53 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.inside import uid_of
+from tests.engine.lora import CHOICES, SCALES, cache_key, chosen, said, with_adapters
 from tests.engine.toys import (
-    DEADLINE,
-    PATIENCE,
     Gate,
-    Latch,
     Toy,
-    is_idle,
-    open_when_closing,
     prompts,
     until,
     until_idle,
 )
 from trio_runner.config import AdapterConfig
-from trio_runner.core.batch import Batch, DecodeOutcome
-from trio_runner.engine.adapters import MAX_LOADED
 from trio_runner.engine.engine import Engine
-from trio_runner.engine.generation import Generation
-from trio_runner.errors import EngineBroken, EngineClosed, InvalidRequest, LoadError, NativeError, UnknownAdapter
-from trio_runner.front_door import open_engine
+from trio_runner.errors import InvalidRequest, UnknownAdapter
 from trio_runner.info import AdapterInfo
-from trio_runner.request import AdapterChoice, EmbedRequest, Priority, RerankRequest
-from trio_runner.testing import Interruption, ToyAdapter, toy_cache_key, toy_text, toy_vector
-
-SCALES = {"one": 1.0, "two": 0.0, "three": -0.5}
-"""By name; `two` is only there for those that ask for it."""
-
-
-def with_adapters(toy: Toy) -> None:
-    toy.adapters = tuple(AdapterConfig(f"/lora/{name}.gguf", scale) for name, scale in SCALES.items())
-
-
-def chosen(**scales: float) -> tuple[AdapterChoice, ...]:
-    return tuple(AdapterChoice(name, scale) for name, scale in scales.items())
-
-
-def cache_key(**scales: float) -> str:
-    return toy_cache_key([(f"/lora/{name}.gguf", float(scale)) for name, scale in scales.items() if scale])
-
-
-def said(prompt: str, n_tokens: int = 20, /, **scales: float) -> str:
-    return toy_text(prompt, n_tokens, cache_key(**scales))
-
-
-CHOICES = st.dictionaries(st.sampled_from(list(SCALES)), st.sampled_from([0, 1, 1.0, 0.25, -2]))
-
-
-# -- what they do -----------------------------------------------------------------------------------------------------
+from trio_runner.request import EmbedRequest, RerankRequest
+from trio_runner.testing import toy_vector
 
 
 @given(st.lists(CHOICES, min_size=1, max_size=4))
@@ -120,9 +85,6 @@ async def test_a_default_scale_may_be_larger_than_a_request_may_choose(toy: Toy,
     toy.adapters = (AdapterConfig("/lora/one.gguf", scale),)
     async with toy.engine() as engine:
         assert await engine.generate("hello", max_tokens=20).collect() == said("hello", one=scale)
-
-
-# -- side by side -----------------------------------------------------------------------------------------------------
 
 
 SETS: list[dict[str, float]] = [{}, {"one": 1.0}, {"two": 1.0}, {"one": 1.0, "two": 0.5}]
@@ -213,9 +175,6 @@ async def test_a_preempted_request_goes_on_with_its_own_adapters(toy: Toy) -> No
         assert text == said(slow, 60, one=1)
 
 
-# -- wrong ones -------------------------------------------------------------------------------------------------------
-
-
 async def test_an_unknown_adapter_takes_no_slot(toy: Toy) -> None:
     with_adapters(toy)
     (other,) = prompts(1, 30)
@@ -245,318 +204,3 @@ async def test_an_adapter_may_be_chosen_only_once(toy: Toy) -> None:
         with pytest.raises(InvalidRequest) as caught:
             engine.generate("hello", adapters=(*chosen(one=1), *chosen(one=2)))
         assert caught.value.param == "adapters"
-
-
-# -- coming -----------------------------------------------------------------------------------------------------------
-
-
-async def test_an_adapter_is_loaded_while_requests_run(toy: Toy) -> None:
-    toy.on_adapter = latch = Latch()
-    (prompt,) = prompts(1, 60)
-    infos: list[AdapterInfo] = []
-
-    async def load(engine: Engine) -> None:
-        infos.append(await engine.load_adapter("/lora/one.gguf"))
-
-    async with toy.engine() as engine:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(load, engine)
-            await latch.reached()
-            assert await engine.generate(prompt, max_tokens=60).collect() == toy_text(prompt, 60)
-            assert engine.adapters == ()
-            latch.open()
-        assert infos == [AdapterInfo("one", "/lora/one.gguf", 0.0)]
-        assert engine.adapters == tuple(infos)
-        # Nobody gets it without asking.
-        assert await engine.generate("hello", max_tokens=20).collect() == said("hello")
-        assert await engine.generate("hello", max_tokens=20, adapters=chosen(one=1)).collect() == said("hello", one=1)
-
-
-async def test_an_adapter_loaded_with_a_scale_applies_to_later_requests(toy: Toy) -> None:
-    toy.on_decode = gate = Gate(toy)
-    (prompt,) = prompts(1, 30)
-    async with toy.engine(slots=1) as engine:
-        running, waiting = engine.generate(prompt, max_tokens=30), engine.generate("hello", max_tokens=20)
-        await running.start()
-        await waiting.start()
-        await engine.load_adapter("/lora/one.gguf", scale=2)
-        later = engine.generate("hello", max_tokens=20)
-        await later.start()
-        gate.open()
-        assert await running.collect() == said(prompt, 30)
-        assert await waiting.collect() == said("hello")
-        assert await later.collect() == said("hello", one=2)
-
-
-async def test_two_adapters_cannot_have_one_name(toy: Toy) -> None:
-    with_adapters(toy)
-    toy.on_adapter = latch = Latch()
-    async with toy.engine() as engine, trio.open_nursery() as nursery:
-        nursery.start_soon(engine.load_adapter, "/lora/four.gguf")
-        await latch.reached()
-        for name in ("one", "four"):  # the latter only begins to be there
-            with pytest.raises(InvalidRequest) as caught:
-                await engine.load_adapter("/lora/other.gguf", name=name)
-            assert caught.value.param == "name"
-        assert len(toy.model.adapters) == len(SCALES)
-        latch.open()
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"name": "no spaces"}, "name"),
-        ({"name": "../one"}, "name"),
-        ({"name": "x" * 65}, "name"),
-        ({"scale": float("nan")}, "scale"),
-        ({"scale": float("inf")}, "scale"),
-    ],
-)
-async def test_the_error_of_a_load_names_the_field(toy: Toy, fields: dict[str, Any], param: str) -> None:
-    async with toy.engine() as engine:
-        with pytest.raises(InvalidRequest) as caught:
-            await engine.load_adapter("/lora/one.gguf", **fields)
-        assert caught.value.param == param
-        assert toy.model.adapters == []
-
-
-async def test_a_bad_adapter_file_changes_nothing(toy: Toy) -> None:
-    with_adapters(toy)
-    async with toy.engine() as engine, engine.generate(prompts(1, 30)[0], max_tokens=30) as neighbour:
-        before = engine.adapters
-        with pytest.raises(LoadError) as caught:
-            await engine.load_adapter("/lora/bad.gguf", name="four")
-        assert caught.value.path == "/lora/bad.gguf"
-        assert engine.adapters == before
-        with pytest.raises(UnknownAdapter):
-            await engine.generate("hello", adapters=chosen(four=1)).start()
-        await engine.load_adapter("/lora/four.gguf")  # its name was not taken
-        assert await neighbour.collect() == said(prompts(1, 30)[0], 30, **SCALES)
-
-
-async def test_only_so_many_adapters_can_be_loaded(toy: Toy) -> None:
-    async with toy.engine() as engine:
-        for n in range(MAX_LOADED):
-            await engine.load_adapter(f"/lora/{n}.gguf")
-        with pytest.raises(InvalidRequest):
-            await engine.load_adapter("/lora/one.gguf")
-        engine.unload_adapter("0")
-        await engine.load_adapter("/lora/one.gguf")
-        assert len(engine.adapters) == MAX_LOADED
-
-
-async def test_a_load_that_is_cancelled(toy: Toy) -> None:
-    """The name is free at once, and the adapter is closed when it arrives."""
-    toy.on_adapter = latch = Latch()
-    async with toy.engine() as engine:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.load_adapter, "/lora/one.gguf")
-            await latch.reached()
-            nursery.cancel_scope.cancel()
-        assert engine.adapters == ()
-        latch.open()
-        await engine.load_adapter("/lora/one.gguf")
-        first, second = toy.model.adapters
-        assert first.closed
-        assert not second.closed
-        assert await engine.generate("hello", max_tokens=20, adapters=chosen(one=1)).collect() == said("hello", one=1)
-
-
-@pytest.mark.parametrize("turn", range(8))
-async def test_an_adapter_that_loads_while_the_engine_closes_is_closed(toy: Toy, turn: int) -> None:
-    """Which task hears of the end first is up to chance."""
-    toy.on_adapter = latch = Latch()
-
-    async def load(engine: Engine) -> None:
-        with pytest.raises(EngineClosed):
-            await engine.load_adapter("/lora/one.gguf")
-
-    with trio.fail_after(DEADLINE):
-        async with trio.open_nursery() as nursery, open_engine(toy) as engine:
-            nursery.start_soon(load, engine)
-            await latch.reached()
-            nursery.start_soon(open_when_closing, engine, toy, latch)
-
-
-# -- going ------------------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def four_requests_with_an_unloaded_adapter(
-    toy: Toy,
-) -> AsyncIterator[tuple[Engine, Gate, list[Generation], ToyAdapter]]:
-    """One request runs, one was preempted by it, two wait. Then their adapter is unloaded."""
-    with_adapters(toy)
-    toy.on_decode = gate = Gate(toy)
-    async with toy.engine(slots=1) as engine:
-        generations: list[Generation] = []
-        for n, prompt in enumerate(prompts(4, 30)):
-            priority: Priority = "background" if n in (0, 3) else "interactive"
-            generation = engine.generate(prompt, max_tokens=30, adapters=chosen(one=1), priority=priority)
-            await generation.start()
-            generations.append(generation)
-            if n == 0:
-                await gate.reached(1)
-        gate.let(2)
-        await gate.reached(3)
-        assert engine.statistics().scheduler.n_preempted == 1
-        assert engine.unload_adapter("one") == AdapterInfo("one", "/lora/one.gguf", 1.0)
-        yield engine, gate, generations, toy.model.adapters[0]
-
-
-async def test_a_later_request_cannot_choose_an_unloaded_adapter(toy: Toy) -> None:
-    async with four_requests_with_an_unloaded_adapter(toy) as (engine, gate, _, adapter):
-        with pytest.raises(UnknownAdapter):
-            await engine.generate("hello", adapters=chosen(one=1)).start()
-        assert [info.name for info in engine.adapters] == ["two", "three"]
-        # Who chooses nothing has what is left.
-        other = engine.generate("hello", max_tokens=20)
-        await other.start()
-        assert not adapter.closed
-        gate.open()
-        assert await other.collect() == said("hello", three=-0.5)
-
-
-async def test_an_adapter_is_closed_when_the_last_request_with_it_ends(toy: Toy) -> None:
-    """The toy checks that it is not closed before."""
-    async with four_requests_with_an_unloaded_adapter(toy) as (_, gate, generations, adapter):
-        gate.open()
-        for generation, prompt in zip(generations, prompts(4, 30), strict=True):
-            assert await generation.collect() == said(prompt, 30, one=1)
-        assert adapter.closed
-        assert not any(other.closed for other in toy.model.adapters[1:])
-
-
-@pytest.mark.parametrize("stays", range(4))
-async def test_an_adapter_is_closed_when_the_last_request_with_it_is_closed(toy: Toy, stays: int) -> None:
-    async with four_requests_with_an_unloaded_adapter(toy) as (engine, gate, generations, adapter):
-        for generation in generations:
-            if generation is not generations[stays]:
-                generation.close()
-        gate.let()
-        await until(lambda: engine.statistics().busy + engine.statistics().waiting == 1)
-        assert not adapter.closed
-        generations[stays].close()
-        gate.open()
-        await until(lambda: adapter.closed)
-
-
-async def test_requests_go_on_with_an_unloaded_adapter(toy: Toy) -> None:
-    with_adapters(toy)
-    async with toy.engine(slots=2) as engine:
-        generations = [engine.generate(prompt, max_tokens=30, adapters=chosen(one=1)) for prompt in prompts(4, 30)]
-        for generation in generations:
-            await generation.start()
-        engine.unload_adapter("one")
-        for generation, prompt in zip(generations, prompts(4, 30), strict=True):
-            assert await generation.collect() == said(prompt, 30, one=1)
-
-
-async def test_an_unused_adapter_is_closed_at_once(toy: Toy) -> None:
-    with_adapters(toy)
-    async with toy.engine() as engine:
-        await engine.generate("hello", max_tokens=5, adapters=chosen(one=1)).collect()
-        engine.unload_adapter("one")
-        await until(lambda: toy.model.adapters[0].closed)
-        for name in ("one", "four"):
-            with pytest.raises(UnknownAdapter) as caught:
-                engine.unload_adapter(name)
-            assert (caught.value.name, caught.value.param) == (name, "name")
-
-
-@pytest.mark.parametrize("how", ["deadline", "failure", "embedding"])
-async def test_every_end_of_a_request_gives_its_adapter_back(toy: Toy, how: str) -> None:
-    with_adapters(toy)
-    gate = Gate(toy)
-
-    def decode(batch: Batch) -> Interruption | None:
-        return gate(batch) or (Interruption(DecodeOutcome.INVALID) if how == "failure" else None)
-
-    toy.on_decode = decode
-    async with toy.engine() as engine, trio.open_nursery() as nursery:
-        if how == "embedding":
-            nursery.start_soon(engine.embed_request, EmbedRequest(content="hello", adapters=chosen(one=1)))
-        else:
-            deadline = 0.05 if how == "deadline" else None
-            await engine.generate("hello", adapters=chosen(one=1), deadline=deadline).start()
-        await gate.reached(1)
-        engine.unload_adapter("one")
-        assert not toy.model.adapters[0].closed
-        gate.open()
-        await until(lambda: toy.model.adapters[0].closed)
-
-
-async def test_closing_the_engine_closes_adapters_in_use(toy: Toy) -> None:
-    with_adapters(toy)
-    toy.on_decode = gate = Gate(toy)
-    async with toy.engine(slots=1) as engine:
-        for prompt in prompts(2, 30):
-            await engine.generate(prompt, adapters=chosen(one=1, two=1)).start()
-        await gate.reached(1)
-        engine.unload_adapter("one")
-        assert not toy.model.adapters[0].closed
-    assert all(adapter.closed for adapter in toy.model.adapters)
-
-
-async def test_an_adapter_unloaded_after_the_decode_thread_died_is_closed(toy: Toy) -> None:
-    """The trio thread does not know of the death yet."""
-    with_adapters(toy)
-    dead = threading.Event()
-
-    def die(batch: Batch) -> None:
-        dead.set()
-        raise NativeError("decode", 1, "a bug")
-
-    toy.on_decode = die
-    with trio.fail_after(DEADLINE), pytest.raises(EngineBroken):  # noqa: PT012
-        async with open_engine(toy) as engine:
-            await engine.generate("hello").start()
-            assert dead.wait(PATIENCE)  # trio does not run meanwhile
-            engine.unload_adapter("one")
-            await trio.sleep_forever()
-    assert toy.model.adapters[0].closed
-
-
-async def test_an_adapter_unloaded_while_its_request_is_tokenised(toy: Toy) -> None:
-    with_adapters(toy)
-    toy.on_tokenize = latch = Latch()
-
-    async def ask(engine: Engine) -> None:
-        with pytest.raises(UnknownAdapter) as caught:
-            await engine.generate("hello", adapters=chosen(two=1)).start()
-        assert caught.value.name == "two"
-
-    async with toy.engine() as engine:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask, engine)
-            await latch.reached()
-            engine.unload_adapter("two")
-            latch.open()
-        assert [sampler.closed for sampler in toy.model.samplers] == [True]
-        assert is_idle(engine)
-
-
-async def test_the_same_name_again_is_another_adapter(toy: Toy) -> None:
-    with_adapters(toy)
-    (prompt,) = prompts(1, 30)
-    toy.on_decode = gate = Gate(toy)
-    async with toy.engine() as engine:
-        old = engine.generate(prompt, max_tokens=30, adapters=chosen(one=1))
-        await old.start()
-        await gate.reached(1)
-        engine.unload_adapter("one")
-        await engine.load_adapter("/lora/other.gguf", name="one")
-        new = engine.generate(prompt, max_tokens=30, adapters=chosen(one=1))
-        await new.start()
-        gate.open()
-        assert await old.collect() == said(prompt, 30, one=1)
-        assert await new.collect() == said(prompt, 30, other=1)
-        assert new.usage is not None
-        assert new.usage.cached_tokens == 0
-        # Even the same file: nobody knows what is in it by now.
-        engine.unload_adapter("one")
-        await engine.load_adapter("/lora/other.gguf", name="one")
-        again = engine.generate(prompt, max_tokens=30, adapters=chosen(one=1))
-        assert await again.collect() == said(prompt, 30, other=1)
-        assert again.usage is not None
-        assert again.usage.cached_tokens == 0

@@ -118,7 +118,7 @@ async def test_a_broken_engine_refuses_everything_at_once(toy: Toy) -> None:
     async with surviving(toy, max_queue=0) as engine:
         await break_it(engine)
         assert (engine.status, str(engine.failure)) == ("broken", REASON)
-        for _ in range(2):  # at first its memory is being freed
+        for _ in range(2):  # the first time, its memory is still being freed
             for use in uses(engine):
                 with pytest.raises(EngineBroken) as caught:
                     await use()
@@ -310,7 +310,7 @@ async def test_an_adapter_that_is_being_loaded_fails(toy: Toy) -> None:
 
 async def test_a_slow_reader_gets_its_unread_events_before_the_error(toy: Toy) -> None:
     (prompt,) = prompts(1, 400)
-    toy.on_decode = lambda batch: time.sleep(0.001)  # so that it is not at its end before it is paused
+    toy.on_decode = lambda batch: time.sleep(0.001)  # so that the text does not end before the pause
     async with surviving(toy, max_backlog=4) as engine:
         generation = engine.generate(prompt)
         await generation.start()

@@ -68,17 +68,17 @@ async def test_closing_a_request_in_every_state_and_in_every_way(
         n_batches = len(gate.batches)
         await way(scene)
         await trio.testing.wait_all_tasks_blocked()
-        if scene.is_broken_off:
+        if scene.is_aborted:
             await until(lambda: gate.n_aborted == 1)
-        if way is not leave_the_block:  # which it must have entered first
+        if way is not leave_the_block:  # the block must be entered first
             assert scene.is_dropped()
         scene.release()
         gate.open()
         await engine.wait_ready()
         await until(lambda: all(sampler.closed for sampler in toy.model.samplers))
         await until_idle(engine)
-        assert gate.n_aborted == scene.is_broken_off
-        # Not one more row. What stands at the gate was on its way already.
+        assert gate.n_aborted == scene.is_aborted
+        # Not one more row is decoded. The batch at the gate was on its way already.
         assert uid is None or uid not in toy.uids_run(since=n_batches)
 
         retry = engine.generate(PROMPT, max_tokens=40)
@@ -100,7 +100,7 @@ async def test_decoded_tokens_are_kept_for_a_continuation(toy: Toy) -> None:
         n_held = len(toy.context.held(0))
         assert n_held > N_PROMPT
         longer = toy_text(PROMPT, n_held + 50 - N_PROMPT)
-        # U+FFFD stands for bytes that cannot be given back as text.
+        # U+FFFD stands for bytes that cannot be sent back as text.
         whole = longer.split("\ufffd")[0]
         retry = engine.generate(PROMPT + whole, max_tokens=1)
         await retry.collect()
@@ -167,7 +167,7 @@ async def test_nothing_is_delivered_after_close(toy: Toy) -> None:
         await generation.start()
         await neighbour.start()
         gate.let(3)
-        # This task does not let trio run, so that nothing can be handed over before the close.
+        # This task does not yield to trio, so nothing can be delivered before the close.
         while len(toy.context.batches) < 4:
             pass
         generation.close()
@@ -356,7 +356,7 @@ async def test_requests_that_stay_do_not_notice_those_that_go(toy: Toy, seed: in
             for prompt in stays:
                 nursery.start_soon(storm.stay, prompt)
                 for _ in range(8):
-                    # Some start as another one does, so that slots are shared and forked.
+                    # Some begin like another one, so that slots are shared and forked.
                     start = storm.chance.choice([prompt, PROMPT, storm.chance.choice(list(stays))])
                     storm.start_one_that_goes(nursery, f"{start}{storm.chance.choice('xyz')}")
         assert storm.texts == stays

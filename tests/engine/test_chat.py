@@ -116,7 +116,7 @@ async def test_the_next_turn_continues_from_the_prompt_cache(toy: Toy) -> None:
     first = turns("hello")
     async with toy.engine() as engine:
         answer = await engine.chat(first, max_tokens=20).collect()
-        whole = answer.split("\ufffd")[0]  # that stands for bytes which cannot be given back as text
+        whole = answer.split("\ufffd")[0]  # U+FFFD stands for bytes that cannot be sent back as text
         second = turns("hello", whole, "and now?")
         generation = engine.chat(second, max_tokens=20)
         assert await generation.collect() == toy_text(rendered(second), 20)

@@ -30,11 +30,11 @@ async def test_a_deadline_ends_a_request_in_every_state(toy: Toy, clock: trio.te
         engine, gate = scene.engine, scene.gate
         n_batches, uid = len(gate.batches), uid_of(scene.generation)
         clock.jump(SECONDS)
-        if scene.is_broken_off:
+        if scene.is_aborted:
             await until(lambda: gate.n_aborted == 1)
         if state is waiting:
             await until(lambda: dispatcher_of(engine).request_deadlines.moments == {})
-            gate.open()  # it is told between two batches of others
+            gate.open()  # the decode thread reads the mail between two batches of others
         if state is not loading:
             scene.release()
         events = [event async for event in scene.generation]
@@ -73,10 +73,10 @@ async def test_a_request_that_never_ran_has_cost_nothing(toy: Toy, clock: trio.t
 async def test_the_time_in_the_queue_counts(toy: Toy, clock: trio.testing.MockClock) -> None:
     async with waiting(toy, deadline=SECONDS) as scene:
         clock.jump(SECONDS / 2)
-        scene.gate.let(2)  # the other one's last but one token
+        scene.gate.let(2)  # up to the last but one token of the other request
         await scene.gate.reached(3)
         clock.jump(SECONDS / 2)
-        await trio.testing.wait_all_tasks_blocked()  # so that the mail comes before the slot is free
+        await trio.testing.wait_all_tasks_blocked()  # so that the mail arrives before the slot is free
         scene.gate.open()
         (last,) = [event async for event in scene.generation]
         scene.leave.set()
@@ -129,10 +129,10 @@ async def test_deadlines_pass_in_order_and_once(autojump_clock: trio.testing.Moc
             deadlines.set(1, start + 30)
             nursery.start_soon(deadlines.watch)
             await trio.testing.wait_all_tasks_blocked()
-            deadlines.set(2, start + 10)  # earlier than the one that is waited for
+            deadlines.set(2, start + 10)  # earlier than the deadline that is waited for
             deadlines.set(3, start + 20)
             deadlines.set(4, start + 20)
-            deadlines.set(3, start + 40)  # changed its mind
+            deadlines.set(3, start + 40)  # replaced
             deadlines.clear(4)
             deadlines.clear(99)
             deadlines.set(5, -math.inf)  # has passed already

@@ -74,7 +74,7 @@ async def test_the_culprit_keeps_the_text_before_its_failure(toy: Toy) -> None:
 
     def dislike(batch: Batch) -> Interruption | None:
         for chunk in batch.chunks:
-            # What its prompt shares with another may have been found in the cache.
+            # The prefix that its prompt shares with another may have been found in the cache.
             if chunk.stop == len(culprit) and chunk.items == tuple(culprit.encode())[chunk.start :]:
                 uids.append(chunk.uid)
             if chunk.uid in uids and chunk.start > 30:

@@ -161,7 +161,7 @@ async def test_embeddings_do_not_wait_for_slots(toy: Toy) -> None:
 
         nursery.start_soon(embed)
         await until(lambda: engine.statistics().generations == 3)
-        gate.let(2)  # the one that stood at the gate, and the vector's
+        gate.let(2)  # the batch at the gate, and that of the embedding
         await until(lambda: bool(vectors))
         np.testing.assert_array_equal(vectors[0].vector, toy_vector(list(b"hello")))
         assert [batch.embeddings for batch in gate.batches[:5]] == [False] * 4 + [True]
@@ -246,7 +246,7 @@ async def test_truncation_cuts_the_end_of_a_text(toy: Toy, special: str, n_ctx: 
         for n in (1, n_ctx - n_around, n_ctx - n_around + 1, len(text)):
             expected = toy_vector(around(text[: min(n, n_ctx - n_around)], special))
             np.testing.assert_array_equal(await engine.embed([text[:n].decode()], truncate=True), [expected])
-        # Tokens are taken as they are: their end is their caller's.
+        # Tokens are taken as they are, without special tokens at their end.
         embedded = await engine.embed_request(EmbedRequest(content=tuple(text), truncate=True))
         np.testing.assert_array_equal(embedded.vector, toy_vector(list(text[:n_ctx])))
         assert embedded.usage.prompt_tokens == min(n_ctx, len(text))

@@ -265,7 +265,7 @@ async def test_a_wrong_request_takes_no_slot(
         with pytest.raises(error):
             await use(generation)
         assert is_idle(engine)
-        # It is over: reading again neither hangs nor starts it once more.
+        # It has ended: reading again neither hangs nor starts it again.
         with pytest.raises(trio.ClosedResourceError):
             await anext(generation)
         assert is_idle(engine)
@@ -296,7 +296,7 @@ async def test_a_full_context_that_may_not_shift_ends_with_length(toy: Toy) -> N
     async with toy.engine(context_length=32) as engine:
         events = await events_of(engine.generate(prompt, shift=False))
     assert finished(events).reason == "length"
-    # The token sampled last needs no place.
+    # The last sampled token needs no position.
     assert finished(events).usage.completion_tokens == 32 - len(prompt) + 1
     assert text_of(events) == toy_text(prompt, 32 - len(prompt) + 1)
 

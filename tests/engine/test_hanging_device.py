@@ -55,7 +55,9 @@ async def test_a_batch_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture)
         gc.collect()
         assert context() is not None
         hang.open()
-        await until(lambda: gc.collect() < 0 or context() is None)  # never the former
+        await until(
+            lambda: gc.collect() < 0 or context() is None
+        )  # collects garbage each time; the first part is never true
     assert all(sampler.closed for sampler in samplers)
 
 
@@ -96,9 +98,9 @@ async def test_the_wait_for_a_thread_is_bounded(hang: Latch, ends: str) -> None:
 
             nursery.start_soon(wait)
             await hang.reached()
-            nursery.cancel_scope.cancel()  # which is no reason to give up
+            nursery.cancel_scope.cancel()  # a cancellation does not abandon the thread
             threads.wait_at_most(0.01)
-            threads.wait_at_most(PATIENCE)  # the first one counts
+            threads.wait_at_most(PATIENCE)  # only the first call counts
 
 
 async def test_a_thread_that_ends_in_time_returns_or_raises() -> None:

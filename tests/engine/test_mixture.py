@@ -139,7 +139,7 @@ class Storm:
         except ask.may_fail:
             self.n_failed += 1
             return
-        paths = {info.name: info.path for info in self.engine.adapters}  # what its names mean now
+        paths = {info.name: info.path for info in self.engine.adapters}  # the adapters that the names mean now
         text = ""
         async for event in generation:
             text += event.text

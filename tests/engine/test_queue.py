@@ -62,7 +62,7 @@ async def test_first_come_first_served(toy: Toy) -> None:
         gate.open()
         for n, generation in enumerate(generations):
             assert await generation.collect() == toy_text(requests[n], 1 + n % 7)
-    # Two that get their slots at once may stand in their batch in either order.
+    # Two requests that get their slots at once may be in their batch in either order.
     n_first_batch = [
         min(n for n, batch in enumerate(toy.context.batches) if uid in {chunk.uid for chunk in batch.chunks})
         for uid in sorted(set(toy.uids_run()))
@@ -92,7 +92,7 @@ async def test_a_full_queue_refuses_requests(toy: Toy, max_queue: int) -> None:
         assert caught.value.retry_after == 1
         assert len(toy.model.samplers) == len(requests)
 
-        # Whoever leaves makes room, even before the decode thread has heard of it.
+        # Closing a request makes room, even before the decode thread knows of it.
         generations[-1].close()
         last = engine.generate("just in time", max_tokens=5)
         await last.start()
@@ -190,7 +190,7 @@ async def test_a_request_that_waits_for_a_helper_thread_has_a_place_in_the_queue
     async with toy.engine(slots=1, max_queue=2) as engine, trio.open_nursery() as nursery:
         for prompt in prompts(3, 5):
             nursery.start_soon(engine.generate(prompt, max_tokens=1).collect)
-        await latch.reached(2)  # as many as are tokenised at once
+        await latch.reached(2)  # as many helper threads as there are
         with pytest.raises(EngineBusy):
             await engine.generate("one too many").start()
         latch.open()

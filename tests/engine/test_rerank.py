@@ -69,7 +69,7 @@ async def test_truncation_cuts_the_end_of_a_document(toy: Toy, special: str, doc
             await engine.rerank(QUERY, ["short", document])
         assert caught.value.param == "documents[1]"
         assert len(await engine.rerank(QUERY, ["short", document], truncate=True)) == 2
-        with pytest.raises(PromptTooLong) as caught:  # there is nothing of a document to lose
+        with pytest.raises(PromptTooLong) as caught:  # nothing of a document is left to cut
             await engine.rerank("q" * 51, [document], truncate=True)
         assert caught.value.param == "query"
     tokens = max((chunk.items for batch in toy.context.batches for chunk in batch.chunks), key=len)

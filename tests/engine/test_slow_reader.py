@@ -40,7 +40,7 @@ async def test_a_slow_reader_is_paused_and_others_are_not(toy: Toy) -> None:
         assert uid not in toy.uids_run(since=n_batches)
         assert engine.statistics().scheduler.n_paused == 1
         assert engine.statistics().busy == 1
-        # It reads again, and has missed nothing.
+        # It reads on, and has missed nothing.
         assert "".join([event.text async for event in generation]) == toy_text(slow, N_TOKENS)
         assert generation.usage is not None
         assert generation.usage.completion_tokens == N_TOKENS
@@ -54,7 +54,7 @@ async def test_the_backlog_is_bounded(toy: Toy) -> None:
     async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         for n in range(1, N_TOKENS):
             await until(lambda n=n: is_paused(generation) or len(gate.batches) >= n)  # type: ignore[misc]
-            # Its events have been handed over before the next batch may go.
+            # Its events are delivered before the next batch may run.
             await trio.testing.wait_all_tasks_blocked()
             if is_paused(generation):
                 break
@@ -109,14 +109,14 @@ async def test_a_generation_with_a_stalled_reader_is_ended(toy: Toy) -> None:
             gate.let(N_TOKENS // 4)
             await until(lambda: engine.statistics().generations == 0)
             gate.open()
-            # The slot is somebody else's now.
+            # Another request has the slot now.
             assert await engine.generate(other, max_tokens=5).collect() == toy_text(other, 5)
             assert toy.model.samplers[0].closed
             text = ""
             with pytest.raises(ReaderStalled):  # noqa: PT012
                 async for event in generation:
                     text += event.text
-            # What had arrived until then was not lost.
+            # No event that had arrived is lost.
             assert len(text) >= 8
             assert toy_text(slow, N_TOKENS).startswith(text)
             with pytest.raises(StopAsyncIteration):
@@ -131,7 +131,7 @@ async def test_each_of_many_stalled_readers_has_its_own_deadline(toy: Toy) -> No
         generations = [engine.generate(prompt) for prompt in prompts(6, N_TOKENS)]
         for generation in generations:
             await generation.start()
-        # Those that waited run when the first are dropped, and are dropped in their turn.
+        # The waiting ones run after the first ones have ended, and end in the same way.
         await until_idle(engine)
         await until(lambda: engine.statistics().generations == 0)
     for generation in generations:
@@ -191,7 +191,7 @@ async def test_a_text_that_ends_while_its_reader_is_paused(toy: Toy) -> None:
     async with toy.engine(max_backlog=4, stall_timeout=0.05) as engine:
         async with engine.generate(prompt, max_tokens=6) as generation:
             gate.let(5)
-            # Trio does not run meanwhile, so that nobody can be paused before the last token is under way.
+            # This task does not yield to trio, so nothing is paused before the last token is on its way.
             while len(gate.batches) < 6:
                 pass
             await until(lambda: is_paused(generation))

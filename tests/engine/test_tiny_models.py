@@ -139,7 +139,7 @@ async def test_requests_with_a_shared_prefix_decode_it_once(models: Path) -> Non
 async def test_requests_that_stay_do_not_notice_those_that_go(models: Path, name: str, seed: int) -> None:
     """Three stay. Sixty go: in the queue, in the middle of a prompt, or while they decode."""
     chance = random.Random(seed)
-    longest = 60 if name == "gpt2" else 300  # characters, of which its table has places for 96
+    longest = 60 if name == "gpt2" else 300  # characters; the table of positions has 96 entries
     prompts = [PROMPT[: longest // 8 * n] + word for n, word in enumerate(("hello", "world", "count"), 1)]
     texts: dict[str, str] = {}
 

@@ -43,7 +43,7 @@ from trio_runner.testing import (
 DEADLINE = 20.0
 """Seconds for a whole test."""
 PATIENCE = 10.0
-"""Seconds a thread is held at most: trio cannot cancel it, so it must give up by itself."""
+"""Seconds that a thread is held at most. Trio cannot cancel a thread, so it must give up by itself."""
 
 
 class Model(ToyModel):
@@ -202,7 +202,7 @@ class Gate(Turnstile):
     def __init__(self, toy: Toy, *, n_kept: int = 0) -> None:
         super().__init__()
         self.batches: list[Batch] = []
-        """All that have arrived."""
+        """All that have arrived at it, in order."""
         self.n_aborted = 0
         self.n_kept = n_kept
         self._toy = toy
@@ -225,7 +225,7 @@ class Shutter(Turnstile):
     def __init__(self) -> None:
         super().__init__()
         self.encodings: list[ToyEncoding] = []
-        """All that have arrived."""
+        """All that have arrived at it, in order."""
 
     def __call__(self, encoding: ToyEncoding) -> None:
         self.encodings.append(encoding)
