@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import trio
 
-from trio_runner.engine.engine import Engine
+from trio_runner.interface import EngineInterface
 from trio_runner.server import serve
 
 DEADLINE = 10.0
@@ -194,7 +194,7 @@ async def serving(engine: object, *, deadline: float = DEADLINE, **options: Any)
     shutdown, stopped = trio.Event(), trio.Event()
 
     async def run(*, task_status: trio.TaskStatus[list[tuple[str, int]]]) -> None:
-        await serve(cast(Engine, engine), port=0, shutdown=shutdown, task_status=task_status, **options)
+        await serve(cast(EngineInterface, engine), port=0, shutdown=shutdown, task_status=task_status, **options)
         stopped.set()
 
     with trio.fail_after(deadline):

@@ -139,7 +139,7 @@ class FakeEngine:
         self.calls.append(name)
         return AdapterInfo(name, "/srv/secret/x.gguf", 1.0)
 
-    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         self.calls.append((text, add_special, parse_special))
         await self.admit()
         return list(text.encode())

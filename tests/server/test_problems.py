@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from trio_runner import errors
-from trio_runner.server.problems import problem
+from trio_runner.server.problems import plain_text, problem
 
 EXPECTED = {
     errors.RunnerError("x"): 500,
@@ -48,6 +48,8 @@ def test_what_is_not_ours_stays_here() -> None:
 
 
 def test_the_body_is_one_line() -> None:
-    answer = problem(errors.InvalidRequest("a\r\nb", param="c"))
-    assert answer.body == b"c: a b\n"
-    assert answer.all_headers["X-Content-Type-Options"] == "nosniff"
+    answer = plain_text(problem(errors.InvalidRequest("a\r\nb", param="c")))
+    assert (answer.status, answer.body) == (400, b"c: a b\n")
+    assert answer.headers == {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
+    busy = plain_text(problem(errors.EngineBusy(retry_after=1.5)))
+    assert busy.headers["Retry-After"] == "2"

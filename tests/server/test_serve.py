@@ -14,14 +14,14 @@ import trio
 from tests.server.client import DEADLINE, post, request, serving, until
 from tests.server.fake_engine import DONE, FakeEngine, endless
 from trio_runner.config import EngineConfig
-from trio_runner.engine.engine import Engine
+from trio_runner.interface import EngineInterface
 from trio_runner.server import serve
 from trio_runner.server.listener import addresses, close_all, is_loopback, open_listeners
 
 
 async def refuse(**options: Any) -> None:
     with trio.fail_after(DEADLINE):
-        await serve(cast(Engine, FakeEngine()), port=0, **options)
+        await serve(cast(EngineInterface, FakeEngine()), port=0, **options)
 
 
 async def test_other_machines_need_a_key() -> None:
@@ -44,7 +44,7 @@ async def test_other_machines_with_a_key() -> None:
 async def test_a_port_in_use_is_named() -> None:
     async with serving(FakeEngine()) as server:
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {server.port}"):
-            await serve(cast(Engine, FakeEngine()), port=server.port)
+            await serve(cast(EngineInterface, FakeEngine()), port=server.port)
 
 
 async def test_every_address_of_a_name() -> None:
@@ -155,7 +155,7 @@ async def test_cancelling_stops_at_once() -> None:
     engine = FakeEngine()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            run = partial(serve, cast(Engine, engine), port=0)
+            run = partial(serve, cast(EngineInterface, engine), port=0)
             [(host, port)] = await nursery.start(run)
             stream = await trio.open_tcp_stream(host, port)
             await stream.send_all(post("/completion", {"prompt": "x"}))

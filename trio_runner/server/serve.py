@@ -6,18 +6,16 @@ import contextlib
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
+from trio_runner.interface import EngineInterface
 from trio_runner.server.access import Access, host_names
 from trio_runner.server.app import MAX_BODY_BYTES, create_app
 from trio_runner.server.asgi import Application
 from trio_runner.server.connection import MAKES_ROOM, Connection, Service
+from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
-
-if TYPE_CHECKING:
-    from trio_runner.engine.engine import Engine
 
 MAX_CONNECTIONS = 512
 KEEP_ALIVE_SECONDS = 75
@@ -31,7 +29,7 @@ _FULL = (
 
 
 async def serve(
-    engine: Engine,
+    engine: EngineInterface,
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
@@ -41,6 +39,7 @@ async def serve(
     allowed_origins: Iterable[str] = (),
     adapter_dir: Path | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    dialects: Sequence[Dialect] = DIALECTS,
     shutdown: trio.Event | None = None,
     drain_timeout: float = 5.0,
     max_connections: int = MAX_CONNECTIONS,
@@ -69,7 +68,9 @@ async def serve(
             hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
             origins=frozenset(origin.lower() for origin in allowed_origins),
         )
-        app = create_app(engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir)
+        app = create_app(
+            engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir, dialects=dialects
+        )
         server = _Server(app, engine.config.stall_timeout, max_connections)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
