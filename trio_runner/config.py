@@ -27,6 +27,7 @@ POOLINGS: tuple[Pooling, ...] = ("model", "none", "mean", "cls", "last")
 
 MAX_SLOTS = 128
 """Half of the sequences that one llama.cpp context can hold: each slot comes with one for embeddings."""
+MAX_BATCH_ROWS = 2**16
 MAX_THREADS = 512
 
 
@@ -173,9 +174,18 @@ class EngineConfig:
     batch_size: int = integer(
         512,
         1,
-        2**16,
+        MAX_BATCH_ROWS,
         doc="Rows of one step at most, and so the longest stretch of work that nothing interrupts on a GPU. A text to "
         "embed must fit into it, unless the model embeds the last row.",
+    )
+    embedding_batch_size: int | None = integer(
+        None,
+        1,
+        MAX_BATCH_ROWS,
+        doc="Rows of one step for a model made for embeddings that needs all rows of a text in one step, such as an "
+        "encoder, and so the tokens of its longest text. Never less than `batch_size` or more than the context that "
+        "the model was trained with. More rows take more memory.",
+        default_text="batch_size",
     )
     threads: int | None = integer(
         None,

@@ -68,7 +68,8 @@ class Capabilities:
     whose contents another prompt may want."""
     n_embed_slots: int = 1
     """Further slots, numbered from `first_embed_slot`, that only embeddings use. So embeddings never wait for
-    generations and push nothing out of the prompt cache. Together they hold at most `max_rows` positions."""
+    generations and push nothing out of the prompt cache. Together they hold at most `max_rows` positions. If
+    `embeds_last_row`, a longer text takes an ordinary slot."""
     embeds_last_row: bool = False
     """True: the embedding of a text is that of its last row, and the rows before it may run in any batches.
     False: all rows of a text must be in one batch."""
@@ -82,7 +83,7 @@ class Capabilities:
     """False: the model has no tokens to sample, only embeddings."""
     ranks: bool = False
     """The model's embeddings are scores of a document for a query."""
-    n_vector: int = 0
+    embedding_size: int = 0
     """Elements of an embedding."""
     decoder_start: int | None = None
     """Not None: an encoder reads the prompt, and the generated text begins with this token. All running sequences

@@ -94,8 +94,9 @@ class ChatOptions(SamplingOptions, total=False):
     sampling: SamplingParams
     """How tokens are chosen, as one value."""
     cache_prompt: bool
-    """Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it
-    again."""
+    """Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.
+    On by default in Python and on the command line. The HTTP endpoints of the runner dialect have it off unless
+    the request says so, as the original had."""
     n_keep: int
     """Tokens at the start of the prompt, after BOS, that truncation and context shift leave in place. Below 0
     means the whole prompt."""
@@ -132,6 +133,10 @@ class EngineOptions(TypedDict, total=False):
     batch_size: int
     """Rows of one step at most, and so the longest stretch of work that nothing interrupts on a GPU. A text to
     embed must fit into it, unless the model embeds the last row."""
+    embedding_batch_size: int | None
+    """Rows of one step for a model made for embeddings that needs all rows of a text in one step, such as an
+    encoder, and so the tokens of its longest text. Never less than `batch_size` or more than the context that
+    the model was trained with. More rows take more memory."""
     threads: int | None
     """Threads that compute."""
     flash_attention: FlashAttention

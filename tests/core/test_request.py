@@ -347,3 +347,7 @@ def test_as_prompt() -> None:
     assert as_prompt(parts) == ("ab", PICTURE)
     chat = Chat(messages=())
     assert as_prompt(chat) is chat
+    no_prompts: list[Any] = [b"ab", bytearray(b"ab"), memoryview(b"ab"), {"ab": 1}, {1, 2}, 1, None]
+    for value in no_prompts:
+        with pytest.raises(InvalidRequest, match=f"not {type(value).__name__}"):
+            as_prompt(value)

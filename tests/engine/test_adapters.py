@@ -14,6 +14,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engine.inside import uid_of
 from tests.engine.toys import (
     DEADLINE,
     PATIENCE,
@@ -145,7 +146,7 @@ async def test_different_sets_run_side_by_side(toy: Toy, slots: int) -> None:
     async with toy.engine(slots=slots, batch_size=16) as engine:
         await read_all(engine, requests, 40)
         await until_idle(engine)
-    assert len({batch.adapters for batch in toy.context.batches}) == len(SETS)
+    assert len({batch.kind.adapters for batch in toy.context.batches}) == len(SETS)
 
 
 async def test_none_of_them_starves(toy: Toy) -> None:
@@ -164,8 +165,8 @@ async def test_none_of_them_starves(toy: Toy) -> None:
             await until(lambda: engine.statistics().generations == 8)
             gate.open()
     for generation in generations:
-        assert generation._uid is not None
-        runs = [n for n, batch in enumerate(toy.context.batches) if generation._uid in {c.uid for c in batch.chunks}]
+        uid = uid_of(generation)
+        runs = [n for n, batch in enumerate(toy.context.batches) if uid in {c.uid for c in batch.chunks}]
         gaps = [later - earlier for earlier, later in itertools.pairwise(runs)]
         assert max(gaps) <= 2 * len(SETS)
 

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.engine.inside import uid_of
 from tests.engine.states import N_PROMPT, PROMPT, STATES, Scene, State
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
@@ -63,7 +64,7 @@ async def test_let_go(
     way: Callable[[Scene], Awaitable[None]],
 ) -> None:
     async with state(toy) as scene:
-        engine, gate, uid = scene.engine, scene.gate, scene.generation._uid
+        engine, gate, uid = scene.engine, scene.gate, uid_of(scene.generation)
         n_batches = len(gate.batches)
         await way(scene)
         await trio.testing.wait_all_tasks_blocked()

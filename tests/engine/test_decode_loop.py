@@ -9,7 +9,7 @@ import pytest
 from trio_runner.core.batch import Batch
 from trio_runner.core.scheduler import Emission
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.engine.decode_loop import MIN_ROWS_TO_INTERRUPT, DecodeLoop
+from trio_runner.engine.decode_loop import MIN_ROWS_TO_ABORT, DecodeLoop
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Submit
 from trio_runner.events import Finished
 from trio_runner.info import Capabilities
@@ -59,13 +59,11 @@ class Breaker:
 
     def __call__(self, batch: Batch) -> None:
         for uid in self._uids:
-            self._bench.loop.interrupt(uid)
+            self._bench.loop.abort_for(uid)
         self.aborted.append(self._bench.context.aborted_number == batch.number)
 
 
-@pytest.mark.parametrize(
-    ("n_rows", "aborts"), [(1, False), (MIN_ROWS_TO_INTERRUPT - 1, False), (MIN_ROWS_TO_INTERRUPT, True)]
-)
+@pytest.mark.parametrize(("n_rows", "aborts"), [(1, False), (MIN_ROWS_TO_ABORT - 1, False), (MIN_ROWS_TO_ABORT, True)])
 def test_a_batch_that_others_want_is_broken_off_only_for_many_rows(n_rows: int, aborts: bool) -> None:
     bench = Bench()
     bench.submit(1, prompt_of(n_rows))
@@ -132,7 +130,7 @@ def test_a_paused_neighbour_does_not_want_the_batch() -> None:
         elif not aborted:
             assert uids == {2}
             bench.mailbox.put(Cancel(2))
-            bench.loop.interrupt(2)
+            bench.loop.abort_for(2)
             aborted.append(bench.context.aborted_number == batch.number)
             bench.samplers.pop()
             bench.mailbox.put(Resume(1))
@@ -164,7 +162,7 @@ def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
     def interrupt(batch: Batch) -> None:
         present = {chunk.uid for chunk in batch.chunks}
         for uid in {1, 2, 3} - present:
-            bench.loop.interrupt(uid)
+            bench.loop.abort_for(uid)
         aborted.append(bench.context.aborted_number is not None)
 
     bench.context.on_decode = interrupt
@@ -176,12 +174,12 @@ def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
 def test_nothing_is_in_flight_between_two_batches() -> None:
     bench = Bench()
     bench.submit(1, prompt_of(40))
-    bench.loop.interrupt(1)
-    bench.loop.interrupt_all()
+    bench.loop.abort_for(1)
+    bench.loop.abort_running()
     assert bench.context.aborted_number is None
     bench.loop.run()
-    bench.loop.interrupt(1)
-    bench.loop.interrupt_all()
+    bench.loop.abort_for(1)
+    bench.loop.abort_running()
     assert bench.context.aborted_number is None
 
 
@@ -213,7 +211,7 @@ def test_the_batch_after_one_that_was_broken_off_is_not() -> None:
         uid = max(chunk.uid for chunk in batch.chunks)
         if uid > 1:
             bench.mailbox.put(Cancel(uid))
-            bench.loop.interrupt(uid)
+            bench.loop.abort_for(uid)
         aborted.append(bench.context.aborted_number == batch.number)
         bench.submit(uid + 1, str(uid) + prompt_of(20), max_tokens=50)
 
@@ -247,7 +245,7 @@ def test_interrupting_all_breaks_off_whatever_runs() -> None:
 
     def close(batch: Batch) -> None:
         bench.mailbox.put(Close())
-        bench.loop.interrupt_all()
+        bench.loop.abort_running()
         assert bench.context.aborted_number == batch.number
 
     bench.context.on_decode = close
@@ -275,7 +273,7 @@ def test_mail_that_comes_while_a_batch_is_prepared_is_read_before_it_runs() -> N
 
     def cancel() -> None:
         mailbox.put(Cancel(1))
-        bench.loop.interrupt(1)
+        bench.loop.abort_for(1)
         mailbox.put(Close())
 
     mailbox.on_last_look = cancel
@@ -403,7 +401,7 @@ def test_a_sequence_that_expires_ends_with_what_it_has(max_tokens: int) -> None:
             bench.mailbox.put(Expire(1))
             bench.mailbox.put(Expire(1))
             bench.mailbox.put(Expire(99))
-            bench.loop.interrupt(1)
+            bench.loop.abort_for(1)
 
     bench.context.on_decode = expire
     bench.loop.run()

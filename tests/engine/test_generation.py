@@ -93,6 +93,15 @@ async def test_a_prompt_of_tokens(toy: Toy) -> None:
         assert await engine.generate(tuple(b"hello"), max_tokens=20).collect() == toy_text("hello", 20)
 
 
+@pytest.mark.parametrize("prompt", [b"\x89PNG", bytearray(b"hello"), memoryview(b"hello"), {"hello": 1}, {"hello"}, 5])
+async def test_what_is_no_prompt_is_refused(toy: Toy, prompt: Any) -> None:
+    """Bytes would be taken for tokens, and a mapping for a list of texts."""
+    async with toy.engine() as engine:
+        with pytest.raises(InvalidRequest, match="prompt must be text") as caught:
+            engine.generate(prompt)
+        assert caught.value.param == "prompt"
+
+
 async def test_a_whole_request(toy: Toy) -> None:
     request = GenerateRequest(prompt="hello", max_tokens=5, sampling=SamplingParams(temperature=0.0))
     async with toy.engine() as engine:

@@ -24,8 +24,9 @@ from tests.engine.toys import (
     until_idle,
 )
 from trio_runner.core.batch import Batch
-from trio_runner.engine.engine import LONG_TEXT, Engine
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
+from trio_runner.engine.helper_threads import LONG_TEXT
 from trio_runner.errors import EngineBroken, EngineClosed, LoadError, NativeError, RunnerError
 from trio_runner.front_door import open_engine
 from trio_runner.testing import ToyContext, ToySampler, toy_text

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.engine.inside import images_of
 from tests.engine.toys import Projector, Toy, items_of, picture, until, until_idle
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
@@ -20,6 +21,7 @@ from trio_runner.core.prompt import Item
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import InvalidImage, RunnerError, UnknownAdapter
+from trio_runner.events import Usage
 from trio_runner.images import load_pixels
 from trio_runner.request import AdapterChoice, EmbedRequest, GenerateRequest
 from trio_runner.testing import Interruption, ToyAdapters, ToyEncoding, toy_cache_key, toy_text, toy_vector
@@ -128,11 +130,6 @@ class Storm:
             return toy_text([START], n_tokens, toy_cache_key(adapters, source))
         return toy_text(ask.items, n_tokens, toy_cache_key(adapters))
 
-    def chosen(self, ask: Ask) -> ToyAdapters:
-        """What its names mean now."""
-        paths = {info.name: info.path for info in self.engine.adapters}
-        return [(paths[choice.name], choice.scale) for choice in ask.adapters]
-
     # -- who asks -----------------------------------------------------------------------------------------------------
 
     async def read_to_the_end(self, ask: Ask, *, slowly: bool) -> None:
@@ -142,16 +139,19 @@ class Storm:
         except ask.may_fail:
             self.n_failed += 1
             return
-        started = generation._uid in self.engine._requests
-        adapters = self.chosen(ask) if started else []
+        paths = {info.name: info.path for info in self.engine.adapters}  # what its names mean now
         text = ""
         async for event in generation:
             text += event.text
             if slowly:
                 await trio.testing.wait_all_tasks_blocked()
         assert generation.usage is not None
-        n_tokens = generation.usage.completion_tokens
-        assert text == (self.said(ask, adapters, n_tokens) if started else "")
+        if generation.usage == Usage():  # its deadline passed before it was submitted
+            assert text == ""
+            self.n_gone += 1
+            return
+        adapters = [(paths[choice.name], choice.scale) for choice in ask.adapters]
+        assert text == self.said(ask, adapters, generation.usage.completion_tokens)
         if ask.request.deadline == 1000:
             assert text == self.said(ask, adapters, N_TOKENS)
             self.n_stayed += 1
@@ -248,5 +248,4 @@ async def test_every_text_is_what_it_is_alone(toy: Toy, seed: int) -> None:
         await until(lambda: sum(not adapter.closed for adapter in toy.model.adapters) == 2)
         if toy.projector is not None:
             assert engine.statistics().image_bytes <= 400
-            assert engine._images is not None
-            assert not engine._images._jobs
+            assert images_of(engine).n_encoding == 0

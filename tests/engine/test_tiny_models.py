@@ -80,6 +80,30 @@ async def test_an_embedding_beside_full_slots(models: Path) -> None:
         streams[1].close()
 
 
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("bert", {"embedding_batch_size": 512})])
+async def test_a_long_embedding_does_not_depend_on_the_batch_size(
+    models: Path, name: str, options: dict[str, int]
+) -> None:
+    """Its last row is its embedding, or the batch of an encoder is as long as the text."""
+    text = PROMPT[:300]
+    async with running(models, name, batch_size=512) as engine:
+        expected = await engine.embed([text, "hello"])
+    async with running(models, name, **options) as engine:
+        assert len(await engine.tokenize(text)) > engine.config.batch_size
+        np.testing.assert_allclose(await engine.embed([text, "hello"]), expected, atol=1e-4)
+        if engine.capabilities.can_generate:
+            texts = await alone(engine, "hello")
+            np.testing.assert_allclose(await engine.embed([text]), expected[:1], atol=1e-4)
+            assert await alone(engine, "hello") == texts
+
+
+async def test_an_encoder_gets_no_more_rows_than_it_was_trained_for(models: Path) -> None:
+    async with running(models, "bert", context_length=2048, embedding_batch_size=2048) as engine:
+        assert engine.capabilities.max_rows == engine.info.n_ctx_train == 512
+    async with running(models, "llama", embedding_batch_size=512) as engine:
+        assert engine.capabilities.max_rows == engine.config.batch_size
+
+
 @pytest.mark.parametrize("name", KINDS)
 async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) -> None:
     async with running(models, name) as engine:

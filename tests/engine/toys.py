@@ -26,6 +26,7 @@ from trio_runner.front_door import open_engine
 from trio_runner.image_source import ImageSource
 from trio_runner.images import load_pixels
 from trio_runner.pixels import Pixels
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import (
     END,
     Interruption,
@@ -35,6 +36,7 @@ from trio_runner.testing import (
     ToyLoader,
     ToyModel,
     ToyProjector,
+    ToySampler,
     toy_continuation,
 )
 
@@ -49,7 +51,13 @@ class Model(ToyModel):
 
     n_closed = 0
     on_tokenize: Callable[[str], None] | None = None
+    on_sampler: Callable[[SamplingParams], None] | None = None
     on_adapter: Callable[[str], None] | None = None
+
+    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> ToySampler:
+        if self.on_sampler is not None:
+            self.on_sampler(params)
+        return super().sampler(params, prompt)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if self.on_tokenize is not None:
@@ -120,6 +128,7 @@ class Toy:
         self.on_load: Callable[[Callable[[float], None], Callable[[], bool]], None] | None = None
         self.on_decode: Callable[[Batch], Interruption | None] | None = None
         self.on_tokenize: Callable[[str], None] | None = None
+        self.on_sampler: Callable[[SamplingParams], None] | None = None
         self.on_adapter: Callable[[str], None] | None = None
 
     def __call__(
@@ -132,7 +141,8 @@ class Toy:
             LoadedAdapter(adapter.name, self.model.adapter(adapter.path), adapter.scale, adapter.path)
             for adapter in self.adapters
         )
-        self.model.on_tokenize, self.model.on_adapter = self.on_tokenize, self.on_adapter
+        self.model.on_tokenize, self.model.on_sampler = self.on_tokenize, self.on_sampler
+        self.model.on_adapter = self.on_adapter
         self.context = Context(loaded.context.capabilities, on_decode=self.on_decode)
         self.n_loaded += 1
         return Runtime(self.model, self.context, self.projector, adapters)

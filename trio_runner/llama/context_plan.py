@@ -17,6 +17,7 @@ DEFAULT_CONTEXT_LENGTH: Final = 4096
 """Tokens that a slot holds at most, unless the configuration says otherwise. Models trained for a million tokens would
 want all memory."""
 
+POOLING_UNSPECIFIED: Final = -1
 POOLING_NONE: Final = 0
 POOLING_LAST: Final = 3
 POOLING_RANK: Final = 4
@@ -36,6 +37,8 @@ class ContextPlan:
 
     n_ctx: int
     """Positions of one slot."""
+    max_rows: int
+    """Rows of one batch."""
     n_spare: int
     """Slots beyond those in use, which keep prompts in the cache."""
     n_embed: int
@@ -58,7 +61,12 @@ def plan_context(model: Model, config: EngineConfig) -> ContextPlan:
     is_embedder = not model.info.causal or pooling > POOLING_NONE
     n_embed = max(config.slots, min(_EMBEDDING_SLOTS, n_max - config.slots - n_spare) if is_embedder else 0)
     n_seq_max = config.slots + n_spare + n_embed
-    n_batch = max(config.batch_size, n_seq_max)  # llama.cpp plans for an output of every sequence
+    max_rows = config.batch_size
+    if not model.info.causal or pooling not in (POOLING_UNSPECIFIED, POOLING_NONE, POOLING_LAST):
+        # All rows of a text must be in one batch, so the longest text is as long as a batch.
+        longest = min(config.embedding_batch_size or 1, n_ctx, max(model.info.n_ctx_train, 1))
+        max_rows = max(max_rows, longest)
+    n_batch = max(max_rows, n_seq_max)  # llama.cpp plans for an output of every sequence
     params = {
         "n_ctx": n_ctx * config.slots + n_batch,
         "n_batch": n_batch,
@@ -74,7 +82,7 @@ def plan_context(model: Model, config: EngineConfig) -> ContextPlan:
         # A cache of the window's size forgets what a trimmed slot needs, and it cannot shift.
         "swa_full": True,
     }
-    return ContextPlan(n_ctx, n_spare, n_embed, params)
+    return ContextPlan(n_ctx, max_rows, n_spare, n_embed, params)
 
 
 def open_context(model: Model, plan: ContextPlan) -> Any:
