@@ -15,7 +15,7 @@ from trio_runner.server.dialects.runner import requests, responses
 
 
 async def test_bodies_share_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is small enough, all together are too much; what one held it gives back, however it ends."""
+    """Each is small enough, but all together are too much. A request returns its share however it ends."""
     monkeypatch.setattr(intake, "MAX_BYTES", 1000)
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n"
     body = b'{"content":"a"}'.ljust(900)
@@ -83,7 +83,7 @@ async def test_a_large_body_is_parsed_while_others_are_served(monkeypatch: pytes
         assert (wrong.status, b"content must be a string" in wrong.body) == (400, True)
 
 
-async def test_what_would_take_long_to_parse_is_refused() -> None:
+async def test_a_body_that_would_take_long_to_parse_is_refused() -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         body = b'{"prompt":"x","unknown":[' + b"[]," * 2_700_000 + b"0]}"
@@ -122,7 +122,7 @@ async def test_a_body_may_come_in_chunks_and_with_any_content_type() -> None:
         assert answer.body == b'{"tokens":[97]}\n'
 
 
-async def test_a_body_that_is_too_large() -> None:
+async def test_a_body_that_is_too_large_is_refused() -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         for size in (99999999999999, 9 << 20):

@@ -13,15 +13,15 @@ from trio_runner.server.dialects.runner import responses
 from trio_runner.server.event_body import EventBody
 
 
-async def test_what_is_not_on_its_way_has_not_been_read() -> None:
-    """For a reader that takes a little now and then is not one that has stalled."""
+async def test_no_event_is_taken_before_it_can_be_sent() -> None:
+    """Events that are taken count as read, and a client that reads a little now and then has not stalled."""
     generation = FakeGeneration(FakeEngine(), GenerateRequest(prompt="x"))
     generation.say(*(TextPiece("word " * 1000) for _ in range(60)))
     body = EventBody(generation, responses.CompletionLines())  # type: ignore[arg-type]
     n_written = 0
     while n_written < 60:
         n_written += (await anext(body)).count(b'"stop":')
-        assert n_written + len(generation._events) == 60
+        assert n_written + len(generation.unread) == 60
 
 
 @pytest.mark.parametrize("error", [None, EngineBroken("it died")])

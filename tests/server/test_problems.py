@@ -1,3 +1,5 @@
+"""What each error is to a client."""
+
 from __future__ import annotations
 
 import pytest
@@ -44,7 +46,7 @@ def test_status_text_and_headers(error: errors.RunnerError, status: int) -> None
         assert error.param in answer.text
 
 
-def test_what_is_not_ours_stays_here() -> None:
+def test_the_text_of_an_unexpected_error_is_not_sent() -> None:
     assert (problem(KeyError("secret")).status, problem(KeyError("secret")).text) == (500, "internal error")
 
 

@@ -1,4 +1,4 @@
-"""The first and the last of a request: who is let in, and what is closed behind it."""
+"""The outermost layer of the application: lets requests in, and closes what they leave behind."""
 
 from __future__ import annotations
 

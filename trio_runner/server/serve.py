@@ -20,7 +20,7 @@ from trio_runner.server.listener import accept, addresses, close_all, is_loopbac
 MAX_CONNECTIONS = 512
 KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 1.0
-"""For answers that are complete, when the server stops, to reach clients that read."""
+"""Seconds in which complete answers may still reach their clients when the server stops."""
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n"
@@ -45,14 +45,16 @@ async def serve(
     max_connections: int = MAX_CONNECTIONS,
     task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `engine`, which may still be loading, until `shutdown` is set; started with the (host, port) bound.
+    """Serve `engine`, which may still be loading, until `shutdown` is set. When it listens, `task_status` is given the
+    (host, port) of each listener.
 
-    On shutdown the engine is drained while /health still answers; then nothing new is accepted, and what cannot be
-    written within a second is dropped. So it returns within `drain_timeout` and little more, whatever clients do.
-    Cancel it to stop at once. Closes `listeners`, given or not.
+    On shutdown the engine is drained, while /health still answers. Then no more connections are accepted, and what
+    cannot be written within a second is dropped. So this returns soon after `drain_timeout`, whatever clients do.
+    Cancel it to stop at once. It closes `listeners` in any case.
 
-    A client that takes nothing of its answer for as long as the engine's `stall_timeout` is dropped. Beyond
-    `max_connections`, the one that has been idle longest is closed for each that comes; if none is, the answer is 503.
+    A client that takes nothing of its answer for the engine's `stall_timeout` is disconnected. When `max_connections`
+    are open and another client connects, a connection that serves no request is closed for it, the one that has been
+    idle longest first. If all of them serve requests, the new client is answered with 503.
 
     Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
     """
@@ -129,7 +131,7 @@ class _Server:
             self._open.discard(connection)
 
     async def _turn_away(self, sock: socket.socket) -> None:
-        """Say why, and wait a moment for the client to hang up, so that it reads the answer."""
+        """Answer 503, and wait a moment for the client to close, so that it reads the answer."""
         self._turned_away += 1
         try:
             with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(OSError):

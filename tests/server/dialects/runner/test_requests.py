@@ -141,7 +141,7 @@ def test_sampling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     assert completion(**fields).sampling == dataclasses.replace(completion().sampling, **expected)
 
 
-def test_every_sampler_of_the_engine_can_be_asked_for() -> None:
+def test_every_sampling_parameter_is_a_field() -> None:
     ours = {field.name for field in dataclasses.fields(SamplingParams)}
     assert ours <= requests.COMPLETION.keys()
 
@@ -222,7 +222,7 @@ def test_any_value_is_accepted_or_refused_by_name(path: str, data: st.DataObject
 
 
 def refusal_of(path: str, fields: dict[str, Any]) -> RequestError | None:
-    """Of something that is JSON."""
+    """What a request with these fields is refused with; None if it is accepted."""
     try:
         PARSERS[path](json.dumps(fields).encode())
     except RequestError as error:

@@ -167,7 +167,7 @@ def test_the_best_come_first_and_of_equal_ones_the_earlier(scores: list[float], 
     assert all(np.float32(result["relevance_score"]) == scores[result["index"]] for result in results)
 
 
-def test_adapters_are_told_by_name_and_not_where_they_stand() -> None:
+def test_adapters_are_told_by_name_without_their_directory() -> None:
     one, two = AdapterInfo("a", "/srv/secret/<é>.gguf", 0.5), AdapterInfo("b", "x.gguf", 1.0)
     objects = [
         b'{"name":"a","file":"\\u003c\xc3\xa9\\u003e.gguf","scale":0.5}',
@@ -182,7 +182,7 @@ def test_adapters_are_told_by_name_and_not_where_they_stand() -> None:
 @pytest.mark.parametrize(
     "reason", ["no such\nfile", "cannot be read: [Errno 13] Permission denied: '{}'", "{}: {} is bad"]
 )
-def test_what_is_wrong_with_an_adapter_does_not_tell_where_it_stands(directory: str, reason: str) -> None:
+def test_what_is_wrong_with_an_adapter_does_not_tell_its_directory(directory: str, reason: str) -> None:
     path = f"{directory}a.gguf"
     refusal = responses.adapter_problem(LoadError(reason.replace("{}", path), path=path), "a.gguf")
     assert refusal.status == 422
