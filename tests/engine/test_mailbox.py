@@ -15,7 +15,7 @@ def test_mail_comes_in_the_order_it_was_put() -> None:
     assert mailbox.take() == []
 
 
-def test_one_can_look_without_taking() -> None:
+def test_looking_for_mail_does_not_take_it() -> None:
     mailbox = Mailbox()
     assert not mailbox
     mailbox.put(Cancel(1))
@@ -41,8 +41,8 @@ def test_wake_ups_do_not_pile_up() -> None:
 
 
 def test_no_wake_up_is_lost_between_two_threads() -> None:
-    """Each letter is answered before the next one is sent, so that the reader goes to sleep as often as it can: one
-    lost wake-up and both wait for ever."""
+    """Each letter is answered before the next is sent, so the reader sleeps as often as it can. After one lost
+    wake-up, both would wait for ever."""
     there, back = Mailbox(), Mailbox()
     n_letters = 3000
 
@@ -105,7 +105,7 @@ def take_in_a_thread(mailbox: Mailbox) -> tuple[threading.Thread, list[Mail]]:
 
 
 def test_mail_whose_wake_up_was_taken_with_the_mail_before_it() -> None:
-    """It is put between the reader's look into the box and its clearing of the wake-ups."""
+    """It is put between the reader's look into the mailbox and its clearing of the wake-ups."""
     mailbox = Mailbox()
 
     class PutInBetween(threading.Semaphore):
@@ -126,7 +126,7 @@ def test_mail_whose_wake_up_was_taken_with_the_mail_before_it() -> None:
 
 
 def test_mail_that_was_taken_before_its_wake_up_came() -> None:
-    """The reader looked between the two halves of a put: what is left wakes it up for nothing."""
+    """The reader looks between the two halves of a put. The wake-up that follows wakes it for nothing."""
     mailbox = Mailbox()
     mailbox._mail.append(Cancel(1))
     assert mailbox.take() == [Cancel(1)]
