@@ -7,6 +7,7 @@ import typing
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import (
+    DecodeFailed,
     EngineBroken,
     EngineBusy,
     EngineClosed,
@@ -66,6 +67,7 @@ __all__ = [
     "AdapterInfo",
     "Capabilities",
     "Chat",
+    "DecodeFailed",
     "Device",
     "EmbedRequest",
     "Embedded",

@@ -83,7 +83,7 @@ class Capabilities:
     """False: the model has no tokens to sample, only embeddings."""
     ranks: bool = False
     """The model's embeddings are scores of a document for a query."""
-    n_vector: int = 0
+    embedding_size: int = 0
     """Elements of an embedding."""
     decoder_start: int | None = None
     """Not None: an encoder reads the prompt, and the generated text begins with this token. All running sequences

@@ -162,7 +162,7 @@ class EngineInterface(Protocol):
         truncate: bool = False,
         adapters: Sequence[AdapterChoice] | None = None,
     ) -> NDArray[np.float32]:
-        """One embedding per text, shape (len(texts), n) with n the model's `n_vector`, or `dimensions`.
+        """One embedding per text, shape (len(texts), n) with n the model's `embedding_size`, or `dimensions`.
 
         The options are fields of `EmbedRequest`. Raises TypeError if `texts` is a single text, and otherwise what
         `GenerationInterface.start` raises. If one text fails, no embedding is returned.

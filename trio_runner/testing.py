@@ -306,9 +306,11 @@ class ToyContext:
         assert not self.closed
         assert 0 < batch.n_rows <= self.capabilities.max_rows
         assert len({chunk.uid for chunk in batch.chunks}) == len(batch.chunks)
-        assert len({(chunk.media is None, chunk.media is None or chunk.media.causal) for chunk in batch.chunks}) == 1
+        for media_of_chunk in (chunk.media for chunk in batch.chunks):
+            assert batch.kind.of_media == (media_of_chunk is not None), "rows of another kind than the batch"
+            assert media_of_chunk is None or batch.kind.causal == media_of_chunk.causal
         for chunk in batch.chunks:
-            self._check_lane(chunk, batch.embeddings)
+            self._check_lane(chunk, batch.kind.embedding)
             self._check_rows(chunk, media)
         assert sum(len(chunk.encoder_tokens) for chunk in batch.chunks) <= self.capabilities.max_rows, (
             "too much to read at once"
@@ -317,19 +319,19 @@ class ToyContext:
         interruption = self.on_decode(batch) if self.on_decode else None
         if interruption is None and batch.number == self.aborted_number:
             interruption = Interruption(DecodeOutcome.ABORTED)
-        named = [(_path(adapters[uid]), scale) for uid, scale in batch.adapters]
+        named = [(_path(adapters[uid]), scale) for uid, scale in batch.kind.adapters]
         if interruption is not None:
             return self._interrupt(batch, interruption, named)
         sampled: dict[int, Sampled] = {}
-        vectors: dict[int, object] = {}
+        embeddings: dict[int, object] = {}
         for chunk in batch.chunks:
             cache_key = toy_cache_key(named, chunk.encoder_tokens)
             items = self._hold(chunk, len(chunk.items), cache_key)
-            if chunk.output and batch.embeddings:
-                vectors[chunk.uid] = toy_vector(items, cache_key)
+            if chunk.output and batch.kind.embedding:
+                embeddings[chunk.uid] = toy_vector(items, cache_key)
             elif chunk.output:
                 sampled[chunk.uid] = self._sample(items, cache_key, samplers[chunk.uid])
-        return StepResult(DecodeOutcome.OK, sampled, vectors, {}, seconds=0.001 * batch.n_rows)
+        return StepResult(DecodeOutcome.OK, sampled, embeddings, {}, seconds=0.001 * batch.n_rows)
 
     def abort(self, number: int) -> None:
         self.aborted_number = number
@@ -444,7 +446,7 @@ class ToyLoader:
             max_rows=config.batch_size,
             n_spare_slots=config.slots,
             n_embed_slots=config.slots,
-            n_vector=N_EMBD,
+            embedding_size=N_EMBD,
         )
         capabilities = replace(capabilities, **self.capabilities)  # type: ignore[arg-type]
         self.model = ToyModel()

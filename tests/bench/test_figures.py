@@ -39,7 +39,5 @@ def test_statistics_of_samples() -> None:
         ([], [], None),
     ],
 )
-def test_ratios_are_taken_within_a_round(
-    first: list[list[float]], second: list[list[float]], expected: float | None
-) -> None:
+def test_ratios_are_taken_by_round(first: list[list[float]], second: list[list[float]], expected: float | None) -> None:
     assert paired_ratio(first, second) == expected

@@ -36,7 +36,7 @@ def on_load(progress, cancelled):
 
 def on_decode(batch):
     time.sleep(float(os.environ.get("TOY_STEP", "0")))
-    if os.environ.get("TOY_DIES") and batch.embeddings:
+    if os.environ.get("TOY_DIES") and batch.kind.embedding:
         raise NativeError("trio_step", -3, "the toy broke\\nin two")
 
 if os.environ.get("TOY_ENDLESS"):

@@ -17,7 +17,7 @@ from trio_runner.core.batch import AdapterSet, Batch, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.core.prompt import Item, Media, cut_before, fit_prompt
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.errors import InvalidGrammar, NativeError
+from trio_runner.errors import DecodeFailed, InvalidGrammar
 from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
 from trio_runner.info import Capabilities
 from trio_runner.sampling import SamplingParams
@@ -179,7 +179,7 @@ def check_survivors(world: World) -> None:
         assert isinstance(last, (Finished, Embedded))
         if isinstance(last, Finished) and last.reason == "error":
             assert uid in world.may_fail, "somebody paid for another's failure"
-            assert isinstance(last.error, NativeError)
+            assert isinstance(last.error, DecodeFailed)
             assert world.alone(uid).text.startswith(world.text(uid)) or spec.embedding
             continue
         assert last.usage.prompt_tokens == len(spec.prompt) + len(spec.encoder_tokens)
@@ -332,7 +332,7 @@ def test_kinds_of_rows_take_turns() -> None:
     """However many want rows of one kind, and however few of them get some at a time."""
     world = make_world(3, n_ctx=128, max_rows=64, slowness=40.0, n_embed_slots=8)
     kinds: list[tuple[bool, object]] = []
-    world.on_batch = lambda batch: kinds.append((batch.embeddings, batch.adapters))
+    world.on_batch = lambda batch: kinds.append((batch.kind.embedding, batch.kind.adapters))
     for n in range(80):
         live = [spec for uid, spec in world.specs.items() if not world.finished(uid)]
         for adapters in {(), ((1, 1.0),), ((2, 1.0),)} - {spec.adapters for spec in live if not spec.embedding}:
@@ -614,7 +614,7 @@ def test_only_the_culprit_fails(outcome: DecodeOutcome, embedding: bool) -> None
     world.poison[culprit] = outcome
     world.run()
     assert world.last(culprit).reason == "error"
-    assert isinstance(world.last(culprit).error, NativeError)
+    assert isinstance(world.last(culprit).error, DecodeFailed)
     check_survivors(world)
     assert all(world.events[uid][-1] != world.last(culprit) for uid in others)
     world.check_idle()

@@ -236,7 +236,7 @@ class World:
             self.preempted |= set(self.waiting)
 
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
-        needs_all_rows = batch.embeddings and not self.capabilities.embeds_last_row
+        needs_all_rows = batch.kind.embedding and not self.capabilities.embeds_last_row
         for chunk in batch.chunks:
             n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
@@ -387,8 +387,8 @@ class World:
             assert chunk.uid in self.running
             assert chunk.uid not in self.paused, "rows for a paused sequence"
             if not self.specs[chunk.uid].embedding or not self.capabilities.embeds_last_row:
-                assert self.specs[chunk.uid].embedding == batch.embeddings
-            elif batch.embeddings:
+                assert self.specs[chunk.uid].embedding == batch.kind.embedding
+            elif batch.kind.embedding:
                 assert len(chunk.items) == 1, "rows of an embedding that tokens could have been beside"
 
     def check_idle(self) -> None:

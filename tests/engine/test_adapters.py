@@ -109,7 +109,7 @@ async def test_different_sets_of_adapters_run_side_by_side(toy: Toy, slots: int)
     async with toy.engine(slots=slots, batch_size=16) as engine:
         await read_all(engine, requests, 40)
         await until_idle(engine)
-    assert len({batch.adapters for batch in toy.context.batches}) == len(SETS)
+    assert len({batch.kind.adapters for batch in toy.context.batches}) == len(SETS)
 
 
 async def test_no_set_of_adapters_starves(toy: Toy) -> None:

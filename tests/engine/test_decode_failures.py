@@ -10,7 +10,7 @@ import trio
 from tests.engine.toys import Toy, prompts, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import NativeError
+from trio_runner.errors import DecodeFailed
 from trio_runner.testing import Interruption, toy_text
 
 CULPRIT = "the one that the context does not like"
@@ -28,7 +28,7 @@ async def read_all(engine: Engine, requests: tuple[str, ...]) -> tuple[dict[str,
             async with engine.generate(prompt, max_tokens=40) as generation:
                 async for event in generation:
                     texts[prompt] += event.text
-        except NativeError as error:
+        except DecodeFailed as error:
             errors[prompt] = error
 
     async with trio.open_nursery() as nursery:

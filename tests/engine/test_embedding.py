@@ -12,7 +12,7 @@ from tests.engine.special_tokens import SPECIALS, around
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import EngineBusy, InvalidRequest, NativeError, PromptTooLong, Unsupported
+from trio_runner.errors import DecodeFailed, EngineBusy, InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.events import Embedded
 from trio_runner.request import EmbedRequest, Priority
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
@@ -81,7 +81,7 @@ async def test_embeddings_and_generations_take_turns(toy: Toy) -> None:
             (vector,) = await engine.embed([f"text {n}"])
             np.testing.assert_array_equal(vector, toy_vector(list(f"text {n}".encode())))
     assert texts == {prompt: toy_text(prompt, 60) for prompt in requests}
-    assert {batch.embeddings for batch in toy.context.batches} == {False, True}
+    assert {batch.kind.embedding for batch in toy.context.batches} == {False, True}
 
 
 async def test_a_generation_after_an_embedding_of_the_same_text(toy: Toy) -> None:
@@ -129,13 +129,13 @@ async def test_a_model_that_only_embeds(toy: Toy) -> None:
 
 async def test_an_embedding_whose_batch_fails(toy: Toy) -> None:
     def refuse(batch: Batch) -> Interruption | None:
-        return Interruption(DecodeOutcome.INVALID) if batch.embeddings else None
+        return Interruption(DecodeOutcome.INVALID) if batch.kind.embedding else None
 
     toy.on_decode = refuse
     async with toy.engine() as engine:
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed(["one", "two"])
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed_request(EmbedRequest(content="one"))
         assert engine.statistics().generations == 0
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
@@ -164,7 +164,7 @@ async def test_embeddings_do_not_wait_for_slots(toy: Toy) -> None:
         gate.let(2)  # the batch at the gate, and that of the embedding
         await until(lambda: bool(vectors))
         np.testing.assert_array_equal(vectors[0].vector, toy_vector(list(b"hello")))
-        assert [batch.embeddings for batch in gate.batches[:5]] == [False] * 4 + [True]
+        assert [batch.kind.embedding for batch in gate.batches[:5]] == [False] * 4 + [True]
         assert engine.statistics().generations == 2
         gate.open()
         for generation, prompt in zip(generations, prompts(2, 40), strict=True):
@@ -197,7 +197,7 @@ async def test_rows_before_the_last_one_share_the_batches_of_tokens(toy: Toy) ->
         await anext(generation)
         np.testing.assert_array_equal(await engine.embed(texts), [toy_vector(list(text.encode())) for text in texts])
         await generation.collect()
-    assert max(batch.n_rows for batch in toy.context.batches if batch.embeddings) <= 2
+    assert max(batch.n_rows for batch in toy.context.batches if batch.kind.embedding) <= 2
 
 
 async def test_embeddings_push_nothing_out_of_the_prompt_cache(toy: Toy) -> None:

@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeAlias
 
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Kind, Sampled, StepResult, Wanting, plan_batch
+from trio_runner.core.batch import Batch, BatchKind, Chunk, DecodeOutcome, Sampled, StepResult, Wanting, plan_batch
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
 from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_after, cut_before
 from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason
 from trio_runner.core.shift import n_discard, shift_ops
 from trio_runner.core.slots import Slot, SlotPool
-from trio_runner.errors import NativeError
+from trio_runner.errors import DecodeFailed
 from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
 from trio_runner.info import Capabilities, SchedulerStatistics
 
@@ -73,8 +73,8 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # in the order in which they got their slots
         self._ops: list[MemoryOp] = []
         self._turn = 0
-        self._kind: Kind | None = None  # of the last batch
-        self._kind_turns: dict[Kind, int] = {}  # the last batch of each kind that there are rows of
+        self._kind: BatchKind | None = None  # of the last batch
+        self._kind_turns: dict[BatchKind, int] = {}  # the last batch of each kind that there are rows of
         self._n_short_steps = 0
         # Rows that the next batch may have; fewer only while a batch that failed is being cut down.
         self._max_rows = capabilities.max_rows
@@ -302,7 +302,7 @@ class Scheduler:
         ready = self._in_turn()
         if not ready:
             return Batch(())
-        by_kind: dict[Kind, list[Sequence]] = {}
+        by_kind: dict[BatchKind, list[Sequence]] = {}
         for sequence in ready:
             if len(sequence.slot.items) + len(sequence.pending) > self._capabilities.n_ctx:
                 self._shift(sequence)
@@ -317,9 +317,9 @@ class Scheduler:
         self._kind_turns[kind] = self._turn
         for chunk in chunks:
             self._running[chunk.uid].last_turn = self._turn
-        return Batch(chunks, embeddings=kind.vectors, adapters=kind.adapters, number=self._n_planned)
+        return Batch(chunks, kind, self._n_planned)
 
-    def _whose_turn(self, by_kind: dict[Kind, list[Sequence]]) -> Kind:
+    def _whose_turn(self, by_kind: dict[BatchKind, list[Sequence]]) -> BatchKind:
         """The kind whose last batch is longest ago; before the first one, who waited longest for it counts."""
         last = self._kind_turns
         self._kind_turns = {
@@ -350,16 +350,18 @@ class Scheduler:
         """The next rows of this sequence belong in an embeddings batch."""
         return sequence.spec.embedding and (not self._capabilities.embeds_last_row or len(sequence.pending) == 1)
 
-    def _kind_of(self, sequence: Sequence) -> Kind:
+    def _kind_of(self, sequence: Sequence) -> BatchKind:
         """Of the next rows of this sequence."""
         first = sequence.pending[0]
         if isinstance(first, MediaRow):
-            return sequence.kind._replace(of_media=True, causal=first.media.causal)
-        return sequence.kind._replace(vectors=True) if self._wants_vector(sequence) else sequence.kind
+            return sequence.kind.for_media(first.media)
+        return sequence.kind._replace(embedding=True) if self._wants_vector(sequence) else sequence.kind
 
-    def _plan_rows(self, kind: Kind, sequences: list[Sequence], n_decoding: int, n_prompting: int) -> tuple[Chunk, ...]:
+    def _plan_rows(
+        self, kind: BatchKind, sequences: list[Sequence], n_decoding: int, n_prompting: int
+    ) -> tuple[Chunk, ...]:
         prompt_rows = self._capabilities.max_rows
-        if n_decoding or not kind.vectors:
+        if n_decoding or not kind.embedding:
             prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
         if n_decoding and n_prompting > 1:
             # Between two tokens of a stream comes a batch of each kind: those that have prompts share the time.
@@ -424,7 +426,7 @@ class Scheduler:
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _measure(self, batch: Batch, seconds: float) -> None:
-        if not batch.embeddings:
+        if not batch.kind.embedding:
             sequences = (self._running.get(chunk.uid) for chunk in batch.chunks)
             n_decoding = sum(sequence is not None and sequence.decoding for sequence in sequences)
             self._pace.measured(n_decoding, batch.n_rows, seconds)
@@ -447,8 +449,8 @@ class Scheduler:
                 yield chunk.uid, PromptProgress(n_done, len(sequence.spec.prompt), sequence.n_cached)
             if not chunk.output:
                 continue
-            if chunk.uid in result.vectors:
-                yield chunk.uid, Embedded(result.vectors[chunk.uid], sequence.usage)
+            if chunk.uid in result.embeddings:
+                yield chunk.uid, Embedded(result.embeddings[chunk.uid], sequence.usage)
                 self._release(sequence)
             else:
                 sequence.prompt_done = True
@@ -494,7 +496,7 @@ class Scheduler:
     def _keep_finished_rows(self, batch: Batch, result: StepResult) -> None:
         """Whole micro-batches of a batch that was broken off are in the KV cache: keep them, they cost time. A last
         row that was decoded but not sampled goes again, for its logits are gone."""
-        needs_all_rows = batch.embeddings and not self._capabilities.embeds_last_row
+        needs_all_rows = batch.kind.embedding and not self._capabilities.embeds_last_row
         for chunk in batch.chunks:
             sequence = self._running.get(chunk.uid)
             if sequence is None or not self._capabilities.has_memory:
@@ -543,7 +545,7 @@ class Scheduler:
             if (sequence := self._running.get(chunk.uid)) is not None:
                 for other in self._running.values():
                     other.n_failed = 0  # that explains it
-                error = NativeError("decode", 0, result.message or result.outcome.value)
+                error = DecodeFailed(result.message or result.outcome.value)
                 self._ops.append(sequence.slot.trim(0))
                 yield self._finish(sequence, "error", error=error)
 

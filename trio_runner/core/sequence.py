@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from trio_runner.core.batch import AdapterSet, Kind, Sampled
+from trio_runner.core.batch import AdapterSet, BatchKind, Sampled
 from trio_runner.core.prompt import Item
 from trio_runner.core.slots import Slot
 from trio_runner.core.stop import StopMatcher
@@ -51,7 +51,7 @@ class Sequence:
 
     spec: SequenceSpec
     pending: list[Item] = field(init=False)
-    kind: Kind = field(init=False)
+    kind: BatchKind = field(init=False)
     """Of its tokens, but for those whose vector is wanted."""
     slot: Slot = field(default_factory=_no_slot)
     n_cached: int = 0
@@ -72,7 +72,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.pending = list(self.spec.prompt)
-        self.kind = Kind(self.spec.adapters)
+        self.kind = BatchKind(self.spec.adapters)
         self.text = GeneratedText(self.spec.stop, keep_tokens=self.spec.logprobs)
 
     @property

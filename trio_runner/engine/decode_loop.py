@@ -177,7 +177,7 @@ class DecodeLoop:
             self._deliver(emissions)
 
     def _decode(self, batch: Batch) -> StepResult:
-        if not batch.of_media and not batch.adapters:
+        if not batch.kind.of_media and not batch.kind.adapters:
             return self._context.decode(batch, self._samplers)
         media: dict[Media, EncodedMedia] = {}
         adapters: dict[int, Adapter] = {}

@@ -183,7 +183,7 @@ class Engine:
         truncate: bool = False,
         adapters: Sequence[AdapterChoice] | None = None,
     ) -> NDArray[np.float32]:
-        """One embedding per text, shape (len(texts), n) with n the model's `n_vector`, or `dimensions`.
+        """One embedding per text, shape (len(texts), n) with n the model's `embedding_size`, or `dimensions`.
 
         The options are fields of `EmbedRequest`. Raises TypeError if `texts` is a single text, and otherwise what
         `Generation.start` raises. If one text fails, no embedding is returned.
@@ -196,7 +196,9 @@ class Engine:
             for text in texts
         ]
         vectors = [np.asarray(embedded.vector) for embedded in await self.embed_requests(requests)]
-        return np.stack(vectors) if vectors else np.empty((0, dimensions or self.capabilities.n_vector), np.float32)
+        return (
+            np.stack(vectors) if vectors else np.empty((0, dimensions or self.capabilities.embedding_size), np.float32)
+        )
 
     async def embed_request(self, request: EmbedRequest) -> Embedded:
         """The embedding of one request, float32, shape (n,), and what it cost. Raises what `Generation.start`

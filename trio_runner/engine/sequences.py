@@ -86,9 +86,9 @@ def _embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Submit:
         raise Unsupported("embeddings", "this model ranks documents for a query, it makes no embeddings")
     if capabilities.decoder_start is not None:
         raise Unsupported("embeddings", "a model with an encoder and a decoder makes no embeddings here")
-    if request.dimensions is not None and request.dimensions > capabilities.n_vector:
+    if request.dimensions is not None and request.dimensions > capabilities.embedding_size:
         raise InvalidRequest(
-            f"dimensions must be at most {capabilities.n_vector}, not {request.dimensions}", param="dimensions"
+            f"dimensions must be at most {capabilities.embedding_size}, not {request.dimensions}", param="dimensions"
         )
     tokens = tokens_of(model, request.content, param="content", parse_special=True)
     longest = _longest_text(capabilities)

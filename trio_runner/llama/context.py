@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from trio_runner.config import EngineConfig
 from trio_runner.core import ports
-from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, StepResult
+from trio_runner.core.batch import AdapterSet, Batch, BatchKind, Chunk, DecodeOutcome, StepResult
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
 from trio_runner.core.ports import NO_ADAPTERS, NO_MEDIA, EncodedMedia
 from trio_runner.core.prompt import Media
@@ -95,7 +95,9 @@ class Context:
             sampler.close()
         else:
             for position in range(2 if self._capabilities.has_memory else 1):
-                self._warm_up_step(Batch((Chunk(0, 0, position, (token,), output=True),), embeddings=True), {})
+                self._warm_up_step(
+                    Batch((Chunk(0, 0, position, (token,), output=True),), BatchKind(embedding=True)), {}
+                )
         can_trim = self.apply(Trim(0, 1))
         self.apply(Trim(0, 0))
         return can_trim
@@ -108,7 +110,7 @@ class Context:
             encoder_tokens = tokens[:1] if self._has_encoder else ()
             batch = Batch((Chunk(0, 0, 0, tokens, output=False, encoder_tokens=encoder_tokens),))
         else:
-            batch = Batch((Chunk(0, 0, 0, tokens, output=True),), embeddings=True)
+            batch = Batch((Chunk(0, 0, 0, tokens, output=True),), BatchKind(embedding=True))
         self._warm_up_step(batch, {})
         self.apply(Trim(0, 0))
 
@@ -190,21 +192,21 @@ class Context:
             message = f"the batch has {n_rows} rows, but at most {self._input.max_rows} are allowed"
             return StepResult(DecodeOutcome.INVALID, {}, {}, {}, message=message)
         started = time.perf_counter()
-        self._set_adapters(batch.adapters, adapters)
+        self._set_adapters(batch.kind.adapters, adapters)
         outcome = self._encode(batch) if self._has_encoder else DecodeOutcome.OK
         outputs: list[OutputRow] = []
         if outcome is DecodeOutcome.OK:
-            inputs = self._input.fill_media(batch, media) if batch.of_media else None
+            inputs = self._input.fill_media(batch, media) if batch.kind.of_media else None
             outputs = self._input.fill(batch, inputs)
-            if not batch.embeddings:
+            if not batch.kind.embedding:
                 self._output.ask(outputs, samplers)
             null = self._ffi.NULL
-            request, result = (null, null) if batch.embeddings else (self._output.request, self._output.result)
+            request, result = (null, null) if batch.kind.embedding else (self._output.request, self._output.result)
             outcome = self._outcome("trio_step", self._lib.trio_step(handle, self._input.native, request, result))
         if outcome is not DecodeOutcome.OK:
             message, kept = self._explain(outcome, batch)
             return StepResult(outcome, {}, {}, kept, time.perf_counter() - started, message)
-        if batch.embeddings:
+        if batch.kind.embedding:
             failed, vectors = self._output.read_embeddings(handle, outputs)
             return StepResult(outcome, failed, vectors, {}, time.perf_counter() - started)
         return StepResult(outcome, self._output.read_samples(outputs), {}, {}, time.perf_counter() - started)
@@ -298,6 +300,6 @@ def _capabilities(model: Model, config: EngineConfig, plan: ContextPlan, info: A
         can_shift=bool(info.can_shift) and can_trim,
         can_generate=has_memory and info.pooling_type != POOLING_RANK and bool(model.native_info.has_vocab),
         ranks=info.pooling_type == POOLING_RANK,
-        n_vector=int(info.n_embd_out),
+        embedding_size=int(info.n_embd_out),
         decoder_start=int(info.decoder_start) if info.has_encoder else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,9 @@ from trio_runner.core.ports import EncodedMedia
 from trio_runner.core.prompt import Media, MediaRow
 from trio_runner.llama.library import native
 
-
-class OutputRow(NamedTuple):
-    """The row of a batch that holds the output of `chunk`: its last row."""
-
-    chunk: Chunk
-    row: int
+OutputRow: TypeAlias = tuple[Chunk, int]
+"""A chunk with output, and the row of the batch that is its last. A plain tuple: every token of every stream takes one,
+and a named one takes several times as long to make."""
 
 
 class StepInput:
@@ -58,8 +55,8 @@ class StepInput:
         native_batch.n_rows, outputs = self._fill_rows(batch)
         native_batch.inputs = self._null if inputs is None else self._from_buffer("float[]", inputs)
         native_batch.tokens = self._native_tokens if inputs is None else self._null
-        native_batch.both_ways = not batch.causal
-        native_batch.embeddings = batch.embeddings
+        native_batch.both_ways = not batch.kind.causal
+        native_batch.embeddings = batch.kind.embedding
         native_batch.number = batch.number
         return outputs
 
@@ -88,7 +85,7 @@ class StepInput:
     def _fill_rows(self, batch: Batch) -> tuple[int, list[OutputRow]]:
         """Write everything that rows of tokens and of images have in common. Returns the number of rows, too."""
         tokens, positions, seqs, flags = self._tokens, self._positions, self._seqs, self._outputs
-        of_media = batch.of_media
+        of_media = batch.kind.of_media
         outputs: list[OutputRow] = []
         row = 0
         for chunk in batch.chunks:
@@ -110,5 +107,5 @@ class StepInput:
                 row = stop
             if chunk.output and n_items:
                 flags[row - 1] = 1
-                outputs.append(OutputRow(chunk, row - 1))
+                outputs.append((chunk, row - 1))
         return row, outputs
