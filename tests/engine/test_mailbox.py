@@ -1,3 +1,8 @@
+"""The mailbox: order, wake-ups and races between two threads.
+
+Three of these tests look at the semaphore or replace it, because a race cannot be provoked from outside.
+"""
+
 from __future__ import annotations
 
 import threading
