@@ -16,7 +16,7 @@ from typing import Any, Final
 import click
 
 from trio_runner import errors
-from trio_runner.cli import cli
+from trio_runner.cli.main import cli
 from trio_runner.parameters import Parameter, parameters_of
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams

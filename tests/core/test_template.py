@@ -98,6 +98,8 @@ EXPRESSIONS = [
     "(x.y if x is defined else 'no') ~ (messages[0].y is defined) ~ (messages[9] is defined)",
     "(messages | first).role ~ (messages | last).role ~ messages | count",
     "None is none and True and not False",
+    "('upper' is filter) ~ ('nothing' is filter) ~ ('odd' is test) ~ ('nothing' is test) ~ (n is sameas n)",
+    "'abc' | trim(chars='c') ~ ('ab' | replace(old='a', new='c')) ~ ([1, 2] | join(d='-')) ~ ([1] | sum(start=2))",
 ]
 
 

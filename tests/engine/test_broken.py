@@ -18,7 +18,7 @@ import trio
 
 from tests.engine.toys import (
     DEADLINE,
-    PATIENCE,
+    HOLD_SECONDS,
     Gate,
     Latch,
     Projector,
@@ -336,7 +336,7 @@ async def test_a_device_that_does_not_release_its_memory_is_not_waited_for(
 
     def close(context: ToyContext) -> None:
         closing.set()
-        assert answers.wait(PATIENCE)
+        assert answers.wait(HOLD_SECONDS)
         original(context)
 
     monkeypatch.setattr(ToyContext, "close", close)

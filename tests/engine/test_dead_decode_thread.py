@@ -12,7 +12,7 @@ import trio.testing
 
 from tests.engine.toys import (
     DEADLINE,
-    PATIENCE,
+    HOLD_SECONDS,
     Gate,
     Latch,
     Toy,
@@ -145,7 +145,7 @@ async def test_a_request_that_is_submitted_while_the_decode_thread_dies(
         def close(self) -> None:
             if threading.current_thread() is not threading.main_thread():
                 dying.set()
-                assert may_die.wait(PATIENCE)
+                assert may_die.wait(HOLD_SECONDS)
             super().close()
 
     monkeypatch.setattr("trio_runner.testing.ToySampler", SlowToClose)

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.engine.toys import DEADLINE, PATIENCE, Latch, Projector, Toy, picture, until
+from tests.engine.toys import DEADLINE, HOLD_SECONDS, Latch, Projector, Toy, picture, until
 from trio_runner.engine import lifecycle
 from trio_runner.engine.device_threads import DeviceHangs, DeviceThreads
 from trio_runner.engine.engine import Engine
@@ -100,7 +100,7 @@ async def test_the_wait_for_a_thread_is_bounded(hang: Latch, ends: str) -> None:
             await hang.reached()
             nursery.cancel_scope.cancel()  # a cancellation does not abandon the thread
             threads.wait_at_most(0.01)
-            threads.wait_at_most(PATIENCE)  # only the first call counts
+            threads.wait_at_most(HOLD_SECONDS)  # only the first call counts
 
 
 async def test_a_thread_that_ends_in_time_returns_or_raises() -> None:
@@ -114,12 +114,12 @@ async def test_a_thread_that_ends_in_time_returns_or_raises() -> None:
             results.append(str(error))
 
     def fail() -> None:
-        assert go.wait(PATIENCE)
+        assert go.wait(HOLD_SECONDS)
         raise ValueError("inside")
 
     with trio.fail_after(DEADLINE), trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run, lambda: go.wait(PATIENCE))
+            nursery.start_soon(run, lambda: go.wait(HOLD_SECONDS))
             nursery.start_soon(run, fail)
             await trio.testing.wait_all_tasks_blocked()
             scope.cancel()

@@ -1,8 +1,13 @@
+"""The mailbox: order, wake-ups and races between two threads.
+
+Three of these tests look at the semaphore or replace it, because a race cannot be provoked from outside.
+"""
+
 from __future__ import annotations
 
 import threading
 
-from tests.engine.toys import PATIENCE
+from tests.engine.toys import HOLD_SECONDS
 from trio_runner.engine.mailbox import Cancel, Close, Mail, Mailbox, Pause, Resume
 
 
@@ -65,8 +70,8 @@ def test_no_wake_up_is_lost_between_two_threads() -> None:
 
     asker = threading.Thread(target=ask, daemon=True)
     asker.start()
-    asker.join(PATIENCE)
-    answerer.join(PATIENCE)
+    asker.join(HOLD_SECONDS)
+    answerer.join(HOLD_SECONDS)
     assert not asker.is_alive()
     assert received == [Cancel(uid) for uid in range(n_letters)]
 
@@ -89,7 +94,7 @@ def test_two_writers_lose_nothing_and_each_keeps_its_order() -> None:
     reader = threading.Thread(target=read, daemon=True)
     for thread in (reader, *writers):
         thread.start()
-    reader.join(PATIENCE)
+    reader.join(HOLD_SECONDS)
     assert not reader.is_alive()
     assert sorted(received) == list(range(2 * n_letters))
     for first in (0, n_letters):
@@ -121,7 +126,7 @@ def test_mail_whose_wake_up_was_taken_with_the_mail_before_it() -> None:
     mailbox.put(Cancel(1))
     assert mailbox.take() == [Cancel(1)]
     thread, taken = take_in_a_thread(mailbox)
-    thread.join(PATIENCE)
+    thread.join(HOLD_SECONDS)
     assert taken == [Cancel(2)]
 
 
@@ -133,5 +138,5 @@ def test_mail_that_was_taken_before_its_wake_up_came() -> None:
     mailbox._arrived.release()
     thread, taken = take_in_a_thread(mailbox)
     mailbox.put(Cancel(2))
-    thread.join(PATIENCE)
+    thread.join(HOLD_SECONDS)
     assert taken == [Cancel(2)]

@@ -12,7 +12,7 @@ import trio
 from tests.engine.lora import chosen, said, with_adapters
 from tests.engine.toys import (
     DEADLINE,
-    PATIENCE,
+    HOLD_SECONDS,
     Gate,
     Latch,
     Toy,
@@ -160,7 +160,7 @@ async def test_an_adapter_unloaded_after_the_decode_thread_died_is_closed(toy: T
     with trio.fail_after(DEADLINE), pytest.raises(EngineBroken):  # noqa: PT012
         async with open_engine(toy) as engine:
             await engine.generate("hello").start()
-            assert dead.wait(PATIENCE)  # the event loop does not run meanwhile
+            assert dead.wait(HOLD_SECONDS)  # the event loop does not run meanwhile
             engine.unload_adapter("one")
             await trio.sleep_forever()
     assert toy.model.adapters[0].closed

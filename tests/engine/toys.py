@@ -42,7 +42,7 @@ from trio_runner.testing import (
 
 DEADLINE = 20.0
 """Seconds for a whole test."""
-PATIENCE = 10.0
+HOLD_SECONDS = 10.0
 """Seconds that a thread is held at most. Trio cannot cancel a thread, so it must give up by itself."""
 
 
@@ -187,7 +187,7 @@ class Turnstile:
 
     def pass_through(self, gave_up: Callable[[], bool]) -> bool:
         """Wait to be let through. False if `gave_up`."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + HOLD_SECONDS
         while not self._is_open and not self._passes.acquire(timeout=0.002):
             if gave_up():
                 return False
@@ -244,7 +244,7 @@ class Latch:
 
     def __call__(self, *_: object) -> None:
         self.n_arrived += 1
-        assert self._opened.wait(PATIENCE), "nobody opened the latch"
+        assert self._opened.wait(HOLD_SECONDS), "nobody opened the latch"
 
     def open(self) -> None:
         """Let all threads through from now on."""

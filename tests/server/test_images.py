@@ -12,9 +12,9 @@ import trio.testing
 from tests.engine.toys import Gate, Projector, Shutter, Toy, is_idle, items_of, picture, prompts, until_idle
 from tests.hostile_images import good_images, hostile_images
 from tests.server.client import WAYS, Leave, Server, image, post, request, serving, until
+from trio_runner.cli.service import max_body_bytes
 from trio_runner.config import ModelConfig
 from trio_runner.image_source import ImageSource
-from trio_runner.service import max_body_bytes
 from trio_runner.testing import toy_text
 
 A, B = picture(0), picture(1)

@@ -7,7 +7,7 @@ on every machine. So work is counted before it is done, in units of about ten na
 
     256     a call, a lookup that fails
      64     a filter, a test, an element that a filter or test is applied to
-     32     a lookup of an attribute or item
+     32     a lookup of an attribute or item, an output
      16     an element of a list, tuple or dict that is compared or written out
       8     a node of the program in a loop or macro, whether or not it is executed
       4     an element that is copied

@@ -135,11 +135,13 @@ _OF_TYPE: Final = _names(
 )
 """Tests that take the same time for every value."""
 _COSTS: Final = {"in": SEARCH, "title": 2 * ELEMENT}
+"""Units for each character, where they are more than one."""
 _PREPARED: Final[dict[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(["divisibleby", "even", "odd", "round"], number_of),
     **dict.fromkeys(["format", "indent", "replace", "title", "trim"], text_of),
     "int": lambda value: short(value) if isinstance(value, str) else value,
 }
+"""What a value becomes before it is weighed."""
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,20 +150,25 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     It takes the context, so that Jinja does not call it to fold constants.
     """
     passes = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
+    instant, by_element, multiplying = name in _INSTANT, name in _BY_ELEMENT, name in _MULTIPLYING
+    prepared, cost = _PREPARED.get(name), _COSTS.get(name, 1)
 
     @pass_context
     def bounded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         spend(FILTER)
-        if name not in _INSTANT:
-            value = _PREPARED.get(name, lambda value: value)(value)
-            weigh((args, kwargs))
-            if name in _BY_ELEMENT or isinstance(value, (list, tuple, dict, range)):
+        if not instant:
+            if prepared is not None:
+                value = prepared(value)
+            for arg in (*args, *kwargs.values()):
+                weigh(arg, cost)
+            if by_element or isinstance(value, (list, tuple, dict, range)):
                 spend(FILTER * len(value))
-            if name not in _BY_ELEMENT:
-                factor = factor_of(*args, *kwargs.values()) if name in _MULTIPLYING else _COSTS.get(name, 1)
-                weigh(value, factor)
-        first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
-        return paid_result(function(*([first[passes]] if passes else []), value, *args, **kwargs))
+            if not by_element:
+                weigh(value, factor_of(*args, *kwargs.values()) if multiplying else cost)
+        if passes:
+            first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}[passes]
+            return paid_result(function(first, value, *args, **kwargs))
+        return paid_result(function(value, *args, **kwargs))
 
     return bounded
 
@@ -179,7 +186,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As models have seen it: not escaped for HTML. There are no arguments that would be called."""
+    """Not escaped for HTML, as models have seen it. Other arguments of `json.dumps` are functions, and not allowed."""
     return json.dumps(
         value, ensure_ascii=bool(ensure_ascii), indent=indent, separators=separators, sort_keys=bool(sort_keys)
     )
@@ -257,11 +264,17 @@ def _raise_exception(message: object) -> NoReturn:
     raise Refusal(text_of(message)[:500])
 
 
+@pass_context
+def _finalize(_: Context, value: object) -> str:
+    spend(LOOKUP)
+    return text_of(value)
+
+
 def _make_environment() -> _Environment:
     environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=pass_context(lambda _, value: text_of(value)),
+        finalize=_finalize,
         extensions=[LoopControlExtension, _GenerationTag],
     )
     environment.filters, environment.tests = _FILTERS, _TESTS

@@ -96,14 +96,19 @@ def factor_of(*values: object) -> int:
 
 def paid_result(value: Any) -> Any:
     """Spend the cost of a copy of `value`. Views and iterators become lists, and HTML becomes text."""
-    if isinstance(value, (Iterator, KeysView, ItemsView, ValuesView)) and not isinstance(value, LoopContext):
+    if isinstance(value, str):
+        spend(1 + len(value))
+        return str.__str__(value)
+    # Most values are of the first types, and a check for an iterator takes long. A loop is one, but not used up by it.
+    common = isinstance(value, (int, list, tuple, dict, LoopContext))
+    if not common and isinstance(value, (Iterator, KeysView, ItemsView, ValuesView)):
         items = []
         for item in value:
             spend(ELEMENT)
             items.append(item)
         return items
     spend(1 + length_of(value))
-    return str.__str__(value) if isinstance(value, str) else value
+    return value
 
 
 def refuse(what: str) -> NoReturn:
