@@ -20,7 +20,7 @@ from trio_runner.cli.main import cli
 from trio_runner.parameters import Parameter, parameters_of
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams
-from trio_runner.server import runner_api
+from trio_runner.server.dialects.runner import requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +179,12 @@ TOKENIZE: Final[Mapping[str, Field]] = {
 DETOKENIZE: Final[Mapping[str, Field]] = {"tokens": Field("list of integers", "`[]`", "The tokens.")}
 
 _BODIES: Final[Mapping[str, tuple[Iterable[str], Mapping[str, Field], tuple[type[Any], ...]]]] = {
-    "completion": (runner_api._COMPLETION, COMPLETION, (SamplingParams, GenerateRequest)),
-    "embedding": (runner_api._EMBEDDING, EMBEDDING, (EmbedRequest,)),
-    "rerank": (runner_api._RERANK, RERANK, (RerankRequest,)),
-    "adapters": (runner_api._ADAPTER, ADAPTER, ()),
-    "tokenize": (runner_api._TOKENIZE, TOKENIZE, ()),
-    "detokenize": (runner_api._DETOKENIZE, DETOKENIZE, ()),
+    "completion": (requests.COMPLETION, COMPLETION, (SamplingParams, GenerateRequest)),
+    "embedding": (requests.EMBEDDING, EMBEDDING, (EmbedRequest,)),
+    "rerank": (requests.RERANK, RERANK, (RerankRequest,)),
+    "adapters": (requests.ADAPTER, ADAPTER, ()),
+    "tokenize": (requests.TOKENIZE, TOKENIZE, ()),
+    "detokenize": (requests.DETOKENIZE, DETOKENIZE, ()),
 }
 
 
@@ -273,7 +273,7 @@ BOUNDS: Final = (
     ("Bytes of a body", "trio_runner.server.app.MAX_BODY_BYTES", "bytes", "413"),
     ("Bytes of a body, with a projector", "trio_runner.server.app.MAX_BODY_BYTES_WITH_IMAGES", "bytes", "413"),
     ("Bytes of the bodies of all requests together", "trio_runner.server.intake.MAX_BYTES", "bytes", "503"),
-    ("Lists, objects and strings in one body", "trio_runner.server.runner_api.MAX_VALUES", "", "400"),
+    ("Lists, objects and strings in one body", "trio_runner.server.dialects.json_in.MAX_VALUES", "", "400"),
     ("Bytes of a prompt or text", "trio_runner.request.MAX_TEXT_BYTES", "bytes", "400"),
     ("Images of one prompt", "trio_runner.request.MAX_IMAGES", "", "400"),
     ("Bytes of one image file", "trio_runner.image_source.MAX_IMAGE_BYTES", "bytes", "400"),
