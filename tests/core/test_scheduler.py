@@ -124,7 +124,8 @@ def fitted(world: World, what: dict[str, Any]) -> dict[str, Any]:
             "embedding": False,
         }
     if what["embedding"]:
-        return fields | {"prompt": what["prompt"][: min(capabilities.n_ctx, capabilities.max_rows)]}
+        longest = capabilities.n_ctx if capabilities.embeds_last_row else min(capabilities.n_ctx, capabilities.max_rows)
+        return fields | {"prompt": what["prompt"][:longest]}
     items: list[Item] = list(what["prompt"])
     for place, number in what["images"]:
         place = cut_before(items, min(place, len(items)), any_media=True)

@@ -311,8 +311,8 @@ class World:
         waiting = set(self.waiting)
         self.overtaken |= waiting & self.paused
         for embedding in (True, False):
-            ahead = {uid for uid in waiting - self.paused if self.specs[uid].embedding == embedding}
-            running = {uid for uid in self.running if self.specs[uid].embedding == embedding}
+            ahead = {uid for uid in waiting - self.paused if self.takes_embed_slot(uid) == embedding}
+            running = {uid for uid in self.running if self.takes_embed_slot(uid) == embedding}
             for uid in ahead - self.overtaken:
                 rivals = {other for other in running if self.specs[other].background == self.specs[uid].background}
                 assert max(rivals, default=-1) < uid, "somebody jumped the queue"
@@ -331,6 +331,11 @@ class World:
                 assert len(running) == self.capabilities.n_slots or not has_room, "a slot is free while somebody waits"
                 is_outranked = any(self.specs[uid].background for uid in running)
                 assert self.specs[first].background or not is_outranked, "an interactive one waits for a background one"
+
+    def takes_embed_slot(self, uid: int) -> bool:
+        """A text that is longer than a batch, if its last row is its embedding, takes a slot like a generation."""
+        spec, capabilities = self.specs[uid], self.capabilities
+        return spec.embedding and not (capabilities.embeds_last_row and len(spec.prompt) > capabilities.max_rows)
 
     def _rank(self, uid: int) -> tuple[bool, int]:
         return self.specs[uid].background, uid

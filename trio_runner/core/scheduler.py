@@ -230,8 +230,8 @@ class Scheduler:
 
     def _preempt_background(self) -> bool:
         """Take the slot of the background sequence that came last; False when there is none."""
-        specs = (sequence.spec for sequence in self._running.values())
-        uids = [spec.uid for spec in specs if spec.background and not spec.embedding]
+        sequences = [sequence for sequence in self._running.values() if not self._takes_embed_slot(sequence)]
+        uids = [sequence.spec.uid for sequence in sequences if sequence.spec.background]
         if uids:
             self._preempt(self._running[max(uids)])
         return bool(uids)
@@ -517,7 +517,7 @@ class Scheduler:
         self._ops += [slot.trim(0) for slot in idle]
         if idle:
             return True
-        generating = [sequence for sequence in self._running.values() if not sequence.spec.embedding]
+        generating = [sequence for sequence in self._running.values() if not self._takes_embed_slot(sequence)]
         if len(generating) > 1:
             victim = max(generating, key=lambda sequence: (sequence.spec.background, sequence.spec.uid))
             slot = victim.slot

@@ -21,9 +21,9 @@ from trio_runner.info import SchedulerStatistics
 logger = logging.getLogger("trio_runner.engine")
 
 MIN_ROWS_TO_ABORT = 16
-"""A batch that others want is aborted only if the cancelled sequence has at least so many rows in it, and at least as
-many as all others together: the rows of the others must run again. A single row, of a sequence that decodes, costs its
-neighbours next to nothing, but a prompt costs them much."""
+"""Rows that a cancelled sequence must have in a batch that others want, for the batch to be aborted. It must also have
+at least as many rows as all others together, because their rows must run again. The single row of a sequence that
+decodes costs its neighbours next to nothing; a prompt costs them much."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The server and the engine together, on a toy model whose every wrong cache entry would be a wrong word."""
+"""The server with a real engine. In its toy model, every wrong cache entry would be a wrong word."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_more_requests_than_slots() -> None:
         assert texts == {prompt: toy_text(prompt, 40) for prompt in prompts}
 
 
-async def test_a_client_that_leaves_frees_its_slot() -> None:
+async def test_a_client_that_disconnects_frees_its_slot() -> None:
     def slowly(batch: Batch) -> None:
         time.sleep(0.005)
 
@@ -74,7 +74,7 @@ async def test_requests_wait_for_the_model() -> None:
         assert (await server.ask(request("GET", "/health"))).json["status"] == "ok"
 
 
-async def test_a_model_that_does_not_load() -> None:
+async def test_every_request_says_why_the_model_does_not_load() -> None:
     def fail(progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
         raise LoadError("not a GGUF file", path="model.gguf")
 
@@ -93,7 +93,7 @@ async def test_other_endpoints() -> None:
         assert len((await server.ask(post("/embedding", {"content": "hé"}))).json["embedding"]) == engine.info.n_embd
 
 
-async def test_shutdown_in_the_middle() -> None:
+async def test_shutdown_ends_running_and_waiting_requests() -> None:
     def slowly(batch: Batch) -> None:
         time.sleep(0.01)
 
@@ -133,10 +133,10 @@ async def last_line(client: Client) -> str:
 
 
 async def test_nobody_computes_for_a_client_that_does_not_read() -> None:
-    """It takes a little, for the buffers on the way; then its sequence is paused, and goes on when it reads."""
+    """Its sequence goes on until the buffers are full, is paused, and goes on again when the client reads."""
 
     def slowly(batch: Batch) -> None:
-        time.sleep(0.002)  # so that nobody who reads is ever behind
+        time.sleep(0.002)  # so that a client that reads is never behind
 
     (prompt,) = prompts(1, 200)
     loader = ToyLoader(on_decode=slowly)
@@ -155,7 +155,7 @@ async def test_nobody_computes_for_a_client_that_does_not_read() -> None:
             await client.stream.aclose()
 
 
-async def test_a_deadline_ends_an_answer_with_what_there_is() -> None:
+async def test_a_deadline_ends_an_answer_with_the_text_it_has() -> None:
     def slowly(batch: Batch) -> None:
         time.sleep(0.005)
 

@@ -42,14 +42,14 @@ def score(query: str, document: str) -> float:
 # --- lists of texts -------------------------------------------------------------------------------------------------
 
 
-async def test_a_list_has_the_vectors_of_its_texts_in_their_order(toy: Toy) -> None:
+async def test_a_list_of_texts_has_their_embeddings_in_order(toy: Toy) -> None:
     async with toy.engine() as engine, serving(engine) as server:
         assert (await server.ask(embedding(TEXTS))).json == {"embeddings": [vector(text) for text in TEXTS]}
         assert (await server.ask(embedding(["one"]))).json == {"embeddings": [vector("one")]}
         assert (await server.ask(embedding("one"))).json == {"embedding": vector("one")}
 
 
-async def test_more_texts_than_lanes_and_places_in_the_queue(toy: Toy) -> None:
+async def test_more_texts_than_slots_and_places_in_the_queue(toy: Toy) -> None:
     texts = [f"text {number}" * (number % 7 + 1) for number in range(300)]
     async with toy.engine(slots=2, max_queue=0) as engine, serving(engine) as server:
         assert (await server.ask(embedding(texts))).json == {"embeddings": [vector(text) for text in texts]}
@@ -57,7 +57,7 @@ async def test_more_texts_than_lanes_and_places_in_the_queue(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("content", ["one", ["one", "two"]])
-async def test_what_is_made_of_vectors(toy: Toy, content: str | list[str]) -> None:
+async def test_dimensions_and_normalising(toy: Toy, content: str | list[str]) -> None:
     async with toy.engine() as engine, serving(engine) as server:
         for dimensions in (1, 3, 8):
             for normalize in (False, True):
@@ -81,7 +81,7 @@ async def test_a_text_that_is_too_long(toy: Toy) -> None:
         assert answer.json == {"embeddings": [vector(text) for text in ("x" * 16, "y" * 16, "z")]}
 
 
-async def test_all_or_none(toy: Toy) -> None:
+async def test_one_bad_text_refuses_the_whole_list(toy: Toy) -> None:
     async with toy.engine() as engine, serving(engine) as server:
         for texts in (["", "a"], ["a", ""], ["a"] * 50 + [""]):
             refusal = await server.ask(embedding(texts))
@@ -91,7 +91,7 @@ async def test_all_or_none(toy: Toy) -> None:
 
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("path", ["/embedding", "/rerank"])
-async def test_who_leaves_leaves_nothing_running(toy: Toy, path: str, leave: Leave) -> None:
+async def test_a_client_that_disconnects_leaves_nothing_running(toy: Toy, path: str, leave: Leave) -> None:
     gate = toy.on_decode = Gate(toy)
     toy.capabilities = {"ranks": path == "/rerank"}
     texts = [f"text {number}" for number in range(200)]
@@ -145,7 +145,7 @@ async def test_a_document_that_is_too_long(ranker: Toy) -> None:
         assert (refusal.status, refusal.body) == (400, b"documents[1] must be a string, not an integer\n")
 
 
-async def test_one_model_ranks_and_another_embeds(toy: Toy) -> None:
+async def test_a_model_that_embeds_does_not_rank(toy: Toy) -> None:
     async with toy.engine() as engine, serving(engine) as server:
         refusal = await server.ask(ranking("q", ["a"]))
         assert (refusal.status, refusal.body) == (422, b"this model does not rank documents\n")
@@ -158,7 +158,7 @@ async def test_a_model_that_ranks_does_not_embed(ranker: Toy) -> None:
             assert (refusal.status, b"it makes no embeddings" in refusal.body) == (422, True)
 
 
-async def test_ranking_waits_for_no_stream(ranker: Toy) -> None:
+async def test_ranking_does_not_wait_for_a_stream(ranker: Toy) -> None:
     def slowly(batch: Batch) -> None:
         time.sleep(0.002)
 

@@ -5,25 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from quart.wrappers.response import ResponseBody
 
 from trio_runner.errors import RunnerError
 from trio_runner.events import Event, Finished
-
-if TYPE_CHECKING:
-    from trio_runner.engine.generation import Generation
+from trio_runner.interface import GenerationInterface
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 16
-"""A chunk that has so many is complete. Two hundred events with a hundred alternatives each, all of them written at
-once, would keep everybody else waiting for a tenth of a second."""
+"""Bytes after which a chunk is complete. Two hundred events with a hundred alternatives each, written at once, would
+keep everybody else waiting for a tenth of a second."""
 
 
-class Dialect(Protocol):
-    """How one answer is written on the wire."""
+class EventWriter(Protocol):
+    """How a dialect writes the events of one answer."""
 
     def event(self, event: Event) -> bytes:
         """What `event` adds to the body; maybe nothing."""
@@ -33,16 +31,17 @@ class Dialect(Protocol):
 
 
 class EventBody(ResponseBody):
-    """The events of a started generation as chunks of bytes; closes the generation when left, whatever the reason.
+    """The events of a started generation as chunks of bytes. Closes the generation in the end,
+    whatever the reason.
 
-    Everything that has arrived while the last chunk was being sent becomes one chunk, up to `CHUNK_BYTES`, so a slow
-    reader costs fewer sends instead of more memory. No more is taken from the generation than that, for what is taken
-    counts as read. A failure is written into the body: the status is long sent.
+    Everything that has arrived while the last chunk was being sent becomes one chunk, up to `CHUNK_BYTES`. So a slow
+    reader costs fewer sends instead of more memory. No more than that is taken from the generation, because what is
+    taken counts as read. A failure is written into the body: the status is long sent.
     """
 
-    def __init__(self, generation: Generation, dialect: Dialect) -> None:
+    def __init__(self, generation: GenerationInterface, writer: EventWriter) -> None:
         self._generation = generation
-        self._dialect = dialect
+        self._writer = writer
         self._ended = False
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
@@ -74,9 +73,9 @@ class EventBody(ResponseBody):
             if not isinstance(error, RunnerError):
                 log.exception("an answer ended early")
             self._ended = True
-            chunk += self._dialect.failure(error)
+            chunk += self._writer.failure(error)
         return bytes(chunk)
 
     def _write(self, event: Event) -> bytes:
         self._ended = isinstance(event, Finished)
-        return self._dialect.event(event)
+        return self._writer.event(event)

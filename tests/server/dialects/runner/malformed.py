@@ -1,4 +1,4 @@
-"""Requests that must be refused, each with the name that the refusal must contain."""
+"""Requests that must be refused, and the name that each refusal must contain."""
 
 from __future__ import annotations
 
