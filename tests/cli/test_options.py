@@ -262,7 +262,8 @@ def test_the_help_of_an_option_is_the_text_of_its_entry(capsys: pytest.CaptureFi
     ("arguments", "message"),
     [
         (["--warmth", "3"], "Invalid value for '--warmth': it must be between 0 and 2, not 3.0"),
-        (["--warmth", "x"], "Invalid value for '--warmth': 'x' is not a valid float."),
+        (["--warmth", "x"], "Invalid value for '--warmth': 'x' is not a number"),
+        (["--top-k", "1.5"], "Invalid value for '--top-k': '1.5' is not an integer"),
         (["--delay", "0"], "Invalid value for '--delay': it must be between 1 and 60000 milliseconds, not 0.0"),
         (["--grey", "x"], "Invalid value for '--grey': invalid literal for int() with base 10: 'x'"),
         (["--hidden", "1"], "No such option"),
