@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
@@ -52,6 +53,18 @@ def test_every_flag_of_an_old_server_arrives() -> None:
         ),
         port=43210,
     )
+
+
+def test_every_flag_sets_a_field_or_is_known_to_set_none() -> None:
+    without = set()
+    for flag in dropin.FLAGS.flags:
+        assert isinstance(flag, dropin.DropinFlag)
+        for setting in flag.settings:
+            assert setting.field in {field.name for field in dataclasses.fields(setting.config)}
+        if not flag.settings:
+            without.add(flag.name)
+    read_elsewhere, ignored = {"verbose", "requirements"}, {"embedding", "log-disable", "memory-f32", "numa"}
+    assert without == read_elsewhere | ignored | {"multiuser-cache"}
 
 
 def test_an_adapter_turns_mmap_off() -> None:
