@@ -7,6 +7,7 @@ the mailbox, `interrupt`, and nothing else.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ class DecodeLoop:
         self._in_flight: _InFlight | None = None
         self._is_breakable = True
         self._closing = False
+        self._checks = os.environ.get("TRIO_RUNNER_CHECK") == "1"
 
     def interrupt(self, uid: int) -> None:
         """Break off the running batch if nobody else wants it, or if `uid`, which is being let go, makes up enough of
@@ -101,6 +103,8 @@ class DecodeLoop:
                 self.statistics = self._scheduler.statistics()
                 if step is not None:
                     self._run(step)
+                if self._checks:
+                    self._scheduler.check_integrity()
         finally:
             self.refuse_mail()
             for sampler in self._samplers.values():
