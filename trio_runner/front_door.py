@@ -1,4 +1,4 @@
-"""The front door: wires the native library to an engine, and opens it for the length of a block."""
+"""The front door: it wires the native library to an engine, and opens the engine for the length of a block."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import trio
 from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.core.ports import Loader
 from trio_runner.engine.engine import Engine
+from trio_runner.engine.lifecycle import Lifecycle
 from trio_runner.errors import EngineBroken
 from trio_runner.options import EngineOptions
 
@@ -27,32 +28,36 @@ async def open_engine(
 ) -> AsyncIterator[Engine]:
     """An engine for the length of the block.
 
-    `model` is a path, a `ModelConfig`, or anything that loads (`testing.ToyLoader`). `config`, or the fields of an
-    `EngineConfig` by name, say how to run it. With `wait` the block starts when the model is loaded, and a model that
-    does not load raises `LoadError`; without, it starts at once, with `engine.status` "loading", and a failure shows
-    as "broken". Leaving the block ends every generation with `EngineClosed`.
+    `model` is a path, a `ModelConfig`, or a loader such as `testing.ToyLoader`. `config` says how to run it; instead,
+    the fields of `EngineConfig` may be given by name. Leaving the block ends every request with `EngineClosed`.
 
-    Should the decode thread die, of a device that fails or vanishes for example, every generation and embedding ends
-    with `EngineBroken`, which carries the reason. Then the block is cancelled and `EngineBroken` is raised out of it.
-    With `cancel_when_broken=False` it goes on instead, for programs that have more to do: `engine.status` is "broken",
+    With `wait`, the block starts when the model is loaded, and a model that does not load raises `LoadError`. Without
+    it, the block starts at once: `engine.status` is "loading", and "broken" if the model does not load.
+
+    If the decode thread dies, for example because a device fails or vanishes, every request ends with `EngineBroken`,
+    whose `__cause__` says why. The block is cancelled, and `EngineBroken` is raised out of it. With
+    `cancel_when_broken=False` the block goes on, for programs that have more to do: `engine.status` is "broken",
     requests raise `EngineBroken` at once, another engine may be opened meanwhile, and leaving the block raises nothing.
+
+    Raises ValueError for a configuration out of range, and TypeError for a name that is no field.
     """
     if config is not None and options:
         raise TypeError("give either config or its fields by name")
-    engine = Engine(_loader(model), config or EngineConfig(**options), cancel_when_broken=cancel_when_broken)
+    lifecycle = Lifecycle(_loader(model), config or EngineConfig(**options), cancel_when_broken=cancel_when_broken)
+    engine = Engine(lifecycle)
     own: BaseException | None = None
     errors: list[BaseException] = []
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.live)
+            nursery.start_soon(lifecycle.live)
             try:
                 if wait:
                     await engine.wait_ready()
                 yield engine
             except BaseException as error:
                 own = error
-                # A cancellation is for trio to sort out. Any other error goes around the nursery, which takes groups
-                # apart: who wrote `raise X` in the block expects this very X to come out of it.
+                # A cancellation is for trio to sort out. Any other error goes around the nursery, which would wrap it
+                # in a group: code that raises X in the block expects this very X to come out of the block.
                 if any(isinstance(leaf, trio.Cancelled) for leaf in leaves(error)):
                     raise
                 errors.append(error)
@@ -64,18 +69,18 @@ async def open_engine(
 
 
 def _one_of(errors: list[BaseException], own: BaseException | None) -> BaseException:
-    """The one that matters, or a group where several do; `own` is the caller's."""
+    """The error that matters, or a group if several do. `own` is the caller's."""
     failures = [error for error in errors if not isinstance(error, trio.Cancelled)]
     if not failures:
         return errors[0]
     if len(failures) > 1 and own in failures and all(isinstance(leaf, EngineBroken) for leaf in leaves(own)):
-        # A reader in the block has raised what the engine raises, too: that is one piece of news.
+        # A reader in the block has raised the same error that the engine raises.
         failures.remove(own)
     return failures[0] if len(failures) == 1 else BaseExceptionGroup("the engine and the block failed", failures)
 
 
 def leaves(error: BaseException | None, whole: BaseException | None = None) -> Iterator[BaseException]:
-    """The errors in `error`, which may be a group in groups; `whole` is not looked into."""
+    """The errors in `error`, which may be nested groups. The group `whole` counts as one error."""
     if isinstance(error, BaseExceptionGroup) and error is not whole:
         for inside in error.exceptions:
             yield from leaves(inside, whole)
@@ -87,7 +92,7 @@ def _loader(model: str | os.PathLike[str] | ModelConfig | Loader) -> Loader:
     if isinstance(model, (str, os.PathLike)):
         model = ModelConfig(path=os.fspath(model))
     if isinstance(model, ModelConfig):
-        # Imported here, so that everything but real models works without the native library.
+        # Imported here, so that everything except real models works without the native library.
         from trio_runner.llama.loader import LlamaLoader
 
         return LlamaLoader(model)

@@ -68,7 +68,8 @@ class Capabilities:
     whose contents another prompt may want."""
     n_embed_slots: int = 1
     """Further slots, numbered from `first_embed_slot`, that only embeddings use. So embeddings never wait for
-    generations and push nothing out of the prompt cache. Together they hold at most `max_rows` positions."""
+    generations and push nothing out of the prompt cache. Together they hold at most `max_rows` positions. If
+    `embeds_last_row`, a longer text takes an ordinary slot."""
     embeds_last_row: bool = False
     """True: the embedding of a text is that of its last row, and the rows before it may run in any batches.
     False: all rows of a text must be in one batch."""

@@ -1,18 +1,18 @@
 """What a caller asks for: frozen values, checked once when they are made.
 
-Every check raises `InvalidRequest` with `param` set to the field's name, so that a bad request never reaches a slot.
-The bounds are wide for people and tight for machines: each keeps a value away from something in llama.cpp that aborts,
+Every check raises `InvalidRequest` with `param` set to the field's name, so a bad request never takes a slot. The
+bounds are wide for people and tight for machines: each keeps a value away from something in llama.cpp that aborts,
 allocates without limit, or silently samples nonsense. `sampling.py` has the parameters of sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.images import ImageSource, is_image_source
+from trio_runner.image_source import ImageSource, is_image_source
 from trio_runner.parameters import (
     boolean,
     complaints,
@@ -30,18 +30,21 @@ from trio_runner.sampling import SamplingParams, as_tuple
 MAX_TEXT_BYTES = 4 << 20
 """Bytes of one prompt or content. Longer ones are refused before tokenising, which takes seconds per megabyte."""
 MAX_STOP_STRINGS = 64
+"""Stop strings of one request."""
 MAX_STOP_BYTES = 1024
+"""Bytes of one stop string."""
 MAX_IMAGES = 16
 """Images of one prompt."""
 MAX_ADAPTERS = 16
 """Adapters that one request may choose."""
 MAX_ADAPTER_SCALE = 1e3
+"""Largest scale of an adapter, and smallest if negative."""
 MAX_ADAPTER_NAME_BYTES = 256
-"""No adapter has a name as long as that, and a refusal repeats the name."""
+"""Bytes of an adapter's name in a request. No adapter has so long a name, and the error repeats it."""
 MAX_DOCUMENTS = 4096
 """Documents that one request may rank, or texts that it may embed."""
 MAX_DEADLINE = 86400 * 365.0
-"""Seconds."""
+"""Seconds of the longest deadline: a year."""
 
 Priority: TypeAlias = Literal["interactive", "background"]
 
@@ -92,7 +95,7 @@ def _check_prompt(name: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AdapterChoice:
-    """An adapter of the engine by its name, and how strongly it applies; 0 not at all."""
+    """An adapter of the engine by its name, and how strongly it applies. At scale 0 it does not apply."""
 
     name: str
     scale: float = 1.0
@@ -116,12 +119,16 @@ def _check_adapters(value: object) -> tuple[AdapterChoice, ...] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A conversation, which the chat template in the model's file makes a prompt of; see `core.chat`."""
+    """A conversation. The chat template in the model's file makes a prompt of it; see `core.chat`."""
 
     messages: tuple[Mapping[str, Any], ...]
+    """The messages, each with `role` and `content`, and whatever else the template reads."""
     tools: tuple[Mapping[str, Any], ...] | None = None
+    """Descriptions of tools that the model may call, as the template expects them."""
     documents: tuple[Mapping[str, Any], ...] | None = None
+    """Documents to answer from, as the template expects them."""
     add_generation_prompt: bool = True
+    """End the prompt with what begins an answer of the assistant."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the template."""
 
@@ -167,7 +174,9 @@ class GenerateRequest:
     """How tokens are chosen."""
     cache_prompt: bool = boolean(
         True,
-        doc="Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.",
+        doc="Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again. "
+        "On by default in Python and on the command line. The HTTP endpoints of the runner dialect have it off unless "
+        "the request says so, as the original had.",
     )
     n_keep: int = integer(
         4,
@@ -270,12 +279,23 @@ class RerankRequest:
 
 
 def as_prompt(value: str | Chat | Sequence[int | Part]) -> Prompt:
-    """Text and conversations unchanged; any other sequence as a tuple, ready for a request."""
-    return value if isinstance(value, (str, Chat)) else cast(Prompt, tuple(value))
+    """The prompt of a request: text and conversations unchanged, a list of tokens or of texts and images as a tuple.
+
+    Raises `InvalidRequest` for bytes, which would be taken for a list of tokens, and for other values that are no such
+    list.
+    """
+    if isinstance(value, (str, Chat)):
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(value, Iterable):
+        kind = type(value).__name__
+        raise InvalidRequest(
+            f"prompt must be text, a list of tokens, or a list of texts and images, not {kind}", param="prompt"
+        )
+    return cast(Prompt, tuple(value))
 
 
 def make_request(prompt: Prompt, options: Mapping[str, Any]) -> GenerateRequest:
-    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name; `stop` may be one text.
+    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name. `stop` may be one text.
 
     Raises `InvalidRequest` for a value outside its bounds, and TypeError for a name that is no field.
     """

@@ -42,7 +42,7 @@ from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 N_VOCAB = 257
 END = 256

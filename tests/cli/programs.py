@@ -57,7 +57,7 @@ trio_runner.front_door._loader = loader
 
 sys.executable = os.environ.get("TOY_PYTHON", sys.executable)
 
-from trio_runner.cli import main
+from trio_runner.cli.main import main
 sys.exit(main())
 """
 

@@ -7,7 +7,9 @@ import math
 
 import pytest
 
-from trio_runner import cli, dropin, service
+from trio_runner.cli import dropin, service
+from trio_runner.cli.logs import SlogFormatter
+from trio_runner.cli.main import main
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import LoadError
 
@@ -20,7 +22,7 @@ def read(*arguments: str) -> dropin.Settings:
 def test_the_defaults_are_the_originals() -> None:
     assert read("-model", "m.gguf") == dropin.Settings(
         ModelConfig(path="m.gguf", gpu_layers=0),
-        EngineConfig(slots=1, context_length=2048, batch_size=512),
+        EngineConfig(slots=1, context_length=2048, batch_size=512, embedding_batch_size=2048),
         port=8080,
     )
 
@@ -40,7 +42,14 @@ def test_everything_a_server_of_that_era_sends() -> None:
             mmap=False,
             mlock=True,
         ),
-        EngineConfig(slots=4, context_length=2048, batch_size=512, threads=8, flash_attention="on"),
+        EngineConfig(
+            slots=4,
+            context_length=2048,
+            batch_size=512,
+            embedding_batch_size=2048,
+            threads=8,
+            flash_attention="on",
+        ),
         port=43210,
     )
 
@@ -114,7 +123,7 @@ def test_values_that_cannot_be_had(
 def test_the_first_dash_chooses_the_mode(
     arguments: list[str], code: int, first_line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments) == code
+    assert main(arguments) == code
     out, err = capsys.readouterr()
     assert not out
     assert err.startswith(first_line + "\n")
@@ -129,6 +138,6 @@ def test_cpu_features() -> None:
 
 def test_log_lines_are_those_of_slog() -> None:
     record = logging.LogRecord("x", logging.WARNING, "/a/b.py", 7, "say %s", ('"hi"\n',), None)
-    line = dropin.SlogFormatter().format(record)
+    line = SlogFormatter().format(record)
     assert line.startswith("time=2")
     assert line.endswith(r' level=WARN source=b.py:7 msg="say \"hi\"\n"')

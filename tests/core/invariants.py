@@ -35,9 +35,16 @@ def check_held(world: World, state: SchedulerState) -> None:
 def check_waiting(world: World, state: SchedulerState) -> None:
     """First come, first served, and interactive sequences first; and none waits without need."""
     specs, capabilities = world.specs, world.capabilities
+
+    def takes_embed_slot(uid: int) -> bool:
+        """Whether it takes a slot for embeddings. A text longer than a batch, if its last row gives its embedding, does
+        not."""
+        is_long = capabilities.embeds_last_row and len(specs[uid].prompt) > capabilities.max_rows
+        return specs[uid].embedding and not is_long
+
     for embedding in (True, False):
-        ahead = {uid for uid in state.waiting.keys() - world.paused if specs[uid].embedding == embedding}
-        running = {uid for uid in state.running if specs[uid].embedding == embedding}
+        ahead = {uid for uid in state.waiting.keys() - world.paused if takes_embed_slot(uid) == embedding}
+        running = {uid for uid in state.running if takes_embed_slot(uid) == embedding}
         for uid in ahead - world.overtaken:
             rivals = {other for other in running if specs[other].background == specs[uid].background}
             assert max(rivals, default=-1) < uid, "a sequence jumped the queue"

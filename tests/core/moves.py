@@ -234,7 +234,8 @@ def fitted(move: Submit, capabilities: Capabilities) -> SequenceSpec:
             spec, prompt=(capabilities.decoder_start,), encoder_tokens=encoder_tokens, n_keep=1, embedding=False
         )
     if move.embedding:
-        return replace(spec, prompt=move.prompt[: min(capabilities.n_ctx, capabilities.max_rows)])
+        longest = capabilities.n_ctx if capabilities.embeds_last_row else min(capabilities.n_ctx, capabilities.max_rows)
+        return replace(spec, prompt=move.prompt[:longest])
     items: list[Item] = list(move.prompt)
     for image in move.images:
         place = cut_before(items, min(image.place, len(items)), any_media=True)

@@ -1,21 +1,24 @@
-"""Vectors, alone and among generations."""
+"""Embeddings, alone and among generations."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import trio
 
+from tests.engine.special_tokens import SPECIALS, around
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
 from trio_runner.errors import DecodeFailed, EngineBusy, InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.events import Embedded
-from trio_runner.request import EmbedRequest, RerankRequest
+from trio_runner.request import EmbedRequest, Priority
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
 
 
-async def test_one_row_for_each_text(toy: Toy) -> None:
+async def test_embed_gives_one_row_per_text(toy: Toy) -> None:
     texts = ["one", "two", "three"]
     async with toy.engine() as engine:
         vectors = await engine.embed(texts)
@@ -25,7 +28,7 @@ async def test_one_row_for_each_text(toy: Toy) -> None:
         np.testing.assert_array_equal(vector, toy_vector(list(text.encode())))
 
 
-async def test_normalised(toy: Toy) -> None:
+async def test_normalised_embeddings(toy: Toy) -> None:
     async with toy.engine() as engine:
         plain, unit = await engine.embed(["one"]), await engine.embed(["one"], normalize=True)
     assert unit.dtype == np.float32
@@ -33,7 +36,7 @@ async def test_normalised(toy: Toy) -> None:
     np.testing.assert_allclose(unit, plain / np.linalg.norm(plain), rtol=1e-6)
 
 
-async def test_no_text(toy: Toy) -> None:
+async def test_no_texts_give_no_rows(toy: Toy) -> None:
     async with toy.engine(wait=False) as engine:
         vectors = await engine.embed([])
     assert vectors.shape == (0, N_EMBD)
@@ -50,7 +53,7 @@ async def test_many_texts_over_few_slots(toy: Toy, slots: int, max_queue: int | 
         assert engine.statistics().generations == 0
 
 
-async def test_one_request(toy: Toy) -> None:
+async def test_one_embedding_request(toy: Toy) -> None:
     async with toy.engine() as engine:
         embedded = await engine.embed_request(EmbedRequest(content="hello"))
         unit = await engine.embed_request(EmbedRequest(content=tuple(b"hello"), normalize=True))
@@ -63,8 +66,8 @@ async def test_one_request(toy: Toy) -> None:
     assert embedded.usage.completion_tokens == 0
 
 
-async def test_among_generations(toy: Toy) -> None:
-    """One batch is either about tokens or about vectors; both get their turn."""
+async def test_embeddings_and_generations_take_turns(toy: Toy) -> None:
+    """A batch is either for tokens or for embeddings."""
     texts: dict[str, str] = {}
     requests = prompts(6, 60)
 
@@ -81,7 +84,7 @@ async def test_among_generations(toy: Toy) -> None:
     assert {batch.kind.embedding for batch in toy.context.batches} == {False, True}
 
 
-async def test_a_slot_that_made_a_vector_can_generate(toy: Toy) -> None:
+async def test_a_generation_after_an_embedding_of_the_same_text(toy: Toy) -> None:
     async with toy.engine(slots=1) as engine:
         for _ in range(3):
             await engine.embed(["hello"])
@@ -108,10 +111,11 @@ async def test_a_text_must_fit_into_one_batch(toy: Toy) -> None:
         assert (await engine.embed(["x" * 16])).shape == (1, N_EMBD)
 
 
-async def test_a_text_is_not_a_list_of_texts(toy: Toy) -> None:
+@pytest.mark.parametrize("texts", ["hello", b"hello"])
+async def test_one_text_is_not_a_list_of_texts(toy: Toy, texts: Any) -> None:
     async with toy.engine() as engine:
         with pytest.raises(TypeError):
-            await engine.embed("hello")
+            await engine.embed(texts)
 
 
 async def test_a_model_that_only_embeds(toy: Toy) -> None:
@@ -123,7 +127,7 @@ async def test_a_model_that_only_embeds(toy: Toy) -> None:
         np.testing.assert_array_equal(vectors, [toy_vector(list(text)) for text in (b"one", b"two")])
 
 
-async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
+async def test_an_embedding_whose_batch_fails(toy: Toy) -> None:
     def refuse(batch: Batch) -> Interruption | None:
         return Interruption(DecodeOutcome.INVALID) if batch.kind.embedding else None
 
@@ -137,8 +141,8 @@ async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
 
 
-async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
-    """Every slot is taken, the queue is full, and nobody there is about to end."""
+async def test_embeddings_do_not_wait_for_slots(toy: Toy) -> None:
+    """Every slot is taken, the queue is full, and no generation is about to end."""
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=1, max_queue=1, max_backlog=1000) as engine, trio.open_nursery() as nursery:
@@ -157,7 +161,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
 
         nursery.start_soon(embed)
         await until(lambda: engine.statistics().generations == 3)
-        gate.let(2)  # the one that stood at the gate, and the vector's
+        gate.let(2)  # the batch at the gate, and that of the embedding
         await until(lambda: bool(vectors))
         np.testing.assert_array_equal(vectors[0].vector, toy_vector(list(b"hello")))
         assert [batch.kind.embedding for batch in gate.batches[:5]] == [False] * 4 + [True]
@@ -168,7 +172,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("n_lanes", [2, 7])
-async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None:
+async def test_embeddings_have_a_queue_of_their_own(toy: Toy, n_lanes: int) -> None:
     toy.capabilities = {"n_embed_slots": n_lanes}
     gate = Gate(toy)
     toy.on_decode = gate
@@ -185,7 +189,7 @@ async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None
         assert await generation.collect() == toy_text("hello", 20)
 
 
-async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> None:
+async def test_rows_before_the_last_one_share_the_batches_of_tokens(toy: Toy) -> None:
     toy.capabilities = {"embeds_last_row": True}
     (prompt,) = prompts(1, 60)
     texts = [f"a text of some length, number {n}" for n in range(6)]
@@ -196,7 +200,7 @@ async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> 
     assert max(batch.n_rows for batch in toy.context.batches if batch.kind.embedding) <= 2
 
 
-async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:
+async def test_embeddings_push_nothing_out_of_the_prompt_cache(toy: Toy) -> None:
     (prompt,) = prompts(1, 30)
     async with toy.engine(slots=1) as engine:
         await engine.generate(prompt, max_tokens=30).collect()
@@ -210,7 +214,7 @@ async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:
 # -- a part of a vector, of a part of a text --------------------------------------------------------------------------
 
 
-async def test_the_first_elements_are_normalised_by_themselves(toy: Toy) -> None:
+async def test_dimensions_are_cut_before_normalising(toy: Toy) -> None:
     whole = toy_vector(list(b"hello"))
     async with toy.engine() as engine:
         np.testing.assert_array_equal(await engine.embed(["hello"], dimensions=3), [whole[:3]])
@@ -223,7 +227,7 @@ async def test_the_first_elements_are_normalised_by_themselves(toy: Toy) -> None
 
 
 @pytest.mark.parametrize("dimensions", [0, -1, N_EMBD + 1, 2**40, True])
-async def test_no_vector_has_so_many_elements(toy: Toy, dimensions: int) -> None:
+async def test_dimensions_out_of_range_are_refused(toy: Toy, dimensions: int) -> None:
     async with toy.engine() as engine:
         with pytest.raises(InvalidRequest) as caught:
             await engine.embed(["hello"], dimensions=dimensions)
@@ -231,26 +235,10 @@ async def test_no_vector_has_so_many_elements(toy: Toy, dimensions: int) -> None
         assert toy.context.batches == []
 
 
-SPECIALS: dict[str, dict[str, object]] = {
-    "none": {},
-    "before": {"token_bos": 2, "adds_bos": True},
-    "after": {"token_eos": 3, "adds_eos": True},
-    "around": {"token_bos": 2, "adds_bos": True, "token_sep": 4, "adds_sep": True},
-    "all": {"token_bos": 2, "adds_bos": True, "token_eos": 3, "adds_eos": True, "token_sep": 4, "adds_sep": True},
-}
-
-
-def around(text: bytes, special: str) -> list[int]:
-    """The tokens of a text and what stands around it."""
-    begin = {"before": [2], "around": [2], "all": [2]}.get(special, [])
-    end = {"after": [3], "around": [4], "all": [3, 4]}.get(special, [])
-    return [*begin, *text, *end]
-
-
 @pytest.mark.parametrize("special", SPECIALS)
 @pytest.mark.parametrize("n_ctx", [3, 16, 40])
-async def test_a_text_that_is_too_long_loses_its_end(toy: Toy, special: str, n_ctx: int) -> None:
-    """But not what the model has there."""
+async def test_truncation_cuts_the_end_of_a_text(toy: Toy, special: str, n_ctx: int) -> None:
+    """Special tokens at the end stay."""
     toy.info = SPECIALS[special]
     text = b"0123456789abcdefghijklmnopqrstuv"
     n_around = len(around(b"", special))
@@ -258,108 +246,58 @@ async def test_a_text_that_is_too_long_loses_its_end(toy: Toy, special: str, n_c
         for n in (1, n_ctx - n_around, n_ctx - n_around + 1, len(text)):
             expected = toy_vector(around(text[: min(n, n_ctx - n_around)], special))
             np.testing.assert_array_equal(await engine.embed([text[:n].decode()], truncate=True), [expected])
-        # Tokens are taken as they are: their end is their caller's.
+        # Tokens are taken as they are, without special tokens at their end.
         embedded = await engine.embed_request(EmbedRequest(content=tuple(text), truncate=True))
         np.testing.assert_array_equal(embedded.vector, toy_vector(list(text[:n_ctx])))
         assert embedded.usage.prompt_tokens == min(n_ctx, len(text))
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- longer than a batch ----------------------------------------------------------------------------------------------
 
 
-QUERY, DOCUMENTS = "what?", ["this", "that, which is longer", "é", "this"]
-
-
-def ranking(toy: Toy, **info: object) -> None:
-    toy.capabilities, toy.info = {"ranks": True}, info
-
-
-@pytest.mark.parametrize("special", SPECIALS)
-async def test_a_score_is_of_the_query_and_the_document(toy: Toy, special: str) -> None:
-    ranking(toy, **SPECIALS[special])
-    end = [token for token in around(b"", special) if token == 3]
-    # A separator ends the query as well, if the model has no other end.
-    between = {"all": [3, 4], "around": [4], "after": [3]}.get(special, [])
-    begin = [token for token in around(b"", special) if token == 2]
-    async with toy.engine(slots=2) as engine:
-        scores = await engine.rerank(QUERY, DOCUMENTS)
-    expected = [toy_vector([*begin, *QUERY.encode(), *between, *document.encode(), *end])[0] for document in DOCUMENTS]
-    assert scores.dtype == np.float32
-    np.testing.assert_array_equal(scores, expected)
-
-
-async def test_a_model_may_have_words_of_its_own_for_a_pair(toy: Toy) -> None:
-    ranking(toy, metadata={"tokenizer.chat_template.rerank": "Q: {query} D: {document}."}, token_bos=2, adds_bos=True)
-    async with toy.engine() as engine:
-        scores = await engine.rerank(QUERY, ["{query}"])
-    np.testing.assert_array_equal(scores, [toy_vector(list(f"Q: {QUERY} D: {{query}}.".encode()))[0]])
-
-
-async def test_many_documents_over_few_slots(toy: Toy) -> None:
-    ranking(toy)
-    documents = [f"document {'x' * (n % 13)} {n}" for n in range(60)]
-    async with toy.engine(slots=2, max_queue=1, batch_size=64) as engine:
-        scores = await engine.rerank_request(RerankRequest(query=QUERY, documents=tuple(documents)))
-        assert engine.statistics().generations == 0
-    np.testing.assert_array_equal(scores, [toy_vector(list((QUERY + document).encode()))[0] for document in documents])
-
-
-async def test_no_document(toy: Toy) -> None:
-    ranking(toy)
-    async with toy.engine(wait=False) as engine:
-        scores = await engine.rerank(QUERY, [])
-    assert scores.shape == (0,)
-    assert scores.dtype == np.float32
-
-
-@pytest.mark.parametrize("special", SPECIALS)
-@pytest.mark.parametrize("document", ["x" * 1000, "é" * 500, "xé" * 200])
-async def test_a_document_that_is_too_long_loses_its_end(toy: Toy, special: str, document: str) -> None:
-    """Never the query, and never what comes after."""
-    ranking(toy, **SPECIALS[special])
-    async with toy.engine(batch_size=50) as engine:
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_an_embedding_of_the_last_row_may_be_longer_than_a_batch(toy: Toy, slots: int) -> None:
+    toy.capabilities = {"embeds_last_row": True}
+    texts = [f"{n}{'x' * (7 * n % 60)}" for n in range(20)]
+    async with toy.engine(slots=slots, batch_size=16, context_length=64) as engine:
+        np.testing.assert_array_equal(await engine.embed(texts), [toy_vector(list(text.encode())) for text in texts])
         with pytest.raises(PromptTooLong) as caught:
-            await engine.rerank(QUERY, ["short", document])
-        assert caught.value.param == "documents[1]"
-        assert len(await engine.rerank(QUERY, ["short", document], truncate=True)) == 2
-        with pytest.raises(PromptTooLong) as caught:  # there is nothing of a document to lose
-            await engine.rerank("q" * 51, [document], truncate=True)
-        assert caught.value.param == "query"
-    tokens = max((chunk.items for batch in toy.context.batches for chunk in batch.chunks), key=len)
-    assert 25 < len(tokens) <= 50
-    text = bytes(token for token in tokens if isinstance(token, int) and token > 4).decode()
-    assert text.startswith(QUERY)
-    assert document.startswith(text.removeprefix(QUERY))
-    assert tokens[-1] == 3 or special in ("none", "before", "around")
+            await engine.embed(["x" * 65])
+        assert (caught.value.n_prompt, caught.value.n_ctx) == (65, 64)
+        (vector,) = await engine.embed(["x" * 65], truncate=True)
+        np.testing.assert_array_equal(vector, toy_vector([ord("x")] * 64))
+        await until_idle(engine)
 
 
-async def test_a_pair_of_nothing(toy: Toy) -> None:
-    ranking(toy)
-    async with toy.engine() as engine:
-        with pytest.raises(InvalidRequest):
-            await engine.rerank("", [""])
-        assert (await engine.rerank("", ["x"])).shape == (1,)
+async def test_long_embeddings_take_turns_with_generations(toy: Toy) -> None:
+    """They need the same slots. Background requests give theirs up, and lose nothing."""
+    toy.capabilities = {"embeds_last_row": True}
+    requests = prompts(4, 60)
+    texts: dict[str, str] = {}
+
+    async def read(engine: Engine, prompt: str, priority: Priority) -> None:
+        texts[prompt] = await engine.generate(prompt, max_tokens=60, priority=priority).collect()
+
+    async with toy.engine(slots=2, batch_size=16, context_length=128) as engine, trio.open_nursery() as nursery:
+        for n, prompt in enumerate(requests):
+            nursery.start_soon(read, engine, prompt, "background" if n % 2 else "interactive")
+        for n in range(5):
+            text = f"a text number {n} that is longer than one batch"
+            expected = [toy_vector(list(content.encode())) for content in (text, "short")]
+            np.testing.assert_array_equal(await engine.embed([text, "short"]), expected)
+    assert texts == {prompt: toy_text(prompt, 60) for prompt in requests}
 
 
-@pytest.mark.parametrize("ranks", [False, True])
-async def test_vectors_and_scores_are_of_different_models(toy: Toy, ranks: bool) -> None:
-    toy.capabilities = {"ranks": ranks}
-    async with toy.engine() as engine:
-        with pytest.raises(Unsupported) as caught:
-            await (engine.embed(["x"]) if ranks else engine.rerank("x", ["y"]))
-        assert caught.value.feature == ("embeddings" if ranks else "reranking")
-        assert toy.context.batches == []
-
-
-async def test_letting_go_of_scores(toy: Toy) -> None:
-    ranking(toy)
+async def test_a_long_embedding_can_be_cancelled(toy: Toy) -> None:
+    toy.capabilities = {"embeds_last_row": True}
     toy.on_decode = gate = Gate(toy)
-    async with toy.engine(slots=1) as engine:
+    async with toy.engine(slots=1, batch_size=16, context_length=64) as engine:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.rerank, QUERY, DOCUMENTS)
-            await gate.reached(1)
+            nursery.start_soon(engine.embed, ["x" * 60])
+            gate.let(2)
+            await gate.reached(3)
             nursery.cancel_scope.cancel()
-        assert engine.statistics().generations == 0
         gate.open()
         await until_idle(engine)
-        assert len(gate.batches) == 1
+        assert len(gate.batches) == 3
+        assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)

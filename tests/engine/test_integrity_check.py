@@ -37,8 +37,12 @@ async def test_a_state_that_contradicts_itself_ends_the_engine(toy: Toy, monkeyp
 
     monkeypatch.setattr(Scheduler, "check_integrity", fail)
     monkeypatch.setenv("TRIO_RUNNER_CHECK", "1")
-    with pytest.raises(EngineBroken) as caught:
+
+    async def ask() -> None:
         async with toy.engine() as engine:
             await engine.generate("hello", max_tokens=8).start()
             await trio.sleep_forever()
+
+    with pytest.raises(EngineBroken) as caught:
+        await ask()
     assert isinstance(caught.value.__cause__, AssertionError)

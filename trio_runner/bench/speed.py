@@ -1,4 +1,4 @@
-"""How soon and how fast: throughput, time to the first token, and gaps between tokens."""
+"""Scenarios of speed: throughput, time to the first token, and gaps between tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from itertools import pairwise
 from statistics import mean
 
 from trio_runner.bench.client import CutShort, Stream
-from trio_runner.bench.dialects import Ask
+from trio_runner.bench.dialects import Request
 from trio_runner.bench.figures import Measured, Metric, figures
 from trio_runner.bench.scenarios import MS, N_SHORT, Turn, complete_all, first_token, grown, running
 
 N_CLIENTS = 4
-"""Of those that share a prefix."""
+"""Clients whose prompts share a beginning."""
 N_SUFFIX = 32
+"""Tokens after the shared beginning."""
 
 
 async def throughput(turn: Turn) -> Measured:
@@ -23,31 +24,31 @@ async def throughput(turn: Turn) -> Measured:
         if n_streams > turn.server.slots:
             measured.note(f"no {n_streams} streams: slots are {turn.server.slots}")
             continue
-        asks = [await turn.ask(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
-        streams = await complete_all(turn.server, asks)
+        requests = [await turn.request(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
+        streams = await complete_all(turn.server, requests)
         _add_rate(measured, f"{n_streams} streams" if n_streams > 1 else "1 stream", streams)
     return measured
 
 
 async def ttft(turn: Turn) -> Measured:
-    """Of an idle server: for prompts it has never seen, and for one it has just answered."""
+    """Time to the first token on an idle server, for new prompts and for one that it has just answered."""
     measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
     for n_prompt in (N_SHORT, n_long):
-        seconds = await first_token(server, await turn.ask(n_prompt, 1))
+        seconds = await first_token(server, await turn.request(n_prompt, 1))
         measured.add(Metric(f"cold, {n_prompt:,} tokens", "ms"), seconds * MS)
-    ask = await turn.ask(n_long, 1, reuse=True)
-    await server.complete(ask)
-    measured.add(Metric(f"warm, {n_long:,} tokens", "ms"), await first_token(server, ask) * MS)
+    request = await turn.request(n_long, 1, reuse=True)
+    await server.complete(request)
+    measured.add(Metric(f"warm, {n_long:,} tokens", "ms"), await first_token(server, request) * MS)
     return measured
 
 
 async def shared_prefix(turn: Turn) -> Measured:
-    """Several clients at once, whose prompts begin alike: who decodes the beginning, and how fast do they go on?"""
+    """Several clients at once whose prompts begin alike: how often the beginning is decoded, how fast they go on."""
     measured, n_prefix = Measured(), turn.load.prefix
     prefix = await turn.prompts.make(n_prefix)
     prompts = [await turn.prompts.make(n_prefix + N_SUFFIX, prefix=prefix) for _ in range(N_CLIENTS)]
-    asks = [Ask(prompt=prompt, max_tokens=turn.load.tokens, reuse=True) for prompt in prompts]
-    streams = await complete_all(turn.server, asks)
+    requests = [Request(prompt=prompt, max_tokens=turn.load.tokens, reuse=True) for prompt in prompts]
+    streams = await complete_all(turn.server, requests)
     title = f"{N_CLIENTS} clients, {n_prefix:,} of {n_prefix + N_SUFFIX:,} tokens shared"
     measured.add(Metric(title, "ms"), *(stream.ttft * MS for stream in streams))
     _add_rate(measured, f"{N_CLIENTS} streams over it", streams)
@@ -55,25 +56,25 @@ async def shared_prefix(turn: Turn) -> Measured:
     if len(known := [n for n in decoded if n is not None]) == N_CLIENTS:
         measured.add(Metric("prompt tokens decoded, in all", "tokens"), sum(known))
     else:
-        measured.note("the server does not say how much of a prompt it found in its cache")
+        measured.note("the server does not tell how much of a prompt it found in its cache")
     return measured
 
 
 async def gaps(turn: Turn) -> Measured:
-    """Between the tokens of running streams, undisturbed and while a long prompt arrives beside them."""
+    """Gaps between the tokens of running streams, undisturbed and while a long prompt arrives."""
     measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
     n_streams = turn.beside(1)
-    # What it is compared with is measured before and after: the machine's pace changes, and so do the streams' lengths.
-    idle = [await first_token(server, await turn.ask(n_long, 1))]
-    ask = await turn.ask(n_long, 1)
+    # The references are measured before and after: the machine's speed drifts, and longer streams are slower.
+    idle = [await first_token(server, await turn.request(n_long, 1))]
+    request = await turn.request(n_long, 1)
     async with running(turn, n_streams) as streams:
         undisturbed = await _undisturbed(streams, 2 * turn.load.tokens)
-        long = await server.complete(ask)
+        long = await server.complete(request)
         await grown(streams, 1)
-        beside = list(_gaps(streams, long.asked, long.first))
+        beside = list(_gaps(streams, long.sent, long.first))
         undisturbed += await _undisturbed(streams, 2 * turn.load.tokens)
     await server.quiet()
-    idle.append(await first_token(server, await turn.ask(n_long, 1)))
+    idle.append(await first_token(server, await turn.request(n_long, 1)))
     calm = f"{n_streams} streams"
     measured.add(Metric(f"{calm}, undisturbed", "ms"), *(gap * MS for gap in undisturbed))
     measured.add(Metric(f"{calm}, beside a prompt of {n_long:,}", "ms"), *(gap * MS for gap in beside))
@@ -86,7 +87,7 @@ async def gaps(turn: Turn) -> Measured:
 
 
 async def _undisturbed(streams: Sequence[Stream], n_pieces: int) -> list[float]:
-    """The gaps of the next so many pieces of each."""
+    """Seconds between the next `n_pieces` pieces of each stream."""
     started = max(stream.moments[-1] for stream in streams)
     await grown(streams, n_pieces)
     return list(_gaps(streams, started, min(stream.moments[-1] for stream in streams)))
@@ -102,8 +103,10 @@ def _add_rate(measured: Measured, title: str, streams: Sequence[Stream]) -> None
 
 
 def together(streams: Sequence[Stream]) -> tuple[float, float]:
-    """Tokens of all streams, and seconds, from when the last one began to when the first one ended. Raises `CutShort`
-    if that was before."""
+    """Tokens of all streams while all of them ran, and the seconds of that time.
+
+    Raises `CutShort` if the first stream ended before the last one began.
+    """
     started = max(stream.first for stream in streams)
     ended = min(stream.moments[-1] for stream in streams)
     if ended <= started:
@@ -115,8 +118,11 @@ def together(streams: Sequence[Stream]) -> tuple[float, float]:
 
 
 def _gaps(streams: Sequence[Stream], started: float, ended: float) -> Iterator[float]:
-    """Those that end after `started` and begin before `ended`. Tokens that come at once have none between them: none
-    that is felt, and the others would look rarer than they are."""
+    """The gaps that end after `started` and begin before `ended`, in seconds.
+
+    Tokens that arrive together count as one. A client notices no gap between them, and counting gaps of zero would make
+    long gaps look rarer than they are.
+    """
     for stream in streams:
         moments = dict.fromkeys(stream.moments)
         yield from (after - before for before, after in pairwise(moments) if after > started and before < ended)

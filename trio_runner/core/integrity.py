@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from trio_runner.core.prompt import Item, MediaRow, common_prefix, n_positions
+from trio_runner.core.sequence import takes_embed_slot
 from trio_runner.core.snapshot import SchedulerState, SequenceState, SlotState
 from trio_runner.info import Capabilities
 
@@ -30,7 +31,7 @@ def check(state: SchedulerState, capabilities: Capabilities) -> None:
         _check_waiting(sequence, capabilities)
     both = state.running.keys() & state.waiting.keys()
     _require(not both, f"sequences {sorted(both)} run and wait")
-    generating = [sequence for sequence in state.running.values() if not sequence.spec.embedding]
+    generating = [one for one in state.running.values() if not takes_embed_slot(one.spec, capabilities)]
     _require(bool(generating) or not state.crowded, "the KV cache is called full, but no sequence holds it")
     _require(
         0 < state.max_rows <= capabilities.max_rows,
@@ -66,7 +67,7 @@ def _check_owners(state: SchedulerState, capabilities: Capabilities) -> None:
     embed_slots = {slot.id for slot in state.embed_slots}
     for uid, sequence in state.running.items():
         _require(
-            (sequence.slot in embed_slots) == sequence.spec.embedding,
+            (sequence.slot in embed_slots) == takes_embed_slot(sequence.spec, capabilities),
             f"sequence {uid} is in slot {sequence.slot}, which is not for its kind of request",
         )
     n_busy = sum(slot.busy for slot in state.slots)
@@ -90,10 +91,9 @@ def _check_parked(state: SchedulerState) -> None:
 
 def _check_reserved(state: SchedulerState, capabilities: Capabilities) -> None:
     """Texts to embed and encoder tokens, each of which must go into one batch, have their rows reserved."""
-    needed = {
-        sequence.slot: len(sequence.spec.prompt if sequence.spec.embedding else sequence.spec.encoder_tokens)
-        for sequence in state.running.values()
-        if sequence.spec.embedding or sequence.spec.encoder_tokens
+    needed = {one.slot: len(one.spec.encoder_tokens) for one in state.running.values() if one.spec.encoder_tokens}
+    needed |= {
+        one.slot: len(one.spec.prompt) for one in state.running.values() if takes_embed_slot(one.spec, capabilities)
     }
     _require(dict(state.reserved) == needed, f"reserved rows are {dict(state.reserved)}, where {needed} are needed")
     n_reserved = sum(needed.values())

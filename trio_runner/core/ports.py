@@ -18,7 +18,7 @@ from trio_runner.info import Capabilities, ModelInfo, Placement
 from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 
 class Sampler(Protocol):

@@ -39,7 +39,7 @@ from trio_runner.core.following import MIN_FOLLOW, Following
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
 from trio_runner.core.rows import next_chunk, next_kind
-from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason, no_slot
+from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason, no_slot, takes_embed_slot
 from trio_runner.core.slots import Slot, SlotPool
 from trio_runner.core.snapshot import SchedulerState, sequence_states, slot_states
 from trio_runner.core.turns import Turns
@@ -97,9 +97,9 @@ class Scheduler:
         """Queue a sequence. Its uid must be higher than all before.
 
         Interactive sequences go before background ones, and otherwise the first come are the first served. Embeddings
-        have slots of their own.
+        have slots of their own, except long texts.
         """
-        self._waiting[spec.uid] = Sequence(spec)
+        self._waiting[spec.uid] = Sequence(spec, takes_embed_slot(spec, self._capabilities))
 
     def cancel(self, uid: int) -> None:
         """End a sequence without another event. Its slot keeps what was decoded, so that the same prompt goes on from
@@ -212,12 +212,12 @@ class Scheduler:
     # -- admission: from waiting to running and back ------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while (sequence := self._first_waiting(embedding=True)) is not None:
+        while (sequence := self._first_waiting(in_embed_slot=True)) is not None:
             embed_slot = self._pool.acquire_for_embedding(len(sequence.pending), sequence.spec.cache_key)
             if embed_slot is None:
                 break
             self._start(sequence, embed_slot)
-        while not self._crowded and (sequence := self._first_waiting(embedding=False)) is not None:
+        while not self._crowded and (sequence := self._first_waiting(in_embed_slot=False)) is not None:
             acquired = self._acquire(sequence)
             while acquired is None and not sequence.spec.background and self._preempt_background():
                 acquired = self._acquire(sequence)
@@ -239,11 +239,11 @@ class Scheduler:
             n_encoder_tokens=len(spec.encoder_tokens),
         )
 
-    def _first_waiting(self, *, embedding: bool) -> Sequence | None:
+    def _first_waiting(self, *, in_embed_slot: bool) -> Sequence | None:
         candidates = (
             (sequence.spec.background, sequence.spec.uid)
             for sequence in self._waiting.values()
-            if sequence.spec.embedding == embedding and not sequence.paused
+            if sequence.in_embed_slot == in_embed_slot and not sequence.paused
         )
         first = min(candidates, default=None)
         return None if first is None else self._waiting[first[1]]
@@ -259,8 +259,8 @@ class Scheduler:
 
     def _preempt_background(self) -> bool:
         """Take the slot of the background sequence that came last; False when there is none."""
-        specs = (sequence.spec for sequence in self._running.values())
-        uids = [spec.uid for spec in specs if spec.background and not spec.embedding]
+        running = self._running.values()
+        uids = [one.spec.uid for one in running if one.spec.background and not one.in_embed_slot]
         if uids:
             self._preempt(self._running[max(uids)])
         return bool(uids)
@@ -279,7 +279,7 @@ class Scheduler:
         if sequence.spec.uid in self._running:
             self._leave_slot(sequence)
             self._faults.forget(sequence.spec.uid)
-            self._crowded = self._crowded and sequence.spec.embedding
+            self._crowded = self._crowded and sequence.in_embed_slot
 
     def _leave_slot(self, sequence: Sequence, *, parked_for: int | None = None) -> None:
         del self._running[sequence.spec.uid]
@@ -387,7 +387,7 @@ class Scheduler:
             self._cache.empty(slot)
         if idle:
             return True
-        generating = [sequence for sequence in self._running.values() if not sequence.spec.embedding]
+        generating = [sequence for sequence in self._running.values() if not sequence.in_embed_slot]
         if len(generating) > 1:
             victim = max(generating, key=lambda sequence: (sequence.spec.background, sequence.spec.uid))
             slot = victim.slot

@@ -11,6 +11,7 @@ from trio_runner.core.slots import Slot
 from trio_runner.core.stop import StopMatcher
 from trio_runner.core.utf8 import Utf8Assembler
 from trio_runner.events import FinishReason, SampledToken, TextPiece, Usage
+from trio_runner.info import Capabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,12 @@ class SequenceSpec:
         return (self.adapters, self.encoder_tokens) if self.adapters or self.encoder_tokens else None
 
 
+def takes_embed_slot(spec: SequenceSpec, capabilities: Capabilities) -> bool:
+    """Whether the sequence runs in a slot for embeddings. Those slots together hold no more rows than one batch. A
+    longer text, if its last row gives its embedding, takes a slot like a generation."""
+    return spec.embedding and not (capabilities.embeds_last_row and len(spec.prompt) > capabilities.max_rows)
+
+
 def no_slot() -> Slot:
     """What a sequence that waits has instead of a slot."""
     return Slot(-1)
@@ -51,6 +58,8 @@ class Sequence:
     While the sequence waits for a slot, all of it is pending."""
 
     spec: SequenceSpec
+    in_embed_slot: bool = False
+    """It runs in a slot for embeddings; see `takes_embed_slot`."""
     pending: list[Item] = field(init=False)
     kind: BatchKind = field(init=False)
     """The kind of batch for its tokens, except for those that give its embedding."""

@@ -1,4 +1,4 @@
-"""Sampler: how one sequence chooses its tokens, from `SamplingParams`."""
+"""Sampler: chooses the tokens of one sequence, as `SamplingParams` say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BY_NAME: Final = tuple(
 
 
 class Sampler:
-    """A sampler of one sequence, to be used by one thread at a time. Made by `Model.sampler`, which checks tokens.
+    """A sampler of one sequence, for one thread at a time. `Model.sampler` creates it, and checks the tokens first.
 
     Raises `InvalidGrammar` for a grammar that does not parse or would cost too much.
     """
@@ -60,5 +60,5 @@ class Sampler:
         return self._handle
 
     def close(self) -> None:
-        """Free it. Idempotent."""
+        """Free the sampler. May be called more than once."""
         self._handle = None

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
-from hypercorn.trio.worker_context import WorkerContext
 
+from trio_runner.interface import EngineInterface
 from trio_runner.server.access import Access, host_names
 from trio_runner.server.app import MAX_BODY_BYTES, create_app
-from trio_runner.server.connection import Connection
+from trio_runner.server.asgi import Application
+from trio_runner.server.connection import MAKES_ROOM, Connection, Service
+from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
-
-if TYPE_CHECKING:
-    from hypercorn.typing import ASGIFramework
-
-    from trio_runner.engine.engine import Engine
 
 MAX_CONNECTIONS = 512
 KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 1.0
-"""For answers that are complete, when the server stops, to reach clients that read."""
+"""Seconds in which complete answers may still reach their clients when the server stops."""
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n"
@@ -37,7 +29,7 @@ _FULL = (
 
 
 async def serve(
-    engine: Engine,
+    engine: EngineInterface,
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
@@ -47,19 +39,22 @@ async def serve(
     allowed_origins: Iterable[str] = (),
     adapter_dir: Path | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    dialects: Sequence[Dialect] = DIALECTS,
     shutdown: trio.Event | None = None,
     drain_timeout: float = 5.0,
     max_connections: int = MAX_CONNECTIONS,
     task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `engine`, which may still be loading, until `shutdown` is set; started with the (host, port) bound.
+    """Serve `engine`, which may still be loading, until `shutdown` is set. When it listens, `task_status` is given the
+    (host, port) of each listener.
 
-    On shutdown the engine is drained while /health still answers; then nothing new is accepted, and what cannot be
-    written within a second is dropped. So it returns within `drain_timeout` and little more, whatever clients do.
-    Cancel it to stop at once. Closes `listeners`, given or not.
+    On shutdown the engine is drained, while /health still answers. Then no more connections are accepted, and what
+    cannot be written within a second is dropped. So this returns soon after `drain_timeout`, whatever clients do.
+    Cancel it to stop at once. It closes `listeners` in any case.
 
-    A client that takes nothing of its answer for as long as the engine's `stall_timeout` is dropped. Beyond
-    `max_connections`, the one that has been idle longest is closed for each that comes; if none is, the answer is 503.
+    A client that takes nothing of its answer for the engine's `stall_timeout` is disconnected. When `max_connections`
+    are open and another client connects, a connection that serves no request is closed for it, the one that has been
+    idle longest first. If all of them serve requests, the new client is answered with 503.
 
     Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
     """
@@ -75,7 +70,9 @@ async def serve(
             hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
             origins=frozenset(origin.lower() for origin in allowed_origins),
         )
-        app = create_app(engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir)
+        app = create_app(
+            engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir, dialects=dialects
+        )
         server = _Server(app, engine.config.stall_timeout, max_connections)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
@@ -86,7 +83,7 @@ async def serve(
                 await engine.drain(drain_timeout)
                 accepting.cancel_scope.cancel()
             close_all(listeners)
-            await server.wind_down()
+            server.wind_down()
             connections.cancel_scope.deadline = trio.current_time() + FLUSH_SECONDS
     finally:
         close_all(listeners)
@@ -95,53 +92,46 @@ async def serve(
 class _Server:
     """The connections that are open, and what they share."""
 
-    def __init__(self, app: ASGIFramework, stall_timeout: float, max_connections: int) -> None:
-        self._app = ASGIWrapper(app)
-        self._config = Config()
-        self._config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-        self._config.keep_alive_max_requests = sys.maxsize
-        self._config.h11_max_incomplete_size = 1 << 16
-        self._config.include_server_header = False
-        self._config.accesslog = None
-        self._config.errorlog = logging.getLogger("trio_runner.server.asgi")
-        self._context = WorkerContext(None)
-        self._stall_timeout = stall_timeout
+    def __init__(self, app: Application, stall_timeout: float, max_connections: int) -> None:
+        self._service = Service(app, stall_timeout, KEEP_ALIVE_SECONDS)
         self._max_connections = max_connections
         self._open: set[Connection] = set()
         self._turned_away = 0
 
     def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
-        """Serve `sock`, or turn it away if there are too many and all of them busy."""
+        """Serve `sock`, or turn it away if there are too many connections and each is serving a request."""
         if len(self._open) < self._max_connections or self._make_room():
-            nursery.start_soon(self._serve, sock)
+            connection = Connection(sock, self._service)
+            self._open.add(connection)
+            nursery.start_soon(self._serve, connection)
         elif self._turned_away < self._max_connections:
             nursery.start_soon(self._turn_away, sock)
         else:
             sock.close()
 
-    async def wind_down(self) -> None:
-        """Close connections that serve nothing, and make the others close after their answer."""
-        await self._context.terminated.set()
+    def wind_down(self) -> None:
+        """Close connections that serve no request, and make the others close after their answer."""
+        self._service.closing = True
         for connection in list(self._open):
-            connection.close_if_idle()
+            connection.close_if_unasked()
 
     def _make_room(self) -> bool:
-        for connection in sorted(self._open, key=lambda connection: connection.idle_since):
-            if connection.make_room():
-                self._open.discard(connection)  # its task ends a little later
-                return True
+        for state in MAKES_ROOM:
+            candidates = (connection for connection in self._open if connection.state is state)
+            for connection in sorted(candidates, key=lambda connection: connection.since):
+                if connection.make_room():
+                    self._open.discard(connection)  # its task ends a little later
+                    return True
         return False
 
-    async def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(sock, self._app, self._config, self._context, stall_timeout=self._stall_timeout)
-        self._open.add(connection)
+    async def _serve(self, connection: Connection) -> None:
         try:
             await connection.run()
         finally:
             self._open.discard(connection)
 
     async def _turn_away(self, sock: socket.socket) -> None:
-        """Say why, and wait a moment for the client to hang up, so that it reads the answer."""
+        """Answer 503, and wait a moment for the client to close, so that it reads the answer."""
         self._turned_away += 1
         try:
             with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(OSError):
