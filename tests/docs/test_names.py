@@ -19,13 +19,14 @@ LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]+)?\)")
 NOT_OURS = {"--help", "--hypothesis-profile"}
 
 
-def shell_text() -> str:
-    return "\n".join(block.text for block in blocks("sh", "console"))
+def shell_text(page: Path | None = None) -> str:
+    """What is in the shell blocks of a page, or of all."""
+    return "\n".join(block.text for block in blocks("sh", "console") if page in (None, block.page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_exist(page: Path) -> None:
-    named = {match for span in code_spans(page) for match in PATH.findall(span)} | set(PATH.findall(shell_text()))
+    named = {match for span in code_spans(page) for match in PATH.findall(span)} | set(PATH.findall(shell_text(page)))
     missing = sorted(name for name in named if not list(ROOT.glob(name.rstrip("./"))))
     assert not missing
     linked = {target for target in LINK.findall(read(page)) if not (page.parent / target).exists()}
