@@ -35,6 +35,11 @@ def test_files_exist(page: Path) -> None:
     assert not linked, "links that lead nowhere"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_conflict_of_a_merge_is_left(page: Path) -> None:
+    assert not re.search(r"^(<<<<<<<|>>>>>>>)", read(page), re.MULTILINE)
+
+
 def members_of_classes() -> dict[str, set[str]]:
     members: dict[str, set[str]] = {}
     for path in (ROOT / "trio_runner").rglob("*.py"):
