@@ -36,7 +36,7 @@ python=$PWD/.venv/bin/python
 stamp=.venv/installed
 
 # Everything the installation depends on; the compiled part has its own cache. A checkout that moved counts as new.
-fingerprint() { { pwd; "$python" -VV; cat pyproject.toml setup.py build_llama.py ci/_venv.sh; } 2>&1 | cksum; }
+fingerprint() { { pwd; "$python" -VV; cat pyproject.toml setup.py build_llama.py native/build/*.py ci/_venv.sh; } 2>&1 | cksum; }
 
 if [[ -f $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
   "$python" build_llama.py --inplace
