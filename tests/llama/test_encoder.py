@@ -192,7 +192,7 @@ def test_no_vectors(running: Running) -> None:
     chunk = Chunk(0, 0, 0, (0,), output=True, source=(5, 2))
     result = running.step(chunk, embeddings=True)
     assert result.outcome is DecodeOutcome.INVALID
-    assert "no vectors" in result.message
+    assert "no embeddings" in result.message
 
 
 def test_flash_attention_is_left_out(models: Models) -> None:

@@ -365,7 +365,7 @@ def test_aborted_image_leaves_nothing(models: Models, name: str) -> None:
     assert say(running, image.items, image) == expected
 
 
-def test_rows_that_look_both_ways_do(models: Models) -> None:
+def test_rows_with_non_causal_attention_do(models: Models) -> None:
     """With the same rows, attention that only looks back gives another text; and text is as it was before."""
     running = open_pair(models, "swa")
     text = tokens_of(running.generate("the model"))
@@ -602,7 +602,7 @@ def test_batches_of_rows(models: Models, name: str, changes: dict[str, Any]) -> 
     del kept
 
 
-def test_rows_that_look_both_ways_must_fit_into_a_micro_batch(models: Models) -> None:
+def test_rows_with_non_causal_attention_must_fit_into_a_micro_batch(models: Models) -> None:
     shim = Shim(models)
     model = shim.running.model.handle
     params = {"n_ctx": 256, "n_batch": 64, "n_ubatch": 16, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}
@@ -610,11 +610,11 @@ def test_rows_that_look_both_ways_must_fit_into_a_micro_batch(models: Models) ->
     out = shim.ffi.new("trio_context **")
     assert shim.lib.trio_context_open(model, shim.ffi.new("trio_context_params *", params), out) == 0
     context = shim.ffi.gc(out[0], shim.lib.trio_context_free)
-    batch, kept = rows_batch(shim, 17, both_ways=1)
+    batch, kept = rows_batch(shim, 17, non_causal=1)
     shim.refused("trio_step", context, batch, shim.ffi.NULL, shim.ffi.NULL)
     batch, kept = rows_batch(shim, 17)
     assert shim.lib.trio_step(context, batch, shim.ffi.NULL, shim.ffi.NULL) == 0
-    batch, kept = rows_batch(shim, 16, positions=np.arange(17, 33, dtype=np.int32), both_ways=1)
+    batch, kept = rows_batch(shim, 16, positions=np.arange(17, 33, dtype=np.int32), non_causal=1)
     assert shim.lib.trio_step(context, batch, shim.ffi.NULL, shim.ffi.NULL) == 0
     del kept
 

@@ -352,7 +352,7 @@ class Context:
             inputs = self._fill_inputs(batch, media) if batch.of_media else None
             self._batch.inputs = self._ffi.NULL if inputs is None else self._ffi.from_buffer("float[]", inputs)
             self._batch.tokens = self._native_tokens if inputs is None else self._ffi.NULL
-            self._batch.both_ways = not batch.causal
+            self._batch.non_causal = not batch.causal
             if not batch.embeddings:
                 self._fill_request(outputs, samplers)
             request, result = (self._ffi.NULL, self._ffi.NULL) if batch.embeddings else (self._request, self._result)

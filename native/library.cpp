@@ -1,6 +1,6 @@
 // The library as a whole: errors, asserts, the log, backends. See trio_llama.h for what each function promises.
 
-#include "trio_internal.h"
+#include "internal.h"
 
 #include <algorithm>
 #include <chrono>

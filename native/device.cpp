@@ -1,6 +1,6 @@
 // Devices: those that the backends found on this machine, and those of rpc-servers.
 
-#include "trio_internal.h"
+#include "internal.h"
 
 #include <algorithm>
 #include <map>
