@@ -13,7 +13,7 @@ NO_ENVIRONMENT = ("CC", "CXX", "CFLAGS", "CMAKE_ARGS", "TRIO_RUNNER_BACKENDS", "
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An empty cache, and none of the variables somebody may have set."""
+    """An empty cache, and none of the variables that change a build."""
     for name in (*NO_ENVIRONMENT, "TRIO_RUNNER_CPU_VARIANTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRIO_RUNNER_CACHE", str(tmp_path / "cache"))

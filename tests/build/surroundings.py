@@ -1,4 +1,4 @@
-"""Machines to build on: programs that are shell scripts, source trees with hardly a file, what a build prints."""
+"""Helpers: programs that are shell scripts, source trees of a few files, and runs of build_llama.py that must fail."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def source_tree(root: Path) -> Path:
     return root
 
 
-def one_line_of_complaint(arguments: list[str], **environment: str) -> str:
-    """Runs the script, which must fail, and returns the only line it prints."""
+def error_line(arguments: list[str], **environment: str) -> str:
+    """Runs build_llama.py, which must fail, and returns the only line that it prints."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         env=os.environ | environment,
@@ -51,8 +51,10 @@ def one_line_of_complaint(arguments: list[str], **environment: str) -> str:
 
 
 def fake_tools(directory: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
-    """Puts compilers, a CMake that makes its build directory and a Ninja first on PATH; `scripts` replace what the
-    latter two do."""
+    """Puts fake compilers, a CMake that makes its build directory, and a Ninja first on PATH.
+
+    `scripts` replace what they do.
+    """
     for name, text in {"cc": "1.0", "c++": "1.0", "cmake": "cmake version 3.25.1", "ninja": "1.11.1"}.items():
         script = scripts.get(name, 'while [ "$1" != -B ]; do shift; done; mkdir -p "$2"')
         program(directory / name, f'if [ "$1" = --version ]; then echo {text}; exit 0; fi; {script}')
@@ -60,7 +62,7 @@ def fake_tools(directory: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str)
 
 
 def archive(path: Path, files: dict[str, bytes]) -> Pin:
-    """Writes a source distribution, and returns the pin that fits it."""
+    """Writes a source distribution. Returns the pin for it."""
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(name)

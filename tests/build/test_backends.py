@@ -15,7 +15,7 @@ from native.build.tools import BuildTools, Compilers
 from tests.build.surroundings import fake_tools, program, source_tree
 
 
-def test_all_that_backends_lack_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_backends_lack_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lacks = ("vulkan|glslc|glslc", "vulkan|libvulkan|libvulkan-dev", "cuda|nvcc (on PATH)|a-toolkit", "metal|macOS|")
     fake_tools(tmp_path / "bin", monkeypatch, cmake="; ".join(f"echo '-- trio lacks: {lack}'" for lack in lacks))
     with pytest.raises(BuildError) as caught:
@@ -29,7 +29,7 @@ def test_all_that_backends_lack_is_one_line(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """The real CMake looks for what backends need, but not where this machine has its own."""
+    """Has the real CMake look for what backends need, but not in the directories of this machine."""
     monkeypatch.setenv("VULKAN_SDK", str(tmp_path / "none"))
     monkeypatch.delenv("CMAKE_PREFIX_PATH", raising=False)
     hidden = ("CMAKE_SYSTEM_PATH", "SYSTEM_ENVIRONMENT_PATH", "CMAKE_SYSTEM_PACKAGE_REGISTRY", "PACKAGE_ROOT_PATH")
@@ -46,7 +46,7 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
     return look
 
 
-def test_cmake_says_what_is_not_there(look: Callable[[str], None]) -> None:
+def test_cmake_reports_what_is_missing(look: Callable[[str], None]) -> None:
     with pytest.raises(BuildError) as caught:
         look("vulkan,opencl,hip")
     assert str(caught.value) == (
@@ -69,14 +69,14 @@ def test_cmake_finds_what_its_arguments_name(look: Callable[[str], None], tmp_pa
     look("vulkan")
 
 
-def test_where_cmake_fails_otherwise_the_build_goes_on(
+def test_another_failure_of_cmake_is_left_to_the_build(
     look: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_TOOLCHAIN_FILE=/not/there")
     look("vulkan")
 
 
-def test_what_needs_nothing_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_backends_are_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tools(tmp_path / "bin", monkeypatch, cmake="exit 1")
     monkeypatch.setenv("TRIO_RUNNER_LLAMA_SOURCE", str(source_tree(tmp_path / "source")))
     with pytest.raises(BuildError, match="failed while configuring"):

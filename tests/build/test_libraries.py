@@ -1,4 +1,4 @@
-"""Compiling and installing, with a CMake and a Ninja that only pretend."""
+"""Compiling and installing, with a fake CMake and a fake Ninja."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_failing_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: s
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[str]]]:
-    """A machine on which everything is built at once. Returns what asks for the commands of CMake and Ninja since."""
+    """A machine where every build succeeds at once. A call returns the commands of CMake and Ninja since the last."""
     ninja = 'bin=$2/bin; mkdir -p "$bin"; shift 3; for t in "$@"; do echo | tee "$bin/lib$t.so" >"$bin/$t"; done'
     cmake = 'case "$*" in *GGML_CUDA=ON*) test -e %s || exit 1;; esac; echo "-- trio lacks nothing"'
     fake_tools(tmp_path / "bin", monkeypatch, cmake=cmake % (tmp_path / "cuda"), ninja=ninja)
@@ -59,13 +59,13 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
 
 
 def defined(command: list[str]) -> set[str]:
-    """What a command of CMake turns on, of backends and programs."""
+    """The backends and programs that a CMake command turns on."""
     names = {backend.option: name for name, backend in config.BACKENDS.items()}
     names |= {program.option: name for name, program in config.PROGRAMS.items()}
     return {name for option, name in names.items() if f"-D{option}=ON" in command}
 
 
-def test_what_cmake_has_once_defined_stays_defined(commands: Callable[[], list[list[str]]]) -> None:
+def test_backends_stay_defined_in_cmake(commands: Callable[[], list[list[str]]]) -> None:
     pipeline.build(Selection.parse("cpu,opencl"))
     look, cmake, ninja = commands()
     assert "-DTRIO_CHECK_ONLY=ON" in look
@@ -81,14 +81,12 @@ def test_what_cmake_has_once_defined_stays_defined(commands: Callable[[], list[l
     pipeline.build(Selection.parse("cpu,opencl"))
     assert commands() == []
 
-    pipeline.build(Selection.parse("cpu,rpc"))  # which nothing has to be looked for for
+    pipeline.build(Selection.parse("cpu,rpc"))  # which needs nothing, so nothing is checked
     cmake, ninja = commands()
     assert defined(cmake) == {"cpu", "opencl", "rpc"}
 
 
-def test_what_cmake_had_defined_is_dropped_where_it_fails_now(
-    commands: Callable[[], list[list[str]]], tmp_path: Path
-) -> None:
+def test_backends_that_fail_now_are_no_longer_defined(commands: Callable[[], list[list[str]]], tmp_path: Path) -> None:
     (tmp_path / "cuda").touch()
     pipeline.build(Selection.parse("cpu,cuda"))
     commands()
@@ -101,11 +99,11 @@ def test_what_cmake_had_defined_is_dropped_where_it_fails_now(
 
 
 @pytest.mark.parametrize(("name", "target"), [("llama-server", "llama-server"), ("rpc-server", "ggml-rpc-server")])
-def test_a_program_is_one_more_target_in_the_tree_of_the_libraries(
+def test_a_program_is_built_beside_the_libraries(
     commands: Callable[[], list[list[str]]], name: str, target: str
 ) -> None:
     plugins = {"rpc"} if name == "rpc-server" else set()
-    for _ in range(2):  # whoever asks for it gets it brought up to date
+    for _ in range(2):  # each build that names it brings it up to date
         pipeline.build(Selection.parse("cpu"), programs=[name])
         *cmake, ninja = commands()
         assert {target, *(f"ggml-{plugin}" for plugin in plugins)} <= set(ninja)
@@ -194,7 +192,7 @@ def test_sync_touches_only_what_differs(tmp_path: Path) -> None:
     assert (target / "a.cpp").stat().st_mtime == (target / "patches/a.cpp").stat().st_mtime == 1
 
 
-def test_install_copies_what_differs_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_install_copies_what_differs_and_deletes_the_rest(tmp_path: Path) -> None:
     tree, package = tmp_path / "tree", tmp_path / "package"
     selection = Selection(("cpu",), ())
     (tree / "lib").mkdir(parents=True)

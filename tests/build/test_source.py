@@ -20,9 +20,7 @@ from tests.build.surroundings import archive
         ("rpc-server", {"tools/rpc/CMakeLists.txt"}),
     ],
 )
-def test_unpacking_keeps_what_the_build_needs_and_when_it_was_made(
-    tmp_path: Path, name: str, of_program: set[str]
-) -> None:
+def test_unpacking_keeps_the_needed_files_and_their_times(tmp_path: Path, name: str, of_program: set[str]) -> None:
     top = "some_package-1.0/vendor/llama.cpp/"
     pin = archive(
         tmp_path / "some_package-1.0.tar.gz",
@@ -62,7 +60,7 @@ BACKEND_THAT_MUST_NOT_RUN = b"[build-system]\nrequires = ['not-there']\nbuild-ba
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that is all the package index the real pip knows."""
+    """A directory that is the only package index of the real pip."""
     directory = tmp_path / "index"
     directory.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -71,7 +69,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def test_pip_hands_over_the_archive_and_runs_nothing_of_it(index: Path, tmp_path: Path) -> None:
+def test_pip_downloads_the_archive_and_runs_none_of_its_code(index: Path, tmp_path: Path) -> None:
     files = {"some_package-1.0/pyproject.toml": BACKEND_THAT_MUST_NOT_RUN, "some_package-1.0/PKG-INFO": b""}
     pin = archive(index / "some_package-1.0.tar.gz", files)
     fetched = source.fetch(pin, tmp_path, tmp_path / "log.txt")

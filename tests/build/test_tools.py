@@ -15,18 +15,18 @@ import pytest
 from native.build import pep517, pipeline
 from native.build.config import BuildError, Selection
 from native.build.tools import BuildTools, locked
-from tests.build.surroundings import SCRIPT, fake_tools, one_line_of_complaint, program, source_tree
+from tests.build.surroundings import SCRIPT, error_line, fake_tools, program, source_tree
 
 
 def test_no_compiler() -> None:
-    line = one_line_of_complaint([], PATH="")
+    line = error_line([], PATH="")
     assert "no C compiler found" in line
     assert "install" in line
 
 
 def test_a_compiler_that_does_not_run(tmp_path: Path) -> None:
     broken = program(tmp_path / "broken", "exit 1")
-    assert "no C++ compiler found" in one_line_of_complaint([], CXX=str(broken))
+    assert "no C++ compiler found" in error_line([], CXX=str(broken))
 
 
 def test_no_cmake_and_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +44,7 @@ def test_no_cmake_and_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert pep517.get_requires_for_build_wheel() == []
 
 
-def test_a_build_directory_keeps_its_tools_while_they_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_directory_keeps_its_tools_while_they_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for directory, versions in ((first, ("3.25.1", "1.11.1")), (second, ("4.1.0", "1.13.0"))):
         program(directory / "cmake", f"echo cmake version {versions[0]}")
@@ -64,7 +62,7 @@ def test_a_build_directory_keeps_its_tools_while_they_are_there(
     assert BuildTools.find(remembered).cmake_version == "cmake version 4.1.0"
 
 
-def test_tools_beside_this_python_are_found_by_what_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cmake_finds_the_ninja_beside_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     venv = tmp_path / "venv"
     program(venv / "ninja", "echo 1.13.0")
     script = 'if [ "$1" = --version ]; then echo cmake version 4.1.0; else ninja --version; exit 1; fi'
@@ -86,7 +84,7 @@ def test_no_disk_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pipeline.build(Selection.parse())
 
 
-def test_the_disk_fills_up_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_fills_up_during_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     def sync(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
@@ -97,11 +95,11 @@ def test_the_disk_fills_up_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "TRIO_RUNNER_CACHE" in one_line_of_complaint([], TRIO_RUNNER_CACHE=str(tmp_path / "file"))
+    assert "TRIO_RUNNER_CACHE" in error_line([], TRIO_RUNNER_CACHE=str(tmp_path / "file"))
 
 
-def test_a_source_directory_that_is_none(tmp_path: Path) -> None:
-    line = one_line_of_complaint([], TRIO_RUNNER_LLAMA_SOURCE=str(tmp_path))
+def test_a_directory_that_is_not_llama_cpp(tmp_path: Path) -> None:
+    line = error_line([], TRIO_RUNNER_LLAMA_SOURCE=str(tmp_path))
     assert f"TRIO_RUNNER_LLAMA_SOURCE={tmp_path} is not a llama.cpp source tree: it has no CMakeLists.txt" in line
 
 
