@@ -99,6 +99,7 @@ def configure(
         "LLAMA_BUILD_COMMIT": "local" if directory.source else directory.pin.commit,
         "LLAMA_SOURCE": str(source),
         "SOURCE_PREFIX": str(source),
+        "TRIO_PATCHES": str(directory.patches),
     }
     command = cmake_command(tools, directory.native, directory.cmake, options)
     state = json.dumps({"tools": dataclasses.asdict(tools), "command": command, "defined": sorted(defined)})

@@ -5,6 +5,8 @@
     <cache>/build/source/<sha256>/   llama.cpp, unpacked
     <cache>/build/<key>/native/      the C++ and CMake files of native/, copied: objects do not depend on where the
                                      checkout is
+    <cache>/build/<key>/patches/     the files of native/patches/, copied. They are not in the copy of native/, because
+                                     builds from before there were patches stop at a directory in there
     <cache>/build/<key>/cmake/       the CMake build directory; in its bin/ the programs that were asked for
     <cache>/build/<key>/lib/         the finished libraries, stripped
     <cache>/build/<key>/log.txt      what pip, CMake, Ninja and the compilers printed
@@ -21,6 +23,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +58,10 @@ class BuildDirectory:
     @property
     def native(self) -> Path:
         return self.path / "native"
+
+    @property
+    def patches(self) -> Path:
+        return self.path / "patches"
 
     @property
     def cmake(self) -> Path:
@@ -99,8 +106,8 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-NATIVE_FILES = ("*.h", "*.cpp", "CMakeLists.txt", "*.cmake", "patches/*")
-"""The files of native/ that are compiled or read by CMake. Anything else there may change without a rebuild."""
+NATIVE_FILES = ("*.h", "*.cpp", "*.cmake", "CMakeLists.txt")
+"""The files that are compiled or read by CMake. Anything else in native/ may change without a rebuild."""
 
 
 def sync(source: Path, target: Path, patterns: Sequence[str] = NATIVE_FILES) -> None:
@@ -108,22 +115,19 @@ def sync(source: Path, target: Path, patterns: Sequence[str] = NATIVE_FILES) -> 
 
     Equal files keep their time, so that Ninja sees a change only where there is one.
     """
-    wanted = {path.relative_to(source) for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     target.mkdir(parents=True, exist_ok=True)
-    for path in _files(target):
-        if path not in wanted:
-            (target / path).unlink()
-    for path in wanted:
-        content = (source / path).read_bytes()
-        if not (target / path).exists() or (target / path).read_bytes() != content:
-            (target / path).parent.mkdir(exist_ok=True)
-            (target / path).write_bytes(content)
+    wanted = {path.name: path for pattern in patterns for path in source.glob(pattern)}
+    for path in target.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in wanted:
+            path.unlink()
+    for name, path in wanted.items():
+        content = path.read_bytes()
+        if not (target / name).exists() or (target / name).read_bytes() != content:
+            (target / name).write_bytes(content)
 
 
 def state(directory: Path) -> dict[str, str]:
-    """The hash of every file in the directory, by its path in there."""
-    return {path.as_posix(): hashlib.sha256((directory / path).read_bytes()).hexdigest() for path in _files(directory)}
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    """The hash of every file in the directory, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}

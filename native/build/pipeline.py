@@ -50,12 +50,14 @@ def _prepare(directory: BuildDirectory, selection: Selection) -> None:
     if directory.log.exists() and directory.log.stat().st_size > _MAX_LOG_BYTES:
         directory.log.unlink()
     sync(NATIVE, directory.native)
+    sync(NATIVE / "patches", directory.patches)
 
 
 def _compile(directory: BuildDirectory, selection: Selection, programs: Sequence[str]) -> None:
     """Compile, unless the very same was compiled last. Programs and a source tree of the user's own are always looked
     at: nothing here knows whether they changed."""
-    inputs = digest(state(directory.native), selection.options(), selection.targets, str(directory.source))
+    files = state(directory.native), state(directory.patches)
+    inputs = digest(files, selection.options(), selection.targets, str(directory.source))
     built = directory.path / "built.json"
     if not programs and directory.source is None and built.exists() and built.read_text("utf-8") == inputs:
         return
