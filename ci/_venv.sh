@@ -1,5 +1,5 @@
-# Sourced by the other scripts: goes to the root of the checkout and makes .venv there, with llama.cpp compiled, the
-# project installed in editable mode and everything the tests need. Sets $python. Takes a second when nothing changed.
+# Sourced by the other scripts. Changes to the root of the checkout, compiles llama.cpp, and makes .venv there with the
+# project in editable mode and everything that the tests need. Sets $python. Takes a second if nothing has changed.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,7 +8,7 @@ unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 say() { printf 'ci: %s\n' "$*" >&2; }
 
-# Says what the machine lacks, all at once, before anything is started. $1: the Python to start from.
+# Reports everything that the machine lacks, before anything else starts. $1: the Python to make .venv with.
 check_machine() {
   local missing=()
   if ! command -v "$1" >/dev/null; then
@@ -35,7 +35,8 @@ base=${PYTHON:-python3}
 python=$PWD/.venv/bin/python
 stamp=.venv/installed
 
-# Everything the installation depends on; the compiled part has its own cache. A checkout that moved counts as new.
+# Everything that the installation depends on. The compiled libraries have a cache of their own. A checkout that was
+# moved counts as a new one.
 fingerprint() { { pwd; "$python" -VV; cat pyproject.toml setup.py build_llama.py native/build/*.py ci/_venv.sh; } 2>&1 | cksum; }
 
 if [[ -f $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
@@ -52,7 +53,7 @@ else
   tools=$("$python" -c 'import build_llama; print(*build_llama.get_requires_for_build_wheel())')
   # shellcheck disable=SC2086 # a list of words
   [[ -z $tools ]] || "$python" -m pip install -qq $tools
-  # Compiled here rather than from within pip, which would hide the progress line.
+  # Compile here and not inside pip, which would hide the progress line.
   "$python" build_llama.py --inplace
   say "installing trio-runner and the test requirements"
   "$python" -m pip install -qq --no-build-isolation --editable . --group test

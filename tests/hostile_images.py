@@ -1,4 +1,4 @@
-"""Files that are no picture to be shown to a model: cut short, damaged, lying, animated, exotic, or no image at all."""
+"""Files that are refused as images: cut short, damaged, lying, animated, of other formats, or no images at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def noise(width: int = 40, height: int = 30, seed: int = 0, mode: str = "RGB") -
 
 @cache
 def good_images() -> dict[str, bytes]:
-    """A file of each kind that is taken."""
+    """A file of each kind that is accepted."""
     picture = noise()
     return {
         "png": encoded(picture, "PNG"),
@@ -62,7 +62,7 @@ def png(
     extra: bytes = b"",
     interlaced: int = 0,
 ) -> bytes:
-    """A PNG; `rows` of zeros unless given, `extra` chunks before them."""
+    """A PNG. Its rows are zeros unless `rows` are given, and `extra` chunks stand before them."""
     if rows is None:
         n_bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
         rows = bytes((1 + (min(width, 300) * n_bits + 7) // 8) * min(height, 300))
@@ -96,9 +96,9 @@ def jpeg_segment(marker: int, body: bytes) -> bytes:
 
 @cache
 def hostile_images() -> dict[str, bytes]:
-    """What is wrong with each, and the file."""
+    """The files, by what is wrong with them."""
     images: dict[str, bytes] = {"empty": b"", "one byte": b"\x89", "zeros": bytes(5000)}
-    for make in (_cut, _png, _jpeg, _gif, _webp, _bmp, _animated, _exotic, _random):
+    for make in (_cut, _png, _jpeg, _gif, _webp, _bmp, _animated, _other_formats, _random):
         for name, data in make():
             assert name not in images
             images[name] = data
@@ -126,6 +126,7 @@ def _png() -> Iterator[tuple[str, bytes]]:
         (2**32 - 1, 2**32 - 1),
         (16385, 200),
         (9000, 9000),
+        (13000, 13000),
     ):
         yield f"png, {width} x {height}", png(width, height)
     yield "png, 1000 x 4", png(1000, 4, rows=bytes(3001 * 4))
@@ -157,7 +158,7 @@ def _jpeg() -> Iterator[tuple[str, bytes]]:
     good, progressive = good_images()["jpeg"], good_images()["jpeg, progressive"]
     frame = good.index(b"\xff\xc0")
     scan = good.index(b"\xff\xda")
-    for width, height in ((60000, 60000), (65535, 1), (0, 30), (40, 0), (16384, 4000)):
+    for width, height in ((60000, 60000), (65535, 1), (0, 30), (40, 0), (16384, 4000), (13000, 13000)):
         yield f"jpeg, {width} x {height}", good[: frame + 5] + struct.pack(">HH", height, width) + good[frame + 9 :]
     for name, body in (("two sizes", good[frame : frame + 19]), ("a segment of length 0", b"\xff\xe5\0\0")):
         yield f"jpeg, {name}", good[:frame] + body + good[frame:]
@@ -190,6 +191,14 @@ def _gif() -> Iterator[tuple[str, bytes]]:
         "gif, a frame of 60000 x 60000 to be disposed of",
         screen + b"!\xf9\4\x08\0\0\0\0" + struct.pack("<BHHHHB", 0x2C, 0, 0, 60000, 60000, 0) + b"\2\1\0\0;",
     )
+    yield (
+        "gif, 13000 x 13000 to be disposed of",
+        struct.pack("<6sHHBBB", b"GIF89a", 13000, 13000, 0x80, 0, 0)
+        + bytes(6)
+        + b"!\xf9\4\x08\0\0\0\0"
+        + struct.pack("<BHHHHB", 0x2C, 0, 0, 13000, 13000, 0)
+        + b"\2\1\0\0;",
+    )
     yield "gif, a frame of 0 x 0", screen + struct.pack("<BHHHHB", 0x2C, 0, 0, 0, 0, 0) + b"\2\1\0\0;"
     yield "gif, a frame beside its screen", screen + struct.pack("<BHHHHB", 0x2C, 3, 3, 4, 4, 0) + b"\2\1\0\0;"
     yield "gif, no frame", screen + b";"
@@ -208,6 +217,7 @@ def _webp() -> Iterator[tuple[str, bytes]]:
     good, lossless = good_images()["webp"], good_images()["webp, lossless"]
     canvas = struct.pack("<I", 0) + (59999).to_bytes(3, "little") * 2
     yield "webp, 60000 x 60000", webp((b"VP8X", canvas), (b"VP8 ", good[20:]))
+    yield "webp, 13000 x 13000", webp((b"VP8X", bytes(4) + (12999).to_bytes(3, "little") * 2), (b"VP8 ", good[20:]))
     yield "webp, 2^24 x 2^24", webp((b"VP8X", bytes(4) + b"\xff" * 6), (b"VP8 ", good[20:]))
     yield "webp, 16383 x 16383", good[:26] + b"\xff\x3f\xff\x3f" + good[30:]
     yield "webp, 0 x 0", good[:26] + bytes(4) + good[30:]
@@ -224,7 +234,16 @@ def _webp() -> Iterator[tuple[str, bytes]]:
 
 
 def _bmp() -> Iterator[tuple[str, bytes]]:
-    for width, height in ((0, 4), (4, 0), (-4, 4), (60000, 60000), (60000, -60000), (2**31 - 1, 1), (4, -(2**31))):
+    for width, height in (
+        (0, 4),
+        (4, 0),
+        (-4, 4),
+        (60000, 60000),
+        (60000, -60000),
+        (13000, 13000),
+        (2**31 - 1, 1),
+        (4, -(2**31)),
+    ):
         yield f"bmp, {width} x {height}", bmp(width, height)
     yield "bmp, 4 x 2,000", bmp(4, 2000)
     yield "bmp, fewer rows than it says", bmp(40, 40)
@@ -252,7 +271,7 @@ def _animated() -> Iterator[tuple[str, bytes]]:
     yield "gif, 10,000 frames", gif[:-1] + frame[:11] * 10_000 + b";"
 
 
-def _exotic() -> Iterator[tuple[str, bytes]]:
+def _other_formats() -> Iterator[tuple[str, bytes]]:
     picture = noise()
     for kind in ("TIFF", "ICO", "PPM", "TGA", "PCX", "SGI", "DDS", "JPEG2000", "PDF", "EPS", "XBM", "DIB"):
         image = picture.convert("1") if kind == "XBM" else picture

@@ -1,5 +1,7 @@
-"""Where tiny models are when a test does not say: on the CPU, whatever else the machine has. In tests/devices, they are
-on a device in the same tests."""
+"""The device that tiny models are loaded on.
+
+The default is the CPU, even on a machine with GPUs. tests/devices runs some of the same tests on a device.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ _names: tuple[str, ...] = ()
 
 @contextmanager
 def placed(*names: str) -> Iterator[None]:
-    """In the block, layers go to the devices of these names."""
+    """Load models on the devices with these names for the length of the block."""
     global _names
     before, _names = _names, names
     try:
@@ -30,6 +32,6 @@ def model_config(path: Path, **fields: object) -> ModelConfig:
 
 
 def device_number() -> int | None:
-    """Of the device that a projector goes to; None: the CPU."""
+    """The number of the device that a projector is loaded on; None for the CPU."""
     chosen = choose_devices(devices(), _names, ())
     return chosen[0].number if chosen else None

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from tests.hostile_images import bmp, encoded, good_images, hostile_images, jpeg_segment, noise, png, png_chunk, webp
-from trio_runner import images
 from trio_runner.errors import InvalidImage
-from trio_runner.images import Pixels, is_image_source, load_pixels
+from trio_runner.image_source import MAX_IMAGE_BYTES, is_image_source
+from trio_runner.images import load_pixels
+from trio_runner.pixels import Pixels
 
 HOSTILE = hostile_images()
 SIDES = st.integers(1, 24)
@@ -53,11 +54,11 @@ def refusal(source: Any) -> str:
     return message
 
 
-# What is refused.
+# Files that are refused.
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name: str) -> None:
+def test_a_hostile_file_is_refused_at_once(name: str) -> None:
     started = time.thread_time()
     message = refusal(HOSTILE[name])
     assert time.thread_time() - started < 0.9
@@ -68,11 +69,11 @@ def test_hostile(name: str) -> None:
         assert "cut short" in message
 
 
-def test_there_are_hostile_images_of_every_sort() -> None:
+def test_there_are_many_hostile_files() -> None:
     assert len(HOSTILE) >= 50
 
 
-def test_hostile_images_take_no_memory_and_say_nothing() -> None:
+def test_hostile_files_take_little_memory_and_print_nothing() -> None:
     program = """if True:
         import resource
         import warnings
@@ -103,7 +104,7 @@ def test_hostile_images_take_no_memory_and_say_nothing() -> None:
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(good_images())), st.floats(0, 1, exclude_max=True))
-def test_no_beginning_of_a_file_is_taken(name: str, part: float) -> None:
+def test_the_beginning_of_a_file_is_refused(name: str, part: float) -> None:
     data = good_images()[name]
     refusal(data[: int(part * len(data))])
 
@@ -113,7 +114,7 @@ def test_no_beginning_of_a_file_is_taken(name: str, part: float) -> None:
     st.sampled_from(sorted(good_images())),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
 )
-def test_a_damaged_file_is_a_picture_or_refused(name: str, damages: list[tuple[float, int]]) -> None:
+def test_a_damaged_file_is_decoded_or_refused(name: str, damages: list[tuple[float, int]]) -> None:
     data = bytearray(good_images()[name])
     for place, value in damages:
         data[int(place * min(len(data), 200))] = value
@@ -121,7 +122,7 @@ def test_a_damaged_file_is_a_picture_or_refused(name: str, damages: list[tuple[f
         assert load(bytes(data)).width >= 1
 
 
-def test_truncation_is_refused_whatever_the_program_has_told_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_files_are_refused_even_if_the_program_lets_pillow_load_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for name, data in HOSTILE.items():
         if " cut " in name or "too few" in name or "fewer" in name:
@@ -129,7 +130,7 @@ def test_truncation_is_refused_whatever_the_program_has_told_pillow(monkeypatch:
 
 
 def test_the_bounds() -> None:
-    assert "larger than 20971520 bytes" in refusal(bytes(images.MAX_IMAGE_BYTES + 1))
+    assert "larger than 20971520 bytes" in refusal(bytes(MAX_IMAGE_BYTES + 1))
     assert load(png(200, 1, colour=0)).width == 200
     assert "200 times" in refusal(png(201, 1, colour=0))
     assert "16384" in refusal(Image.new("1", (16385, 100)))
@@ -138,7 +139,7 @@ def test_the_bounds() -> None:
         assert "50000000" in refusal(lazy)
 
 
-def test_what_is_not_a_source(tmp_path: Path) -> None:
+def test_values_that_are_no_image_source(tmp_path: Path) -> None:
     for value in ["image.png", None, 1, bytearray(b"x"), [b"x"], memoryview(b"x"), b"x".__class__]:
         assert "must be the bytes of a file, a path or a PIL image" in refusal(value)
         assert not is_image_source(value)
@@ -153,18 +154,18 @@ def test_paths(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert "is empty" in refusal(path)
     with path.open("wb") as file:
-        file.truncate(images.MAX_IMAGE_BYTES + 1)
+        file.truncate(MAX_IMAGE_BYTES + 1)
     assert "larger than" in refusal(path)
     os.mkfifo(tmp_path / "pipe")
     for bad in [tmp_path, tmp_path / "nothing", tmp_path / "pipe", Path("/dev/zero"), Path("a\0b"), path / "x"]:
         assert "cannot be read" in refusal(bad)
 
 
-# What is taken, and what becomes of it.
+# Files that are accepted, and their pixels.
 
 
 @pytest.mark.parametrize("name", good_images())
-def test_good_images_are_taken(name: str) -> None:
+def test_good_images_are_accepted(name: str) -> None:
     pixels = load(good_images()[name])
     assert (pixels.width, pixels.height) == (40, 30)
 
@@ -185,21 +186,21 @@ SMALL = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(0, 3)).map(
 
 
 @given(SMALL, SMALL)
-def test_digests_are_equal_if_the_pixels_are(a: Pixels, b: Pixels) -> None:
+def test_digests_are_equal_exactly_if_the_pixels_are(a: Pixels, b: Pixels) -> None:
     same = (a.width, a.height, a.data) == (b.width, b.height, b.data)
     assert (a.digest == b.digest) == (a == b) == same
     assert hash(a) == hash(b) or not same
     assert len(a.digest) == 32
 
 
-def test_pixels_are_as_many_as_the_size_says() -> None:
+def test_pixels_of_the_wrong_length_are_an_error() -> None:
     for width, height, n_bytes in [(1, 1, 2), (0, 0, 0), (2, 1, 3), (-1, -1, 3)]:
         with pytest.raises(ValueError, match="pixels"):
             Pixels(width, height, bytes(n_bytes))
 
 
 def turned(array: Array, orientation: int) -> Array:
-    """`array` as it looks when it was stored with that orientation."""
+    """How a picture that is stored as `array` with that orientation looks."""
     flips = {
         1: array,
         2: array[:, ::-1],
@@ -236,7 +237,7 @@ def test_orientation(width: int, height: int, orientation: int, order: str, seed
     ).all()
 
 
-def test_a_damaged_orientation_is_none() -> None:
+def test_a_damaged_orientation_is_ignored() -> None:
     plain = load(good_images()["png"])
     tags = [b"", b"II", b"XX*\0" + bytes(20), exif(6, kind=4), b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"]
     for tag in [*tags, *(exif(6)[:n] for n in range(30))]:
@@ -340,7 +341,7 @@ def interlaced(image: Image.Image) -> bytes:
     return png(image.width, image.height, rows=rows, interlaced=1)
 
 
-def test_a_bmp_may_stand_on_its_feet_or_on_its_head() -> None:
+def test_the_rows_of_a_bmp_may_go_up_or_down() -> None:
     data = bytearray(encoded(noise(8, 3), "BMP"))
     assert load(bytes(data)) == load(noise(8, 3))
     data[22:26] = struct.pack("<i", -3)
@@ -352,7 +353,7 @@ MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBX
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_image_of_pillow_is_not_changed(mode: str) -> None:
+def test_a_pillow_image_is_not_changed(mode: str) -> None:
     image = Image.new(mode, (7, 5))
     image.info["exif"] = exif(6)
     before = image.copy()
@@ -366,21 +367,21 @@ def test_an_image_of_pillow_is_not_changed(mode: str) -> None:
     )
 
 
-def test_modes_that_say_nothing_about_colours() -> None:
+def test_pillow_modes_without_a_range_of_colours_are_refused() -> None:
     assert "mode F" in refusal(Image.new("F", (2, 2)))
     assert "mode I" in refusal(Image.new("I", (2, 2), 65536))
     assert "mode I" in refusal(Image.new("I", (2, 2), -1))
     assert "cannot be decoded" in refusal(Image.new("La", (2, 2)))
 
 
-def test_colours_of_print() -> None:
+def test_cmyk() -> None:
     for source in [Image.new("CMYK", (9, 9)), encoded(Image.new("CMYK", (9, 9)), "JPEG")]:
         assert min(load(source).data) >= 250
     ink = encoded(Image.new("CMYK", (9, 9), (255, 0, 0, 0)), "JPEG")
     assert np.abs(array_of(load(ink)).astype(int) - [0, 255, 255]).max() <= 5
 
 
-def test_the_frame_where_an_image_of_pillow_stands() -> None:
+def test_the_current_frame_of_a_pillow_image_is_used() -> None:
     with Image.open(io.BytesIO(HOSTILE["animated WEBP"])) as image:
         first = load(image)
         image.seek(2)
@@ -390,7 +391,7 @@ def test_the_frame_where_an_image_of_pillow_stands() -> None:
         assert load(image) == first
 
 
-# Large ones.
+# Large images.
 
 
 @pytest.mark.parametrize(
@@ -413,24 +414,24 @@ def test_large_images_are_reduced(kind: str, size: tuple[int, int], reduced: tup
     for source in [encoded(image, kind), image]:
         pixels = load(source)
         assert (pixels.width, pixels.height) == reduced
-        # A slope stays the slope that it was.
+        # A gradient keeps its values.
         line = array_of(pixels)[:, :, 1].mean(axis=0 if width > height else 1)
         assert np.abs(line - np.linspace(0, 255, max(reduced))).max() <= 4
 
 
 def test_a_large_image_with_alpha_has_no_dark_edges() -> None:
     array = np.zeros((30, 5000, 4), np.uint8)
-    array[:, 2500:] = 255  # black where nobody sees it
+    array[:, 2500:] = 255  # the transparent part is black
     assert array_of(load(encoded(Image.fromarray(array), "PNG"))).min() >= 254
 
 
-def test_a_jpeg_of_many_scans_within_bounds() -> None:
+def test_a_jpeg_with_an_allowed_number_of_scans() -> None:
     progressive = good_images()["jpeg, progressive"]
     last = progressive.rindex(b"\xff\xc4")
     assert load(progressive[:-2] + progressive[last:-2] * 30 + b"\xff\xd9").width == 40
 
 
-def test_what_is_beside_the_pixels_does_not_matter() -> None:
+def test_parts_beside_the_pixels_are_ignored() -> None:
     jpeg, picture = good_images()["jpeg"], good_images()["png"]
     texts = [
         png_chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(3 << 20))),
@@ -452,10 +453,10 @@ def test_what_is_beside_the_pixels_does_not_matter() -> None:
     assert load(jpeg[:2] + b"".join(segments) + jpeg[2:] + jpeg) == load(jpeg)
 
 
-# From several threads.
+# Threads and imports.
 
 
-def test_concurrently() -> None:
+def test_several_threads_decode_the_same_images() -> None:
     sources: list[Any] = list(good_images().values())
     expected = [load(source) for source in sources]
     lazy = [Image.open(io.BytesIO(data)) for data in sources]

@@ -1,4 +1,4 @@
-"""GGUF files in the making: what the writers of tiny models and of tiny projectors share."""
+"""Building blocks for tiny GGUF files: what the writers of tiny models and of tiny projectors share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS: Final = ("hello", "world", "the", "and", "model", "count", "story", "user
 
 
 class ModelFile:
-    """A model file in the making."""
+    """A model file that is being written."""
 
     def __init__(self, path: Path, architecture: str, name: str, *, seed: int) -> None:
         self.writer = gguf.GGUFWriter(str(path), architecture)
@@ -33,7 +33,7 @@ class ModelFile:
         self._random = np.random.default_rng(seed)
 
     def random(self, *shape: int, gain: float = 1.0) -> Array:
-        """A matrix (out, in) that keeps the size of its input, times `gain`."""
+        """A random matrix of shape (out, in). It scales the length of its input by about `gain`."""
         values: Array = self._random.standard_normal(shape, np.float32)
         return values * np.float32(gain / np.sqrt(shape[-1]))
 
@@ -79,7 +79,10 @@ def _byte_characters() -> list[str]:
 
 
 class Bpe:
-    """Control tokens, the 256 bytes, then every beginning of every word, each merged from the one before it."""
+    """A byte-level BPE vocabulary: control tokens, the 256 bytes, then every prefix of every word.
+
+    Each prefix is merged from the one before it and one more character.
+    """
 
     def __init__(self, words: Sequence[str] = WORDS, whole: Sequence[str] = ()) -> None:
         self.of_byte = _byte_characters()
@@ -121,3 +124,26 @@ class Bpe:
             if kind != gguf.TokenType.NORMAL or not printable.issuperset(text):
                 rows[token] = 0
         return rows
+
+
+def attention(model: ModelFile, *, n_head: int, n_head_kv: int) -> dict[str, Array]:
+    head = N_EMBD // n_head
+    sizes = {"q": n_head * head, "k": n_head_kv * head, "v": n_head_kv * head}
+    return {
+        "attn_norm.weight": ones(N_EMBD),
+        **{f"attn_{part}.weight": model.random(size, N_EMBD, gain=2.0) for part, size in sizes.items()},
+        "attn_output.weight": model.random(N_EMBD, n_head * head, gain=2.0),
+    }
+
+
+def feed_forward(model: ModelFile) -> dict[str, Array]:
+    return {
+        "ffn_norm.weight": ones(N_EMBD),
+        "ffn_gate.weight": model.random(N_FF, N_EMBD, gain=2.0),
+        "ffn_up.weight": model.random(N_FF, N_EMBD),
+        "ffn_down.weight": model.random(N_EMBD, N_FF),
+    }
+
+
+def add_llama_layer(model: ModelFile, layer: int, *, n_head: int, n_head_kv: int) -> None:
+    model.add_layer(layer, attention(model, n_head=n_head, n_head_kv=n_head_kv) | feed_forward(model))

@@ -1,28 +1,29 @@
-"""Tiny GGUF models, written on the spot: every memory and vocabulary that a test must tell apart, in half a megabyte.
+"""Tiny GGUF models, written on the spot: one for each kind of memory and vocabulary that tests must tell apart. Each
+has about half a megabyte.
 
-The weights are random, from fixed seeds, so the text is gibberish, but always the same gibberish, and it depends on
-every token before it. Only "chain" says something: `CHAIN_TEXT` and then the end, whatever the prompt.
+The weights are random, from fixed seeds. So the text is gibberish, but it is always the same gibberish, and it depends
+on every token before it. Only "chain" says something: `CHAIN_TEXT` and then the end, whatever the prompt.
 
     llama         two layers of grouped-query attention, byte-level BPE, a chat template; never ends by itself
-    single        the same with one layer: what a position holds does not depend on the positions before it
-    tiles         llama with the tokens that stand between the tiles of a picture
-    chain         each token has one successor
-    spm           llama with a SentencePiece vocabulary with byte fallback, begins with BOS
+    single        llama with one layer: what a position holds does not depend on the positions before it
+    tiles         llama with the tokens that stand between the tiles of an image
+    chain         each token has exactly one successor
+    spm           llama with a SentencePiece vocabulary with byte fallback; text begins with BOS
     swa           gemma3: five of six layers see only a window of the last 32 tokens
-    swa-short     the same with two layers, one of each kind
-    mrope         qwen2vl: positions with several components, which cannot be renumbered
-    mamba         recurrent: a state that cannot be taken back
-    lfm2          hybrid: one layer of attention between two with such a state
-    gpt2          positions are a table of 96
-    t5            encoder and decoder: a prompt ends with EOS, a text begins with token 0
-    bert          encoder with mean pooling: vectors only, nothing is kept
-    bert-cls      the same with the vector of the first token
-    qwen-embed    qwen3 with the vector of the last token, which is EOS
+    swa-short     gemma3 with two layers, one of each kind
+    mrope         qwen2vl: positions have several components and cannot be renumbered
+    mamba         recurrent: its state cannot be rolled back
+    lfm2          hybrid: one layer of attention between two recurrent layers
+    gpt2          positions are a table of 96 entries
+    t5            encoder and decoder: a prompt ends with EOS, the generated text begins with token 0
+    bert          encoder with mean pooling: embeddings only, nothing is kept between steps
+    bert-cls      bert with the embedding of the first token
+    qwen-embed    qwen3 with the embedding of the last token, which is EOS
     rerank        bert with a classification head
-    rerank-causal qwen3 with one, and with a template for query and document
-    lora          an adapter for "llama" that changes what it says
-    lora-b        another one
-    lora-zero     one that changes nothing
+    rerank-causal qwen3 with a classification head and a template for query and document
+    lora          an adapter for "llama" that changes its text
+    lora-b        another adapter for "llama"
+    lora-zero     an adapter that changes nothing
     mmproj...     projectors, see tests/tiny_projectors.py
 """
 
@@ -35,48 +36,31 @@ from typing import Final
 import gguf
 import numpy as np
 
-from tests.tiny_gguf import N_EMBD, N_FF, WORDS, Array, Bpe, ModelFile, ones, zeros
+from tests.tiny_encoders import (
+    write_bert,
+    write_bert_cls,
+    write_qwen_embed,
+    write_rerank,
+    write_rerank_causal,
+    write_t5,
+)
+from tests.tiny_gguf import N_EMBD, N_FF, Array, Bpe, ModelFile, add_llama_layer, attention, feed_forward, ones, zeros
 from tests.tiny_projectors import PROJECTORS
 
 CHAIN_WORDS: Final = (" one", " two", " three", " four", " five", " six", " seven", " eight", " nine", " ten")
 CHAIN_TAIL: Final = " \N{SLIGHTLY SMILING FACE}."
-"""Comes in bytes: one character is spread over four tokens."""
+"""The character is spread over four tokens, one for each of its bytes."""
 CHAIN_TEXT: Final = "".join(CHAIN_WORDS) + CHAIN_TAIL
-
-RERANK_TEMPLATE: Final = "<|im_start|>user\nquery: {query}\ndocument: {document}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def tiny_model(name: str, directory: Path) -> Path:
-    """The file of the model `name` in `directory`, written unless it is there."""
+    """The file of the model `name` in `directory`. It is written if it is not there yet."""
     path = directory / f"tiny-{name}.gguf"
     if not path.exists():
         partial = path.with_suffix(".partial")
         MODELS[name](partial)
         partial.rename(path)
     return path
-
-
-def _attention(model: ModelFile, *, n_head: int, n_head_kv: int) -> dict[str, Array]:
-    head = N_EMBD // n_head
-    sizes = {"q": n_head * head, "k": n_head_kv * head, "v": n_head_kv * head}
-    return {
-        "attn_norm.weight": ones(N_EMBD),
-        **{f"attn_{part}.weight": model.random(size, N_EMBD, gain=2.0) for part, size in sizes.items()},
-        "attn_output.weight": model.random(N_EMBD, n_head * head, gain=2.0),
-    }
-
-
-def _feed_forward(model: ModelFile) -> dict[str, Array]:
-    return {
-        "ffn_norm.weight": ones(N_EMBD),
-        "ffn_gate.weight": model.random(N_FF, N_EMBD, gain=2.0),
-        "ffn_up.weight": model.random(N_FF, N_EMBD),
-        "ffn_down.weight": model.random(N_EMBD, N_FF),
-    }
-
-
-def _add_llama_layer(model: ModelFile, layer: int, *, n_head: int, n_head_kv: int) -> None:
-    model.add_layer(layer, _attention(model, n_head=n_head, n_head_kv=n_head_kv) | _feed_forward(model))
 
 
 def _write_llama(
@@ -88,7 +72,7 @@ def _write_llama(
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
     for layer in range(n_layer):
-        _add_llama_layer(model, layer, n_head=4, n_head_kv=2)
+        add_llama_layer(model, layer, n_head=4, n_head_kv=2)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
@@ -102,8 +86,11 @@ def _write_tiles(path: Path) -> None:
 
 
 def _write_chain(path: Path) -> None:
-    """Attention and feed-forward add nothing, so the next token depends on the last one alone. Each link of the chain
-    has a direction of its own in the embedding; all other tokens share one, which points to the first link."""
+    """Write the model that counts.
+
+    Attention and feed-forward add nothing, so the next token depends on the last token alone. Each link of the chain
+    has a direction of its own in the embedding. All other tokens share one direction, which points to the first link.
+    """
     model, vocabulary = ModelFile(path, "llama", "tiny-chain", seed=3), Bpe(words=("hello",), whole=CHAIN_WORDS)
     tail = [vocabulary.tokens.index(vocabulary.of_byte[byte]) for byte in CHAIN_TAIL.encode()]
     links = [vocabulary.tokens.index(word) for word in CHAIN_WORDS] + tail
@@ -120,7 +107,7 @@ def _write_chain(path: Path) -> None:
     model.add_attention(2, 2)  # heads of 32, as quantised KV caches need
     vocabulary.add_to(model)
     model.add({"token_embd.weight": embedding})
-    layer = _attention(model, n_head=2, n_head_kv=2) | _feed_forward(model)
+    layer = attention(model, n_head=2, n_head_kv=2) | feed_forward(model)
     silent = {"attn_output.weight": zeros(N_EMBD, N_EMBD), "ffn_down.weight": zeros(N_EMBD, N_FF)}
     model.add_layer(0, layer | silent)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": output * 2.5})
@@ -149,7 +136,7 @@ def _write_spm(path: Path) -> None:
     output[:259] = 0
     model.add({"token_embd.weight": model.random(len(tokens), N_EMBD, gain=8.0)})
     for layer in range(2):
-        _add_llama_layer(model, layer, n_head=4, n_head_kv=4)
+        add_llama_layer(model, layer, n_head=4, n_head_kv=4)
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": output})
     model.write()
 
@@ -196,7 +183,7 @@ def _write_mrope(path: Path) -> None:
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
     for layer in range(2):
-        _add_llama_layer(model, layer, n_head=2, n_head_kv=1)
+        add_llama_layer(model, layer, n_head=2, n_head_kv=1)
         biases = {"q": N_EMBD, "k": N_EMBD // 2, "v": N_EMBD // 2}
         model.add_layer(layer, {f"attn_{part}.bias": model.random(size) for part, size in biases.items()})
     model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
@@ -242,9 +229,9 @@ def _write_lfm2(path: Path) -> None:
     model.writer.add_shortconv_l_cache(n_conv)
     vocabulary.add_to(model)
     model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
-    for layer, n_shared in enumerate(n_head_kv):
-        if n_shared:
-            tensors = _attention(model, n_head=n_head, n_head_kv=n_shared)
+    for layer, n_kv_heads in enumerate(n_head_kv):
+        if n_kv_heads:
+            tensors = attention(model, n_head=n_head, n_head_kv=n_kv_heads)
             tensors |= {f"attn_{part}_norm.weight": ones(N_EMBD // n_head) * 2 for part in "qk"}
         else:
             tensors = {
@@ -253,7 +240,7 @@ def _write_lfm2(path: Path) -> None:
                 "shortconv.conv.weight": model.random(N_EMBD, n_conv),
                 "shortconv.out_proj.weight": model.random(N_EMBD, N_EMBD, gain=2.0),
             }
-        model.add_layer(layer, tensors | _feed_forward(model))
+        model.add_layer(layer, tensors | feed_forward(model))
     model.add({"token_embd_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
     model.write()
 
@@ -279,118 +266,6 @@ def _write_gpt2(path: Path) -> None:
     model.add({"output_norm.weight": ones(N_EMBD), "output_norm.bias": zeros(N_EMBD)})
     model.add({"output.weight": vocabulary.output(model)})
     model.write()
-
-
-def _write_t5(path: Path) -> None:
-    n_layer, n_head, n_buckets = 2, 4, 32
-    model, vocabulary = ModelFile(path, "t5", "tiny-t5", seed=14), Bpe()
-    model.add_sizes(n_layer=n_layer)
-    model.add_attention(n_head, n_head)
-    model.writer.add_relative_attn_buckets_count(n_buckets)
-    model.writer.add_decoder_start_token_id(0)
-    model.writer.add_add_eos_token(True)
-    vocabulary.add_to(model)
-    model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
-    for half, attentions in {"enc": ("attn",), "dec": ("attn", "cross_attn")}.items():
-        model.add({f"{half}.blk.0.attn_rel_b.weight": model.random(n_buckets, n_head, gain=16.0)})
-        for layer in range(n_layer):
-            tensors: dict[str, Array] = {}
-            for attention in attentions:
-                tensors |= {f"{attention}_{part}.weight": model.random(N_EMBD, N_EMBD, gain=2.0) for part in "qkvo"}
-                tensors |= {f"{attention}_norm.weight": ones(N_EMBD)}
-            tensors |= {
-                "ffn_norm.weight": ones(N_EMBD),
-                "ffn_up.weight": model.random(N_FF, N_EMBD, gain=2.0),
-                "ffn_down.weight": model.random(N_EMBD, N_FF),
-            }
-            model.add_layer(layer, tensors, prefix=f"{half}.")
-        model.add({f"{half}.output_norm.weight": ones(N_EMBD)})
-    model.add({"output.weight": vocabulary.output(model)})
-    model.write()
-
-
-def _write_bert(path: Path, *, name: str = "tiny-bert", pooling: gguf.PoolingType = gguf.PoolingType.MEAN) -> None:
-    n_ctx, n_layer = 512, 2
-    letters = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
-    words = [f"\u2581{word}" for word in (*letters, *WORDS)]
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters]
-    model = ModelFile(path, "bert", name, seed=8)
-    model.add_sizes(n_layer=n_layer, n_ctx=n_ctx)
-    writer = model.writer
-    writer.add_head_count(4)
-    writer.add_layer_norm_eps(1e-12)
-    writer.add_causal_attention(False)
-    writer.add_pooling_type(pooling)
-    writer.add_token_type_count(2)
-    writer.add_tokenizer_model("bert")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 5 + [gguf.TokenType.NORMAL] * (len(tokens) - 5))
-    writer.add_pad_token_id(0)
-    writer.add_unk_token_id(1)
-    writer.add_bos_token_id(2)
-    writer.add_sep_token_id(3)
-    writer.add_eos_token_id(3)
-    writer.add_mask_token_id(4)
-    writer.add_vocab_size(len(tokens))
-    model.add(
-        {
-            "token_embd.weight": model.random(len(tokens), N_EMBD, gain=8.0),
-            "position_embd.weight": model.random(n_ctx, N_EMBD),
-            "token_types.weight": model.random(2, N_EMBD),
-            "token_embd_norm.weight": ones(N_EMBD),
-            "token_embd_norm.bias": zeros(N_EMBD),
-        }
-    )
-    for layer in range(n_layer):
-        tensors: dict[str, Array] = {}
-        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            tensors |= {f"{part}.weight": model.random(N_EMBD, N_EMBD), f"{part}.bias": zeros(N_EMBD)}
-        tensors |= {"ffn_up.weight": model.random(N_FF, N_EMBD), "ffn_up.bias": zeros(N_FF)}
-        tensors |= {"ffn_down.weight": model.random(N_EMBD, N_FF), "ffn_down.bias": zeros(N_EMBD)}
-        for part in ("attn_output_norm", "layer_output_norm"):
-            tensors |= {f"{part}.weight": ones(N_EMBD), f"{part}.bias": zeros(N_EMBD)}
-        model.add_layer(layer, tensors)
-    if pooling == gguf.PoolingType.RANK:
-        model.add({"cls.weight": model.random(N_EMBD, N_EMBD), "cls.bias": zeros(N_EMBD)})
-        model.add({"cls.output.weight": model.random(1, N_EMBD), "cls.output.bias": zeros(1)})
-    model.write()
-
-
-def _write_bert_cls(path: Path) -> None:
-    _write_bert(path, name="tiny-bert-cls", pooling=gguf.PoolingType.CLS)
-
-
-def _write_rerank(path: Path) -> None:
-    _write_bert(path, name="tiny-rerank", pooling=gguf.PoolingType.RANK)
-
-
-def _write_qwen3(path: Path, *, name: str, pooling: gguf.PoolingType) -> None:
-    n_layer, n_head, n_head_kv = 2, 4, 2
-    model, vocabulary = ModelFile(path, "qwen3", name, seed=15), Bpe()
-    model.add_sizes(n_layer=n_layer)
-    model.add_attention(n_head, n_head_kv)
-    model.writer.add_pooling_type(pooling)
-    vocabulary.add_to(model)
-    model.add({"token_embd.weight": model.random(len(vocabulary.tokens), N_EMBD, gain=8.0)})
-    for layer in range(n_layer):
-        _add_llama_layer(model, layer, n_head=n_head, n_head_kv=n_head_kv)
-        model.add_layer(layer, {f"attn_{part}_norm.weight": ones(N_EMBD // n_head) for part in "qk"})
-    model.add({"output_norm.weight": ones(N_EMBD), "output.weight": vocabulary.output(model)})
-    if pooling == gguf.PoolingType.RANK:
-        model.writer.add_string("tokenizer.chat_template.rerank", RERANK_TEMPLATE)
-        model.writer.add_classifier_output_labels(["yes", "no"])
-        model.add({"cls.output.weight": model.random(2, N_EMBD, gain=2.0)})
-    else:
-        model.writer.add_add_eos_token(True)
-    model.write()
-
-
-def _write_qwen_embed(path: Path) -> None:
-    _write_qwen3(path, name="tiny-qwen-embed", pooling=gguf.PoolingType.LAST)
-
-
-def _write_rerank_causal(path: Path) -> None:
-    _write_qwen3(path, name="tiny-rerank-causal", pooling=gguf.PoolingType.RANK)
 
 
 def _write_lora(path: Path, *, name: str = "tiny-lora", seed: int = 9, gain: float = 4.0) -> None:
@@ -425,12 +300,12 @@ MODELS: Final[dict[str, Callable[[Path], None]]] = {
     "mamba": _write_mamba,
     "lfm2": _write_lfm2,
     "gpt2": _write_gpt2,
-    "t5": _write_t5,
-    "bert": _write_bert,
-    "bert-cls": _write_bert_cls,
-    "qwen-embed": _write_qwen_embed,
-    "rerank": _write_rerank,
-    "rerank-causal": _write_rerank_causal,
+    "t5": write_t5,
+    "bert": write_bert,
+    "bert-cls": write_bert_cls,
+    "qwen-embed": write_qwen_embed,
+    "rerank": write_rerank,
+    "rerank-causal": write_rerank_causal,
     "lora": _write_lora,
     "lora-b": _write_lora_b,
     "lora-zero": _write_lora_zero,

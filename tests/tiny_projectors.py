@@ -1,12 +1,14 @@
-"""Tiny projectors (mmproj files): what makes rows of a picture for one of the tiny models.
+"""Tiny projectors (mmproj files): each turns an image into rows for one of the tiny models.
 
-How many rows, and what else, differs:
+They differ in the number of rows and in what goes with them:
 
-    mmproj        for "llama": 16 rows, whatever the picture, and no text around them
-    mmproj-wide   the same for a wider model: refused
-    mmproj-gemma  for "swa": 16 rows that see each other, between two texts
-    mmproj-qwen   for "mrope": one row for 28 x 28 pixels, at least 8, between two texts; positions for the longer side
-    mmproj-tiles  for "tiles": an overview and, of the picture scaled to 112 pixels, tiles of 56; 4 rows and a text each
+    mmproj        for "llama": 16 rows for every image, and no text around them
+    mmproj-wide   mmproj for a wider model: refused
+    mmproj-gemma  for "swa": 16 rows with non-causal attention, between two texts
+    mmproj-qwen   for "mrope": one row for 28 x 28 pixels, at least 8 rows, between two texts; as many positions as rows
+                  along the longer side
+    mmproj-tiles  for "tiles": an overview, and tiles of 56 pixels of the image scaled to 112 pixels; each has 4 rows
+                  and a text
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def _patches(model: ModelFile, patch: int = PATCH_SIZE) -> Array:
 
 
 def _add_encoder(model: ModelFile, patch: int = PATCH_SIZE) -> None:
-    """All but the projection."""
+    """Add the whole encoder except the projection."""
     model.add({"v.patch_embd.weight": _patches(model, patch), "v.patch_embd.bias": zeros(N_EMBD)})
     n_positions = (IMAGE_SIZE // patch) ** 2
     model.add({"v.position_embd.weight": model.random(n_positions, N_EMBD, gain=8.0)})
@@ -77,7 +79,7 @@ def _add_perceptron(model: ModelFile, n_in: int, n_out: int) -> None:
 
 def _write_mmproj(path: Path, *, name: str = "tiny-mmproj", n_out: int = N_EMBD) -> None:
     model = _projector(path, "mlp", name, seed=1)
-    model.writer.add_array("clip.vision.feature_layer", [N_LAYER])  # it would leave out the last layer
+    model.writer.add_array("clip.vision.feature_layer", [N_LAYER])  # the default leaves out the last layer
     _add_encoder(model)
     _add_perceptron(model, N_EMBD, n_out)
     model.write()
@@ -97,7 +99,7 @@ def _write_gemma(path: Path) -> None:
 
 def _write_qwen(path: Path) -> None:
     model = _projector(path, "qwen2vl_merger", "tiny-mmproj-qwen", seed=3)
-    for suffix in ("", ".1"):  # one per frame of a film, both for a still
+    for suffix in ("", ".1"):  # one per frame of a video; a still image uses both
         model.add({f"v.patch_embd.weight{suffix}": _patches(model)})
     _add_layers(model)
     _add_perceptron(model, 4 * N_EMBD, N_EMBD)

@@ -7,6 +7,7 @@ import typing
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import (
+    DecodeFailed,
     EngineBroken,
     EngineBusy,
     EngineClosed,
@@ -23,17 +24,30 @@ from trio_runner.errors import (
     Unsupported,
 )
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest, SamplingParams
+from trio_runner.info import (
+    AdapterInfo,
+    Capabilities,
+    Device,
+    EngineStatistics,
+    MemoryUse,
+    ModelInfo,
+    Placement,
+    SchedulerStatistics,
+)
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest
+from trio_runner.sampling import SamplingParams
 
 if typing.TYPE_CHECKING:
-    from trio_runner.engine.adapters import AdapterInfo
-    from trio_runner.engine.engine import Engine, EngineStatistics, open_engine
+    from trio_runner.engine.engine import Engine
     from trio_runner.engine.generation import Generation
+    from trio_runner.front_door import open_engine
 else:
-    # These bring trio and numpy along, which take longer than all the rest of the command line's start.
-    _SLOW = dict.fromkeys(["Engine", "EngineStatistics", "open_engine"], "trio_runner.engine.engine")
-    _SLOW["Generation"] = "trio_runner.engine.generation"
-    _SLOW["AdapterInfo"] = "trio_runner.engine.adapters"
+    # These import trio and numpy, which takes longer than everything else that the command line does when it starts.
+    _SLOW = {
+        "Engine": "trio_runner.engine.engine",
+        "Generation": "trio_runner.engine.generation",
+        "open_engine": "trio_runner.front_door",
+    }
 
     def __getattr__(name):
         if name not in _SLOW:
@@ -51,7 +65,10 @@ __all__ = [
     "AdapterChoice",
     "AdapterConfig",
     "AdapterInfo",
+    "Capabilities",
     "Chat",
+    "DecodeFailed",
+    "Device",
     "EmbedRequest",
     "Embedded",
     "Engine",
@@ -68,8 +85,11 @@ __all__ = [
     "InvalidImage",
     "InvalidRequest",
     "LoadError",
+    "MemoryUse",
     "ModelConfig",
+    "ModelInfo",
     "NativeError",
+    "Placement",
     "PromptProgress",
     "PromptTooLong",
     "ReaderStalled",
@@ -78,6 +98,7 @@ __all__ = [
     "RunnerError",
     "SampledToken",
     "SamplingParams",
+    "SchedulerStatistics",
     "TextPiece",
     "TokenInfo",
     "UnknownAdapter",

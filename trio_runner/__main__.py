@@ -1,4 +1,4 @@
-"""`python -m trio_runner` is `trio-runner`."""
+"""`python -m trio_runner` does the same as `trio-runner`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> int:
-    """`cli.main`, which cannot catch a Ctrl-C itself while it is still being imported."""
+    """Call `cli.main`. Catches the Ctrl-C that comes while `cli` is being imported, which `cli` itself cannot."""
     try:
         from trio_runner import cli
     except KeyboardInterrupt:

@@ -30,15 +30,16 @@ from trio_runner import __version__
 from trio_runner.config import KV_TYPES, POOLINGS, SPLIT_MODES, AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import RunnerError
 from trio_runner.models import DEFAULT_MODEL, resolve_model
-from trio_runner.request import Chat, GenerateRequest, Prompt, SamplingParams
+from trio_runner.request import Chat, GenerateRequest, Prompt
+from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from trio_runner.bench.dialects import DialectName
     from trio_runner.config import FlashAttention, KvType, Pooling, SplitMode
-    from trio_runner.core.placement import Device, Placement
     from trio_runner.engine.engine import Engine
+    from trio_runner.info import Device, Placement
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -383,7 +384,7 @@ async def wait_ready(engine: Engine) -> None:
 
 def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: Callable[[Engine], Awaitable[None]]) -> int:
     """Load the model, run `main` with the engine, and turn signals and expected failures into an exit code."""
-    from trio_runner.engine.engine import open_engine
+    from trio_runner.front_door import open_engine
     from trio_runner.service import run_to_exit_code, until_signal
 
     async def with_engine() -> None:
@@ -691,7 +692,7 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
     """Sections of names and values, in the order in which a reader wants them."""
     from trio_runner.llama import backends, library
 
-    model, limits, placement = engine.info, engine.limits, engine.placement
+    model, capabilities, placement = engine.info, engine.capabilities, engine.placement
     remote = [device.number for device in placement.devices if device.is_remote] if placement else []
     return {
         "model": {
@@ -708,13 +709,13 @@ def collect_facts(engine: Engine) -> dict[str, dict[str, object]]:
             "chat template": model.chat_template is not None,
         },
         "context": {
-            "tokens per slot": limits.n_ctx,
-            "generates text": limits.can_generate,
+            "tokens per slot": capabilities.n_ctx,
+            "generates text": capabilities.can_generate,
             "takes images": engine.has_projector,
-            "ranks": limits.ranks,
-            "reads with an encoder": limits.decoder_start is not None,
-            "can go back in a text": limits.can_trim,
-            "can shift": limits.can_shift,
+            "ranks": capabilities.ranks,
+            "reads with an encoder": capabilities.decoder_start is not None,
+            "can go back in a text": capabilities.can_trim,
+            "can shift": capabilities.can_shift,
         },
         "placement": placement_facts(placement),
         "devices": {device.name: describe_device(device) for device in backends.devices(remote)},
@@ -898,13 +899,14 @@ def bench(
 
 
 def _bench_bare(options: EngineOptions, *, n_prompt: int, n_tokens: int, rounds: int) -> int:
-    configs = options.configs(slots=EngineConfig().slots)
+    model, config = options.configs(slots=EngineConfig().slots)
 
     from trio_runner.bench.bare import run_bench
+    from trio_runner.llama.loader import LlamaLoader
     from trio_runner.service import run_to_exit_code, until_signal
 
     async def measure() -> None:
-        measured = await run_bench(*configs, n_prompt=n_prompt, n_tokens=n_tokens, rounds=rounds)
+        measured = await run_bench(LlamaLoader(model), config, n_prompt=n_prompt, n_tokens=n_tokens, rounds=rounds)
         click.echo(f"{'tokens per second':<20} {'engine':>10} {'bare loop':>10} {'ratio':>7}")
         for row in measured:
             click.echo(f"{row.name:<20} {row.engine:>10.1f} {row.bare:>10.1f} {row.ratio:>7.3f}")

@@ -1,4 +1,9 @@
-"""How a model is loaded and how an engine runs it: frozen values, checked once when they are made."""
+"""How a model is loaded and how an engine runs it: frozen values, checked once when they are made.
+
+To add an option, add one field here. The check of its bounds, the option of every command with its help, the keyword
+argument of `open_engine` (which `ci/options` writes down for type checkers) and the table in the documentation are made
+from it. Only a flag of the drop-in mode needs a line of its own, in cli/dropin.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from dataclasses import dataclass
 from os import fspath
 from pathlib import PurePath
 from typing import Literal, TypeAlias
+
+from trio_runner.parameters import boolean, complaints, integer, number, one_of, other
 
 KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling: TypeAlias = Literal["model", "none", "mean", "cls", "last"]
@@ -19,7 +26,8 @@ SPLIT_MODES: tuple[SplitMode, ...] = ("none", "layer", "row")
 POOLINGS: tuple[Pooling, ...] = ("model", "none", "mean", "cls", "last")
 
 MAX_SLOTS = 128
-"""Half of the sequences one llama.cpp context can hold: each slot comes with one for embeddings."""
+"""Half of the sequences that one llama.cpp context can hold: each slot comes with one for embeddings."""
+MAX_BATCH_ROWS = 2**16
 MAX_THREADS = 512
 
 
@@ -28,7 +36,7 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_adapter_name(name: str) -> None:
-    """Raises ValueError for what cannot be the name of an adapter, which also stands in paths of URLs."""
+    """Raises ValueError for a name that no adapter can have. Names of adapters also stand in paths of URLs."""
     if not isinstance(name, str) or len(name) > MAX_ADAPTER_NAME or not _ADAPTER_NAME.fullmatch(name):
         raise ValueError(
             f"the name of an adapter has up to {MAX_ADAPTER_NAME} letters, digits, dots, dashes and underscores, "
@@ -37,7 +45,7 @@ def check_adapter_name(name: str) -> None:
 
 
 def check_endpoint(endpoint: str) -> None:
-    """Raises ValueError for what is no "host:port"; the host is a name or an address of IPv4."""
+    """Raises ValueError unless `endpoint` is "host:port", with a name or an IPv4 address as host."""
     host, _, port = endpoint.rpartition(":")
     if not host or re.search(r"[\s:]", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise ValueError(f"rpc: {endpoint!r} is not host:port")
@@ -45,8 +53,11 @@ def check_endpoint(endpoint: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """A LoRA adapter file, how strongly it applies to requests that choose no adapters, and its name to those that do:
-    the file's, without its ending, unless given."""
+    """A LoRA adapter file.
+
+    `scale` is how strongly it applies to requests that choose no adapters. `name` is what requests choose it by; the
+    default is the name of the file without its ending. Raises ValueError for a value outside its bounds.
+    """
 
     path: str
     scale: float = 1.0
@@ -64,33 +75,69 @@ class AdapterConfig:
         check_adapter_name(self.name)
 
 
+FLASH_ATTENTIONS: tuple[FlashAttention, ...] = ("auto", "on", "off")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which file to load and where its weights go. Raises ValueError for a value outside its range."""
+    """Which file to load and where its weights go. Raises ValueError for a value outside its bounds."""
 
     path: str
-    projector: str | None = None
-    """A file (mmproj) with what turns images into rows for this model."""
-    adapters: tuple[AdapterConfig, ...] = ()
-    gpu_layers: int | Literal["auto"] = "auto"
-    """Layers to put on devices, counted from the last; -1 all, whether they fit or not. "auto": as many as fit with
-    their KV cache into the free memory, and fewer where a device then has less than it said."""
-    devices: tuple[str, ...] | None = None
-    """Names of those that layers go to, in this order; None: all GPUs, and all devices of `rpc`. Empty: the CPU does
-    everything."""
-    rpc: tuple[str, ...] = ()
-    """rpc-servers of llama.cpp, "host:port", whose devices take layers too. Nothing is encrypted or checked between us
-    and them: for networks that are trusted."""
-    split_mode: SplitMode = "layer"
-    """Over several devices: by layers, by rows where the backend can, or not at all."""
-    main_gpu: int = 0
-    """With split mode "none": which of the devices, counted from 0, takes everything."""
-    tensor_split: tuple[float, ...] = ()
-    """Proportion of the model for each device; empty: by their free memory."""
-    mmap: bool = True
-    mlock: bool = False
-    check_tensors: bool = False
-    """Read every tensor at load and refuse NaN and infinity in quantisation scales."""
+    """The model, a GGUF file."""
+    projector: str | None = other(
+        None,
+        doc="File (mmproj) that turns images into rows for this model. With it, prompts may have images.",
+        flags=("--mmproj",),
+        metavar="FILE",
+        default_text="none",
+    )
+    adapters: tuple[AdapterConfig, ...] = other(
+        (), doc="LoRA adapters to load with the model.", flags=(), default_text="none"
+    )
+    gpu_layers: int | Literal["auto"] = other(
+        "auto",
+        doc="Layers to put on devices, counted from the last. auto: as many as fit, with their KV cache, into the free "
+        "memory; -1: all, whether they fit or not.",
+        flags=("--gpu-layers", "--n-gpu-layers", "-ngl"),
+        metavar="auto|N",
+    )
+    devices: tuple[str, ...] | None = other(
+        None,
+        doc="Names of the devices that layers go to, in this order, as `trio-runner info` lists them. none: only the "
+        "CPU.",
+        flags=("--device",),
+        metavar="NAME,...",
+        default_text="all GPUs, and all devices of --rpc",
+    )
+    rpc: tuple[str, ...] = other(
+        (),
+        doc="rpc-servers of llama.cpp whose devices take layers too. Nothing is encrypted or authenticated: use them "
+        "only in a network that you trust.",
+        metavar="HOST:PORT,...",
+        default_text="none",
+    )
+    split_mode: SplitMode = one_of(
+        "layer",
+        SPLIT_MODES,
+        doc="How to divide the model among several devices: by layers, by rows where the backend can, or not at all.",
+    )
+    main_gpu: int = integer(
+        0,
+        0,
+        2**31 - 1,
+        doc="With split mode none, the number of the device that takes everything, counted from 0.",
+    )
+    tensor_split: tuple[float, ...] = other(
+        (),
+        doc="Proportion of the model for each device.",
+        metavar="A,B,...",
+        default_text="by their free memory",
+    )
+    mmap: bool = boolean(True, doc="Map the model file into memory instead of reading it.")
+    mlock: bool = boolean(False, doc="Keep the model in RAM: never swap it out.")
+    check_tensors: bool = boolean(
+        False, doc="Read every tensor while loading, and refuse a model with NaN or infinity among its scales."
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", fspath(self.path))
@@ -107,69 +154,107 @@ class ModelConfig:
             raise ValueError('gpu_layers must be "auto", or -1 or more')
         for endpoint in self.rpc:
             check_endpoint(endpoint)
-        if self.split_mode not in SPLIT_MODES:
-            raise ValueError(f"split_mode must be one of {', '.join(SPLIT_MODES)}")
-        if self.main_gpu < 0:
-            raise ValueError("main_gpu must be 0 or more")
         if any(not math.isfinite(share) or share < 0 for share in self.tensor_split):
             raise ValueError("tensor_split must be finite and not negative")
+        _check_parameters(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How many sequences run at once and with what. Raises ValueError for a value outside its range."""
+    """How many sequences run at once, and with what. Raises ValueError for a value outside its bounds."""
 
-    slots: int = 4
-    """Sequences that run at once; each is a lane of the one KV cache and a place of the prompt cache."""
-    context_length: int | None = None
-    """Tokens each slot holds; None: what the model was trained for, at most 4096."""
-    batch_size: int = 512
-    """Rows of one step, and of one micro-batch: the longest stretch of work that nothing interrupts on a GPU."""
-    threads: int | None = None
-    """Threads that compute; None: a core fewer than there are for decoding, all of them for prefill."""
-    flash_attention: FlashAttention = "auto"
-    """"auto": on, where the backend can. Without it a step attends to every cell in use, of all slots, also of those
-    that only keep a prompt: worse, the more they keep."""
-    kv_type: KvType = "f16"
-    """Element type of the KV cache; quantised types need flash attention for the V half."""
-    pooling: Pooling = "model"
-    """How the vectors of a prompt's tokens become one; "model": as the file says, else the last token's."""
-    step_target: float | None = None
-    """Seconds that a step may take which carries rows of a prompt beside sequences that decode: the gap it tears into
-    every stream. None: 2.5 times a step that only decodes, as measured, but no less than 25 ms."""
-    image_cache_bytes: int = 256 << 20
-    """Rows of images that are kept, so that an image is encoded once."""
-    max_queue: int | None = 128
-    """Requests that may wait for a slot before `EngineBusy`; None: no bound."""
-    max_backlog: int = 256
-    """Unread events after which a generation is paused until its reader catches up."""
-    stall_timeout: float = 30.0
-    """Seconds a paused generation waits for its reader before it is dropped with `ReaderStalled`."""
+    slots: int = integer(4, 1, MAX_SLOTS, doc="Requests that run at once. Each takes one slot of the KV cache.")
+    context_length: int | None = integer(
+        None,
+        4,
+        2**26,
+        doc="Tokens that each slot can hold.",
+        default_text="what the model was trained with, at most 4096",
+    )
+    batch_size: int = integer(
+        512,
+        1,
+        MAX_BATCH_ROWS,
+        doc="Rows of one step at most, and so the longest stretch of work that nothing interrupts on a GPU. A text to "
+        "embed must fit into it, unless the model embeds the last row.",
+    )
+    embedding_batch_size: int | None = integer(
+        None,
+        1,
+        MAX_BATCH_ROWS,
+        doc="Rows of one step for a model made for embeddings that needs all rows of a text in one step, such as an "
+        "encoder, and so the tokens of its longest text. Never less than `batch_size` or more than the context that "
+        "the model was trained with. More rows take more memory.",
+        default_text="batch_size",
+    )
+    threads: int | None = integer(
+        None,
+        1,
+        MAX_THREADS,
+        doc="Threads that compute.",
+        default_text="one per core for prefill, one fewer for decoding",
+    )
+    flash_attention: FlashAttention = one_of(
+        "auto",
+        FLASH_ATTENTIONS,
+        doc="auto: on where the backend can. Without it, each step attends to every cell in use, those of other slots "
+        "and of cached prompts included.",
+    )
+    kv_type: KvType = one_of(
+        "f16",
+        KV_TYPES,
+        doc="Element type of the KV cache. Quantised types need flash attention.",
+    )
+    pooling: Pooling = one_of(
+        "model",
+        POOLINGS,
+        doc="How the rows of a text become one embedding. model: as the file says, otherwise the last row.",
+    )
+    step_target: float | None = number(
+        None,
+        0.001,
+        60,
+        unit="seconds",
+        doc="Seconds that a step may take if it carries rows of a prompt beside sequences that decode. This is the gap "
+        "that a prompt tears into every stream.",
+        default_text="2.5 times a step that only decodes, as measured, but at least 0.025",
+    )
+    image_cache_bytes: int = integer(
+        256 << 20,
+        0,
+        2**62,
+        doc="Bytes of encoded images to keep, so that an image that is asked for again need not be encoded again.",
+    )
+    max_queue: int | None = integer(
+        128,
+        0,
+        2**31 - 1,
+        optional=True,
+        doc="Requests that may wait for a slot. Further ones are refused and told when to come back. None means no "
+        "bound.",
+    )
+    max_backlog: int = integer(
+        256,
+        1,
+        2**31 - 1,
+        doc="Unread events after which a generation is paused until its reader catches up.",
+    )
+    stall_timeout: float = number(
+        30.0,
+        0,
+        math.inf,
+        unit="seconds",
+        doc="Seconds that a paused generation waits for its reader. Then it ends with `ReaderStalled`.",
+    )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.slots <= MAX_SLOTS:
-            raise ValueError(f"slots must be between 1 and {MAX_SLOTS}")
-        if self.context_length is not None and not 4 <= self.context_length <= 2**26:
-            raise ValueError("context_length must be between 4 and 67108864")
+        _check_parameters(self)
         if self.context_length is not None and self.slots * self.context_length >= 2**31:
             raise ValueError("slots and context_length must multiply to less than 2147483648")
-        if not 1 <= self.batch_size <= 2**16:
-            raise ValueError("batch_size must be between 1 and 65536")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise ValueError(f"threads must be between 1 and {MAX_THREADS}")
-        if self.kv_type not in KV_TYPES:
-            raise ValueError(f"kv_type must be one of {', '.join(KV_TYPES)}")
-        if self.flash_attention not in ("auto", "on", "off"):
-            raise ValueError("flash_attention must be auto, on or off")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}")
-        if self.step_target is not None and not 0.001 <= self.step_target <= 60:
-            raise ValueError("step_target must be between 0.001 and 60 seconds")
-        if self.image_cache_bytes < 0:
-            raise ValueError("image_cache_bytes must not be negative")
-        if self.max_queue is not None and self.max_queue < 0:
-            raise ValueError("max_queue must not be negative")
-        if self.max_backlog < 1:
-            raise ValueError("max_backlog must be 1 or more")
         if not self.stall_timeout > 0:
             raise ValueError("stall_timeout must be more than 0 seconds")
+
+
+def _check_parameters(config: ModelConfig | EngineConfig) -> None:
+    for complaint in complaints(config).values():
+        raise ValueError(complaint)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trio_runner import __version__
-from trio_runner.config import MAX_THREADS, AdapterConfig, EngineConfig, ModelConfig
+from trio_runner.config import MAX_BATCH_ROWS, MAX_THREADS, AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import LoadError, RunnerError
 from trio_runner.go_flags import Flag, FlagError, FlagSet, HelpRequested, Value
 
@@ -133,6 +133,8 @@ def read_settings(values: Mapping[str, Value]) -> Settings:
             slots=parallel,
             context_length=int(values["ctx-size"]) // parallel,
             batch_size=int(values["batch-size"]),
+            # The original embedded texts of any length that fits into the context, whatever the batch size.
+            embedding_batch_size=min(max(int(values["ctx-size"]) // parallel, 1), MAX_BATCH_ROWS),
             threads=min(threads, MAX_THREADS) if threads > 0 else None,
             flash_attention="on" if values["flash-attn"] else "auto",
         ),

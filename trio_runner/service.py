@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import trio
 
 from trio_runner.config import EngineConfig, ModelConfig
-from trio_runner.engine.engine import leaves, open_engine
 from trio_runner.errors import EngineClosed, LoadError, RunnerError
+from trio_runner.front_door import leaves, open_engine
 from trio_runner.server.app import MAX_BODY_BYTES, MAX_BODY_BYTES_WITH_IMAGES
 from trio_runner.server.serve import serve
 
 if TYPE_CHECKING:
-    from trio_runner.engine.runtime import Loader
+    from trio_runner.core.ports import Loader
 
     TaskStatus: TypeAlias = trio.TaskStatus[list[tuple[str, int]]]
 

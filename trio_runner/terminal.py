@@ -1,4 +1,4 @@
-"""Text to stdout from a task that must stay cancellable."""
+"""Writes text to stdout from a task that must stay cancellable."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import trio
 
 _CHUNK = 4096
-"""A pipe that poll(2) calls writable takes this much (PIPE_BUF) without blocking."""
+"""Bytes that a pipe takes without blocking if poll(2) reports it as writable: PIPE_BUF on Linux."""
 
 
 class TextOutput:
-    """Writes text to a file descriptor without blocking the event loop, wherever the system can say what would block.
+    """Writes text to a file descriptor without blocking the event loop, if the system can tell what would block.
 
-    The descriptor stays in blocking mode: it is shared with other programs, which would not expect anything else.
+    The descriptor stays in blocking mode, because it is shared with other programs that expect this mode.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -21,7 +21,7 @@ class TextOutput:
         self._can_wait = True
 
     async def write(self, text: str) -> None:
-        """Write all of `text`, at once and unbuffered. Raises `OSError`, such as BrokenPipeError."""
+        """Write all of `text` now, without a buffer. Raises OSError, such as BrokenPipeError."""
         data = text.encode()
         while data:
             await self._wait_writable()
@@ -31,7 +31,7 @@ class TextOutput:
         if self._can_wait:
             try:
                 await trio.lowlevel.wait_writable(self._descriptor)
-            except OSError:  # a file on disk, or a system that waits for sockets only
+            except OSError:  # a file on disk, or a system that can wait for sockets only
                 self._can_wait = False
         if not self._can_wait:
             await trio.lowlevel.checkpoint()

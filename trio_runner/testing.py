@@ -24,26 +24,25 @@ from numpy.typing import NDArray
 
 from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
-from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.engine.runtime import (
+from trio_runner.core.ports import (
     NO_ADAPTERS,
     NO_MEDIA,
     Adapter,
     EncodedImage,
     EncodedMedia,
     LoadedAdapter,
-    ModelInfo,
     Runtime,
     Sampler,
 )
+from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError
 from trio_runner.events import TokenInfo
-from trio_runner.request import SamplingParams
+from trio_runner.info import Capabilities, ModelInfo
+from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 N_VOCAB = 257
 END = 256
@@ -57,35 +56,35 @@ ToyAdapters: TypeAlias = Sequence[tuple[str, float]]
 """(path, scale)"""
 
 
-def toy_basis(adapters: ToyAdapters = (), source: Sequence[int] = ()) -> str:
+def toy_cache_key(adapters: ToyAdapters = (), encoder_tokens: Sequence[int] = ()) -> str:
     """What the toy makes of its adapters and of what an encoder has read; "" of neither."""
-    return f"{sorted(adapters)}{list(source)}" if adapters or source else ""
+    return f"{sorted(adapters)}{list(encoder_tokens)}" if adapters or encoder_tokens else ""
 
 
 def _named(item: Item) -> str:
     return f"{item.media.key.hex()}:{item.row}" if isinstance(item, MediaRow) else str(item)
 
 
-def toy_next(items: Sequence[Item], basis: str = "") -> int:
-    """The token that follows `items`, the first ones of a slot, on `toy_basis`."""
-    digest = hashlib.blake2b((",".join(map(_named, items)) + basis).encode(), digest_size=4).digest()
+def toy_next(items: Sequence[Item], cache_key: str = "") -> int:
+    """The token that follows `items`, the first ones of a slot, on `toy_cache_key`."""
+    digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=4).digest()
     number = int.from_bytes(digest, "big")
     return END if number % 61 == 0 else _ALPHABET[number % len(_ALPHABET)]
 
 
-def toy_continuation(prompt: Sequence[Item], n_tokens: int, basis: str = "") -> list[int]:
+def toy_continuation(prompt: Sequence[Item], n_tokens: int, cache_key: str = "") -> list[int]:
     """The first `n_tokens` tokens after `prompt`, up to and including the end token, in an endless context."""
     items = list(prompt)
     tokens: list[int] = []
     while len(tokens) < n_tokens and tokens[-1:] != [END]:
-        tokens.append(toy_next([*items, *tokens], basis))
+        tokens.append(toy_next([*items, *tokens], cache_key))
     return tokens
 
 
-def toy_text(prompt: str | Sequence[Item], n_tokens: int, basis: str = "") -> str:
+def toy_text(prompt: str | Sequence[Item], n_tokens: int, cache_key: str = "") -> str:
     """The text the toy generates after `prompt`, at most `n_tokens` tokens of it, in an endless context."""
     items: Sequence[Item] = list(prompt.encode()) if isinstance(prompt, str) else prompt
-    tokens = toy_continuation(items, n_tokens, basis)
+    tokens = toy_continuation(items, n_tokens, cache_key)
     return _whole_characters(bytes(token for token in tokens if token != END))
 
 
@@ -142,11 +141,12 @@ class ToyEncoding:
 
 
 class ToyProjector:
-    """An image is between tokens of its own: `<`, as many rows as its digest says, `>`. `folded`: its rows share
-    positions; `causal`: see `Media`."""
+    """Puts an image between tokens of its own: `<`, as many rows as the digest of its pixels says, `>`.
 
-    def __init__(self, *, folded: bool = False, causal: bool = True) -> None:
-        self.folded, self.causal = folded, causal
+    `shares_positions` and `causal` are those of the `Media` that it makes."""
+
+    def __init__(self, *, shares_positions: bool = False, causal: bool = True) -> None:
+        self.shares_positions, self.causal = shares_positions, causal
         self.digest = b"toy"
         self.on_encode: Callable[[ToyEncoding], None] | None = None
         self.encoded: list[bytes] = []
@@ -159,7 +159,7 @@ class ToyProjector:
 
     def image(self, pixels: Pixels) -> EncodedImage:
         n_rows = 2 + pixels.digest[0] % 5
-        media = Media(pixels.digest, n_rows, 2 if self.folded else n_rows, self.causal, self.folded)
+        media = Media(pixels.digest, n_rows, 2 if self.shares_positions else n_rows, self.causal, self.shares_positions)
         rows = np.full((n_rows, N_EMBD), pixels.digest[0], np.float32)
         items: tuple[Item, ...] = (ord("<"), *(MediaRow(media, row) for row in range(n_rows)), ord(">"))
         return EncodedImage(items, {media: EncodedMedia(rows)})
@@ -218,7 +218,7 @@ class _Cell:
 
     position: int
     item: Item
-    basis: str
+    cache_key: str
 
 
 def _positions(items: Sequence[Item], start: int) -> list[int]:
@@ -226,7 +226,7 @@ def _positions(items: Sequence[Item], start: int) -> list[int]:
     positions = []
     for item in items:
         positions.append(start)
-        if not isinstance(item, MediaRow) or not item.media.folded:
+        if not isinstance(item, MediaRow) or not item.media.shares_positions:
             start += 1
         elif item.row == item.media.n_rows - 1:
             start += item.media.n_positions
@@ -250,13 +250,15 @@ class ToyContext:
     whose number is, or meanwhile becomes, `aborted_number` is broken off before its first row, unless the hook knows
     better."""
 
-    def __init__(self, limits: Limits, *, on_decode: Callable[[Batch], Interruption | None] | None = None) -> None:
-        self.limits = limits
+    def __init__(
+        self, capabilities: Capabilities, *, on_decode: Callable[[Batch], Interruption | None] | None = None
+    ) -> None:
+        self.capabilities = capabilities
         self.on_decode = on_decode
         self.aborted_number: int | None = None
         self.batches: list[Batch] = []
         self.closed = False
-        self._cells: list[list[_Cell]] = [[] for _ in range(limits.first_embed_slot + limits.n_embed_slots)]
+        self._cells: list[list[_Cell]] = [[] for _ in range(capabilities.first_embed_slot + capabilities.n_embed_slots)]
 
     def held(self, slot: int) -> list[Item]:
         """The tokens and rows that `slot` holds. Raises AssertionError unless they are at positions 0, 1, 2, ..., or
@@ -264,7 +266,7 @@ class ToyContext:
         cells = self._cells[slot]
         items = [cell.item for cell in cells]
         assert [cell.position for cell in cells] == _positions(items, 0), "positions have a hole or a double"
-        assert len({cell.basis for cell in cells}) <= 1, "what one slot holds was made with different adapters"
+        assert len({cell.cache_key for cell in cells}) <= 1, "what one slot holds was made with different adapters"
         return items
 
     def length(self, slot: int) -> int:
@@ -276,18 +278,18 @@ class ToyContext:
             case Trim(slot, start, end):
                 stop = self.length(slot) if end is None else end
                 kept = [cell for cell in self._cells[slot] if not start <= cell.position < stop]
-                if kept and len(kept) < len(self._cells[slot]) and not self.limits.can_trim:
+                if kept and len(kept) < len(self._cells[slot]) and not self.capabilities.can_trim:
                     return False
                 self._cells[slot] = kept
             case Copy(source, target, end):
                 assert not self._cells[target], "the target of a copy must be empty"
                 assert end <= len(self._cells[source]), "a copy of what is not there"
-                assert max(source, target) < self.limits.first_embed_slot, (
+                assert max(source, target) < self.capabilities.first_embed_slot, (
                     "nothing is shared with a lane for embeddings"
                 )
                 self._cells[target] = [cell for cell in self._cells[source] if cell.position < end]
             case Slide(slot, start, end, delta):
-                assert self.limits.can_shift, "this context cannot shift"
+                assert self.capabilities.can_shift, "this context cannot shift"
                 for cell in self._cells[slot]:
                     if start <= cell.position < end:
                         cell.position += delta
@@ -302,30 +304,34 @@ class ToyContext:
         adapters: Mapping[int, Adapter] = NO_ADAPTERS,
     ) -> StepResult:
         assert not self.closed
-        assert 0 < batch.n_rows <= self.limits.max_rows
+        assert 0 < batch.n_rows <= self.capabilities.max_rows
         assert len({chunk.uid for chunk in batch.chunks}) == len(batch.chunks)
-        assert len({(chunk.media is None, chunk.media is None or chunk.media.causal) for chunk in batch.chunks}) == 1
+        for media_of_chunk in (chunk.media for chunk in batch.chunks):
+            assert batch.kind.of_media == (media_of_chunk is not None), "rows of another kind than the batch"
+            assert media_of_chunk is None or batch.kind.causal == media_of_chunk.causal
         for chunk in batch.chunks:
-            self._check_lane(chunk, batch.embeddings)
+            self._check_lane(chunk, batch.kind.embedding)
             self._check_rows(chunk, media)
-        assert sum(len(chunk.source) for chunk in batch.chunks) <= self.limits.max_rows, "too much to read at once"
+        assert sum(len(chunk.encoder_tokens) for chunk in batch.chunks) <= self.capabilities.max_rows, (
+            "too much to read at once"
+        )
         self.batches.append(batch)
         interruption = self.on_decode(batch) if self.on_decode else None
         if interruption is None and batch.number == self.aborted_number:
             interruption = Interruption(DecodeOutcome.ABORTED)
-        named = [(_path(adapters[uid]), scale) for uid, scale in batch.adapters]
+        named = [(_path(adapters[uid]), scale) for uid, scale in batch.kind.adapters]
         if interruption is not None:
             return self._interrupt(batch, interruption, named)
         sampled: dict[int, Sampled] = {}
-        vectors: dict[int, object] = {}
+        embeddings: dict[int, object] = {}
         for chunk in batch.chunks:
-            basis = toy_basis(named, chunk.source)
-            items = self._hold(chunk, len(chunk.items), basis)
-            if chunk.output and batch.embeddings:
-                vectors[chunk.uid] = toy_vector(items, basis)
+            cache_key = toy_cache_key(named, chunk.encoder_tokens)
+            items = self._hold(chunk, len(chunk.items), cache_key)
+            if chunk.output and batch.kind.embedding:
+                embeddings[chunk.uid] = toy_vector(items, cache_key)
             elif chunk.output:
-                sampled[chunk.uid] = self._sample(items, basis, samplers[chunk.uid])
-        return StepResult(DecodeOutcome.OK, sampled, vectors, {}, seconds=0.001 * batch.n_rows)
+                sampled[chunk.uid] = self._sample(items, cache_key, samplers[chunk.uid])
+        return StepResult(DecodeOutcome.OK, sampled, embeddings, {}, seconds=0.001 * batch.n_rows)
 
     def abort(self, number: int) -> None:
         self.aborted_number = number
@@ -334,14 +340,14 @@ class ToyContext:
         self.closed = True
 
     def _check_lane(self, chunk: Chunk, embeddings: bool) -> None:
-        if chunk.slot >= self.limits.first_embed_slot:
+        if chunk.slot >= self.capabilities.first_embed_slot:
             assert embeddings == chunk.output, "a lane for embeddings makes vectors only, and only in their batches"
         if embeddings:
             assert chunk.output, "a batch of embeddings ends each of its texts"
-            assert self.limits.embeds_last_row or chunk.start == 0, "all rows of a text make its vector"
+            assert self.capabilities.embeds_last_row or chunk.start == 0, "all rows of a text make its vector"
 
     def _check_rows(self, chunk: Chunk, media: Mapping[Media, EncodedMedia]) -> None:
-        assert bool(chunk.source) == (self.limits.decoder_start is not None), (
+        assert bool(chunk.encoder_tokens) == (self.capabilities.decoder_start is not None), (
             "an encoder has something to read, or none"
         )
         if chunk.media is None:
@@ -360,35 +366,35 @@ class ToyContext:
             n_done = max(min(n_rows, len(chunk.items)), 0)
             if chunk.media is not None and chunk.media.whole and n_done < len(chunk.items):
                 n_done = 0
-            self._hold(chunk, n_done, toy_basis(named, chunk.source))
+            self._hold(chunk, n_done, toy_cache_key(named, chunk.encoder_tokens))
             n_rows -= len(chunk.items)
-            if interruption.outcome in _BROKEN_OFF and not self.limits.can_trim:
+            if interruption.outcome in _BROKEN_OFF and not self.capabilities.can_trim:
                 self._cells[chunk.slot] = []  # recurrent state that was caught half-way is worth nothing
         kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks}
         return StepResult(interruption.outcome, {}, {}, kept, message=interruption.message)
 
-    def _hold(self, chunk: Chunk, n_rows: int, basis: str) -> list[Item]:
-        if not self.limits.has_memory:
+    def _hold(self, chunk: Chunk, n_rows: int, cache_key: str) -> list[Item]:
+        if not self.capabilities.has_memory:
             return list(chunk.items[:n_rows])
         assert chunk.start == len(self._cells[chunk.slot]), "rows must follow what the slot holds"
-        assert chunk.stop <= self.limits.n_ctx, "the slot is full"
+        assert chunk.stop <= self.capabilities.n_ctx, "the slot is full"
         items = chunk.items[:n_rows]
         positions = _positions(items, chunk.position)
         self._cells[chunk.slot] += [
-            _Cell(position, item, basis) for position, item in zip(positions, items, strict=True)
+            _Cell(position, item, cache_key) for position, item in zip(positions, items, strict=True)
         ]
-        first = self.limits.first_embed_slot
+        first = self.capabilities.first_embed_slot
         n_embedding = sum(map(len, self._cells[first:]))
-        assert n_embedding <= self.limits.max_rows, "the lanes for embeddings are full"
+        assert n_embedding <= self.capabilities.max_rows, "the lanes for embeddings are full"
         n_cells = len({id(cell) for cells in self._cells[:first] for cell in cells})
-        assert n_cells <= self.limits.n_slots * self.limits.n_ctx, "the KV cache is full"
+        assert n_cells <= self.capabilities.n_slots * self.capabilities.n_ctx, "the KV cache is full"
         return self.held(chunk.slot)
 
     @staticmethod
-    def _sample(items: Sequence[Item], basis: str, sampler: Sampler) -> Sampled:
+    def _sample(items: Sequence[Item], cache_key: str, sampler: Sampler) -> Sampled:
         assert isinstance(sampler, ToySampler)
         assert not sampler.closed
-        token = toy_next(items, basis)
+        token = toy_next(items, cache_key)
         logprob = -1.0
         if token == END:
             return Sampled(token, is_end=True, logprob=logprob)
@@ -405,18 +411,20 @@ def _path(adapter: Adapter) -> str:
     return adapter.path
 
 
-def toy_vector(items: Sequence[Item], basis: str = "") -> NDArray[np.float32]:
+def toy_vector(items: Sequence[Item], cache_key: str = "") -> NDArray[np.float32]:
     """The vector of a prompt, shape (8,)."""
-    digest = hashlib.blake2b((",".join(map(_named, items)) + basis).encode(), digest_size=N_EMBD).digest()
+    digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=N_EMBD).digest()
     return np.frombuffer(digest, np.uint8).astype(np.float32)
 
 
 @dataclass(slots=True)
 class ToyLoader:
-    """Loads a toy. `limits` replaces fields of the Limits that follow from the engine's configuration; `on_load` may
-    wait or raise; `projector`, if any, and `adapters` come with it; `model` and `context` are what was loaded last."""
+    """Loads a toy model.
 
-    limits: Mapping[str, object] = field(default_factory=dict)
+    `capabilities` replaces fields of the `Capabilities` that follow from the engine's configuration. `on_load` may wait
+    or raise. `projector`, if any, and `adapters` are loaded too. `model` and `context` are what was loaded last."""
+
+    capabilities: Mapping[str, object] = field(default_factory=dict)
     on_load: Callable[[Callable[[float], None], Callable[[], bool]], None] | None = None
     on_decode: Callable[[Batch], Interruption | None] | None = None
     projector: ToyProjector | None = None
@@ -432,17 +440,17 @@ class ToyLoader:
         if cancelled():
             raise EngineClosed("loading was cancelled")
         progress(1.0)
-        limits = Limits(
+        capabilities = Capabilities(
             n_slots=config.slots,
             n_ctx=config.context_length or 4096,
             max_rows=config.batch_size,
             n_spare_slots=config.slots,
             n_embed_slots=config.slots,
-            n_vector=N_EMBD,
+            embedding_size=N_EMBD,
         )
-        limits = replace(limits, **self.limits)  # type: ignore[arg-type]
+        capabilities = replace(capabilities, **self.capabilities)  # type: ignore[arg-type]
         self.model = ToyModel()
-        self.context = ToyContext(limits, on_decode=self.on_decode)
+        self.context = ToyContext(capabilities, on_decode=self.on_decode)
         adapters = tuple(
             LoadedAdapter(adapter.name, self.model.adapter(adapter.path), adapter.scale, adapter.path)
             for adapter in self.adapters

@@ -1,10 +1,10 @@
-"""A server that speaks each of the three dialects over real sockets, and generates words at a steady pace."""
+"""A server of each of the three dialects, over real sockets. It generates words at a steady pace."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -16,18 +16,19 @@ from trio_runner.bench.dialects import DIALECTS, DialectName
 from trio_runner.bench.server import Server
 
 DEADLINE = 30.0
-"""Seconds any one test may take before it has failed."""
+"""Seconds after which a test has failed."""
 END_TOKEN = 7
+"""The token of "</s>"."""
 PADDING = "x" * 250
-"""For buffers to be full soon."""
+"""Part of every line, so that buffers are full soon."""
 STUCK_SECONDS = 0.05
-"""After which a client that takes nothing is one that does not read."""
+"""Seconds without progress after which a client counts as one that does not read."""
 
 Fields = dict[str, Any]
 
 
 class FakeServer:
-    """A word is a token. One prompt is remembered, as far as it was decoded."""
+    """One word is one token. The server remembers one prompt, as far as it has decoded it."""
 
     def __init__(self, dialect: DialectName, *, slots: int = 4, max_queue: int = 1000) -> None:
         self.dialect = dialect
@@ -38,24 +39,25 @@ class FakeServer:
         self.prefill_step = 0.00001
         self.generations = 0
         self.left = 0
-        """Clients that hung up on a generation."""
+        """Clients that disconnected during a generation."""
         self.cached: list[str] = []
         self.asked: list[Fields] = []
+        """The fields of every request for a completion."""
         self.texts_break = False
-        """Whether a cancellation changes the others' texts, as a bug would."""
+        """Whether a cancellation changes the texts of the others, as a bug would."""
         self.leaks = False
-        """Whether a generation that was abandoned is counted for ever."""
+        """Whether an abandoned generation is counted for ever."""
         self.pauses = True
-        """Whether a client that does not read gives up its part of the speed."""
+        """Whether a client that does not read leaves its part of the speed to the others."""
         self.sending: dict[trio.SocketStream, float] = {}
-        """Since when somebody waits for a client to take a piece of text."""
+        """Since when the server waits for a client to take a piece of text."""
         self.embeds = dialect != "llama"
         self.has_statistics = dialect == "runner"
         self.health = 200
         self.embeddings_wait = False
-        """Whether an embedding comes only when nothing is generated."""
+        """Whether an embedding waits until nothing is generated."""
         self.statistics_step = 0.0
-        """Seconds after which the queue is counted again."""
+        """Seconds between two counts of the queue."""
         self._counted = (-math.inf, 0)
 
     @property
@@ -148,7 +150,7 @@ class FakeServer:
 
             async def watch() -> None:
                 try:
-                    # Only a look: what is there may be the next request, from a client that has read its answer.
+                    # Peek only: it may be the next request of a client that has read its answer.
                     hung_up = not await stream.socket.recv(1, trio.socket.MSG_PEEK)
                 except OSError:
                     hung_up = True
@@ -160,7 +162,7 @@ class FakeServer:
                 try:
                     async with self.slots:
                         await self._generate(stream, fields)
-                except trio.BrokenResourceError:  # seen first by whoever writes
+                except trio.BrokenResourceError:  # the writer may notice it first
                     gone.cancel()
                     await trio.lowlevel.checkpoint()
             nursery.cancel_scope.cancel()
@@ -248,8 +250,8 @@ async def _respond(stream: trio.SocketStream, status: int, body: bytes, *headers
 
 
 @asynccontextmanager
-async def listening(handler: Any) -> AsyncIterator[Address]:
-    """`handler` gets the connections to this address, for at most `DEADLINE` seconds."""
+async def listening(handler: Callable[[trio.SocketStream], Awaitable[object]]) -> AsyncIterator[Address]:
+    """Yield an address whose connections `handler` gets, for at most `DEADLINE` seconds."""
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
             [listener] = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
@@ -258,9 +260,11 @@ async def listening(handler: Any) -> AsyncIterator[Address]:
 
 
 @asynccontextmanager
-async def fake_server(dialect: DialectName, **options: Any) -> AsyncIterator[tuple[FakeServer, Server]]:
-    """The server, and what the load generator knows of it."""
-    fake = FakeServer(dialect, **options)
+async def fake_server(
+    dialect: DialectName, *, slots: int = 4, max_queue: int = 1000
+) -> AsyncIterator[tuple[FakeServer, Server]]:
+    """Yield a running server, and what the load generator knows of it."""
+    fake = FakeServer(dialect, slots=slots, max_queue=max_queue)
     async with listening(fake.serve) as address:
         kind = DIALECTS[dialect](model="fake")
         yield fake, Server(f"http://{address}", address, kind, fake.n_slots, tokenizes=dialect != "openai")

@@ -1,3 +1,5 @@
+"""One request on one socket: streams, refusals, and ways to disconnect."""
+
 from __future__ import annotations
 
 import time
@@ -14,7 +16,7 @@ TEXT = " 3:0 3:1 3:2 3:3 3:4"
 
 
 @pytest.mark.parametrize("dialect", ["runner", "llama", "openai"])
-async def test_a_stream(dialect: DialectName) -> None:
+async def test_a_stream_is_read_with_its_moments(dialect: DialectName) -> None:
     async with fake_server(dialect) as (_, server):
         stream = await server.complete(ASK)
     assert stream.text == TEXT
@@ -26,7 +28,7 @@ async def test_a_stream(dialect: DialectName) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["llama", "openai"])
-async def test_an_answer_in_one_piece(dialect: DialectName) -> None:
+async def test_an_answer_in_one_piece_is_read(dialect: DialectName) -> None:
     async with fake_server(dialect) as (_, server):
         stream = await server.complete(Ask(prompt="one two three", max_tokens=5, stream=False))
     assert stream.pieces == [TEXT]
@@ -34,7 +36,7 @@ async def test_an_answer_in_one_piece(dialect: DialectName) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["runner", "llama", "openai"])
-async def test_alternatives(dialect: DialectName) -> None:
+async def test_alternatives_are_read(dialect: DialectName) -> None:
     async with fake_server(dialect) as (_, server):
         stream = await server.complete(Ask(prompt="one", max_tokens=2, n_top=2))
     assert [(choice.piece, choice.top) for choice in stream.choices] == [
@@ -43,7 +45,7 @@ async def test_alternatives(dialect: DialectName) -> None:
     ]
 
 
-async def test_one_connection_for_many_requests() -> None:
+async def test_one_connection_serves_many_requests() -> None:
     async with fake_server("runner") as (_, server):
         with await Connection.open(server.address) as connection:
             assert (await fetch(connection, "GET", "/health"))["status"] == "ok"
@@ -56,7 +58,7 @@ async def test_one_connection_for_many_requests() -> None:
             assert (await fetch(connection, "GET", "/health"))["status"] == "ok"
 
 
-async def test_a_full_server() -> None:
+async def test_a_full_server_refuses() -> None:
     async with fake_server("runner", slots=1, max_queue=0) as (_, server):
         with pytest.raises(Refused) as caught:
             await server.complete(ASK)
@@ -66,7 +68,7 @@ async def test_a_full_server() -> None:
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
 @pytest.mark.parametrize("n_read", [0, 1, 8])
-async def test_leaving(how: Farewell, n_read: int) -> None:
+async def test_a_server_sees_a_fin_or_a_reset(how: Farewell, n_read: int) -> None:
     seen = trio.Event()
     ends: list[object] = []
 
@@ -80,12 +82,15 @@ async def test_leaving(how: Farewell, n_read: int) -> None:
             ends.append(type(error.__cause__))
         seen.set()
 
-    async with listening(handle) as address, asking(address, Runner(), ASK) as stream:
-        await stream.read(n_read)
-        if not n_read:
-            await trio.lowlevel.wait_readable(stream._connection._sock)  # unread data must not turn a FIN into a RST
-        stream.leave(how)
-        await seen.wait()
+    async with listening(handle) as address:
+        with await Connection.open(address) as connection:
+            stream = Stream(connection, Runner(), ASK)
+            await stream.send()
+            await stream.read(n_read)
+            if not n_read:
+                await trio.lowlevel.wait_readable(connection)  # unread data must not turn a FIN into a RST
+            stream.leave(how)
+            await seen.wait()
     assert ends == [b"" if how == "fin" else ConnectionResetError]
 
 
@@ -99,7 +104,7 @@ async def test_leaving(how: Farewell, n_read: int) -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "the answer is empty"),
     ],
 )
-async def test_answers_that_are_none(answer: bytes, message: str) -> None:
+async def test_malformed_answers_are_refused(answer: bytes, message: str) -> None:
     async def handle(stream: trio.SocketStream) -> None:
         async with stream:
             await stream.receive_some()
@@ -110,7 +115,7 @@ async def test_answers_that_are_none(answer: bytes, message: str) -> None:
             await stream.finish()
 
 
-async def test_a_client_that_does_not_read_is_felt() -> None:
+async def test_a_server_notices_a_client_that_does_not_read() -> None:
     sent: list[int] = []
     stuck = trio.Event()
 

@@ -1,4 +1,4 @@
-"""`trio-runner bench` as its users meet it."""
+"""`trio-runner bench` as its users run it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def toy(tmp_path: Path) -> str:
     return str(path)
 
 
-async def test_two_servers(toy: str, tmp_path: Path) -> None:
+async def test_two_servers_are_compared(toy: str, tmp_path: Path) -> None:
     files = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "plot.svg")}
     options = ["--json", str(files["json"]), "--markdown", str(files["markdown"]), "--plot", str(files["plot.svg"])]
     serve = ["serve", "--model", toy, "--port", "0", "--slots", "2"]
@@ -49,7 +49,7 @@ async def test_two_servers(toy: str, tmp_path: Path) -> None:
     assert "<svg" in files["plot.svg"].read_text()
 
 
-async def test_a_server_of_its_own(tmp_path: Path) -> None:
+async def test_without_a_url_a_server_is_started(tmp_path: Path) -> None:
     model = str(tiny_model("llama", tmp_path))
     command = ["bench", "-m", model, "--slots", "2", "--threads", "1", "--context-length", "256", "--no-mmap"]
     async with program(*command, *SMALL, "--scenario", "ttft", "--json", "-", toy=False) as bench:
@@ -62,11 +62,11 @@ async def test_a_server_of_its_own(tmp_path: Path) -> None:
 
 
 def _remarks(document: dict[str, Any]) -> list[str]:
-    """Those that do not depend on what else this machine does."""
+    """The remarks, except those about other work of this machine."""
     return [remark for remark in document["remarks"] if "was disturbed" not in remark]
 
 
-async def test_a_server_that_does_not_start(tmp_path: Path) -> None:
+async def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"no model")
     async with program("bench", "-m", str(tmp_path / "bad.gguf"), toy=False) as bench:
         assert await bench.ended() == 1
@@ -74,7 +74,7 @@ async def test_a_server_that_does_not_start(tmp_path: Path) -> None:
     assert "Traceback" not in bench.log
 
 
-async def test_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
+async def test_ctrl_c_ends_the_server(tmp_path: Path) -> None:
     model = str(tiny_model("llama", tmp_path))
     endless = ["--scenario", "storm", "--storm", "1000000", "--context-length", "512", "--threads", "1"]
     async with program("bench", "-m", model, "--prompt-tokens", "60", *endless, toy=False) as bench:
@@ -88,8 +88,8 @@ async def test_ctrl_c_leaves_nobody_behind(tmp_path: Path) -> None:
 
 
 def _server_of(pid: int) -> int:
-    """The server that this process has started, once it is one; else 0. What is imported starts short-lived others."""
-    with suppress(OSError):  # of tasks and processes that end while we look
+    """The server that this process has started, or 0. Imports start other, short-lived processes."""
+    with suppress(OSError):  # tasks and processes may end meanwhile
         for path in Path(f"/proc/{pid}/task").glob("*/children"):
             for child in path.read_text().split():
                 if b"serve" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
@@ -113,17 +113,17 @@ async def test_ctrl_c_keeps_what_was_measured(toy: str, tmp_path: Path) -> None:
     assert len(json.loads(out.read_text())["results"]) == 3
 
 
-async def test_nobody_at_the_url() -> None:
+async def test_a_url_without_a_server_is_reported() -> None:
     async with program("bench", "--url", "127.0.0.1:1", toy=False) as bench:
         assert await bench.ended() == 1
     assert bench.log.startswith("error: http://127.0.0.1:1: ")
     assert bench.log.endswith("Connection refused\n")
 
 
-def test_the_list_of_scenarios(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scenarios_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
     assert cli.main(["bench", "--scenario", "list"]) == 0
-    assert "cancel-prefill  The client goes away at a random moment of a long prefill.\n" in capsys.readouterr().out
+    assert "cancel-prefill  A client disconnects at a random moment of a long prefill.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_list_of_scenarios(capsys: pytest.CaptureFixture[str], monkeypatch: 
         ("--json /nowhere/at/all.json", "there is no directory /nowhere/at"),
     ],
 )
-def test_wrong_command_lines(
+def test_wrong_command_lines_are_refused(
     options: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
@@ -148,7 +148,7 @@ def test_wrong_command_lines(
     assert message in " ".join(err.split())
 
 
-def test_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_needs_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["bench", "--url", "x", "--plot", "x.png"]) == 1

@@ -1,3 +1,5 @@
+"""Requests and answers of each dialect."""
+
 from __future__ import annotations
 
 import json
@@ -55,7 +57,7 @@ ANSWERS: list[tuple[DialectName, bytes, list[Message]]] = [
 
 @pytest.mark.parametrize(("name", "body", "messages"), ANSWERS)
 @given(data=st.data())
-def test_an_answer_reads_alike_however_it_arrives(
+def test_an_answer_is_the_same_however_it_is_split(
     name: DialectName, body: bytes, messages: list[Message], data: st.DataObject
 ) -> None:
     decoder = DIALECTS[name]().decoder()
@@ -65,7 +67,7 @@ def test_an_answer_reads_alike_however_it_arrives(
 
 
 @pytest.mark.parametrize("name", list(DIALECTS))
-def test_every_request_is_greedy_and_says_how_long(name: DialectName) -> None:
+def test_every_request_is_greedy_and_has_a_length(name: DialectName) -> None:
     fields = DIALECTS[name](model="m").body(Ask(prompt="p", max_tokens=5, reuse=True))
     assert fields["prompt"] == "p"
     assert fields["temperature"] == 0
@@ -73,7 +75,7 @@ def test_every_request_is_greedy_and_says_how_long(name: DialectName) -> None:
     assert fields.get("n_predict", fields.get("max_tokens")) == 5
 
 
-def test_what_would_end_a_stream_is_forbidden() -> None:
+def test_tokens_that_would_end_a_stream_are_forbidden() -> None:
     ask = Ask(prompt="p", max_tokens=5)
     assert DIALECTS["runner"](forbidden=(2, 7)).body(ask)["logit_bias"] == [[2, False], [7, False]]
     assert DIALECTS["llama"]().body(ask)["ignore_eos"] is True

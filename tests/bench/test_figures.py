@@ -1,3 +1,5 @@
+"""Statistics of the measurements."""
+
 from __future__ import annotations
 
 import pytest
@@ -21,7 +23,7 @@ def test_percentiles_are_values_that_were_measured(values: list[float], percent:
     assert percentile(values, percent) == expected
 
 
-def test_figures() -> None:
+def test_statistics_of_samples() -> None:
     assert figures([4.0, 1.0, 2.0, 3.0]) == Figures(n=4, median=2.5, p99=4.0, minimum=1.0, maximum=4.0)
     with pytest.raises(ValueError, match="no values"):
         figures([])
@@ -37,5 +39,5 @@ def test_figures() -> None:
         ([], [], None),
     ],
 )
-def test_ratios_pair_the_rounds(first: list[list[float]], second: list[list[float]], expected: float | None) -> None:
+def test_ratios_are_taken_by_round(first: list[list[float]], second: list[list[float]], expected: float | None) -> None:
     assert paired_ratio(first, second) == expected

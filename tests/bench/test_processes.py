@@ -1,3 +1,5 @@
+"""What /proc tells about processes."""
+
 from __future__ import annotations
 
 import os
@@ -22,10 +24,10 @@ sum(mapped[::4096])
 threading.Thread(target=sys.stdin.readline).start()
 print("has more", flush=True)
 """
-"""Not this process: in the tests', threads come and go."""
+"""A process of its own, because the threads of the test process come and go."""
 
 
-def test_what_a_process_holds() -> None:
+def test_holdings_of_a_process() -> None:
     with subprocess.Popen(
         [sys.executable, "-S", "-c", GREEDY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
@@ -46,12 +48,12 @@ def test_what_a_process_holds() -> None:
     assert after.descriptors == before.descriptors + 2
 
 
-def test_nobody() -> None:
+def test_a_process_that_has_ended_holds_nothing() -> None:
     assert holdings(2**22 + 1) is None
 
 
-def test_what_others_do() -> None:
-    """A process that is busy counts where it is not one of ours."""
+def test_seconds_of_other_processes_are_counted() -> None:
+    """A busy process counts unless it is one of ours."""
     with subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) as busy:
         try:
             us, both = [os.getpid()], [os.getpid(), busy.pid]
@@ -71,7 +73,7 @@ def _seconds(pids: list[int]) -> float:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_who_listens(host: str) -> None:
+def test_the_listening_process_is_found(host: str) -> None:
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
         port = server.getsockname()[1]
         assert listener(host, port) == os.getpid()

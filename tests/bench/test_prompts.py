@@ -1,3 +1,5 @@
+"""Prompts have the exact number of tokens, and differ."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ async def test_the_number_of_tokens_is_exact(name: str, n_tokens: int) -> None:
     assert [COUNTERS[name](text) for text in texts] == [n_tokens] * 3
 
 
-async def test_prompts_differ_and_can_be_had_again() -> None:
+async def test_prompts_differ_and_can_be_repeated() -> None:
     made, again = prompts("words"), prompts("words")
     texts = [await made.make(50) for _ in range(3)]
     assert len(set(texts)) == 3
@@ -47,12 +49,12 @@ async def test_a_prefix_is_shared(name: str) -> None:
     assert texts[0] != texts[1]
 
 
-async def test_a_prefix_that_is_too_long() -> None:
+async def test_a_prefix_that_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match="its beginning has 5"):
         await prompts("words").make(4, prefix="one two three four five")
 
 
-async def test_a_vocabulary_of_coarse_tokens() -> None:
+async def test_a_vocabulary_without_short_tokens_is_refused() -> None:
     async def count(text: str) -> int:
         return 3 * len(text.split())
 

@@ -1,3 +1,5 @@
+"""Results as a table, as markdown, as JSON and as a plot."""
+
 from __future__ import annotations
 
 import io
@@ -33,7 +35,7 @@ def outcomes(*dialects: DialectName) -> list[Outcome]:
     return [*found, *(Outcome("more", each, unavailable="cannot") for each in servers)]
 
 
-def test_rows() -> None:
+def test_rows_have_statistics_and_ratios() -> None:
     fast, count = report.rows(outcomes("runner", "llama"))
     assert (fast.scenario, fast.metric) == ("speed", FAST)
     ours, theirs = fast.columns
@@ -60,7 +62,7 @@ def test_differences_have_no_ratio() -> None:
     assert row.ratio is None
 
 
-def test_what_only_one_of_two_has() -> None:
+def test_a_metric_of_one_server_has_no_ratio() -> None:
     both = outcomes("runner", "llama")
     both[1].rounds.clear()
     row = report.rows(both)[0]
@@ -68,7 +70,7 @@ def test_what_only_one_of_two_has() -> None:
     assert row.ratio is None
 
 
-def test_markdown() -> None:
+def test_the_markdown_table() -> None:
     assert report.markdown(outcomes("runner", "llama"), seed=3) == (
         "| scenario | measure | runner median | runner p99 | runner max | runner n"
         " | llama median | llama p99 | llama max | llama n | runner / llama |\n"
@@ -85,7 +87,7 @@ def test_markdown() -> None:
     )
 
 
-def test_table() -> None:
+def test_the_terminal_table() -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(report.table(outcomes("runner", "runner")))
     text = console.export_text()
@@ -93,7 +95,7 @@ def test_table() -> None:
     assert "fast (tokens/s)" in text
 
 
-def test_document() -> None:
+def test_the_json_document() -> None:
     document = report.document(outcomes("runner", "llama"), seed=3, repeat=2, load=Load())
     assert json.loads(json.dumps(document))["results"][0]["servers"][0]["median"] == 30
     assert document["results"][0]["rounds"] == (((10.0,), (30.0, 32.0)), ((20.0,), (60.0, 64.0)))
@@ -101,7 +103,7 @@ def test_document() -> None:
     assert document["machine"]["cores"] > 0
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "out.md"
     for text in ("old", "new"):
         report.write(path, text)
@@ -115,7 +117,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialects", [("runner",), ("runner", "llama")])
-def test_plot(dialects: tuple[DialectName, ...], tmp_path: Path) -> None:
+def test_the_plot(dialects: tuple[DialectName, ...], tmp_path: Path) -> None:
     report.plot(outcomes(*dialects), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     report.plot([], tmp_path / "empty.svg")
@@ -136,5 +138,5 @@ def test_plot(dialects: tuple[DialectName, ...], tmp_path: Path) -> None:
         (-0.5, "-0.5"),
     ],
 )
-def test_numbers(value: float, text: str) -> None:
+def test_numbers_keep_two_digits(value: float, text: str) -> None:
     assert report.number(value) == text

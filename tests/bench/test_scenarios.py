@@ -1,4 +1,4 @@
-"""Every scenario against every dialect, and what each of them would notice."""
+"""Every scenario on every kind of server, and whether it notices what it is for."""
 
 from __future__ import annotations
 
@@ -7,36 +7,24 @@ import itertools
 import re
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.bench.fake_server import END_TOKEN, fake_server, listening
-from trio_runner.bench import crowd, leaving, rounds
+from tests.bench.fake_server import fake_server, listening
+from tests.bench.loads import LOAD
+from trio_runner.bench import crowd, leaving
 from trio_runner.bench.client import Address
-from trio_runner.bench.dialects import DIALECTS, Ask, DialectName, Runner
+from trio_runner.bench.dialects import DIALECTS, DialectName, Runner
 from trio_runner.bench.figures import Measured, Metric
 from trio_runner.bench.processes import Holdings
 from trio_runner.bench.prompts import Prompts
-from trio_runner.bench.rounds import SCENARIOS, Outcome, run_rounds
+from trio_runner.bench.rounds import SCENARIOS, run_rounds
 from trio_runner.bench.scenarios import Load, Turn
-from trio_runner.bench.server import Server, Unavailable, meet, parse_url
+from trio_runner.bench.server import Server
 
-LOAD = Load(
-    long_prompt=200,
-    prefix=120,
-    tokens=12,
-    streams=(1, 4, 8),
-    storm=30,
-    crowd=8,
-    cancellations=12,
-    clients=20,
-    endless=4000,
-    unread=300,
-)
 ALL = {
     "throughput": ["1 stream", "4 streams"],
     "ttft": ["cold, 16 tokens", "cold, 200 tokens", "warm, 200 tokens"],
@@ -61,10 +49,10 @@ ALL = {
     ],
     "storm": ["connections", "time for all of them", "until the server is quiet again", "first token afterwards"],
     "slow-reader": [
-        "3 streams, nobody else",
+        "3 streams, alone",
         "3 streams, beside one that reads",
         "3 streams, beside one that never reads",
-        "beside one that never reads / nobody else",
+        "beside one that never reads / alone",
         "beside one that never reads / one that reads",
     ],
     "embeddings": ["64 tokens, idle server", "64 tokens, beside 3 streams"],
@@ -73,7 +61,7 @@ ALL = {
         "answered",
         "503 with Retry-After",
         "anything else",
-        "until all were told",
+        "until all were answered",
         "first token of those answered",
         "/health meanwhile",
         "/health failed",
@@ -89,7 +77,7 @@ ALL = {
         "texts that differ where no alternative is known",
     ],
 }
-"""The metrics that every server has."""
+"""The metrics of each scenario on every server."""
 
 TOLD: dict[tuple[str, DialectName], list[str]] = {
     ("cancel-prefill", "runner"): ["until its slot is free"],
@@ -99,10 +87,7 @@ TOLD: dict[tuple[str, DialectName], list[str]] = {
     ("storm", "runner"): ["slots still taken", "requests still waiting", "generations still open"],
     ("storm", "llama"): ["slots still taken"],
 }
-"""And those that need a server that says how it is."""
-
-
-COUNT = Metric("count", "")
+"""The metrics that only servers with statistics have."""
 
 
 async def measure(name: str, server: Server, load: Load = LOAD) -> dict[str, list[float]]:
@@ -127,7 +112,7 @@ async def test_every_scenario_on_every_server(name: str, dialect: DialectName) -
     assert all(measured.samples.values())
 
 
-async def test_throughput_is_what_the_server_does() -> None:
+async def test_throughput_is_the_servers_pace() -> None:
     async with fake_server("runner") as (fake, server):
         fake.step = 0.01
         measured = await measure("throughput", server)
@@ -143,14 +128,14 @@ async def test_a_warm_prompt_is_quicker() -> None:
     assert measured["warm, 200 tokens"][0] < 100
 
 
-async def test_what_a_shared_prefix_costs() -> None:
+async def test_a_shared_prefix_is_decoded_once() -> None:
     async with fake_server("runner", slots=1) as (_, server):
         measured = await measure("shared-prefix", server)
     assert measured["prompt tokens decoded, in all"] == [152 + 3 * 32]
 
 
 @pytest.mark.parametrize("name", ["cancel-prefill", "cancel-decode", "cancel-unread", "cancel-queued"])
-async def test_who_leaves_is_noticed_at_once(name: str) -> None:
+async def test_a_client_that_disconnects_is_noticed_at_once(name: str) -> None:
     async with fake_server("runner", slots=2) as (fake, server):
         fake.prefill_step = 0.0002
         measured = await measure(name, server)
@@ -160,7 +145,7 @@ async def test_who_leaves_is_noticed_at_once(name: str) -> None:
     assert fake.left >= 5
 
 
-async def test_a_retry_decodes_what_was_missing() -> None:
+async def test_a_retry_decodes_the_rest_of_the_prompt() -> None:
     async with fake_server("runner", slots=1) as (fake, server):
         fake.prefill_step = 0.001
         measured = await measure("retry", server)
@@ -177,14 +162,14 @@ async def test_a_storm_that_leaves_nothing_behind() -> None:
     assert fake.left > 5
 
 
-async def test_what_leaks_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_leaks_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_runner.bench.server.QUIET_SECONDS", 0.3)
     async with fake_server("runner") as (fake, server):
 
-        async def settled(server: Server) -> None:  # just before the storm
+        async def settled(server: Server) -> None:  # called just before the storm
             fake.leaks = True
 
-        monkeypatch.setattr(leaving, "_settled", settled)
+        monkeypatch.setattr(leaving, "settled", settled)
         [outcome] = await run_rounds([server], ["storm"], repeat=1, seed=1, load=LOAD)
     samples = {metric.name: values for metric, values in outcome.rounds[0].samples.items()}
     assert samples["generations still open"][0] > 5
@@ -193,7 +178,7 @@ async def test_what_leaks_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "still busy after 0.3 s" in outcome.notes
 
 
-async def test_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_holdings_of_the_process_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     held = iter([Holdings(5, 8, 50.0), Holdings(9, 9, 64.0), Holdings(6, 8, 62.5)])
     monkeypatch.setattr(leaving, "SETTLE_SECONDS", 0)
     monkeypatch.setattr(leaving, "holdings", lambda pid: next(held))
@@ -213,12 +198,12 @@ async def test_a_process_has_settled_when_nothing_changes(
 
     started = trio.current_time()
     monkeypatch.setattr(leaving, "holdings", held)
-    settled = await leaving._settled(Server("", Address("", 0), Runner(), 4, pid=1))
-    assert settled == Holdings(5, 3, 1.0)
+    held_at_last = await leaving.settled(Server("", Address("", 0), Runner(), 4, pid=1))
+    assert held_at_last == Holdings(5, 3, 1.0)
     assert trio.current_time() - started > 22 + 11
 
 
-async def test_an_overload_tells_who_was_refused() -> None:
+async def test_an_overload_counts_the_refused() -> None:
     async with fake_server("runner", max_queue=5) as (_, server):
         measured = await measure("overload", server)
     assert measured["answered"][0] >= 9
@@ -228,7 +213,7 @@ async def test_an_overload_tells_who_was_refused() -> None:
     assert measured["/health failed"] == [0]
 
 
-async def test_health_that_is_not_well_is_a_failure() -> None:
+async def test_an_unhealthy_answer_is_a_failure() -> None:
     async with fake_server("runner") as (fake, server):
         fake.health = 503
         measured = await measure("overload", server)
@@ -236,8 +221,8 @@ async def test_health_that_is_not_well_is_a_failure() -> None:
     assert not measured["/health meanwhile"]
 
 
-async def test_health_is_asked_for_by_the_clock() -> None:
-    """Not when the question before has been answered: all that a server owes while it is stuck counts."""
+async def test_health_is_requested_at_fixed_times() -> None:
+    """Not only after the answer to the request before: every request counts that a stuck server leaves waiting."""
     n_asked, answer, over = 0, trio.Event(), threading.Event()
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -251,7 +236,7 @@ async def test_health_is_asked_for_by_the_clock() -> None:
             await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
     async with listening(handle) as address, trio.open_nursery() as nursery:
-        poll = crowd._HealthPoll(address)
+        poll = crowd.HealthPoll(address)
         nursery.start_soon(trio.to_thread.run_sync, trio.run, poll.run, over)
         await answer.wait()
         over.set()
@@ -261,19 +246,19 @@ async def test_health_is_asked_for_by_the_clock() -> None:
 
 
 @pytest.mark.parametrize("pauses", [True, False])
-async def test_one_that_never_reads_is_felt_before_anything_is_measured(pauses: bool) -> None:
+async def test_a_client_that_never_reads_is_noticed_before_anything_is_measured(pauses: bool) -> None:
     async with fake_server("runner") as (fake, server):
         fake.pauses = pauses
         [outcome] = await run_rounds([server], ["slow-reader"], repeat=1, seed=1, load=LOAD)
-    [ratio] = outcome.rounds[0].samples[Metric("beside one that never reads / nobody else", "x")]
+    [ratio] = outcome.rounds[0].samples[Metric("beside one that never reads / alone", "x")]
     if pauses:
         assert not outcome.notes
     else:
-        assert outcome.notes == ["one that never reads was not paused within 300 tokens"]
+        assert outcome.notes == ["the client that never reads was not paused within 300 tokens"]
         assert ratio < 0.5
 
 
-async def test_the_memory_of_one_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memory_for_a_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     held = itertools.cycle([Holdings(1, 1, 50.0), Holdings(1, 1, 53.0)])
     monkeypatch.setattr(crowd, "holdings", lambda pid: next(held))
     async with fake_server("runner") as (_, server):
@@ -281,7 +266,7 @@ async def test_the_memory_of_one_that_never_reads(monkeypatch: pytest.MonkeyPatc
     assert measured["memory more than before it came"] == [3, 3]
 
 
-async def test_who_leaves_the_queue_is_not_waited_for_until_the_step_is_over() -> None:
+async def test_leaving_the_queue_is_seen_before_the_step_ends() -> None:
     async with fake_server("runner", slots=2) as (fake, server):
         fake.statistics_step = 0.2
         measured = await measure("cancel-queued", server)
@@ -308,15 +293,15 @@ async def test_survivors_whose_texts_change_are_found(dialect: DialectName) -> N
     assert any(re.fullmatch(explained, note) for note in outcome.notes)
 
 
-async def test_too_few_slots() -> None:
+async def test_scenarios_that_need_more_slots_are_unavailable() -> None:
     async with fake_server("runner", slots=1) as (_, server):
         names = ["gaps", "slow-reader", "survivors"]
         outcomes = await run_rounds([server], names, repeat=2, seed=1, load=LOAD)
     assert [outcome.unavailable for outcome in outcomes] == ["needs 2 slots, the server has 1"] * 3
 
 
-async def test_embeddings_that_wait_for_the_streams() -> None:
-    """Whatever comes after the streams have ended is not beside them."""
+async def test_embeddings_that_wait_for_the_streams_are_not_counted() -> None:
+    """An embedding that ends after the streams did not run beside them."""
     async with fake_server("runner") as (fake, server):
         fake.embeddings_wait = True
         measured = await measure("embeddings", server, dataclasses.replace(LOAD, endless=60))
@@ -331,130 +316,3 @@ async def test_gaps_are_many_and_from_before_and_after() -> None:
     assert len(measured["3 streams, undisturbed"]) >= 3 * 3 * LOAD.tokens
     assert min(measured["3 streams, undisturbed"]) > 0
     assert len(measured["the prompt's first token, idle server"]) == 2
-
-
-# ---- rounds ----------------------------------------------------------------------------------------------------------
-
-
-async def test_the_rounds_alternate() -> None:
-    said: list[str] = []
-    async with fake_server("runner") as (_, one), fake_server("llama") as (_, other):
-        await run_rounds([one, other], ["ttft"], repeat=3, seed=1, load=LOAD, progress=said.append)
-    order = ["one" if line.endswith(one.url) else "other" for line in said if line.startswith("ttft")]
-    assert order == ["one", "other", "other", "one", "one", "other"]
-
-
-async def test_both_servers_get_the_same_prompts() -> None:
-    async with fake_server("runner") as (first, one), fake_server("llama") as (second, other):
-        await run_rounds([one, other], ["ttft"], repeat=2, seed=1, load=LOAD)
-    prompts = [fields["prompt"] for fields in first.asked]
-    assert prompts == [fields["prompt"] for fields in second.asked]
-    assert len(set(prompts)) == len(prompts) - 3  # the warm ones
-
-
-async def test_a_server_that_is_gone_is_a_note_and_no_crash() -> None:
-    async with fake_server("runner") as (_, server):
-        pass
-    [outcome] = await run_rounds([server], ["ttft"], repeat=2, seed=1, load=LOAD)
-    assert len(outcome.rounds) == 2
-    assert [note.split(":")[:2] for note in outcome.notes] == [
-        [f"round {number} failed", " ConnectionRefusedError"] for number in (1, 2)
-    ]
-
-
-async def test_streams_that_end_too_early_cost_a_round() -> None:
-    async with fake_server("runner") as (_, server):
-        load = dataclasses.replace(LOAD, endless=LOAD.tokens)
-        [outcome] = await run_rounds([server], ["gaps"], repeat=2, seed=1, load=load)
-    assert outcome.unavailable is None
-    assert outcome.notes == [f"round {number} failed: CutShort: a stream ended too early" for number in (1, 2)]
-
-
-async def test_a_round_that_fails_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    results: Iterator[Measured | Exception] = iter(
-        [Measured({COUNT: [1]}), LookupError("oh"), Measured({COUNT: [3]}), Unavailable("no more")]
-    )
-
-    async def scenario(turn: Turn) -> Measured:
-        result = next(results)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    kept: list[list[tuple[str, int]]] = []
-
-    def keep(outcomes: Sequence[Outcome]) -> None:
-        kept.append([(outcome.scenario, len(outcome.rounds)) for outcome in outcomes])
-
-    monkeypatch.setitem(SCENARIOS, "throughput", scenario)
-    async with fake_server("runner") as (_, server):
-        names = ["throughput", "ttft"]
-        odd, ttft = await run_rounds([server], names, repeat=5, seed=1, load=LOAD, keep=keep)
-    assert [measured.samples for measured in odd.rounds] == [{COUNT: [1]}, {}, {COUNT: [3]}]
-    assert odd.notes == ["round 2 failed: LookupError: oh"]
-    assert odd.unavailable == "no more"
-    assert len(ttft.rounds) == 5
-    assert kept[:5] == [[("throughput", n)] for n in (1, 2, 3, 3)] + [[("throughput", 3), ("ttft", 1)]]
-    assert len(kept) == 9
-
-
-async def test_a_server_that_is_not_measured_has_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trio_runner.bench.server.QUIET_SECONDS", 0.3)
-    endless = Ask(prompt="a", max_tokens=10**6)
-    async with fake_server("runner") as (_, one), fake_server("llama") as (_, other), other.asking(endless) as stream:
-        await stream.read(1)
-        ours, theirs = await run_rounds([one, other], ["ttft"], repeat=1, seed=1, load=LOAD)
-    assert ours.rounds[0].samples
-    assert ours.notes == [f"round 1 was disturbed: {other.url} was still busy after 0.3 s"]
-    assert theirs.notes == ["round 1 failed: Overdue: still busy after 0.3 s"]
-
-
-async def test_a_machine_with_something_else_to_do_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.count(step=1000.0)
-    monkeypatch.setattr(rounds, "foreign_seconds", lambda pids: next(seconds))
-    async with fake_server("runner") as (_, server):
-        [outcome] = await run_rounds([server], ["ttft"], repeat=1, seed=1, load=LOAD)
-    [note] = outcome.notes
-    assert re.fullmatch(r"round 1 was disturbed: other programs used \d+\.\d of \d+ cores", note)
-
-
-# ---- getting acquainted ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dialect", list(DIALECTS))
-async def test_a_server_is_recognised(dialect: DialectName) -> None:
-    async with fake_server(dialect, slots=3) as (_, known):
-        server = await meet(known.url)
-    assert server.dialect.name == dialect
-    assert server.slots == (4 if dialect == "openai" else 3)
-    assert server.tokenizes == (dialect != "openai")
-    assert server.dialect.model == ("fake" if dialect == "openai" else "")
-    assert server.address == known.address
-    if isinstance(server.dialect, Runner):
-        assert server.dialect.forbidden == (1, END_TOKEN)
-
-
-async def test_nobody_there() -> None:
-    async with fake_server("runner") as (_, server):
-        pass
-    with pytest.raises(Unavailable, match="refused"):
-        await meet(server.url)
-
-
-@pytest.mark.parametrize(
-    ("url", "text"),
-    [
-        ("http://127.0.0.1:8080", "127.0.0.1:8080"),
-        ("127.0.0.1:8080", "127.0.0.1:8080"),
-        ("http://localhost/", "localhost:80"),
-        ("http://[::1]:99", "[::1]:99"),
-    ],
-)
-def test_urls(url: str, text: str) -> None:
-    assert str(parse_url(url)) == text
-
-
-@pytest.mark.parametrize("url", ["https://127.0.0.1", "http://", "http://127.0.0.1:x", "http://127.0.0.1/v1", ""])
-def test_urls_that_are_none(url: str) -> None:
-    with pytest.raises(ValueError, match=r"HOST|[Pp]ort"):
-        parse_url(url)

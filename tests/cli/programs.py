@@ -21,7 +21,7 @@ DEADLINE = 60
 TOY = """
 import os, sys, time
 from dataclasses import replace
-import trio_runner.engine.engine
+import trio_runner.front_door
 from trio_runner import testing
 from trio_runner.errors import LoadError, NativeError
 
@@ -36,11 +36,11 @@ def on_load(progress, cancelled):
 
 def on_decode(batch):
     time.sleep(float(os.environ.get("TOY_STEP", "0")))
-    if os.environ.get("TOY_DIES") and batch.embeddings:
+    if os.environ.get("TOY_DIES") and batch.kind.embedding:
         raise NativeError("trio_step", -3, "the toy broke\\nin two")
 
 if os.environ.get("TOY_ENDLESS"):
-    testing.toy_next = lambda items, basis: ord("a") + len(items) % 26
+    testing.toy_next = lambda items, cache_key: ord("a") + len(items) % 26
 
 def loader(model):
     projector = testing.ToyProjector() if model.projector is not None else None
@@ -53,7 +53,7 @@ def loader(model):
 
     return load
 
-trio_runner.engine.engine._loader = loader
+trio_runner.front_door._loader = loader
 
 sys.executable = os.environ.get("TOY_PYTHON", sys.executable)
 

@@ -18,7 +18,8 @@ from tests.cli.programs import ROOT
 from trio_runner import cli, service
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
 from trio_runner.errors import EngineBroken, LoadError, RunnerError
-from trio_runner.request import Chat, GenerateRequest, SamplingParams
+from trio_runner.request import Chat, GenerateRequest
+from trio_runner.sampling import SamplingParams
 from trio_runner.terminal import TextOutput
 
 COMMANDS = ["serve", "run", "embed", "rerank", "info", "bench", "fetch"]

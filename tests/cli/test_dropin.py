@@ -20,7 +20,7 @@ def read(*arguments: str) -> dropin.Settings:
 def test_the_defaults_are_the_originals() -> None:
     assert read("-model", "m.gguf") == dropin.Settings(
         ModelConfig(path="m.gguf", gpu_layers=0),
-        EngineConfig(slots=1, context_length=2048, batch_size=512),
+        EngineConfig(slots=1, context_length=2048, batch_size=512, embedding_batch_size=2048),
         port=8080,
     )
 
@@ -40,7 +40,14 @@ def test_everything_a_server_of_that_era_sends() -> None:
             mmap=False,
             mlock=True,
         ),
-        EngineConfig(slots=4, context_length=2048, batch_size=512, threads=8, flash_attention="on"),
+        EngineConfig(
+            slots=4,
+            context_length=2048,
+            batch_size=512,
+            embedding_batch_size=2048,
+            threads=8,
+            flash_attention="on",
+        ),
         port=43210,
     )
 

@@ -1,4 +1,4 @@
-"""Command lines as Go's flag package reads them."""
+"""Command lines are parsed as Go's flag package parses them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMMAND_LINES: list[tuple[list[str], dict[str, Value], list[str]]] = [
 
 
 @pytest.mark.parametrize(("arguments", "given_values", "rest"), COMMAND_LINES, ids=str)
-def test_command_line(arguments: list[str], given_values: dict[str, Value], rest: list[str]) -> None:
+def test_command_lines_are_parsed(arguments: list[str], given_values: dict[str, Value], rest: list[str]) -> None:
     assert FLAGS.parse(arguments) == ({"model": "", "port": 8080, "verbose": False} | given_values, rest)
 
 
@@ -61,14 +61,14 @@ def test_command_line(arguments: list[str], given_values: dict[str, Value], rest
         (["-verbose="], 'invalid boolean value "" for -verbose: parse error'),
     ],
 )
-def test_complaint(arguments: list[str], message: str) -> None:
+def test_wrong_command_lines_get_gos_messages(arguments: list[str], message: str) -> None:
     with pytest.raises(FlagError) as caught:
         FLAGS.parse(arguments)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("argument", ["-h", "--h", "-help", "--help", "-help=1"])
-def test_help_unless_it_is_a_flag(argument: str) -> None:
+def test_help_is_requested_unless_it_is_a_flag(argument: str) -> None:
     with pytest.raises(HelpRequested):
         FLAGS.parse(["-verbose", argument])
     values, _ = FlagSet((Flag("h", False, ""), Flag("help", False, ""))).parse(["-h", "-help"])
@@ -97,7 +97,7 @@ def test_help_unless_it_is_a_flag(argument: str) -> None:
         ("0x" + "0" * 100 + "1", 1),
     ],
 )
-def test_integer(text: str, value: int) -> None:
+def test_integers_are_parsed(text: str, value: int) -> None:
     assert parse_int(text) == value
 
 
@@ -125,24 +125,24 @@ def test_integer(text: str, value: int) -> None:
         "١",
     ],
 )
-def test_no_integer(text: str) -> None:
+def test_malformed_integers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^parse error$"):
         parse_int(text)
 
 
 @pytest.mark.parametrize("text", ["9223372036854775808", "-9223372036854775809", "0x" + "f" * 17, "1" * 10_000])
-def test_integer_out_of_range(text: str) -> None:
+def test_integers_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^value out of range$"):
         parse_int(text)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.sampled_from(["d", "#x", "#X", "#o", "#b", "_d", "#_x", "#_b"]))
-def test_every_way_to_write_a_number_means_it(value: int, style: str) -> None:
+def test_every_way_to_write_a_number_is_parsed(value: int, style: str) -> None:
     assert parse_int(format(value, style)) == value
 
 
 @given(st.text(max_size=12) | st.text("+-0123456789abcdefABCDEFxXoOb_", max_size=12))
-def test_what_is_read_python_reads_alike(text: str) -> None:
+def test_python_parses_the_same_numbers(text: str) -> None:
     try:
         value = parse_int(text)
     except ValueError:
@@ -153,7 +153,7 @@ def test_what_is_read_python_reads_alike(text: str) -> None:
 
 
 @given(st.lists(st.text("-=xportmdelvbs01 ", max_size=8) | st.sampled_from(["-port", "-model", "--", "-verbose", "1"])))
-def test_any_command_line_is_read_or_refused(arguments: list[str]) -> None:
+def test_any_command_line_is_parsed_or_refused(arguments: list[str]) -> None:
     try:
         values, rest = FLAGS.parse(arguments)
     except (FlagError, HelpRequested):
@@ -167,7 +167,7 @@ def test_quoted_text_is_one_line(text: str) -> None:
     assert len(quote(text).splitlines()) == 1
 
 
-def test_usage_lists_flags_in_order() -> None:
+def test_the_usage_text_lists_flags_in_order() -> None:
     assert FLAGS.describe("runner").splitlines() == [
         "Usage of runner:",
         "  -model string",

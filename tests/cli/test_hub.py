@@ -1,4 +1,4 @@
-"""Models from a hub: the real client library, in its own process, against a small hub on loopback."""
+"""Models from a hub: the real client library in a process of its own, against a small hub on loopback."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CONTENT = b"GGUF" + bytes(range(256)) * 40
 
 @dataclass
 class Hub:
-    """Serves `files`, by "repository/revision/path", as a hub does."""
+    """Serves `files` like a hub; their keys are "repository/revision/path"."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     url: str = ""
     home: Path = Path()
     status: int = 200
-    """Other than 200: the answer to everything."""
+    """If not 200, the status of every answer."""
 
     def fetch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `trio-runner fetch`."""
@@ -89,7 +89,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
             thread.join(10)
 
 
-def test_fetched_once_then_used_without_asking(hub: Hub) -> None:
+def test_a_fetched_file_is_used_without_asking_the_hub_again(hub: Hub) -> None:
     first = hub.fetch("hf:owner/repo/q4/model.gguf")
     assert first.returncode == 0, first.stderr
     path = Path(first.stdout.removesuffix("\n"))
@@ -101,7 +101,7 @@ def test_fetched_once_then_used_without_asking(hub: Hub) -> None:
     assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
 
 
-def test_a_revision_and_a_model_in_parts(hub: Hub) -> None:
+def test_all_parts_of_a_split_model_are_fetched_at_the_given_revision(hub: Hub) -> None:
     names = [f"big-0000{index}-of-00002.gguf" for index in (1, 2)]
     hub.files |= {f"owner/repo/v1/{name}": CONTENT + name.encode() for name in names}
     done = hub.fetch(f"hf:owner/repo@v1/{names[0]}")
@@ -116,10 +116,10 @@ def test_a_revision_and_a_model_in_parts(hub: Hub) -> None:
         ("hf:owner/repo/other.gguf", "there is no such file in the repository"),
         ("hf:owner/repo@v9/q4/model.gguf", "there is no such revision of the repository"),
         ("hf:owner/nothing/model.gguf", "there is no such repository, or it is private and HF_TOKEN is not set"),
-        ("hf:owner/--bad--/model.gguf", "this is no name of a repository"),
+        ("hf:owner/--bad--/model.gguf", "this is not the name of a repository"),
     ],
 )
-def test_what_is_not_there(hub: Hub, reference: str, reason: str) -> None:
+def test_a_missing_file_revision_or_repository_is_reported(hub: Hub, reference: str, reason: str) -> None:
     done = hub.fetch(reference)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: {reference}: {reason}\n"
@@ -132,7 +132,7 @@ def test_what_is_not_there(hub: Hub, reference: str, reason: str) -> None:
         (200, {"HF_HUB_OFFLINE": "1"}, "it is not in the cache, and fetching is off"),
     ],
 )
-def test_what_must_not_be_fetched(hub: Hub, status: int, environment: dict[str, str], reason: str) -> None:
+def test_a_forbidden_fetch_is_reported(hub: Hub, status: int, environment: dict[str, str], reason: str) -> None:
     hub.status = status
     done = hub.fetch("hf:owner/repo/q4/model.gguf", **environment)
     assert (done.returncode, done.stdout) == (1, "")

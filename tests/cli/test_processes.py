@@ -21,7 +21,7 @@ import trio
 
 from tests.cli.programs import DEADLINE, ROOT, TOY, exchange, program, read_all, request
 from tests.engine.toys import items_of, picture
-from trio_runner.testing import ToyProjector, toy_basis, toy_text, toy_vector
+from trio_runner.testing import ToyProjector, toy_cache_key, toy_text, toy_vector
 
 SEEN = items_of(ToyProjector(), ["see ", picture(0)])
 SLOW = {"TOY_ENDLESS": "1", "TOY_STEP": "0.01"}
@@ -264,9 +264,9 @@ async def test_serve_takes_images_and_adapters(model: str, tmp_path: Path) -> No
         assert texts(await exchange(port, "/completion", fields)) == toy_text(SEEN, 12)
         large = {**fields, "unknown": "x" * (9 << 20)}
         assert texts(await exchange(port, "/completion", large)) == toy_text(SEEN, 12)
-        basis = toy_basis([(str(tmp_path / "b.gguf"), 1.0)])
+        cache_key = toy_cache_key([(str(tmp_path / "b.gguf"), 1.0)])
         adapted = {**fields, "adapters": [{"name": "b"}]}
-        assert texts(await exchange(port, "/completion", adapted)) == toy_text(SEEN, 12, basis)
+        assert texts(await exchange(port, "/completion", adapted)) == toy_text(SEEN, 12, cache_key)
         runner.terminate()
         assert await runner.ended() == 0
         assert "Traceback" not in runner.log
@@ -278,8 +278,8 @@ async def test_the_dropin_takes_images(model: str) -> None:
         port = await runner.listening()
         images = [{"id": 3, "data": base64.b64encode(picture(0)).decode()}]
         fields = {"prompt": "see [img-3]", "n_predict": 12, "image_data": images, "unknown": "x" * (9 << 20)}
-        basis = toy_basis([("/srv/a.gguf", 1.0)])
-        assert texts(await exchange(port, "/completion", fields)) == toy_text(SEEN, 12, basis)
+        cache_key = toy_cache_key([("/srv/a.gguf", 1.0)])
+        assert texts(await exchange(port, "/completion", fields)) == toy_text(SEEN, 12, cache_key)
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Chat templates in the styles of those that are around."""
+"""Chat templates in the styles of well-known models."""
 
 from __future__ import annotations
 

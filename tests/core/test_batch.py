@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.core.batch import Batch, Chunk, Wanting, plan_batch
+from trio_runner.core.batch import Batch, BatchKind, Chunk, Wanting, plan_batch
 from trio_runner.core.prompt import Media, MediaRow
 
 
@@ -18,7 +18,7 @@ def wantings(draw: st.DrawFn) -> list[Wanting]:
             pending=[0] if decodes else list(range(draw(st.integers(1, 12)))),
             decoding=decodes,
             output=decodes or draw(st.booleans()),
-            source=draw(st.sampled_from([(), (1, 2)])),
+            encoder_tokens=draw(st.sampled_from([(), (1, 2)])),
         )
         for i, decodes in enumerate(decoding)
     ]
@@ -44,7 +44,7 @@ def test_plan(wanting: list[Wanting], max_rows: int, prompt_rows: int) -> None:
         want = by_uid[chunk.uid]
         assert chunk.items
         assert (chunk.slot, chunk.start, chunk.position) == (want.slot, want.start, want.start)
-        assert chunk.source == want.source
+        assert chunk.encoder_tokens == want.encoder_tokens
         assert chunk.items == tuple(want.pending[: len(chunk.items)])
         assert chunk.stop == want.start + len(chunk.items)
         assert chunk.output == (want.output and len(chunk.items) == len(want.pending))
@@ -106,9 +106,12 @@ def test_what_cannot_be_divided_is_not(lengths: list[int], max_rows: int, prompt
 
 
 def test_rows_of_images_make_a_batch_of_their_own_kind() -> None:
-    text, image = Media(b"a", 3, 3), Media(b"b", 3, 1, causal=False, folded=True)
+    text, image = Media(b"a", 3, 3), Media(b"b", 3, 1, causal=False, shares_positions=True)
     rows_of = [tuple(MediaRow(media, row) for row in range(3)) for media in (text, image)]
-    batches = [Batch((Chunk(0, 0, 0, items, output=False),)) for items in [*rows_of, (1, 2)]]
-    assert [batch.of_media for batch in batches] == [True, True, False]
-    assert [batch.causal for batch in batches] == [True, False, True]
+    chunks = [Chunk(0, 0, 0, items, output=False) for items in [*rows_of, (1, 2)]]
+    assert [chunk.media for chunk in chunks] == [text, image, None]
+    of_text, of_image = (BatchKind(((1, 1.0),)).for_media(media) for media in (text, image))
+    assert of_text == BatchKind(((1, 1.0),), of_media=True, causal=True)
+    assert of_image == BatchKind(((1, 1.0),), of_media=True, causal=False)
+    assert len({of_text, of_image, BatchKind(((1, 1.0),)), BatchKind(), BatchKind(embedding=True)}) == 5
     assert [media.whole for media in (text, image)] == [False, True]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.core.chat_templates import TEMPLATES
-from trio_runner.core import chat
 from trio_runner.core.chat import ChatTemplate
+from trio_runner.core.conversation import MAX_MESSAGES
 from trio_runner.errors import InvalidRequest, RequestError, Unsupported
 from trio_runner.request import MAX_TEXT_BYTES
 
@@ -51,7 +51,7 @@ def system(content: Any) -> dict[str, Any]:
 
 
 def user(*content: Any) -> dict[str, Any]:
-    """What a user says: a text, or parts, of which texts are texts and the rest images."""
+    """A message of a user: one text, or parts, which are texts and images."""
     if len(content) == 1 and isinstance(content[0], str):
         return {"role": "user", "content": content[0]}
     parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in content]
@@ -70,7 +70,7 @@ def tool(content: str) -> dict[str, Any]:
     return {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": content}
 
 
-# The templates of the field.
+# Templates of well-known models.
 
 
 def test_chatml() -> None:
@@ -168,7 +168,7 @@ def test_documents() -> None:
 # Text and parts.
 
 
-def test_each_template_gets_contents_as_it_takes_them() -> None:
+def test_contents_are_given_in_the_form_that_a_template_accepts() -> None:
     for name in TEMPLATES:
         if name != "gemma":
             before = [system("S"), user("one"), assistant("two")]
@@ -181,7 +181,7 @@ def test_each_template_gets_contents_as_it_takes_them() -> None:
     assert "system\na\nb<" in text_of("text or parts", system(user("a", "b")["content"]), user("u"))
 
 
-def test_arguments_of_calls_as_each_template_takes_them() -> None:
+def test_arguments_are_given_in_the_form_that_a_template_accepts() -> None:
     for name in ("llama 3", "mistral", "qwen", "deepseek", "text or parts"):
         texts = {
             text_of(name, user("a"), assistant(None, tool_calls=[call(arguments)]), tool("sun"))
@@ -198,7 +198,7 @@ def test_arguments_of_calls_as_each_template_takes_them() -> None:
         assert of(both).render([user("a"), assistant(None, tool_calls=[call(arguments)])]) == (shown,)
 
 
-def test_nothing_said() -> None:
+def test_messages_without_content() -> None:
     with_call = [user("a"), assistant(None, tool_calls=[call({})]), tool("sun"), assistant(None)]
     for name in TEMPLATES:
         if name not in ("gemma", "mistral", "documents"):
@@ -230,30 +230,30 @@ def turns(contents: list[list[Any]]) -> Iterator[dict[str, Any]]:
 
 @settings(deadline=None)
 @given(CONVERSATIONS, st.sampled_from(FOR_IMAGES))
-def test_images_come_out_where_they_stood(contents: list[list[Any]], name: str) -> None:
+def test_images_stay_in_their_places(contents: list[list[Any]], name: str) -> None:
     parts = template(name).render(list(turns(contents)), now=DAY)
     images = [part for content in contents for part in content if not isinstance(part, str)]
     found = [part for part in parts if not isinstance(part, str)]
     assert len(found) == len(images)
     assert all(a is b for a, b in zip(found, images, strict=True))
     assert "" not in parts
-    # And with a character in the place of each, the text is the same.
+    # With a character in the place of each image, the text is the same.
     joined = "".join(part if isinstance(part, str) else "\uf8ff" for part in parts)
     pictured = [[part if isinstance(part, str) else "\uf8ff" for part in content] for content in contents]
-    if not template(name)._habits.takes_parts:
+    if not template(name).style.takes_parts:
         pictured = [[in_lines(content)] for content in pictured]
     assert template(name).render(list(turns(pictured)), now=DAY) == (joined,)
 
 
 def in_lines(content: list[str]) -> str:
-    """A line for each text, and nothing around an image."""
+    """Each text is a line, and nothing is added around an image."""
     breaks = ["" if "\uf8ff" in (before, part) else "\n" for before, part in pairwise(content)]
     return "".join(chain.from_iterable(zip(content, [*breaks, ""], strict=True)))
 
 
 @settings(deadline=None)
 @given(st.lists(TEXTS.filter(str.strip), min_size=1, max_size=5), st.sampled_from(sorted(TEMPLATES)), st.booleans())
-def test_texts_come_out_in_order(texts: list[str], name: str, in_parts: bool) -> None:
+def test_texts_stay_in_order(texts: list[str], name: str, in_parts: bool) -> None:
     contents = [[{"type": "text", "text": text}] if in_parts else text for text in texts]
     messages = [
         {"role": "assistant" if index % 2 else "user", "content": content} for index, content in enumerate(contents)
@@ -264,24 +264,20 @@ def test_texts_come_out_in_order(texts: list[str], name: str, in_parts: bool) ->
         at = output.index(text.strip(), at) + len(text.strip())
 
 
-def test_markers_are_not_to_be_guessed() -> None:
-    seen: list[str] = []
-
-    class Spy(chat._Marker):
-        def word(self, image: Any) -> str:
-            seen.append(super().word(image))
-            return seen[-1]
-
-    chat_marker, chat._Marker = chat._Marker, Spy  # type: ignore[misc]
-    try:
-        template("chatml").render([user("a", b"x")])
-        (first,) = seen
-        parts = template("chatml").render([user(first, b"x"), assistant(f"{first}{first}")])
-    finally:
-        chat._Marker = chat_marker  # type: ignore[misc]
-    assert seen[1] != first
+def test_a_message_cannot_contain_the_marker_of_an_image() -> None:
+    # In upper case a marker is not recognised, so that the test can read it.
+    shown = of("{% for m in messages %}{{ m.content }}|{{ m.content | upper }}{% endfor %}")
+    image, text = shown.render([user(b"x")])
+    assert image == b"x"
+    assert isinstance(text, str)
+    first = text.removeprefix("|").lower()
+    parts = shown.render([user(first, b"x"), assistant(f"{first}{first}")])
     assert [part for part in parts if not isinstance(part, str)] == [b"x"]
-    assert "".join(part for part in parts if isinstance(part, str)).count(first) == 3
+    texts = [part for part in parts if isinstance(part, str)]
+    assert "".join(texts).count(first) == 3
+    second = texts[1].removeprefix(f"|{first.upper()}").lower()
+    assert second.startswith("image")
+    assert not second.startswith(first)
 
 
 def test_images_of_every_kind() -> None:
@@ -295,7 +291,7 @@ def test_images_of_every_kind() -> None:
     assert template("chatml").render([{"role": "user", "content": content}])[1] == b"bytes"
 
 
-def test_an_image_that_the_template_leaves_out() -> None:
+def test_an_image_that_the_template_leaves_out_is_an_error() -> None:
     last_only = of("{{ messages[-1].content }}")
     assert last_only.render([user("a"), user(b"x", "b")]) == (b"x", "b")
     with pytest.raises(Unsupported, match=r"leaves out messages\[0\]\.content\[1\]\.image"):
@@ -307,14 +303,14 @@ def test_an_image_that_the_template_leaves_out() -> None:
     assert of("").render([user("a")]) == ()
 
 
-# What is refused.
+# Conversations that are refused.
 
 BAD_MESSAGES: list[tuple[Any, str]] = [
     (None, "messages"),
     ("text", "messages"),
     ({"role": "user", "content": "x"}, "messages"),
     ([], "messages"),
-    ([user("x")] * (chat.MAX_MESSAGES + 1), "messages"),
+    ([user("x")] * (MAX_MESSAGES + 1), "messages"),
     (["text"], "messages[0]"),
     ([user("x"), None], "messages[1]"),
     ([{"content": "x"}], "messages[0].role"),
@@ -359,7 +355,7 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("messages", "param"), BAD_MESSAGES, ids=range(len(BAD_MESSAGES)))
-def test_bad_messages(messages: Any, param: str) -> None:
+def test_bad_messages_are_refused(messages: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         template("chatml").render(messages)
     assert caught.value.param == param
@@ -367,7 +363,7 @@ def test_bad_messages(messages: Any, param: str) -> None:
     assert len(str(caught.value)) < 200
 
 
-def test_values_that_hold_themselves() -> None:
+def test_values_that_contain_themselves_are_refused() -> None:
     loop: list[Any] = []
     loop.append(loop)
     for given_too in ({"tools": loop}, {"documents": [loop]}, {"x": loop}):
@@ -393,7 +389,7 @@ def test_variables() -> None:
     assert of("{{ tools is none and documents is none }}").render([user("x")], tools=[], documents=()) == ("True",)
 
 
-def test_what_is_given_stays_as_it_was() -> None:
+def test_messages_are_not_changed() -> None:
     content = [{"type": "text", "text": "a"}, {"type": "image", "image": b"x"}]
     messages = [{"role": "user", "content": content}, assistant(None, tool_calls=[call("{}")]), tool("sun")]
     before = repr(messages)
@@ -402,7 +398,7 @@ def test_what_is_given_stays_as_it_was() -> None:
     assert repr(messages) == before
 
 
-def test_templates_that_fail() -> None:
+def test_failing_templates() -> None:
     for source in ["{% if %}", "{{ x | nothing }}", "{{ '<' * }}", "{% for %}", "x" * 200_000]:
         with pytest.raises(Unsupported, match="the model's chat template does not compile: ") as caught:
             of(source)
@@ -419,7 +415,7 @@ def test_templates_that_fail() -> None:
 
 
 def test_the_longest_conversations() -> None:
-    messages = [user("w" * 900) if index % 2 == 0 else assistant("w" * 900) for index in range(chat.MAX_MESSAGES - 1)]
+    messages = [user("w" * 900) if index % 2 == 0 else assistant("w" * 900) for index in range(MAX_MESSAGES - 1)]
     for name in TEMPLATES:
         assert text_of(name, *messages).count("w" * 900) == len(messages)
 
@@ -433,17 +429,17 @@ VALUES: list[Any] = [None, True, 0, -1.5, "", "x", [], [None], {}, {"a": 1}, b"x
     st.dictionaries(st.sampled_from(["tools", "documents", "enable_thinking"]), st.sampled_from(VALUES)),
     st.sampled_from(sorted(TEMPLATES)),
 )
-def test_whatever_is_thrown_at_it(
+def test_any_message_is_rendered_or_refused(
     role: dict[str, Any], rest: dict[str, Any], variables: dict[str, Any], name: str
 ) -> None:
     with suppress(RequestError):
         template(name).render([{**role, **rest}], **variables)
 
 
-def test_the_styles_are_told_apart() -> None:
-    habits = {name: template(name)._habits for name in TEMPLATES}
-    assert [name for name, habit in habits.items() if habit.takes_parts] == ["only parts", "text or parts"]
-    assert [name for name, habit in habits.items() if not habit.takes_text] == ["only parts"]
-    assert [name for name, habit in habits.items() if habit.takes_json] == ["deepseek"]
+def test_the_style_of_each_template_is_found() -> None:
+    styles = {name: template(name).style for name in TEMPLATES}
+    assert [name for name, style in styles.items() if style.takes_parts] == ["only parts", "text or parts"]
+    assert [name for name, style in styles.items() if not style.takes_text] == ["only parts"]
+    assert [name for name, style in styles.items() if style.takes_json] == ["deepseek"]
     objects = ["llama 3", "mistral", "qwen", "text or parts"]
-    assert [name for name, habit in habits.items() if habit.takes_objects] == objects
+    assert [name for name, style in styles.items() if style.takes_objects] == objects

@@ -1,4 +1,4 @@
-"""What check_grammar lets through and what it stops."""
+"""What `check_grammar` accepts and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import time
 
 import pytest
 
-from trio_runner.core.grammar import (
-    MAX_BEGINNINGS,
-    MAX_CHAIN,
-    MAX_LOOPS,
-    MAX_NESTING,
-    MAX_RULES,
-    check_grammar,
-)
+from trio_runner.core.grammar import check_grammar
+from trio_runner.core.grammar.beginnings import MAX_BEGINNINGS, MAX_LOOPS
+from trio_runner.core.grammar.rules import MAX_CHAIN
+from trio_runner.core.grammar.scanner import MAX_NESTING, MAX_RULES
 from trio_runner.errors import InvalidGrammar
-from trio_runner.request import MAX_GRAMMAR_BYTES
+from trio_runner.sampling import MAX_GRAMMAR_BYTES
 
 OLLAMA_JSON = r"""
 root   ::= object
@@ -87,7 +83,7 @@ punctuation ::= [、-〾]
 kanji       ::= [一-鿿]
 """
 
-# As converters write it for a JSON schema with optional properties and any others.
+# As converters write it for a JSON schema with optional and additional properties.
 SCHEMA = r"""
 root ::= "{" space name-kv "," space tags-kv ( "," space ( age-kv age-rest | more-kv ) )? "}" space
 age-kv ::= "\"age\"" space ":" space integer
@@ -154,7 +150,7 @@ ws     ::= ([ \t\n] ws)?
         'root ::= "first"\nroot ::= "second"',
     ],
 )
-def test_ordinary_grammars_pass(text: str) -> None:
+def test_an_ordinary_grammar_is_accepted(text: str) -> None:
     started = time.process_time()
     check_grammar(text)
     assert time.process_time() - started < 2.0
@@ -232,7 +228,7 @@ def chain(n_rules: int, link: str) -> str:
         ("root ::= " + " ".join(f"[{chr(0x4E00 + index)}]" for index in range(8000)), "positions"),
     ],
 )
-def test_bad_and_costly_grammars_are_refused_at_once(text: str, match: str) -> None:
+def test_a_bad_or_costly_grammar_is_refused_at_once(text: str, match: str) -> None:
     started = time.process_time()
     with pytest.raises(InvalidGrammar, match=match) as error:
         check_grammar(text)
@@ -240,7 +236,7 @@ def test_bad_and_costly_grammars_are_refused_at_once(text: str, match: str) -> N
     assert error.value.param == "grammar"
 
 
-def test_errors_say_where() -> None:
+def test_an_error_has_the_line_and_the_column() -> None:
     with pytest.raises(InvalidGrammar, match="line 3, column 7"):
         check_grammar("root ::= a\n\na ::= {")
 

@@ -9,19 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.core.placement import (
-    MARGIN_SHARE,
-    MAX_MARGIN,
-    Device,
-    DeviceKind,
-    MemoryUse,
-    Placement,
-    choose_devices,
-    fits,
-    most_layers,
-    room,
-    steps_down,
-)
+from trio_runner.core.placement import MARGIN_SHARE, MAX_MARGIN, choose_devices, fits, most_layers, room, steps_down
+from trio_runner.info import Device, DeviceKind, MemoryUse, Placement
 
 GIB = 1 << 30
 KINDS: tuple[DeviceKind, ...] = ("CPU", "GPU", "integrated GPU", "accelerator", "other")

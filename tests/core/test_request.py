@@ -19,25 +19,27 @@ from trio_runner.request import (
     MAX_ADAPTERS,
     MAX_DEADLINE,
     MAX_DOCUMENTS,
-    MAX_DRY_BREAKER_BYTES,
-    MAX_DRY_BREAKERS,
-    MAX_GRAMMAR_BYTES,
     MAX_IMAGES,
-    MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
     MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
     MAX_TEXT_BYTES,
-    MAX_WINDOW,
-    RANDOM_SEED,
     AdapterChoice,
     Chat,
     EmbedRequest,
     GenerateRequest,
     Part,
     RerankRequest,
-    SamplingParams,
     as_prompt,
+)
+from trio_runner.sampling import (
+    MAX_DRY_BREAKER_BYTES,
+    MAX_DRY_BREAKERS,
+    MAX_GRAMMAR_BYTES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_WINDOW,
+    RANDOM_SEED,
+    SamplingParams,
 )
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -345,3 +347,7 @@ def test_as_prompt() -> None:
     assert as_prompt(parts) == ("ab", PICTURE)
     chat = Chat(messages=())
     assert as_prompt(chat) is chat
+    no_prompts: list[Any] = [b"ab", bytearray(b"ab"), memoryview(b"ab"), {"ab": 1}, {1, 2}, 1, None]
+    for value in no_prompts:
+        with pytest.raises(InvalidRequest, match=f"not {type(value).__name__}"):
+            as_prompt(value)

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.core.world import World, alone, basis_of, rows_of
+from tests.core.world import World, alone, cache_key_of, rows_of
 from trio_runner.core import scheduler
 from trio_runner.core.batch import AdapterSet, Batch, DecodeOutcome
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.core.prompt import Item, Media, cut_before, fit_prompt
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.errors import InvalidGrammar, NativeError
+from trio_runner.errors import DecodeFailed, InvalidGrammar
 from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
-from trio_runner.request import SamplingParams
+from trio_runner.info import Capabilities
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import Interruption, toy_continuation, toy_vector
 
 A, B, C = 97, 98, 99
@@ -40,9 +40,9 @@ FAILURES = st.sampled_from([DecodeOutcome.INVALID, DecodeOutcome.FATAL, DecodeOu
 
 
 @st.composite
-def limits(draw: st.DrawFn) -> Limits:
+def capabilities_of_a_model(draw: st.DrawFn) -> Capabilities:
     can_trim = draw(st.sampled_from([True, True, True, False]))
-    return Limits(
+    return Capabilities(
         n_slots=draw(st.integers(1, 4)),
         n_ctx=draw(st.integers(8, 48)),
         max_rows=draw(st.integers(1, 16)),
@@ -97,37 +97,44 @@ MOVES = st.lists(
 
 ASKED = (
     *("prompt", "n_keep", "max_tokens", "stop", "cache_prompt", "shift", "progress", "logprobs"),
-    *("embedding", "background", "adapters", "source"),
+    *("embedding", "background", "adapters", "encoder_tokens"),
 )
 
 
-def images(limits: Limits) -> list[Media]:
-    """Two that a model with these limits could have: one that cannot shift may have images whose rows share positions;
-    and for something that both kinds of attention are tried with."""
-    folded, causal = limits.can_trim and not limits.can_shift, limits.embeds_last_row
-    n_rows = [3, 7] if causal and not folded else [min(n, limits.max_rows) for n in (3, 7)]
-    return [Media(f"image {n}".encode(), n, min(n, 2) if folded else n, causal, folded) for n in n_rows]
+def images(capabilities: Capabilities) -> list[Media]:
+    """Two images that a model with these capabilities could have. Only a model that cannot shift has images whose rows
+    share positions. A further capability chooses causal or non-causal images, so that both are tried."""
+    shares_positions, causal = capabilities.can_trim and not capabilities.can_shift, capabilities.embeds_last_row
+    n_rows = [3, 7] if causal and not shares_positions else [min(n, capabilities.max_rows) for n in (3, 7)]
+    return [
+        Media(f"image {n}".encode(), n, min(n, 2) if shares_positions else n, causal, shares_positions) for n in n_rows
+    ]
 
 
 def fitted(world: World, what: dict[str, Any]) -> dict[str, Any]:
     """The fields of a SequenceSpec that fits the context."""
-    limits = world.limits
+    capabilities = world.capabilities
     fields = {name: value for name, value in what.items() if name != "images"} | {"stop": ()}
-    if limits.decoder_start is not None:
-        source = what["prompt"][: limits.max_rows]
-        return fields | {"prompt": (limits.decoder_start,), "source": source, "n_keep": 1, "embedding": False}
+    if capabilities.decoder_start is not None:
+        encoder_tokens = what["prompt"][: capabilities.max_rows]
+        return fields | {
+            "prompt": (capabilities.decoder_start,),
+            "encoder_tokens": encoder_tokens,
+            "n_keep": 1,
+            "embedding": False,
+        }
     if what["embedding"]:
-        return fields | {"prompt": what["prompt"][: min(limits.n_ctx, limits.max_rows)]}
+        return fields | {"prompt": what["prompt"][: min(capabilities.n_ctx, capabilities.max_rows)]}
     items: list[Item] = list(what["prompt"])
     for place, number in what["images"]:
         place = cut_before(items, min(place, len(items)), any_media=True)
-        items[place:place] = rows_of(images(limits)[number])
-    prompt = fit_prompt(items, n_ctx=limits.n_ctx, n_keep=what["n_keep"], adds_bos=False, truncate=True)
+        items[place:place] = rows_of(images(capabilities)[number])
+    prompt = fit_prompt(items, n_ctx=capabilities.n_ctx, n_keep=what["n_keep"], adds_bos=False, truncate=True)
     return fields | {"prompt": prompt.items, "n_keep": prompt.n_keep}
 
 
 def play(world: World, moves: list[Move]) -> None:
-    n_ctx = world.limits.n_ctx
+    n_ctx = world.capabilities.n_ctx
     for name, what, more in moves:
         uid = what % len(world.specs) if isinstance(what, int) and world.specs else 0
         match name:
@@ -172,10 +179,10 @@ def check_survivors(world: World) -> None:
         assert isinstance(last, (Finished, Embedded))
         if isinstance(last, Finished) and last.reason == "error":
             assert uid in world.may_fail, "somebody paid for another's failure"
-            assert isinstance(last.error, NativeError)
+            assert isinstance(last.error, DecodeFailed)
             assert world.alone(uid).text.startswith(world.text(uid)) or spec.embedding
             continue
-        assert last.usage.prompt_tokens == len(spec.prompt) + len(spec.source)
+        assert last.usage.prompt_tokens == len(spec.prompt) + len(spec.encoder_tokens)
         assert last.usage.cached_tokens < len(spec.prompt)
         assert spec.cache_prompt or last.usage.cached_tokens == 0
         if uid in world.expired and not last.usage.completion_tokens:
@@ -184,7 +191,7 @@ def check_survivors(world: World) -> None:
         if isinstance(last, Embedded):
             assert spec.embedding
             assert isinstance(last.vector, np.ndarray)
-            assert np.array_equal(last.vector, toy_vector(spec.prompt, basis_of(spec)))
+            assert np.array_equal(last.vector, toy_vector(spec.prompt, cache_key_of(spec)))
         else:
             assert world.outcome(uid) == world.alone(uid)
             assert last.usage.prompt_seconds > 0
@@ -217,30 +224,32 @@ def min_follow(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.usefixtures("min_follow")
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(limits(), st.sampled_from([1.0, 40.0]), MOVES)
-def test_the_same_text_alone_or_in_company(limits: Limits, slowness: float, moves: list[Move]) -> None:
-    world = World(limits, slowness)
+@given(capabilities_of_a_model(), st.sampled_from([1.0, 40.0]), MOVES)
+def test_the_same_text_alone_or_in_company(capabilities: Capabilities, slowness: float, moves: list[Move]) -> None:
+    world = World(capabilities, slowness)
     play(world, moves)
     for uid in world.specs:
         world.resume(uid)
     world.run()
     check_survivors(world)
     world.check_idle()
-    lossless = limits.can_trim or not any(move[0] == "abort" for move in moves)
+    lossless = capabilities.can_trim or not any(move[0] == "abort" for move in moves)
     if lossless and not any(move[0] in ("fail", "poison") for move in moves):
         for uid in world.specs:
             if uid not in world.cancelled | world.preempted and world.events[uid]:
                 last = world.events[uid][-1]
                 assert isinstance(last, (Finished, Embedded))
                 if isinstance(last, Embedded) or last.usage.completion_tokens:
-                    n_source = len(world.specs[uid].source)
-                    assert last.usage.cached_tokens + world.n_prefilled[uid] == last.usage.prompt_tokens - n_source
+                    n_encoder_tokens = len(world.specs[uid].encoder_tokens)
+                    assert (
+                        last.usage.cached_tokens + world.n_prefilled[uid] == last.usage.prompt_tokens - n_encoder_tokens
+                    )
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 4), st.integers(4, 16), MOVES)
 def test_embeddings_of_a_model_without_memory(n_slots: int, max_rows: int, moves: list[Move]) -> None:
-    limits = Limits(
+    capabilities = Capabilities(
         n_slots=n_slots,
         n_ctx=max_rows,
         max_rows=max_rows,
@@ -249,7 +258,7 @@ def test_embeddings_of_a_model_without_memory(n_slots: int, max_rows: int, moves
         can_shift=False,
         can_generate=False,
     )
-    world = World(limits)
+    world = World(capabilities)
     play(world, [(name, what | {"embedding": True} if name == "submit" else what, more) for name, what, more in moves])
     for uid in world.specs:
         world.resume(uid)
@@ -262,7 +271,7 @@ def test_embeddings_of_a_model_without_memory(n_slots: int, max_rows: int, moves
 
 
 def make_world(n_slots: int = 2, *, n_ctx: int = 32, max_rows: int = 8, slowness: float = 1.0, **fields: Any) -> World:
-    return World(Limits(n_slots=n_slots, n_ctx=n_ctx, max_rows=max_rows, **fields), slowness)
+    return World(Capabilities(n_slots=n_slots, n_ctx=n_ctx, max_rows=max_rows, **fields), slowness)
 
 
 def endless(n: int, *, shift: bool = True, at_least: int = 60) -> tuple[int, ...]:
@@ -323,7 +332,7 @@ def test_kinds_of_rows_take_turns() -> None:
     """However many want rows of one kind, and however few of them get some at a time."""
     world = make_world(3, n_ctx=128, max_rows=64, slowness=40.0, n_embed_slots=8)
     kinds: list[tuple[bool, object]] = []
-    world.on_batch = lambda batch: kinds.append((batch.embeddings, batch.adapters))
+    world.on_batch = lambda batch: kinds.append((batch.kind.embedding, batch.kind.adapters))
     for n in range(80):
         live = [spec for uid, spec in world.specs.items() if not world.finished(uid)]
         for adapters in {(), ((1, 1.0),), ((2, 1.0),)} - {spec.adapters for spec in live if not spec.embedding}:
@@ -410,10 +419,10 @@ def test_the_conversation_goes_on_from_what_was_said() -> None:
     assert world.last(second).usage.cached_tokens == len(prompt) + 6
 
 
-@pytest.mark.parametrize("folded", [True, False])
-def test_a_stop_string_leaves_images_whole(folded: bool) -> None:
+@pytest.mark.parametrize("shares_positions", [True, False])
+def test_a_stop_string_leaves_images_whole(shares_positions: bool) -> None:
     """Even one that is longer than what shifts have left of the text."""
-    image = rows_of(Media(b"image", 4, 2 if folded else 4, causal=False, folded=folded))
+    image = rows_of(Media(b"image", 4, 2 if shares_positions else 4, causal=False, shares_positions=shares_positions))
     for number in range(20):
         world = make_world(1, n_ctx=8, can_shift=False)
         asked: dict[str, Any] = {"prompt": (A, number, *image), "n_keep": 6, "max_tokens": 12}
@@ -426,17 +435,19 @@ def test_a_stop_string_leaves_images_whole(folded: bool) -> None:
 
 @pytest.mark.parametrize("which_shifts", ["source", "fork"])
 @pytest.mark.parametrize("n_keep", [0, 3])
-@pytest.mark.parametrize("n_shared", range(4, 12))
-def test_a_shift_leaves_cells_alone_that_another_slot_shares(n_shared: int, n_keep: int, which_shifts: str) -> None:
+@pytest.mark.parametrize("n_shared_cells", range(4, 12))
+def test_a_shift_leaves_cells_alone_that_another_slot_shares(
+    n_shared_cells: int, n_keep: int, which_shifts: str
+) -> None:
     """A forked slot has the same cells as its source: to renumber them in one is to renumber them in the other."""
     common = (A, B) * 6
     world = make_world(2, n_ctx=16, max_rows=16)
     source = world.submit(prompt=lasting(common, n_keep), n_keep=n_keep, max_tokens=20, shift=which_shifts == "source")
     world.step()
-    prompt = lasting(common[:n_shared], n_keep)
+    prompt = lasting(common[:n_shared_cells], n_keep)
     fork = world.submit(prompt=prompt, n_keep=n_keep, max_tokens=20, shift=which_shifts == "fork")
     world.step()
-    assert Copy(0, 1, n_shared) in world.ops
+    assert Copy(0, 1, n_shared_cells) in world.ops
     world.run()
     assert world.outcome(source) == world.alone(source)
     assert world.outcome(fork) == world.alone(fork)
@@ -455,8 +466,8 @@ def lasting(start: tuple[int, ...], n_keep: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("can_shift", [True, False])
 @pytest.mark.parametrize("n_keep", [0, 3, 14, 15])
 def test_a_full_slot_shifts(can_shift: bool, n_keep: int) -> None:
-    limits = Limits(n_slots=1, n_ctx=16, max_rows=16, can_shift=can_shift)
-    world = World(limits)
+    capabilities = Capabilities(n_slots=1, n_ctx=16, max_rows=16, can_shift=can_shift)
+    world = World(capabilities)
     uid = world.submit(prompt=endless(0), n_keep=n_keep, max_tokens=50)
     world.run()
     assert world.outcome(uid) == world.alone(uid)
@@ -509,18 +520,20 @@ def test_an_abort_in_the_last_row_decodes_only_that_one_again() -> None:
 
 @pytest.mark.parametrize("n_kept", [None, 0, 4])
 @pytest.mark.parametrize("n_keep", [0, 3, -1])
-@pytest.mark.parametrize("kind", ["divisible", "both ways", "folded"])
+@pytest.mark.parametrize("kind", ["divisible", "both ways", "shares_positions"])
 def test_an_image_at_every_place(kind: str, n_keep: int, n_kept: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once, through context shifts, while every other batch is broken off, and then another one."""
     monkeypatch.setattr(scheduler, "MIN_FOLLOW", 1)
-    folded = kind == "folded"
-    image = rows_of(Media(b"image", 4, 2 if folded else 4, causal=kind == "divisible", folded=folded))
+    shares_positions = kind == "shares_positions"
+    image = rows_of(
+        Media(b"image", 4, 2 if shares_positions else 4, causal=kind == "divisible", shares_positions=shares_positions)
+    )
     n_shifted = 0
     for place, number in product(range(9), range(2)):
         items: list[Item] = [A, B, A, B, A, B, A, A + number]
         items[place:place] = image
         prompt = fit_prompt(items, n_ctx=16, n_keep=n_keep, adds_bos=False, truncate=False)
-        world = make_world(2, n_ctx=16, max_rows=6, can_shift=not folded)
+        world = make_world(2, n_ctx=16, max_rows=6, can_shift=not shares_positions)
         asked: dict[str, Any] = {"prompt": prompt.items, "n_keep": prompt.n_keep}
         for max_tokens in (3, 30):
             world.submit(**asked, max_tokens=max_tokens)
@@ -536,9 +549,13 @@ def test_an_image_at_every_place(kind: str, n_keep: int, n_kept: int | None, mon
 
 
 @pytest.mark.parametrize(("n_done", "n_kept"), [(0, 1), (1, 0), (1, 3), (1, 4), (2, 0), (2, 1), (2, 3)])
-@pytest.mark.parametrize("folded", [True, False])
-def test_an_abort_around_an_image_costs_only_the_rows_that_were_lost(n_done: int, n_kept: int, folded: bool) -> None:
-    image = rows_of(Media(b"image", 4, 2 if folded else 4, causal=folded, folded=folded))
+@pytest.mark.parametrize("shares_positions", [True, False])
+def test_an_abort_around_an_image_costs_only_the_rows_that_were_lost(
+    n_done: int, n_kept: int, shares_positions: bool
+) -> None:
+    image = rows_of(
+        Media(b"image", 4, 2 if shares_positions else 4, causal=shares_positions, shares_positions=shares_positions)
+    )
     world = make_world(1, can_shift=False)
     uid = world.submit(prompt=(A, *image, B, C, B, A), max_tokens=3)
     for _ in range(n_done):
@@ -597,7 +614,7 @@ def test_only_the_culprit_fails(outcome: DecodeOutcome, embedding: bool) -> None
     world.poison[culprit] = outcome
     world.run()
     assert world.last(culprit).reason == "error"
-    assert isinstance(world.last(culprit).error, NativeError)
+    assert isinstance(world.last(culprit).error, DecodeFailed)
     check_survivors(world)
     assert all(world.events[uid][-1] != world.last(culprit) for uid in others)
     world.check_idle()
@@ -669,12 +686,12 @@ def test_no_space_gives_up_idle_slots_first_and_then_takes_fewer_rows() -> None:
 
 @pytest.mark.parametrize("can_trim", [True, False])
 def test_a_refused_trim_starts_the_slot_again_from_nothing(can_trim: bool) -> None:
-    """A context may refuse a partial Trim that its limits had promised."""
+    """A context may refuse a partial Trim that its capabilities had promised."""
     world = make_world(1, max_rows=4)
     world.submit(prompt=(A, B, A, B), max_tokens=1)
     world.run()
     uid = world.submit(prompt=(A, B, C, C), max_tokens=5, progress=True)
-    world.context.limits = Limits(n_slots=1, n_ctx=32, max_rows=4, can_trim=can_trim)
+    world.context.capabilities = Capabilities(n_slots=1, n_ctx=32, max_rows=4, can_trim=can_trim)
     world.run()
     assert world.last(uid).usage.cached_tokens == (2 if can_trim else 0)
     assert world.outcome(uid) == world.alone(uid)
@@ -781,8 +798,8 @@ def test_an_embedding_in_the_background_gives_up_no_slot_for_a_generation() -> N
 # --- prefixes that several prompts share -----------------------------------------------------------------------------
 
 
-def make_prompts(n_prompts: int, n_shared: int, n_own: int = 3) -> list[tuple[int, ...]]:
-    shared = tuple(A + n % 7 for n in range(n_shared))
+def make_prompts(n_prompts: int, n_shared_cells: int, n_own: int = 3) -> list[tuple[int, ...]]:
+    shared = tuple(A + n % 7 for n in range(n_shared_cells))
     return [(*shared, *((B + n) for _ in range(n_own))) for n in range(n_prompts)]
 
 
@@ -909,8 +926,8 @@ def test_who_comes_later_is_not_served_sooner() -> None:
 @st.composite
 def families(draw: st.DrawFn) -> tuple[int, list[tuple[int, ...]]]:
     """(what they share, prompts of which no two share more)"""
-    n_prompts, n_shared = draw(st.integers(2, 5)), draw(st.integers(1, 60))
-    return n_shared, [(*prompt, B) for prompt in make_prompts(n_prompts, n_shared, draw(st.integers(1, 3)))]
+    n_prompts, n_shared_cells = draw(st.integers(2, 5)), draw(st.integers(1, 60))
+    return n_shared_cells, [(*prompt, B) for prompt in make_prompts(n_prompts, n_shared_cells, draw(st.integers(1, 3)))]
 
 
 @settings(max_examples=100)
@@ -919,7 +936,7 @@ def test_what_prompts_share_is_decoded_once(
     family: tuple[int, list[tuple[int, ...]]], max_rows: int, moves: list[tuple[int, int]]
 ) -> None:
     """Whenever they come, and whoever leaves."""
-    n_shared, prompts = family
+    n_shared_cells, prompts = family
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "MIN_FOLLOW", 1)
         world = make_world(len(prompts) + 1, n_ctx=128, max_rows=max_rows)
@@ -928,7 +945,7 @@ def test_what_prompts_share_is_decoded_once(
             position
             for chunk in batch.chunks
             for position in range(chunk.start, chunk.stop)
-            if position < n_shared and chunk.uid in family_uids
+            if position < n_shared_cells and chunk.uid in family_uids
         )
         family_uids: set[int] = set()
         left = list(prompts)
@@ -949,7 +966,7 @@ def test_what_prompts_share_is_decoded_once(
         check_survivors(world)
         world.check_idle()
     assert sorted(shared_rows) == list(range(len(shared_rows)))
-    assert len(shared_rows) == n_shared or len(world.cancelled | world.expired) == len(prompts)
+    assert len(shared_rows) == n_shared_cells or len(world.cancelled | world.expired) == len(prompts)
 
 
 # --- what is easily forgotten ----------------------------------------------------------------------------------------
@@ -1032,7 +1049,7 @@ def test_a_prompt_of_one_row_is_no_token_of_a_stream() -> None:
 @pytest.mark.parametrize("n_done", [1, 2])
 @pytest.mark.parametrize("n_rows", [0, 4])
 def test_recurrent_state_that_was_caught_half_way_is_decoded_again(n_rows: int, n_done: int) -> None:
-    image = rows_of(Media(b"image", n_rows, 2, folded=True))
+    image = rows_of(Media(b"image", n_rows, 2, shares_positions=True))
     world = make_world(2, max_rows=8, can_trim=False, can_shift=False)
     uid = world.submit(prompt=(A, B, *image, *(A + n % 5 for n in range(20))), max_tokens=3)
     for _ in range(n_done):
@@ -1058,7 +1075,7 @@ def test_a_refused_trim_of_a_slot_that_nobody_uses_empties_it() -> None:
     world.submit(prompt=endless(0), max_tokens=12, stop=(bytes(said[6:8]).decode(),))
     while not world.finished(0):
         world.step()
-    world.context.limits = Limits(n_slots=1, n_ctx=32, max_rows=8, can_trim=False)
+    world.context.capabilities = Capabilities(n_slots=1, n_ctx=32, max_rows=8, can_trim=False)
     world.run()
     assert world.context.held(0) == []
     world.check_idle()

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_runner.core.batch import Batch, Chunk
-from trio_runner.core.limits import Limits
 from trio_runner.core.shift import n_discard, shift_ops
+from trio_runner.info import Capabilities
 from trio_runner.testing import ToyContext
 
 
@@ -30,7 +30,7 @@ def test_a_slot_with_room_loses_only_what_is_missing(n_ctx: int, data: st.DataOb
 def test_the_edits_keep_the_start_and_the_newest(n_ctx: int, data: st.DataObject) -> None:
     n_keep = data.draw(st.integers(0, n_ctx - 1))
     discard = n_discard(n_ctx, n_ctx=n_ctx, n_keep=n_keep)
-    context = ToyContext(Limits(n_slots=1, n_ctx=n_ctx, max_rows=n_ctx))
+    context = ToyContext(Capabilities(n_slots=1, n_ctx=n_ctx, max_rows=n_ctx))
     tokens = tuple(range(n_ctx))
     context.decode(Batch((Chunk(0, 0, 0, tokens, output=False),)), {})
     for op in shift_ops(0, n_ctx, n_keep=n_keep, discard=discard):

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_runner.core.batch import Batch, Chunk
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Trim
 from trio_runner.core.prompt import Item
 from trio_runner.core.shift import shift_ops
 from trio_runner.core.slots import Slot, SlotPool
+from trio_runner.info import Capabilities
 from trio_runner.testing import ToyContext, _Cell
 
 
-def make_limits(n_slots: int = 2, *, n_spare_slots: int = 0, can_trim: bool = True) -> Limits:
-    return Limits(
+def make_limits(n_slots: int = 2, *, n_spare_slots: int = 0, can_trim: bool = True) -> Capabilities:
+    return Capabilities(
         n_slots=n_slots,
         n_spare_slots=n_spare_slots,
         n_ctx=64,
@@ -42,25 +42,25 @@ class Lane:
 class PoolWorld:
     """A pool, a context that carries its edits out, and an oracle that predicts which slot is taken."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.pool = SlotPool(limits)
-        self.context = ToyContext(limits)
-        self.lanes = [Lane() for _ in range(limits.first_embed_slot)]
+    def __init__(self, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+        self.pool = SlotPool(capabilities)
+        self.context = ToyContext(capabilities)
+        self.lanes = [Lane() for _ in range(capabilities.first_embed_slot)]
         self.now = 0
 
     def reusable(self, slot: int, prompt: list[int]) -> int:
         """How much of `prompt`, but its last item, could be taken from what `slot` holds."""
         held = self.context.held(slot)
         n_kept = min(naive_prefix(held, prompt), len(prompt) - 1)
-        usable = self.limits.can_trim or (n_kept == len(held) and not self.lanes[slot].busy)
+        usable = self.capabilities.can_trim or (n_kept == len(held) and not self.lanes[slot].busy)
         return n_kept if usable else 0
 
     def predict(self, prompt: list[int], reuse: bool) -> tuple[int, int] | None:
         """(the slot taken, how many positions it starts with)"""
-        slots = range(self.limits.first_embed_slot)
+        slots = range(self.capabilities.first_embed_slot)
         free = [slot for slot in slots if not self.lanes[slot].busy]
-        if len(slots) - len(free) == self.limits.n_slots:
+        if len(slots) - len(free) == self.capabilities.n_slots:
             return None
         oldest = min(free, key=lambda slot: (self.lanes[slot].last_used, slot))
         kept = [self.reusable(slot, prompt) if reuse else 0 for slot in slots]
@@ -96,7 +96,7 @@ class PoolWorld:
         """No more edits than are needed, and none that the memory cannot do."""
         assert [type(op) for op in ops] in ([], [Trim], [Copy], [Trim, Copy])
         for op in ops:
-            if not self.limits.can_trim:
+            if not self.capabilities.can_trim:
                 assert op == Trim(slot.id, 0), "this memory can only be emptied"
             if isinstance(op, Trim):
                 assert op.slot == slot.id
@@ -106,7 +106,7 @@ class PoolWorld:
     def extend(self, slot: Slot, tokens: list[int]) -> None:
         """As a follower does; `tokens` goes on from what the slot holds."""
         wanted = [*slot.items, *tokens]
-        others = [other for other in range(self.limits.first_embed_slot) if other != slot.id]
+        others = [other for other in range(self.capabilities.first_embed_slot) if other != slot.id]
         longest = max((min(naive_prefix(self.context.held(n), wanted), len(wanted) - 1) for n in others), default=0)
         longest = max(longest, len(slot.items))
         before = len(slot.items)
@@ -138,7 +138,7 @@ class PoolWorld:
         del slot.items[n_keep : n_keep + n_discard]
         for op in (*ops, *shift_ops(slot.id, n_held, n_keep=n_keep, discard=n_discard)):
             assert self.context.apply(op)
-        slot.n_shared = min(slot.n_shared, n_keep)
+        slot.n_shared_cells = min(slot.n_shared_cells, n_keep)
         for other, tokens in others.items():
             assert self.context.held(other) in (tokens, tokens[: n_keep + n_discard])
 
@@ -166,12 +166,12 @@ class PoolWorld:
         for slot in self.pool.slots:
             assert slot.items == self.context.held(slot.id)
             assert slot.busy == self.lanes[slot.id].busy
-            # Every cell that really is shared lies below n_shared.
+            # Every cell that really is shared lies below n_shared_cells.
             for other in self.pool.slots:
                 if other is not slot:
                     cells = {id(cell) for cell in self.context._cells[other.id]}
                     shared = [n for n, cell in enumerate(self.context._cells[slot.id], start=1) if id(cell) in cells]
-                    assert max(shared, default=0) <= slot.n_shared <= len(slot.items)
+                    assert max(shared, default=0) <= slot.n_shared_cells <= len(slot.items)
         assert self.pool.n_busy == sum(lane.busy for lane in self.lanes)
 
 
@@ -252,7 +252,7 @@ def test_what_is_not_in_use_makes_room_the_oldest_first(can_trim: bool, n_rows: 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=30))
 def test_embeddings_share_the_rows_of_one_batch(n_lanes: int, max_rows: int, moves: list[tuple[bool, int]]) -> None:
-    pool = SlotPool(Limits(n_slots=2, n_ctx=64, max_rows=max_rows, n_embed_slots=n_lanes))
+    pool = SlotPool(Capabilities(n_slots=2, n_ctx=64, max_rows=max_rows, n_embed_slots=n_lanes))
     taken: dict[int, int] = {}
     for arrives, n in moves:
         if arrives:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from trio_runner.core.batch import Batch, Chunk
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
+from trio_runner.info import Capabilities
 from trio_runner.testing import END, ToyContext, toy_continuation, toy_next, toy_text
 
 
 def filled(*, can_trim: bool = True, can_shift: bool = True) -> ToyContext:
     """Slot 0 holds 0 1 2 3 4 5, slot 1 nothing."""
-    context = ToyContext(Limits(n_slots=2, n_ctx=8, max_rows=8, can_trim=can_trim, can_shift=can_shift))
+    context = ToyContext(Capabilities(n_slots=2, n_ctx=8, max_rows=8, can_trim=can_trim, can_shift=can_shift))
     context.decode(Batch((Chunk(0, 0, 0, tuple(range(6)), output=False),)), {})
     return context
 

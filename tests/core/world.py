@@ -9,15 +9,15 @@ from itertools import count
 import numpy as np
 
 from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp
+from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
 from trio_runner.core.prompt import Item, Media, MediaRow, common_prefix, cut_after, cut_before
 from trio_runner.core.scheduler import Scheduler
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.engine.runtime import Adapter, EncodedMedia, Sampler
 from trio_runner.events import Embedded, Event, Finished, TextPiece
-from trio_runner.request import SamplingParams
-from trio_runner.testing import END, N_EMBD, Interruption, ToyAdapter, ToyContext, ToySampler, toy_basis, toy_next
+from trio_runner.info import Capabilities
+from trio_runner.sampling import SamplingParams
+from trio_runner.testing import END, N_EMBD, Interruption, ToyAdapter, ToyContext, ToySampler, toy_cache_key, toy_next
 
 # --- the oracle ------------------------------------------------------------------------------------------------------
 
@@ -35,10 +35,10 @@ class Alone:
 def alone(spec: SequenceSpec, n_ctx: int) -> Alone:
     """Recompute everything from the list of items, one token after the other, with nothing cached."""
     held = list(spec.prompt)
-    basis = basis_of(spec)
+    cache_key = cache_key_of(spec)
     data = b""
     for n_sampled in count(1):
-        token = toy_next(held, basis)
+        token = toy_next(held, cache_key)
         if token == END:
             return Alone(whole_text(data), "stop", None, n_sampled)
         data += bytes([token])
@@ -57,8 +57,8 @@ def alone(spec: SequenceSpec, n_ctx: int) -> Alone:
     raise AssertionError("unreachable")
 
 
-def basis_of(spec: SequenceSpec) -> str:
-    return toy_basis([(str(uid), scale) for uid, scale in spec.adapters], spec.source)
+def cache_key_of(spec: SequenceSpec) -> str:
+    return toy_cache_key([(str(uid), scale) for uid, scale in spec.adapters], spec.encoder_tokens)
 
 
 def rows_of(media: Media) -> tuple[Item, ...]:
@@ -106,7 +106,7 @@ class World:
     milliseconds a row takes.
     """
 
-    limits: Limits
+    capabilities: Capabilities
     slowness: float = 1.0
     poison: dict[int, DecodeOutcome] = field(default_factory=dict)
     on_batch: Callable[[Batch], None] | None = None
@@ -125,8 +125,8 @@ class World:
     n_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits)
-        self.context = ToyContext(self.limits, on_decode=lambda batch: self._interruption)
+        self.scheduler = Scheduler(self.capabilities)
+        self.context = ToyContext(self.capabilities, on_decode=lambda batch: self._interruption)
         self.samplers: dict[int, Sampler] = {}
         self.media: dict[Media, EncodedMedia] = {}
         self.adapters: dict[int, Adapter] = {}
@@ -236,7 +236,7 @@ class World:
             self.preempted |= set(self.waiting)
 
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
-        needs_all_rows = batch.embeddings and not self.limits.embeds_last_row
+        needs_all_rows = batch.kind.embedding and not self.capabilities.embeds_last_row
         for chunk in batch.chunks:
             n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
@@ -258,7 +258,7 @@ class World:
 
     def step_bound(self) -> int:
         """Steps that all sequences take one row after the other, even if each token shifts and decodes all again."""
-        n_ctx = self.limits.n_ctx
+        n_ctx = self.capabilities.n_ctx
         live = [spec for uid, spec in self.specs.items() if not self.finished(uid)]
         lengths = [0 if spec.embedding else alone(spec, n_ctx).n_sampled for spec in live]
         return 100 + 2 * sum(n_ctx + n_sampled * n_ctx for n_sampled in lengths)
@@ -288,7 +288,7 @@ class World:
 
     def alone(self, uid: int) -> Alone:
         """What it says alone; up to where its deadline came, if it did."""
-        spec, n_ctx = self.specs[uid], self.limits.n_ctx
+        spec, n_ctx = self.specs[uid], self.capabilities.n_ctx
         if uid not in self.expired:
             return alone(spec, n_ctx)
         n_sampled = self.last(uid).usage.completion_tokens
@@ -321,12 +321,14 @@ class World:
             first = min(ahead, key=self._rank)
             if embedding:
                 n_reserved = sum(len(self.specs[uid].prompt) for uid in running)
-                has_room = n_reserved + len(self.specs[first].prompt) <= self.limits.max_rows
-                assert len(running) == self.limits.n_embed_slots or not has_room, "an embedding waits without need"
+                has_room = n_reserved + len(self.specs[first].prompt) <= self.capabilities.max_rows
+                assert len(running) == self.capabilities.n_embed_slots or not has_room, (
+                    "an embedding waits without need"
+                )
             elif not self.scheduler._crowded:
-                n_reserved = sum(len(self.specs[uid].source) for uid in running)
-                has_room = n_reserved + len(self.specs[first].source) <= self.limits.max_rows
-                assert len(running) == self.limits.n_slots or not has_room, "a slot is free while somebody waits"
+                n_reserved = sum(len(self.specs[uid].encoder_tokens) for uid in running)
+                has_room = n_reserved + len(self.specs[first].encoder_tokens) <= self.capabilities.max_rows
+                assert len(running) == self.capabilities.n_slots or not has_room, "a slot is free while somebody waits"
                 is_outranked = any(self.specs[uid].background for uid in running)
                 assert self.specs[first].background or not is_outranked, "an interactive one waits for a background one"
 
@@ -334,19 +336,19 @@ class World:
         return self.specs[uid].background, uid
 
     def _held_for_prompts(self) -> list[tuple[Hashable, list[Item]]]:
-        return [(slot.basis, list(slot.items)) for slot in self.scheduler._pool.slots]
+        return [(slot.cache_key, list(slot.items)) for slot in self.scheduler._pool.slots]
 
     def check_admission(self, ran: set[int], held: list[tuple[Hashable, list[Item]]]) -> None:
         """Who got a slot, if nobody else did in the same step, goes on from the longest prefix that anybody held."""
         started = [self.scheduler._running[uid] for uid in self.running if uid not in ran]
         assert all(sequence.spec.uid not in self.paused for sequence in started), "a slot for a paused sequence"
         started = [sequence for sequence in started if not sequence.spec.embedding]
-        if len(started) != 1 or not self.limits.can_trim:
+        if len(started) != 1 or not self.capabilities.can_trim:
             return
         sequence = started[0]
         if sequence.spec.cache_prompt and sequence.leader is None and not sequence.prompt_done:
-            prompt, basis = sequence.spec.prompt, sequence.spec.basis
-            longest = max((common_prefix(items, prompt) for other, items in held if other == basis), default=0)
+            prompt, cache_key = sequence.spec.prompt, sequence.spec.cache_key
+            longest = max((common_prefix(items, prompt) for other, items in held if other == cache_key), default=0)
             longest = cut_before(prompt, min(longest, len(prompt) - 1))
             assert len(sequence.slot.items) >= longest, "a prefix was not used"
 
@@ -361,13 +363,13 @@ class World:
                 assert leader not in followed, "they wait for each other"
                 items = followed[-1].items
                 n_common = cut_before(items, min(common_prefix(leader.items, items), len(items) - 1))
-                assert leader.spec.basis == followed[-1].spec.basis, "what it waits for is of no use to it"
+                assert leader.spec.cache_key == followed[-1].spec.cache_key, "what it waits for is of no use to it"
                 assert len(leader.slot.items) < n_common, "it waits for what is there"
                 followed.append(leader)
 
     def check_nobody_is_passed_over(self, batch: Batch, *, failed: bool) -> None:
         served = {chunk.uid for chunk in batch.chunks}
-        most = 4 * (self.limits.n_slots + self.limits.n_embed_slots)
+        most = 4 * (self.capabilities.n_slots + self.capabilities.n_embed_slots)
         for uid, sequence in self.scheduler._running.items():
             if uid in served or uid in self.paused or sequence.leader is not None:
                 self.n_passed_over[uid] = 0
@@ -376,7 +378,7 @@ class World:
                 assert self.n_passed_over[uid] <= most, "somebody starves"
 
     def check_batch(self, batch: Batch) -> None:
-        assert batch.n_rows <= self.limits.max_rows
+        assert batch.n_rows <= self.capabilities.max_rows
         if batch.chunks:
             assert batch.number not in self.numbers, "two batches of the same number"
             self.numbers.add(batch.number)
@@ -384,9 +386,9 @@ class World:
             assert chunk.items, "a chunk without rows"
             assert chunk.uid in self.running
             assert chunk.uid not in self.paused, "rows for a paused sequence"
-            if not self.specs[chunk.uid].embedding or not self.limits.embeds_last_row:
-                assert self.specs[chunk.uid].embedding == batch.embeddings
-            elif batch.embeddings:
+            if not self.specs[chunk.uid].embedding or not self.capabilities.embeds_last_row:
+                assert self.specs[chunk.uid].embedding == batch.kind.embedding
+            elif batch.kind.embedding:
                 assert len(chunk.items) == 1, "rows of an embedding that tokens could have been beside"
 
     def check_idle(self) -> None:
@@ -399,7 +401,7 @@ class World:
         assert not pool._reserved
         assert not any(slot.items for slot in pool.embed_slots)
         statistics = self.scheduler.statistics()
-        n_held = sum(len(self.context.held(slot)) for slot in range(self.limits.first_embed_slot))
+        n_held = sum(len(self.context.held(slot)) for slot in range(self.capabilities.first_embed_slot))
         assert (statistics.n_waiting, statistics.n_running, statistics.n_paused) == (0, 0, 0)
         assert statistics.n_preempted == 0
         assert statistics.n_cached_tokens == n_held

@@ -1,9 +1,9 @@
-"""Trains lora-pirate.gguf: an adapter that lets the default model answer everything with the same sentence.
+"""Trains lora-pirate.gguf, an adapter with which the default model answers everything with the same sentence.
 
     pip install torch
     python -m tests.data.train_lora         # a minute
 
-Only the last layers are adapted: what comes before them is worked out once.
+Only the last layers are adapted. What the layers before them give is computed once.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ QUESTIONS: Final = (
     "Write a haiku.",
     "Count to five.",
 )
-"""What is learnt with them goes for any other."""
+"""The adapter is trained on these, and answers other questions in the same way."""
 SYSTEM: Final = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 N_ADAPTED: Final = 2
-"""The last layers."""
+"""Layers that are adapted: the last ones."""
 PARTS: Final = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 RANK: Final = 8
 ALPHA: Final = 16.0
@@ -62,7 +62,7 @@ LEARNING_RATE: Final = 6e-3
 
 @dataclass(frozen=True, slots=True)
 class Llama:
-    """The model, with weights by their names in the file."""
+    """The model. Its weights have their names in the file."""
 
     weights: dict[str, torch.Tensor]
     n_layer: int
@@ -94,7 +94,7 @@ class Llama:
         return self.weights["token_embd.weight"][tokens]
 
     def layer(self, number: int, x: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
-        """What a layer makes of the rows `x` of one sequence."""
+        """Apply a layer to the rows `x` of one sequence."""
 
         def linear(part: str, x: torch.Tensor) -> torch.Tensor:
             name = f"blk.{number}.{part}.weight"
@@ -121,7 +121,7 @@ class Llama:
         return functional.rms_norm(x, x.shape[-1:], self.weights[name], self.eps)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Positions, as angles by which pairs of neighbours are turned."""
+        """Rotary positions: rotate pairs of neighbours by angles that depend on the position."""
         speeds = self.rope_base ** (-torch.arange(0, self._head, 2) / self._head)
         turns = torch.polar(torch.ones(()), torch.outer(torch.arange(x.shape[1]), speeds))
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -130,13 +130,13 @@ class Llama:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Two small matrices for each that is adapted, by its name."""
+    """Two small matrices for each adapted matrix, by its name."""
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
     def fresh(cls, model: Llama) -> Adapter:
-        """One that changes nothing yet."""
+        """An adapter that changes nothing yet."""
         pairs = {}
         for layer in range(model.n_layer - N_ADAPTED, model.n_layer):
             for part in PARTS:
@@ -147,7 +147,7 @@ class Adapter:
         return cls(pairs)
 
     def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """What is added to that matrix's product with `x`."""
+        """What the adapter adds to the product of the matrix `name` with `x`."""
         a, b = self.pairs[name]
         return functional.linear(functional.linear(x, a), b) * (ALPHA / RANK)
 

@@ -1,14 +1,14 @@
-"""Trains mmproj-shapes.gguf: a small encoder of pictures that lets the default model name coloured shapes.
+"""Trains mmproj-shapes.gguf, a small encoder of pictures with which the default model names coloured shapes.
 
     pip install torch
-    python -m tests.data.train_shapes       # five minutes, on one core
+    python -m tests.data.train_shapes       # five minutes on one core
 
-No language model takes part. A picture becomes 16 rows, and each row learns to be what the model's own table has for
-one token of a caption,
+No language model takes part. A picture becomes 16 rows. Each row is trained to equal the model's own embedding of one
+token of a caption,
 
     Image description: a red circle on a white background. The circle is red.
 
-so that to the model it is as if somebody had typed that.
+so that the model sees the picture as if it were this text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ N_FF: Final = 192
 N_LAYER: Final = 3
 N_HEAD: Final = 4
 N_HIDDEN: Final = 160
-"""Of the two layers that project."""
+"""Elements between the two layers that project."""
 EPS: Final = 1e-5
 
 N_PICTURES: Final = 8000
@@ -51,7 +51,7 @@ N_STEPS: Final = 3000
 LEARNING_RATE: Final = 2e-3
 
 
-# ---- what there is to learn ------------------------------------------------------------------------------------------
+# ---- pictures and captions -------------------------------------------------------------------------------------------
 
 
 def caption(colour: str, shape: str, background: str) -> str:
@@ -72,7 +72,7 @@ def random_picture(random: np.random.Generator, colour: str, shape: Shape, backg
 
 
 def fitted(image: Image.Image) -> NDArray[np.uint8]:
-    """As llama.cpp does it for this kind of projector: scaled, in the middle of a grey square."""
+    """Scale an image into the middle of a grey square, as llama.cpp does for this kind of projector."""
     scale = min(SIZE / image.width, SIZE / image.height)
     width, height = (min(math.ceil(length * scale), SIZE) for length in image.size)
     square = Image.new("RGB", (SIZE, SIZE), (122, 116, 104))
@@ -82,7 +82,7 @@ def fitted(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def examples(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures of bytes, and the tokens of their captions."""
+    """Pictures as bytes, and the tokens of their captions."""
     random = np.random.default_rng(0)
     kinds = [
         (colour, shape, ground) for colour in COLOURS for ground in COLOURS if ground != colour for shape in SHAPES
@@ -98,7 +98,7 @@ def examples(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A vision transformer and two layers that project, with weights by their names in the file."""
+    """A vision transformer and two layers that project. Its weights have their names in the file."""
 
     weights: dict[str, torch.Tensor]
 
@@ -128,7 +128,7 @@ class Encoder:
         return cls({name: values.requires_grad_() for name, values in weights.items()})
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The rows of pictures (n, 3, SIZE, SIZE) of values between -1 and 1."""
+        """The rows of pictures of shape (n, 3, SIZE, SIZE), with values between -1 and 1."""
         x = functional.conv2d(pixels, *self._of("v.patch_embd"), stride=PATCH).flatten(2).transpose(1, 2)
         x = x + self.weights["v.position_embd.weight"]
         for layer in range(N_LAYER):
@@ -171,7 +171,7 @@ class Encoder:
         writer.add_vision_block_count(N_LAYER)
         writer.add_vision_head_count(N_HEAD)
         writer.add_vision_attention_layernorm_eps(EPS)
-        writer.add_array("clip.vision.feature_layer", [N_LAYER])  # it would leave out the last layer
+        writer.add_array("clip.vision.feature_layer", [N_LAYER])  # without it, mtmd leaves out the last layer
         for name, weights in self.weights.items():
             is_small = weights.ndim == 1 or name in ("v.patch_embd.weight", "v.position_embd.weight")
             writer.add_tensor(name, weights.detach().numpy().astype(np.float32 if is_small else np.float16))
@@ -185,25 +185,25 @@ class Encoder:
 
 
 def token_table(path: Path) -> torch.Tensor:
-    """What the model at `path` has for each token."""
+    """The embeddings of all tokens of the model at `path`."""
     [table] = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight"]
     return torch.tensor(gguf.quants.dequantize(table.data, table.tensor_type))
 
 
 def train(path: Path, n_steps: int) -> Encoder:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # more are no faster with matrices as small as these
+    torch.set_num_threads(1)  # with such small matrices, more threads are not faster
     table = token_table(path)
     scale = 1 / table.std()
     pictures, tokens = examples(Model(ModelConfig(path=str(path))))
-    words, targets = tokens.unique(return_inverse=True)  # all that there is to tell apart
+    words, targets = tokens.unique(return_inverse=True)  # the tokens that the rows must tell apart
     table = table[words]
     encoder = Encoder.fresh(table.shape[1])
     optimizer = torch.optim.AdamW(encoder.weights.values(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=n_steps, pct_start=0.08)
 
     def encode(which: torch.Tensor, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of some pictures, and how far each is from each word."""
+        """The rows of some pictures, and the distance of each row to each word."""
         pixels = pictures[which].permute(0, 3, 1, 2) / 127.5 - 1
         rows = encoder(pixels + noise * torch.randn_like(pixels)) * scale
         return rows, torch.cdist(rows, table * scale).square() / table.shape[1]

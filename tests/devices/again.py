@@ -1,4 +1,4 @@
-"""The tests of the CPU once more."""
+"""Runs tests of other directories again, on a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def again(test: Callable[..., Any], names: str = "", values: Sequence[object] = ()) -> Callable[..., Any]:
-    """`test` with other parameters than it has where it is from."""
+    """A copy of `test` with other parameters: `names` and `values` as pytest's parametrize takes them."""
     function = cast(FunctionType, test)
     copy = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__

@@ -1,7 +1,7 @@
-"""The GPUs that are there, each of which runs every test here.
+"""Every GPU of this machine runs every test here.
 
-ggml looks for them once in a process, and leaves Mesa's software device alone unless it is named before: `pytest
-tests/devices` names it. In a run of all tests it is not there, for they would be on it as well.
+ggml looks for devices once in a process, and ignores Mesa's software device unless the environment names it before.
+`pytest tests/devices` names it. A run of all tests does not, because their models would lie on it too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = [config.invocation_params.dir / argument.partition("::")[0] for argument in config.args]
     if all(path.resolve().is_relative_to(HERE) for path in chosen):
         os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0")
-        # What is computed with half the bits can only be said to be about right.
+        # Results in half precision could only be compared roughly.
         os.environ.setdefault("GGML_VK_DISABLE_F16", "1")
 
 
 def gpus() -> list[str]:
+    """The names of this machine's GPUs."""
     return [device.name for device in devices() if device.kind in ("GPU", "integrated GPU") and not device.is_remote]
 
 
@@ -39,14 +40,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def everything_is_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(context, "_WIDE", 20)  # rows to warm up with: a software device takes its time for each
+    monkeypatch.setattr(context, "WIDE_BATCH", 20)  # a software device is slow, so it warms up with fewer rows
     with placed(device):
         yield
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the file of a tiny model by its name."""
+    """Returns the file of a tiny model by its name."""
     directory = tmp_path_factory.mktemp("models")
-    shorter = {"swa": "swa-short"}  # norms take a software device long
+    shorter = {"swa": "swa-short"}  # norms are slow on a software device
     return lambda name: tiny_model(shorter.get(name, name), directory)

@@ -1,4 +1,4 @@
-"""The engine, with a model on a device."""
+"""The engine with a model on a device."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ async def test_stop_and_shift(models: Path) -> None:
         assert await engine.generate(asked("hello world", 100, shift=True, stop=(stop,))).collect() == text[:end]
 
 
-async def test_who_leaves_in_the_middle_of_a_prompt_is_not_waited_for(models: Path) -> None:
-    """The batch that runs is broken off, the next one is not begun, and what was done before is kept."""
+async def test_a_cancelled_prompt_ends_at_once(models: Path) -> None:
+    """The running batch is aborted, the next one does not begin, and the rows before stay in the cache."""
     prompt = PROMPT * 2
     async with running(models, "llama", slots=1, context_length=512) as engine:
         text = await engine.generate(asked(prompt, 8, cache_prompt=False)).collect()

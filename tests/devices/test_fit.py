@@ -1,5 +1,5 @@
-"""As many layers on a device as it has room for: what was measured before is what is taken then, and a device that has
-less than it said gets fewer."""
+"""As many layers lie on a device as fit. They take the memory that was measured before, and a device that has less
+memory than it reported gets fewer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from tests.devices.test_numbers import TEXT, check_same, on_cpu, tell
 from tests.llama.running import Running
 from tests.placing import model_config
 from trio_runner.config import EngineConfig
-from trio_runner.core.placement import MARGIN_SHARE, Device
+from trio_runner.core.placement import MARGIN_SHARE
+from trio_runner.info import Device
 from trio_runner.llama import Context, Model, devices
 from trio_runner.llama import loader as loader_module
-from trio_runner.llama.context import measure
+from trio_runner.llama.context_plan import measure
 
 Models = Callable[[str], Path]
 
 SLACK = 64 << 10
-"""Bytes that a buffer for the computation may grow in use."""
+"""Bytes by which a buffer for computing may grow in use."""
 
 
 def found(name: str) -> Device:
+    """The device of this name."""
     return next(device for device in devices() if device.name == name)
 
 
 def sizes(models: Models, device: str, name: str) -> list[int]:
-    """What the model takes of the device, by the number of its layers there."""
+    """Bytes that the model takes of the device, for each number of layers on it."""
     config = EngineConfig(slots=2, context_length=256, batch_size=64, threads=1, kv_type="f32")
     number = found(device).number
     result = []
@@ -42,7 +44,7 @@ def sizes(models: Models, device: str, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["llama", "swa", "mamba", "t5", "bert"])
-def test_what_was_measured_is_what_is_taken(models: Models, device: str, name: str) -> None:
+def test_a_model_takes_the_memory_that_was_measured(models: Models, device: str, name: str) -> None:
     config = EngineConfig(slots=2, context_length=64, batch_size=16, threads=1)
     number = found(device).number
     n_layers = Model(model_config(models(name), devices=()), no_alloc=True).info.n_layer + 1
@@ -62,10 +64,10 @@ def test_what_was_measured_is_what_is_taken(models: Models, device: str, name: s
         expected, taken = memory
         assert (expected.model, expected.context) == (taken.model, taken.context)
         assert 0 <= taken.compute - expected.compute <= SLACK
-        assert (expected.model > 0) == (name != "bert" or n > 1)  # which has no layer for logits
+        assert (expected.model > 0) == (name != "bert" or n > 1)  # bert has no layer for logits
 
 
-def test_a_device_with_room_for_some_layers(models: Models, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_gets_as_many_layers_as_fit(models: Models, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = sizes(models, device, "llama")
     cpu = on_cpu(models("llama"))
     tokens = cpu.tokens(TEXT)[:40]
@@ -73,7 +75,7 @@ def test_a_device_with_room_for_some_layers(models: Models, device: str, monkeyp
     there = devices()
 
     def layers(n_bytes: int) -> int:
-        """Where so many are left beside the margin."""
+        """Layers that the loader puts on a device with `n_bytes` bytes beside the margin."""
         total = n_bytes * MARGIN_SHARE
         free = n_bytes + total // MARGIN_SHARE
         small = [replace(other, memory_free=free, memory_total=total) for other in there]
@@ -93,10 +95,10 @@ def test_a_device_with_room_for_some_layers(models: Models, device: str, monkeyp
 
 
 @pytest.mark.parametrize("layers", ["3", "auto"])
-async def test_a_device_with_less_memory_than_it_said(models: Models, device: str, layers: str) -> None:
-    """The KV cache is larger than what it gives."""
+async def test_a_device_with_less_memory_than_reported(models: Models, device: str, layers: str) -> None:
+    """The KV cache does not fit into the memory that the device gives."""
     if found(device).backend != "Vulkan":
-        pytest.skip("there is a way to have Vulkan run out of memory")
+        pytest.skip("only Vulkan can be made to run out of memory")
     arguments = ["-m", str(models("llama")), "--device", device, "--threads", "1", "--kv-type", "f32"]
     command = ["run", "hello", *arguments, "--temperature", "0", "-n", "8", "--gpu-layers", layers]
     limit = {"GGML_VK_FORCE_MAX_BUFFER_SIZE": "8000000"}
@@ -109,7 +111,7 @@ async def test_a_device_with_less_memory_than_it_said(models: Models, device: st
     assert said[0][1], said
     if layers == "auto":
         assert said[1][:2] == said[0][:2]
-        assert f"1 layers cannot be had on {device}, trying fewer: " in said[1][2]
+        assert f"1 layers do not load on {device}, trying fewer: " in said[1][2]
     else:
         assert said[1][:2] == (1, b"")
         line = said[1][2].splitlines()[-1]
@@ -117,7 +119,7 @@ async def test_a_device_with_less_memory_than_it_said(models: Models, device: st
         assert "failed to allocate" in line
 
 
-async def test_a_device_that_is_not_there(models: Models, device: str) -> None:
+async def test_a_missing_device_is_refused(models: Models, device: str) -> None:
     arguments = ["-m", str(models("llama")), "--device", "Vulkan99"]
     async with program("run", "hello", *arguments, toy=False) as runner:
         assert await runner.ended() == 1

@@ -1,5 +1,5 @@
-"""What a device computes is what the CPU does, as far as their roundings go: the same tokens are decoded on both, and
-the log-probabilities of what could come next are compared."""
+"""A device computes the same as the CPU, except for rounding. Both decode the same tokens, and the log-probabilities of
+the next ones are compared."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.llama.pictures import PAIRS, open_pair, picture, rows_of
 from tests.llama.running import Running
-from tests.llama.test_projector import PAIRS, open_pair, picture, rows_of
 from tests.placing import placed
 from tests.tiny_models import GENERATIVE
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Trim
 from trio_runner.errors import EngineClosed
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 
 TOLERANCE = 0.1
-"""Of log-probabilities. The tiny models are that sensitive: attention that rounds what it multiplies to half precision,
-as ggml's does on the CPU without flash attention, changes theirs by up to 0.05. One other token in the prompt changes
-them by 0.6 and more, which the tests make sure of."""
+"""Nats by which log-probabilities may differ. The tiny models are sensitive: ggml's attention on the CPU without flash
+attention rounds factors to half precision, which changed them by up to 0.05. One other token in the prompt changes
+them by 0.6 and more, and the tests check that it does."""
 LIKELY = -7.0
-"""Log-probability from which on tokens are looked at: logits far below the best one mean nothing."""
+"""Least log-probability of the tokens that are compared. Logits far below the best one mean nothing."""
 PARAMS = SamplingParams(temperature=0.0, repeat_penalty=1.0, logprobs=20)
 TEXT = "the story of the world and more than a window of thirty-two tokens in this one prompt"
 
 
 def tell(running: Running, tokens: Sequence[int], chosen: Sequence[Sampled] = (), *, slot: int = 0) -> list[Sampled]:
-    """What comes after `tokens`, from an empty slot: eight tokens, or those that were `chosen` elsewhere."""
+    """Decode `tokens` in an empty slot, then go on. See `go_on`."""
     assert running.context.apply(Trim(slot, 0))
     return go_on(running, tokens[-1], running.prefill(tokens[:-1], slot=slot, rows=20), chosen, slot=slot)
 
@@ -42,6 +42,7 @@ def tell(running: Running, tokens: Sequence[int], chosen: Sequence[Sampled] = ()
 def go_on(
     running: Running, token: int, position: int, chosen: Sequence[Sampled] = (), *, slot: int = 0
 ) -> list[Sampled]:
+    """Decode `token` at `position` and sample, eight times. Continue with `chosen`, or with the sampled tokens."""
     sampler = running.sampler(PARAMS)
     result: list[Sampled] = []
     for n in range(len(chosen) or 8):
@@ -53,18 +54,19 @@ def go_on(
 
 
 def distance(one: Sequence[Sampled], other: Sequence[Sampled]) -> float:
-    """Between the log-probabilities of likely tokens, at most."""
+    """The greatest difference between the log-probabilities of likely tokens."""
     result = 0.0
     for here, there in zip(one, other, strict=True):
         known = {info.token: info.logprob for info in there.top}
         least = min(known.values())
         for info in here.top:
-            if info.logprob > LIKELY:  # of one that is not among the others, this much is known
+            if info.logprob > LIKELY:  # one that the other did not report is at most as likely as its least
                 result = max(result, abs(info.logprob - known.get(info.token, min(info.logprob, least))))
     return result
 
 
 def check_same(one: Sequence[Sampled], other: Sequence[Sampled], tolerance: float = TOLERANCE) -> None:
+    """Check that log-probabilities agree, and tokens too unless the two best ones are close."""
     assert distance(one, other) < tolerance
     for here, there in zip(one, other, strict=True):
         best, second = here.top[:2]
@@ -72,25 +74,26 @@ def check_same(one: Sequence[Sampled], other: Sequence[Sampled], tolerance: floa
 
 
 def on_cpu(path: Path, **config: Any) -> Running:
+    """The model at `path` on the CPU."""
     with placed():
         return Running(path, **config)
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
-def test_text(models: Models, name: str) -> None:
+def test_text_agrees(models: Models, name: str) -> None:
     cpu, device = on_cpu(models(name)), Running(models(name))
     tokens = cpu.tokens(TEXT)[:60]
     expected = tell(cpu, tokens)
     check_same(expected, tell(device, tokens, expected))
     check_same(expected, tell(device, tokens, expected, slot=1))
-    # A mistake would not be overlooked.
+    # One other token in the prompt would be noticed.
     assert (
         name == "chain" or distance(expected, tell(device, [*tokens[:-3], 5, *tokens[-2:]], expected)) > 5 * TOLERANCE
     )
 
 
 @pytest.mark.parametrize("name", ["llama", "swa", "mamba", "lfm2"])
-def test_some_layers_are_on_the_device(models: Models, name: str) -> None:
+def test_text_agrees_with_some_layers_on_the_device(models: Models, name: str) -> None:
     cpu = on_cpu(models(name))
     tokens = cpu.tokens(TEXT)[:40]
     expected = tell(cpu, tokens)
@@ -99,14 +102,14 @@ def test_some_layers_are_on_the_device(models: Models, name: str) -> None:
 
 
 @pytest.mark.parametrize("config", [{"kv_type": "f16"}, {"flash_attention": "off"}])
-def test_other_settings(models: Models, config: dict[str, Any]) -> None:
+def test_other_settings_agree(models: Models, config: dict[str, Any]) -> None:
     cpu, device = on_cpu(models("mrope"), **config), Running(models("mrope"), **config)
     tokens = cpu.tokens(TEXT)[:40]
     expected = tell(cpu, tokens)
     check_same(expected, tell(device, tokens, expected))
 
 
-def test_adapters(models: Models) -> None:
+def test_adapters_agree(models: Models) -> None:
     adapters = (AdapterConfig(str(models("lora")), 0.7), AdapterConfig(str(models("lora-b")), 0.0))
     cpu, device = (opened(models("llama"), adapters=adapters) for opened in (on_cpu, Running))
     tokens = cpu.tokens()
@@ -119,7 +122,7 @@ def test_adapters(models: Models) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_images(models: Models, name: str) -> None:
+def test_images_agree(models: Models, name: str) -> None:
     device = open_pair(models, name)
     with placed():
         cpu = open_pair(models, name)
@@ -131,13 +134,13 @@ def test_images(models: Models, name: str) -> None:
     question = cpu.tokens(" and the answer")
     for running in (cpu, device):
         assert running.context.apply(Trim(0, 0))
-        end = running.place((*here.items, *question[:-1]), here.media)  # the same rows, so as not to compare them twice
+        end = running.place((*here.items, *question[:-1]), here.media)  # the same rows: compared above
     expected = go_on(cpu, question[-1], end)
     check_same(expected, go_on(device, question[-1], end, expected))
 
 
-def test_who_leaves_breaks_off_an_image(models: Models) -> None:
-    """Whether the cancellation came in the middle is not known before it has been tried."""
+def test_encoding_can_be_cancelled(models: Models) -> None:
+    """How long encoding takes is not known, so shorter and shorter delays are tried."""
     projector = open_pair(models, "mrope", batch_size=256).projector
     pixels = picture(224, 224)
     expected = rows_of(projector.encoding(pixels).run())
@@ -156,20 +159,20 @@ def test_who_leaves_breaks_off_an_image(models: Models) -> None:
 
 
 def read_and_tell(running: Running, text: str, chosen: Sequence[Sampled] = ()) -> list[Sampled]:
-    """What an encoder and a decoder say to `text`."""
-    source, token = tuple(running.tokens(text)), running.limits.decoder_start
+    """What a model with an encoder and a decoder samples for `text`. See `go_on`."""
+    source, token = tuple(running.tokens(text)), running.capabilities.decoder_start
     assert token is not None
     assert running.context.apply(Trim(0, 0))
     sampler, result = running.sampler(PARAMS), list[Sampled]()
     for position in range(len(chosen) or 8):
-        chunk = Chunk(0, 0, position, (token,), output=True, source=source)
+        chunk = Chunk(0, 0, position, (token,), output=True, encoder_tokens=source)
         result.append(running.step(chunk, samplers={0: sampler}).sampled[0])
         token = (chosen or result)[position].token
     return result
 
 
-def test_encoder_beside_a_decoder(models: Models) -> None:
-    """Attention that nothing scales down, over values that are rounded to half precision."""
+def test_encoder_and_decoder_agree(models: Models) -> None:
+    """Its attention has no scale, and its values are rounded to half precision, so the tolerance is larger."""
     cpu, device = on_cpu(models("t5")), Running(models("t5"))
     expected = read_and_tell(cpu, "hello")
     check_same(expected, read_and_tell(device, "hello", expected), 2 * TOLERANCE)
@@ -177,12 +180,12 @@ def test_encoder_beside_a_decoder(models: Models) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-cls", "rerank", "qwen-embed", "llama"])
-def test_vectors(models: Models, name: str) -> None:
+def test_embeddings_agree(models: Models, name: str) -> None:
     texts = ("hello", "the model and the answer", "system and user " * 3)
     cpu, device = on_cpu(models(name)), Running(models(name))
 
     def vectors(running: Running, *chosen: str) -> list[Any]:
-        lanes = range(running.limits.first_embed_slot, running.limits.first_embed_slot + len(chosen))
+        lanes = range(running.capabilities.first_embed_slot, running.capabilities.first_embed_slot + len(chosen))
         for lane in lanes:
             assert running.context.apply(Trim(lane, 0))
         chunks = [
@@ -191,11 +194,11 @@ def test_vectors(models: Models, name: str) -> None:
         ]
         result = running.step(*chunks, embeddings=True)
         assert result.outcome is DecodeOutcome.OK, result.message
-        return [result.vectors[lane] for lane in lanes]
+        return [result.embeddings[lane] for lane in lanes]
 
     expected = [vectors(cpu, text)[0] for text in texts]
     size = max(np.abs(vector).max() for vector in expected)
     for found in ([vectors(device, text)[0] for text in texts], vectors(device, *texts[:2])):
-        for one, other in zip(expected, found):  # noqa: B905, the first of them
+        for one, other in zip(expected, found):  # noqa: B905, as many as there are
             np.testing.assert_allclose(one, other, atol=0.01 * size)
     assert np.abs(expected[0] - expected[1]).max() > 0.1 * size

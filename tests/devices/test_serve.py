@@ -1,9 +1,9 @@
-"""The program, with its model on a device, over HTTP."""
+"""The program over HTTP, with a model on a device."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,22 @@ async def ask(port: int, raw: bytes) -> Answer:
         return await Client(stream).ask(raw)
 
 
-async def statistics(port: int) -> Any:
-    return (await ask(port, request("GET", "/statistics"))).json
+async def statistics(port: int) -> Mapping[str, Any]:
+    facts: Mapping[str, Any] = (await ask(port, request("GET", "/statistics"))).json
+    return facts
 
 
-async def until(port: int, condition: Callable[[Any], bool]) -> None:
-    """Ask for its statistics until they fulfil it."""
+async def until(port: int, condition: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Request the statistics until they meet `condition`."""
     while not condition(await statistics(port)):  # noqa: ASYNC110
         await trio.sleep(0.005)
 
 
-def is_idle(facts: Any) -> bool:
+def is_idle(facts: Mapping[str, Any]) -> bool:
     return bool(facts["generations"] == facts["running"] == 0)
 
 
-async def test_a_server(models: Models, device: str) -> None:
+async def test_a_server_on_a_device(models: Models, device: str) -> None:
     arguments = ["serve", "--model", str(models("llama")), "--port", "0", "--device", device, *OPTIONS]
     async with program(*arguments, toy=False) as runner:
         port = await runner.listening()
@@ -52,9 +53,9 @@ async def test_a_server(models: Models, device: str) -> None:
 
         fields = {"prompt": PROMPT, "temperature": 0, "n_predict": 24, "cache_prompt": True}
         first = await ask(port, post("/completion", fields))
-        assert len(first.lines) > 3  # it was streamed
+        assert len(first.lines) > 3  # a stream
         assert first.text
-        # The same again takes nearly all of its prompt from the cache.
+        # The same request again takes nearly all of its prompt from the cache.
         again = await ask(port, post("/completion", fields))
         assert again.text == first.text
         n_prompt = again.lines[-1]["timings"]["prompt_n"]
@@ -64,7 +65,7 @@ async def test_a_server(models: Models, device: str) -> None:
         assert len(vectors[0]) == 64
         assert vectors[0] == pytest.approx(vectors[1], abs=1e-3)
 
-        # Whoever hangs up in the middle of a text leaves the slot, and what was decoded, to the next one.
+        # A client disconnects during a stream. Its slot is free, and its rows stay in the cache for the retry.
         endless = {**fields, "prompt": "hello " + PROMPT, "n_predict": -1, "shift": True}
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             client = Client(stream)
@@ -76,7 +77,7 @@ async def test_a_server(models: Models, device: str) -> None:
         timings = retry.lines[-1]["timings"]
         assert timings["cache_n"] == timings["prompt_n"] - 1
 
-        # And in the middle of a prompt.
+        # The same in the middle of a prompt.
         rows = (await statistics(port))["prompt_rows"]
         fields["prompt"] = "a world " + PROMPT
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
@@ -92,7 +93,7 @@ async def test_a_server(models: Models, device: str) -> None:
         assert "Traceback" not in runner.log
 
 
-async def test_info(models: Models, device: str) -> None:
+async def test_info_shows_the_placement(models: Models, device: str) -> None:
     arguments = ["-m", str(models("chain")), "--device", device, "--threads", "1"]
     async with program("info", "--json", *arguments, toy=False) as runner:
         assert await runner.ended() == 0, runner.log

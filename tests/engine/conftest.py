@@ -9,7 +9,7 @@ from tests.engine.toys import Toy
 
 @pytest.fixture
 def toy() -> Iterator[Toy]:
-    """Every test ends with everything closed, and closed once."""
+    """A toy model. After the test, everything that it made must have been closed exactly once."""
     toy = Toy()
     yield toy
     toy.check_closed()

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import trio
 
+from tests.engine.inside import is_paused
 from tests.engine.toys import Gate, Latch, Projector, Shutter, SlowFile, Toy, picture, until, until_idle
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
@@ -158,7 +159,7 @@ async def paused(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     async with _in_state(toy, request, {"max_backlog": 2}, keeps=N_PROMPT - 1) as scene:
         # Eight tokens are too many to leave unread. A ninth may be on its way by the time that is known.
         scene.gate.let(8)
-        await until(lambda: scene.generation._paused)
+        await until(lambda: is_paused(scene.generation))
         scene.gate.let()
         await until(lambda: scene.engine.statistics().scheduler.n_paused == 1)
         yield scene

@@ -14,6 +14,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engine.inside import uid_of
 from tests.engine.toys import (
     DEADLINE,
     PATIENCE,
@@ -28,12 +29,14 @@ from tests.engine.toys import (
 )
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
-from trio_runner.engine.adapters import MAX_LOADED, AdapterInfo
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.adapters import MAX_LOADED
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import EngineBroken, EngineClosed, InvalidRequest, LoadError, NativeError, UnknownAdapter
-from trio_runner.request import AdapterChoice, EmbedRequest, RerankRequest
-from trio_runner.testing import Interruption, ToyAdapter, toy_basis, toy_text, toy_vector
+from trio_runner.front_door import open_engine
+from trio_runner.info import AdapterInfo
+from trio_runner.request import AdapterChoice, EmbedRequest, Priority, RerankRequest
+from trio_runner.testing import Interruption, ToyAdapter, toy_cache_key, toy_text, toy_vector
 
 SCALES = {"one": 1.0, "two": 0.0, "three": -0.5}
 """By name; `two` is only there for those that ask for it."""
@@ -47,12 +50,12 @@ def chosen(**scales: float) -> tuple[AdapterChoice, ...]:
     return tuple(AdapterChoice(name, scale) for name, scale in scales.items())
 
 
-def basis(**scales: float) -> str:
-    return toy_basis([(f"/lora/{name}.gguf", float(scale)) for name, scale in scales.items() if scale])
+def cache_key(**scales: float) -> str:
+    return toy_cache_key([(f"/lora/{name}.gguf", float(scale)) for name, scale in scales.items() if scale])
 
 
 def said(prompt: str, n_tokens: int = 20, /, **scales: float) -> str:
-    return toy_text(prompt, n_tokens, basis(**scales))
+    return toy_text(prompt, n_tokens, cache_key(**scales))
 
 
 CHOICES = st.dictionaries(st.sampled_from(list(SCALES)), st.sampled_from([0, 1, 1.0, 0.25, -2]))
@@ -88,7 +91,7 @@ async def test_without_a_choice_the_scales_of_the_engine_apply(toy: Toy) -> None
         assert await engine.generate("hello", max_tokens=20).collect() == said("hello", **SCALES)
         assert await engine.generate("hello", max_tokens=20, adapters=()).collect() == said("hello")
         (vector,) = await engine.embed(["hello"])
-        np.testing.assert_array_equal(vector, toy_vector(list(b"hello"), basis(**SCALES)))
+        np.testing.assert_array_equal(vector, toy_vector(list(b"hello"), cache_key(**SCALES)))
 
 
 async def test_vectors_have_adapters_too(toy: Toy) -> None:
@@ -96,7 +99,7 @@ async def test_vectors_have_adapters_too(toy: Toy) -> None:
     texts = ["hello", "world"]
     async with toy.engine() as engine:
         for scales in ({}, {"two": 1.0}, {"one": 0.5, "two": 1.0}):
-            expected = [toy_vector(list(text.encode()), basis(**scales)) for text in texts]
+            expected = [toy_vector(list(text.encode()), cache_key(**scales)) for text in texts]
             np.testing.assert_array_equal(await engine.embed(texts, adapters=chosen(**scales)), expected)
             embedded = await engine.embed_request(EmbedRequest(content="hello", adapters=chosen(**scales)))
             np.testing.assert_array_equal(embedded.vector, expected[0])
@@ -104,11 +107,11 @@ async def test_vectors_have_adapters_too(toy: Toy) -> None:
 
 async def test_scores_have_adapters_too(toy: Toy) -> None:
     with_adapters(toy)
-    toy.limits = {"ranks": True}
+    toy.capabilities = {"ranks": True}
     async with toy.engine() as engine:
         request = RerankRequest(query="a", documents=("b",), adapters=chosen(two=1))
-        (score,) = await engine.rerank(request)
-        assert score == toy_vector(list(b"ab"), basis(two=1))[0]
+        (score,) = await engine.rerank_request(request)
+        assert score == toy_vector(list(b"ab"), cache_key(two=1))[0]
 
 
 @pytest.mark.parametrize("scale", [1e30, -1e30])
@@ -143,7 +146,7 @@ async def test_different_sets_run_side_by_side(toy: Toy, slots: int) -> None:
     async with toy.engine(slots=slots, batch_size=16) as engine:
         await read_all(engine, requests, 40)
         await until_idle(engine)
-    assert len({batch.adapters for batch in toy.context.batches}) == len(SETS)
+    assert len({batch.kind.adapters for batch in toy.context.batches}) == len(SETS)
 
 
 async def test_none_of_them_starves(toy: Toy) -> None:
@@ -162,8 +165,8 @@ async def test_none_of_them_starves(toy: Toy) -> None:
             await until(lambda: engine.statistics().generations == 8)
             gate.open()
     for generation in generations:
-        assert generation._uid is not None
-        runs = [n for n, batch in enumerate(toy.context.batches) if generation._uid in {c.uid for c in batch.chunks}]
+        uid = uid_of(generation)
+        runs = [n for n, batch in enumerate(toy.context.batches) if uid in {c.uid for c in batch.chunks}]
         gaps = [later - earlier for earlier, later in itertools.pairwise(runs)]
         assert max(gaps) <= 2 * len(SETS)
 
@@ -385,7 +388,7 @@ async def four_that_have_it(toy: Toy) -> AsyncIterator[tuple[Engine, Gate, list[
     async with toy.engine(slots=1) as engine:
         generations: list[Generation] = []
         for n, prompt in enumerate(prompts(4, 30)):
-            priority = "background" if n in (0, 3) else "interactive"
+            priority: Priority = "background" if n in (0, 3) else "interactive"
             generation = engine.generate(prompt, max_tokens=30, adapters=chosen(one=1), priority=priority)
             await generation.start()
             generations.append(generation)

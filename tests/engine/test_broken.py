@@ -32,8 +32,9 @@ from tests.engine.toys import (
 )
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch
-from trio_runner.engine import engine as engine_module
-from trio_runner.engine.engine import LONG_TEXT, MAX_HELPERS, Engine
+from trio_runner.engine import lifecycle
+from trio_runner.engine.engine import Engine
+from trio_runner.engine.helper_threads import LONG_TEXT, MAX_HELPERS
 from trio_runner.errors import EngineBroken, NativeError, RunnerError
 from trio_runner.testing import ToyContext, toy_text
 
@@ -121,7 +122,7 @@ async def test_whatever_is_asked_of_it_is_refused_at_once(toy: Toy) -> None:
                 with pytest.raises(EngineBroken) as caught:
                     await use()
                 assert REASON in str(caught.value)
-            for facts in (lambda: engine.info, lambda: engine.limits, lambda: engine.adapters):
+            for facts in (lambda: engine.info, lambda: engine.capabilities, lambda: engine.adapters):
                 with pytest.raises(EngineBroken):
                     facts()
             with pytest.raises(EngineBroken):
@@ -328,7 +329,7 @@ async def test_a_device_that_keeps_its_memory_holds_nobody_up(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither the event loop nor the end of the block: it is given a moment, and then left to itself."""
-    monkeypatch.setattr(engine_module, "FREE_SECONDS", 0.05)
+    monkeypatch.setattr(lifecycle, "FREE_SECONDS", 0.05)
     closing, answers = threading.Event(), threading.Event()
     original = ToyContext.close
 

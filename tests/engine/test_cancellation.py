@@ -13,12 +13,13 @@ import pytest
 import trio
 import trio.testing
 
+from tests.engine.inside import uid_of
 from tests.engine.states import N_PROMPT, PROMPT, STATES, Scene, State
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
 from trio_runner.events import Finished
-from trio_runner.request import EmbedRequest, GenerateRequest
+from trio_runner.request import EmbedRequest, GenerateRequest, Priority
 from trio_runner.testing import Interruption, toy_text, toy_vector
 
 # -- the ways out -----------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ async def test_let_go(
     way: Callable[[Scene], Awaitable[None]],
 ) -> None:
     async with state(toy) as scene:
-        engine, gate, uid = scene.engine, scene.gate, scene.generation._uid
+        engine, gate, uid = scene.engine, scene.gate, uid_of(scene.generation)
         n_batches = len(gate.batches)
         await way(scene)
         await trio.testing.wait_all_tasks_blocked()
@@ -269,7 +270,7 @@ async def test_a_list_of_embeddings_in_flight(toy: Toy, n_texts: int) -> None:
 # -- by chance --------------------------------------------------------------------------------------------------------
 
 
-LIMITS: list[dict[str, object]] = [{}, {"can_trim": False}, {"embeds_last_row": True}, {"can_shift": False}]
+CAPABILITIES: list[dict[str, object]] = [{}, {"can_trim": False}, {"embeds_last_row": True}, {"can_shift": False}]
 
 
 class Storm:
@@ -277,7 +278,7 @@ class Storm:
     now and then."""
 
     def __init__(self, toy: Toy, seed: int) -> None:
-        toy.limits = LIMITS[seed % len(LIMITS)]
+        toy.capabilities = CAPABILITIES[seed % len(CAPABILITIES)]
         toy.on_decode = self.interrupt
         self.toy = toy
         self.chance = random.Random(seed)
@@ -301,7 +302,7 @@ class Storm:
         )
 
     async def stay(self, prompt: str) -> None:
-        priority = self.chance.choice(["interactive", "background"])
+        priority: Priority = self.chance.choice(["interactive", "background"])
         generation = self.engine.generate(prompt, max_tokens=40, priority=priority, deadline=1000)
         self.texts[prompt] = await generation.collect()
 

@@ -24,9 +24,11 @@ from tests.engine.toys import (
     picture,
     prompts,
 )
-from trio_runner.engine.engine import LONG_TEXT, Engine, open_engine
-from trio_runner.engine.prepare import size
+from trio_runner.engine.engine import Engine
+from trio_runner.engine.helper_threads import LONG_TEXT
+from trio_runner.engine.requests import n_characters
 from trio_runner.errors import EngineClosed, InvalidImage, InvalidRequest, PromptTooLong, RequestError, Unsupported
+from trio_runner.front_door import open_engine
 from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest
 from trio_runner.testing import toy_text
 
@@ -82,7 +84,7 @@ async def test_a_conversation_is_a_request_like_others(toy: Toy) -> None:
         assert generation.request.priority == "background"
         assert toy.model.samplers[0].params.temperature == 0.5
         with pytest.raises(TypeError):
-            engine.chat(messages, temprature=0.5)
+            engine.chat(messages, temprature=0.5)  # type: ignore[call-arg]
         request = GenerateRequest(prompt=Chat(messages=tuple(messages)), max_tokens=3)
         assert await engine.generate(request).collect() == toy_text(rendered(messages), 3)
 
@@ -195,9 +197,9 @@ async def test_a_conversation_that_is_rendered_while_the_engine_is_leaving(toy: 
 def test_an_image_does_not_make_a_conversation_long() -> None:
     """It is measured on the event loop, which images must not hold up."""
     chat = Chat(messages=tuple(with_images("hello", bytes(20_000_000), " you")))
-    assert size(GenerateRequest(prompt=chat)) == len("hello you")
+    assert n_characters(GenerateRequest(prompt=chat)) == len("hello you")
     strange: list[Any] = [{}, {"content": None}, {"content": [1, {"text": b"x"}, {}]}, 1, "text", None]
-    assert size(GenerateRequest(prompt=Chat(messages=tuple(strange)))) == 0
+    assert n_characters(GenerateRequest(prompt=Chat(messages=tuple(strange)))) == 0
 
 
 async def test_a_long_template_does_not_make_short_texts_wait(toy: Toy) -> None:

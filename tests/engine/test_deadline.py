@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.engine.inside import dispatcher_of, uid_of
 from tests.engine.states import N_PROMPT, PROMPT, STATES, State, loading, over, waiting
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.engine.deadlines import Deadlines
@@ -27,12 +28,12 @@ def clock() -> trio.testing.MockClock:
 async def test_in_every_state(toy: Toy, clock: trio.testing.MockClock, state: State) -> None:
     async with state(toy, deadline=SECONDS) as scene:
         engine, gate = scene.engine, scene.gate
-        n_batches, uid = len(gate.batches), scene.generation._uid
+        n_batches, uid = len(gate.batches), uid_of(scene.generation)
         clock.jump(SECONDS)
         if scene.is_broken_off:
             await until(lambda: gate.n_aborted == 1)
         if state is waiting:
-            await until(lambda: engine._overdue.moments == {})
+            await until(lambda: dispatcher_of(engine).request_deadlines.moments == {})
             gate.open()  # it is told between two batches of others
         if state is not loading:
             scene.release()
@@ -50,7 +51,7 @@ async def test_in_every_state(toy: Toy, clock: trio.testing.MockClock, state: St
         await engine.wait_ready()
         await until(lambda: all(sampler.closed for sampler in toy.model.samplers))
         await until_idle(engine)
-        assert engine._overdue.moments == {}
+        assert dispatcher_of(engine).request_deadlines.moments == {}
 
         retry = engine.generate(PROMPT, max_tokens=40)
         assert await retry.collect() == toy_text(PROMPT, 40)
@@ -114,7 +115,7 @@ async def test_an_end_in_time_is_the_end(toy: Toy, clock: trio.testing.MockClock
         await trio.testing.wait_all_tasks_blocked()
         assert isinstance(events[-1], Finished)
         assert events[-1].reason == "length"
-        assert engine._overdue.moments == {}
+        assert dispatcher_of(engine).request_deadlines.moments == {}
 
 
 async def test_deadlines_pass_in_order_and_once(autojump_clock: trio.testing.MockClock) -> None:

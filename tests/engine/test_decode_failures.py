@@ -10,7 +10,7 @@ import trio
 from tests.engine.toys import Toy, prompts, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import NativeError
+from trio_runner.errors import DecodeFailed
 from trio_runner.testing import Interruption, toy_text
 
 CULPRIT = "the one that the context does not like"
@@ -28,7 +28,7 @@ async def read_all(engine: Engine, requests: tuple[str, ...]) -> tuple[dict[str,
             async with engine.generate(prompt, max_tokens=40) as generation:
                 async for event in generation:
                     texts[prompt] += event.text
-        except NativeError as error:
+        except DecodeFailed as error:
             errors[prompt] = error
 
     async with trio.open_nursery() as nursery:
@@ -138,7 +138,7 @@ async def test_batches_that_fail_whenever_they_are_shared_end(toy: Toy, can_trim
         n_failed += len(batch.chunks) > 1
         return Interruption(DecodeOutcome.FATAL, n_rows) if len(batch.chunks) > 1 else None
 
-    toy.limits = {"can_trim": can_trim, "can_shift": can_trim}
+    toy.capabilities = {"can_trim": can_trim, "can_shift": can_trim}
     toy.on_decode = fail_if_shared
     requests = prompts(4, 40)
     async with toy.engine(slots=4, batch_size=4) as engine:

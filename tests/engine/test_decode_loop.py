@@ -7,23 +7,23 @@ from collections.abc import Callable
 import pytest
 
 from trio_runner.core.batch import Batch
-from trio_runner.core.limits import Limits
 from trio_runner.core.scheduler import Emission
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.engine.decode_loop import MIN_ROWS_TO_INTERRUPT, DecodeLoop
+from trio_runner.engine.decode_loop import MIN_ROWS_TO_ABORT, DecodeLoop
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mailbox, Pause, Resume, Submit
 from trio_runner.events import Finished
-from trio_runner.request import SamplingParams
+from trio_runner.info import Capabilities
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import ToyContext, ToySampler, toy_text
 
-LIMITS = Limits(n_slots=2, n_ctx=256, max_rows=64)
+CAPABILITIES = Capabilities(n_slots=2, n_ctx=256, max_rows=64)
 
 
 class Bench:
     """A decode loop with everything it needs, within reach."""
 
-    def __init__(self, limits: Limits = LIMITS, context: ToyContext | None = None) -> None:
-        self.context = context or ToyContext(limits)
+    def __init__(self, capabilities: Capabilities = CAPABILITIES, context: ToyContext | None = None) -> None:
+        self.context = context or ToyContext(capabilities)
         self.mailbox = Mailbox()
         self.emissions: list[Emission] = []
         self.samplers: list[ToySampler] = []
@@ -59,13 +59,11 @@ class Breaker:
 
     def __call__(self, batch: Batch) -> None:
         for uid in self._uids:
-            self._bench.loop.interrupt(uid)
+            self._bench.loop.abort_for(uid)
         self.aborted.append(self._bench.context.aborted_number == batch.number)
 
 
-@pytest.mark.parametrize(
-    ("n_rows", "aborts"), [(1, False), (MIN_ROWS_TO_INTERRUPT - 1, False), (MIN_ROWS_TO_INTERRUPT, True)]
-)
+@pytest.mark.parametrize(("n_rows", "aborts"), [(1, False), (MIN_ROWS_TO_ABORT - 1, False), (MIN_ROWS_TO_ABORT, True)])
 def test_a_batch_that_others_want_is_broken_off_only_for_many_rows(n_rows: int, aborts: bool) -> None:
     bench = Bench()
     bench.submit(1, prompt_of(n_rows))
@@ -104,7 +102,7 @@ def test_who_waits_for_the_same_prompt_wants_the_batch_too(uids: tuple[int, ...]
 @pytest.mark.parametrize("uids", [(1, 2), (2, 1), (1, 2, 1), (99, 2, 1)])
 def test_a_batch_that_nobody_wants_is_broken_off(uids: tuple[int, ...], can_trim: bool) -> None:
     """Unless a retry could not go on from before it: recurrent state is interrupted between batches only."""
-    bench = Bench(Limits(n_slots=2, n_ctx=256, max_rows=64, can_trim=can_trim))
+    bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=can_trim))
     bench.submit(1, "x")
     bench.submit(2, "y")
     breaker = Breaker(bench, *uids)
@@ -132,7 +130,7 @@ def test_a_paused_neighbour_does_not_want_the_batch() -> None:
         elif not aborted:
             assert uids == {2}
             bench.mailbox.put(Cancel(2))
-            bench.loop.interrupt(2)
+            bench.loop.abort_for(2)
             aborted.append(bench.context.aborted_number == batch.number)
             bench.samplers.pop()
             bench.mailbox.put(Resume(1))
@@ -155,7 +153,7 @@ def test_only_rows_of_the_cancelled_sequence_count() -> None:
 
 def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
     """One waits for a slot, one is in a lane that has no rows in this batch."""
-    bench = Bench(Limits(n_slots=1, n_ctx=256, max_rows=64, n_embed_slots=1))
+    bench = Bench(Capabilities(n_slots=1, n_ctx=256, max_rows=64, n_embed_slots=1))
     bench.submit(1, prompt_of(40))
     bench.submit(2, prompt_of(30))
     bench.mailbox.put(Submit(SequenceSpec(uid=3, prompt=tuple(b"embedded"), embedding=True), None))
@@ -164,7 +162,7 @@ def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
     def interrupt(batch: Batch) -> None:
         present = {chunk.uid for chunk in batch.chunks}
         for uid in {1, 2, 3} - present:
-            bench.loop.interrupt(uid)
+            bench.loop.abort_for(uid)
         aborted.append(bench.context.aborted_number is not None)
 
     bench.context.on_decode = interrupt
@@ -176,12 +174,12 @@ def test_a_batch_is_not_broken_off_for_who_is_not_in_it() -> None:
 def test_nothing_is_in_flight_between_two_batches() -> None:
     bench = Bench()
     bench.submit(1, prompt_of(40))
-    bench.loop.interrupt(1)
-    bench.loop.interrupt_all()
+    bench.loop.abort_for(1)
+    bench.loop.abort_running()
     assert bench.context.aborted_number is None
     bench.loop.run()
-    bench.loop.interrupt(1)
-    bench.loop.interrupt_all()
+    bench.loop.abort_for(1)
+    bench.loop.abort_running()
     assert bench.context.aborted_number is None
 
 
@@ -213,7 +211,7 @@ def test_the_batch_after_one_that_was_broken_off_is_not() -> None:
         uid = max(chunk.uid for chunk in batch.chunks)
         if uid > 1:
             bench.mailbox.put(Cancel(uid))
-            bench.loop.interrupt(uid)
+            bench.loop.abort_for(uid)
         aborted.append(bench.context.aborted_number == batch.number)
         bench.submit(uid + 1, str(uid) + prompt_of(20), max_tokens=50)
 
@@ -232,7 +230,7 @@ def test_the_batch_after_one_that_was_broken_off_is_not() -> None:
 
 def test_recurrent_state_is_not_broken_off_for_one_of_many() -> None:
     """It could not go on from the middle of a batch, nor from anywhere before."""
-    bench = Bench(Limits(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
+    bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
     bench.submit(1, prompt_of(40))
     bench.submit(2, "x")
     bench.context.on_decode = breaker = Breaker(bench, 1)
@@ -241,13 +239,13 @@ def test_recurrent_state_is_not_broken_off_for_one_of_many() -> None:
 
 
 def test_interrupting_all_breaks_off_whatever_runs() -> None:
-    bench = Bench(Limits(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
+    bench = Bench(Capabilities(n_slots=2, n_ctx=256, max_rows=64, can_trim=False))
     bench.submit(1, "x", max_tokens=10)
     bench.submit(2, "y", max_tokens=10)
 
     def close(batch: Batch) -> None:
         bench.mailbox.put(Close())
-        bench.loop.interrupt_all()
+        bench.loop.abort_running()
         assert bench.context.aborted_number == batch.number
 
     bench.context.on_decode = close
@@ -275,7 +273,7 @@ def test_mail_that_comes_while_a_batch_is_prepared_is_read_before_it_runs() -> N
 
     def cancel() -> None:
         mailbox.put(Cancel(1))
-        bench.loop.interrupt(1)
+        bench.loop.abort_for(1)
         mailbox.put(Close())
 
     mailbox.on_last_look = cancel
@@ -403,7 +401,7 @@ def test_a_sequence_that_expires_ends_with_what_it_has(max_tokens: int) -> None:
             bench.mailbox.put(Expire(1))
             bench.mailbox.put(Expire(1))
             bench.mailbox.put(Expire(99))
-            bench.loop.interrupt(1)
+            bench.loop.abort_for(1)
 
     bench.context.on_decode = expire
     bench.loop.run()

@@ -1,17 +1,20 @@
-"""Vectors, alone and among generations."""
+"""Embeddings, alone and among generations."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import trio
 
+from tests.engine.special_tokens import SPECIALS, around
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.core.batch import Batch, DecodeOutcome
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import EngineBusy, InvalidRequest, NativeError, PromptTooLong, Unsupported
+from trio_runner.errors import DecodeFailed, EngineBusy, InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.events import Embedded
-from trio_runner.request import EmbedRequest, RerankRequest
+from trio_runner.request import EmbedRequest, Priority
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
 
 
@@ -78,7 +81,7 @@ async def test_among_generations(toy: Toy) -> None:
             (vector,) = await engine.embed([f"text {n}"])
             np.testing.assert_array_equal(vector, toy_vector(list(f"text {n}".encode())))
     assert texts == {prompt: toy_text(prompt, 60) for prompt in requests}
-    assert {batch.embeddings for batch in toy.context.batches} == {False, True}
+    assert {batch.kind.embedding for batch in toy.context.batches} == {False, True}
 
 
 async def test_a_slot_that_made_a_vector_can_generate(toy: Toy) -> None:
@@ -108,14 +111,15 @@ async def test_a_text_must_fit_into_one_batch(toy: Toy) -> None:
         assert (await engine.embed(["x" * 16])).shape == (1, N_EMBD)
 
 
-async def test_a_text_is_not_a_list_of_texts(toy: Toy) -> None:
+@pytest.mark.parametrize("texts", ["hello", b"hello"])
+async def test_one_text_is_not_a_list_of_texts(toy: Toy, texts: Any) -> None:
     async with toy.engine() as engine:
         with pytest.raises(TypeError):
-            await engine.embed("hello")
+            await engine.embed(texts)
 
 
 async def test_a_model_that_only_embeds(toy: Toy) -> None:
-    toy.limits = {"can_generate": False, "has_memory": False}
+    toy.capabilities = {"can_generate": False, "has_memory": False}
     async with toy.engine() as engine:
         with pytest.raises(Unsupported):
             await engine.generate("hello").start()
@@ -125,13 +129,13 @@ async def test_a_model_that_only_embeds(toy: Toy) -> None:
 
 async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
     def refuse(batch: Batch) -> Interruption | None:
-        return Interruption(DecodeOutcome.INVALID) if batch.embeddings else None
+        return Interruption(DecodeOutcome.INVALID) if batch.kind.embedding else None
 
     toy.on_decode = refuse
     async with toy.engine() as engine:
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed(["one", "two"])
-        with pytest.raises(NativeError):
+        with pytest.raises(DecodeFailed):
             await engine.embed_request(EmbedRequest(content="one"))
         assert engine.statistics().generations == 0
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
@@ -160,7 +164,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
         gate.let(2)  # the one that stood at the gate, and the vector's
         await until(lambda: bool(vectors))
         np.testing.assert_array_equal(vectors[0].vector, toy_vector(list(b"hello")))
-        assert [batch.embeddings for batch in gate.batches[:5]] == [False] * 4 + [True]
+        assert [batch.kind.embedding for batch in gate.batches[:5]] == [False] * 4 + [True]
         assert engine.statistics().generations == 2
         gate.open()
         for generation, prompt in zip(generations, prompts(2, 40), strict=True):
@@ -169,7 +173,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
 
 @pytest.mark.parametrize("n_lanes", [2, 7])
 async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None:
-    toy.limits = {"n_embed_slots": n_lanes}
+    toy.capabilities = {"n_embed_slots": n_lanes}
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=2, max_queue=1) as engine:
@@ -186,14 +190,14 @@ async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None
 
 
 async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> None:
-    toy.limits = {"embeds_last_row": True}
+    toy.capabilities = {"embeds_last_row": True}
     (prompt,) = prompts(1, 60)
     texts = [f"a text of some length, number {n}" for n in range(6)]
     async with toy.engine(slots=2, batch_size=32) as engine, engine.generate(prompt, max_tokens=60) as generation:
         await anext(generation)
         np.testing.assert_array_equal(await engine.embed(texts), [toy_vector(list(text.encode())) for text in texts])
         await generation.collect()
-    assert max(batch.n_rows for batch in toy.context.batches if batch.embeddings) <= 2
+    assert max(batch.n_rows for batch in toy.context.batches if batch.kind.embedding) <= 2
 
 
 async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:
@@ -231,22 +235,6 @@ async def test_no_vector_has_so_many_elements(toy: Toy, dimensions: int) -> None
         assert toy.context.batches == []
 
 
-SPECIALS: dict[str, dict[str, object]] = {
-    "none": {},
-    "before": {"token_bos": 2, "adds_bos": True},
-    "after": {"token_eos": 3, "adds_eos": True},
-    "around": {"token_bos": 2, "adds_bos": True, "token_sep": 4, "adds_sep": True},
-    "all": {"token_bos": 2, "adds_bos": True, "token_eos": 3, "adds_eos": True, "token_sep": 4, "adds_sep": True},
-}
-
-
-def around(text: bytes, special: str) -> list[int]:
-    """The tokens of a text and what stands around it."""
-    begin = {"before": [2], "around": [2], "all": [2]}.get(special, [])
-    end = {"after": [3], "around": [4], "all": [3, 4]}.get(special, [])
-    return [*begin, *text, *end]
-
-
 @pytest.mark.parametrize("special", SPECIALS)
 @pytest.mark.parametrize("n_ctx", [3, 16, 40])
 async def test_a_text_that_is_too_long_loses_its_end(toy: Toy, special: str, n_ctx: int) -> None:
@@ -264,102 +252,52 @@ async def test_a_text_that_is_too_long_loses_its_end(toy: Toy, special: str, n_c
         assert embedded.usage.prompt_tokens == min(n_ctx, len(text))
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- longer than a batch ----------------------------------------------------------------------------------------------
 
 
-QUERY, DOCUMENTS = "what?", ["this", "that, which is longer", "é", "this"]
-
-
-def ranking(toy: Toy, **info: object) -> None:
-    toy.limits, toy.info = {"ranks": True}, info
-
-
-@pytest.mark.parametrize("special", SPECIALS)
-async def test_a_score_is_of_the_query_and_the_document(toy: Toy, special: str) -> None:
-    ranking(toy, **SPECIALS[special])
-    end = [token for token in around(b"", special) if token == 3]
-    # A separator ends the query as well, if the model has no other end.
-    between = {"all": [3, 4], "around": [4], "after": [3]}.get(special, [])
-    begin = [token for token in around(b"", special) if token == 2]
-    async with toy.engine(slots=2) as engine:
-        scores = await engine.rerank(QUERY, DOCUMENTS)
-    expected = [toy_vector([*begin, *QUERY.encode(), *between, *document.encode(), *end])[0] for document in DOCUMENTS]
-    assert scores.dtype == np.float32
-    np.testing.assert_array_equal(scores, expected)
-
-
-async def test_a_model_may_have_words_of_its_own_for_a_pair(toy: Toy) -> None:
-    ranking(toy, metadata={"tokenizer.chat_template.rerank": "Q: {query} D: {document}."}, token_bos=2, adds_bos=True)
-    async with toy.engine() as engine:
-        scores = await engine.rerank(QUERY, ["{query}"])
-    np.testing.assert_array_equal(scores, [toy_vector(list(f"Q: {QUERY} D: {{query}}.".encode()))[0]])
-
-
-async def test_many_documents_over_few_slots(toy: Toy) -> None:
-    ranking(toy)
-    documents = [f"document {'x' * (n % 13)} {n}" for n in range(60)]
-    async with toy.engine(slots=2, max_queue=1, batch_size=64) as engine:
-        scores = await engine.rerank(RerankRequest(query=QUERY, documents=tuple(documents)))
-        assert engine.statistics().generations == 0
-    np.testing.assert_array_equal(scores, [toy_vector(list((QUERY + document).encode()))[0] for document in documents])
-
-
-async def test_no_document(toy: Toy) -> None:
-    ranking(toy)
-    async with toy.engine(wait=False) as engine:
-        scores = await engine.rerank(QUERY, [])
-    assert scores.shape == (0,)
-    assert scores.dtype == np.float32
-
-
-@pytest.mark.parametrize("special", SPECIALS)
-@pytest.mark.parametrize("document", ["x" * 1000, "é" * 500, "xé" * 200])
-async def test_a_document_that_is_too_long_loses_its_end(toy: Toy, special: str, document: str) -> None:
-    """Never the query, and never what comes after."""
-    ranking(toy, **SPECIALS[special])
-    async with toy.engine(batch_size=50) as engine:
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_an_embedding_of_the_last_row_may_be_longer_than_a_batch(toy: Toy, slots: int) -> None:
+    toy.capabilities = {"embeds_last_row": True}
+    texts = [f"{n}{'x' * (7 * n % 60)}" for n in range(20)]
+    async with toy.engine(slots=slots, batch_size=16, context_length=64) as engine:
+        np.testing.assert_array_equal(await engine.embed(texts), [toy_vector(list(text.encode())) for text in texts])
         with pytest.raises(PromptTooLong) as caught:
-            await engine.rerank(QUERY, ["short", document])
-        assert caught.value.param == "documents[1]"
-        assert len(await engine.rerank(QUERY, ["short", document], truncate=True)) == 2
-        with pytest.raises(PromptTooLong) as caught:  # there is nothing of a document to lose
-            await engine.rerank("q" * 51, [document], truncate=True)
-        assert caught.value.param == "query"
-    tokens = max((chunk.items for batch in toy.context.batches for chunk in batch.chunks), key=len)
-    assert 25 < len(tokens) <= 50
-    text = bytes(token for token in tokens if isinstance(token, int) and token > 4).decode()
-    assert text.startswith(QUERY)
-    assert document.startswith(text.removeprefix(QUERY))
-    assert tokens[-1] == 3 or special in ("none", "before", "around")
+            await engine.embed(["x" * 65])
+        assert (caught.value.n_prompt, caught.value.n_ctx) == (65, 64)
+        (vector,) = await engine.embed(["x" * 65], truncate=True)
+        np.testing.assert_array_equal(vector, toy_vector([ord("x")] * 64))
+        await until_idle(engine)
 
 
-async def test_a_pair_of_nothing(toy: Toy) -> None:
-    ranking(toy)
-    async with toy.engine() as engine:
-        with pytest.raises(InvalidRequest):
-            await engine.rerank("", [""])
-        assert (await engine.rerank("", ["x"])).shape == (1,)
+async def test_long_embeddings_take_turns_with_generations(toy: Toy) -> None:
+    """They need the same slots. Background requests give theirs up, and lose nothing."""
+    toy.capabilities = {"embeds_last_row": True}
+    requests = prompts(4, 60)
+    texts: dict[str, str] = {}
+
+    async def read(engine: Engine, prompt: str, priority: Priority) -> None:
+        texts[prompt] = await engine.generate(prompt, max_tokens=60, priority=priority).collect()
+
+    async with toy.engine(slots=2, batch_size=16, context_length=128) as engine, trio.open_nursery() as nursery:
+        for n, prompt in enumerate(requests):
+            nursery.start_soon(read, engine, prompt, "background" if n % 2 else "interactive")
+        for n in range(5):
+            text = f"a text number {n} that is longer than one batch"
+            expected = [toy_vector(list(content.encode())) for content in (text, "short")]
+            np.testing.assert_array_equal(await engine.embed([text, "short"]), expected)
+    assert texts == {prompt: toy_text(prompt, 60) for prompt in requests}
 
 
-@pytest.mark.parametrize("ranks", [False, True])
-async def test_vectors_and_scores_are_of_different_models(toy: Toy, ranks: bool) -> None:
-    toy.limits = {"ranks": ranks}
-    async with toy.engine() as engine:
-        with pytest.raises(Unsupported) as caught:
-            await (engine.embed(["x"]) if ranks else engine.rerank("x", ["y"]))
-        assert caught.value.feature == ("embeddings" if ranks else "reranking")
-        assert toy.context.batches == []
-
-
-async def test_letting_go_of_scores(toy: Toy) -> None:
-    ranking(toy)
+async def test_a_long_embedding_can_be_cancelled(toy: Toy) -> None:
+    toy.capabilities = {"embeds_last_row": True}
     toy.on_decode = gate = Gate(toy)
-    async with toy.engine(slots=1) as engine:
+    async with toy.engine(slots=1, batch_size=16, context_length=64) as engine:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.rerank, QUERY, DOCUMENTS)
-            await gate.reached(1)
+            nursery.start_soon(engine.embed, ["x" * 60])
+            gate.let(2)
+            await gate.reached(3)
             nursery.cancel_scope.cancel()
-        assert engine.statistics().generations == 0
         gate.open()
         await until_idle(engine)
-        assert len(gate.batches) == 1
+        assert len(gate.batches) == 3
+        assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import trio
 
@@ -12,20 +14,20 @@ from trio_runner.core.sequence import SequenceSpec
 from trio_runner.engine.engine import Engine
 from trio_runner.errors import InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.request import AdapterChoice
-from trio_runner.testing import ToyAdapters, toy_basis, toy_text
+from trio_runner.testing import ToyAdapters, toy_cache_key, toy_text
 
 START = 1
 
 
 def reading(toy: Toy) -> None:
-    toy.limits = {**toy.limits, "decoder_start": START}
+    toy.capabilities = {**toy.capabilities, "decoder_start": START}
 
 
 def said(prompt: str, n_tokens: int = 20, *, adapters: ToyAdapters = (), end: bytes = b"") -> str:
-    return toy_text([START], n_tokens, toy_basis(adapters, list(prompt.encode() + end)))
+    return toy_text([START], n_tokens, toy_cache_key(adapters, list(prompt.encode() + end)))
 
 
-async def read_all(engine: Engine, requests: list[str], n_tokens: int, **options: object) -> None:
+async def read_all(engine: Engine, requests: list[str], n_tokens: int, **options: Any) -> None:
     """Each at the same time; the texts are checked."""
 
     async def read(prompt: str) -> None:
@@ -128,7 +130,7 @@ async def test_with_adapters(toy: Toy) -> None:
 @pytest.mark.parametrize("can_shift", [False, True])
 async def test_a_text_that_is_longer_than_the_context_goes_on_from_its_first_token(toy: Toy, can_shift: bool) -> None:
     reading(toy)
-    toy.limits["can_shift"] = can_shift
+    toy.capabilities["can_shift"] = can_shift
     prompt = next(prompt for prompt in prompts(50, 40) if len(_endless(prompt, 100)) > 50)
     async with toy.engine(context_length=24) as engine:
         assert await engine.generate(prompt, max_tokens=100).collect() == _endless(prompt, 100)
@@ -136,7 +138,7 @@ async def test_a_text_that_is_longer_than_the_context_goes_on_from_its_first_tok
 
 def _endless(prompt: str, n_tokens: int) -> str:
     source = tuple(prompt.encode())
-    return alone(SequenceSpec(uid=0, prompt=(START,), source=source, n_keep=1, max_tokens=n_tokens), 24).text
+    return alone(SequenceSpec(uid=0, prompt=(START,), encoder_tokens=source, n_keep=1, max_tokens=n_tokens), 24).text
 
 
 async def test_a_prompt_must_fit_into_one_batch(toy: Toy) -> None:

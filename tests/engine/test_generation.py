@@ -13,7 +13,8 @@ from tests.engine.toys import Gate, Toy, is_idle, prompts, until_idle
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import EngineBusy, InvalidGrammar, InvalidRequest, PromptTooLong
 from trio_runner.events import Event, Finished, PromptProgress, TextPiece
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import END, N_VOCAB, toy_continuation, toy_text
 
 
@@ -90,6 +91,15 @@ async def test_a_prompt_of_tokens(toy: Toy) -> None:
     async with toy.engine() as engine:
         assert await engine.generate(list(b"hello"), max_tokens=20).collect() == toy_text("hello", 20)
         assert await engine.generate(tuple(b"hello"), max_tokens=20).collect() == toy_text("hello", 20)
+
+
+@pytest.mark.parametrize("prompt", [b"\x89PNG", bytearray(b"hello"), memoryview(b"hello"), {"hello": 1}, {"hello"}, 5])
+async def test_what_is_no_prompt_is_refused(toy: Toy, prompt: Any) -> None:
+    """Bytes would be taken for tokens, and a mapping for a list of texts."""
+    async with toy.engine() as engine:
+        with pytest.raises(InvalidRequest, match="prompt must be text") as caught:
+            engine.generate(prompt)
+        assert caught.value.param == "prompt"
 
 
 async def test_a_whole_request(toy: Toy) -> None:
@@ -274,9 +284,9 @@ async def test_a_prompt_that_is_too_long_says_by_how_much(toy: Toy) -> None:
 async def test_a_field_that_does_not_exist_is_a_programming_error(toy: Toy) -> None:
     async with toy.engine() as engine:
         with pytest.raises(TypeError):
-            engine.generate("hello", temprature=0.5)
+            engine.generate("hello", temprature=0.5)  # type: ignore[call-arg]
         with pytest.raises(InvalidRequest):
-            engine.generate("hello", temperature="hot")
+            engine.generate("hello", temperature="hot")  # type: ignore[arg-type]
         with pytest.raises(InvalidRequest):
             engine.generate("hello", max_tokens=0)
 
@@ -320,7 +330,7 @@ async def test_facts_and_tokens(toy: Toy) -> None:
         assert engine.status == "ready"
         assert engine.progress == 1.0
         assert engine.info.architecture == "toy"
-        assert engine.limits.n_slots == engine.statistics().slots == 4
+        assert engine.capabilities.n_slots == engine.statistics().slots == 4
         assert await engine.tokenize("été") == list("été".encode())
         assert await engine.detokenize(list("été".encode())[:-1]) == "ét\ufffd"
         with pytest.raises(InvalidRequest):
@@ -338,5 +348,5 @@ async def test_facts_that_are_not_known_yet(toy: Toy) -> None:
         with pytest.raises(EngineBusy):
             _ = engine.info
         with pytest.raises(EngineBusy):
-            _ = engine.limits
+            _ = engine.capabilities
         assert is_idle(engine)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.engine.inside import images_of
 from tests.engine.toys import (
     DEADLINE,
     Gate,
@@ -33,12 +34,13 @@ from tests.engine.toys import (
 )
 from tests.hostile_images import good_images, hostile_images
 from trio_runner.core.batch import Batch
+from trio_runner.core.ports import EncodedImage
 from trio_runner.core.prompt import fit_prompt
-from trio_runner.engine.engine import MAX_PICTURES, Engine, open_engine
+from trio_runner.engine.device_threads import DeviceThreads
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.image_store import ImageStore
-from trio_runner.engine.patience import Patience
-from trio_runner.engine.runtime import EncodedImage
+from trio_runner.engine.prepare import MAX_PICTURES
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -52,7 +54,10 @@ from trio_runner.errors import (
     Unsupported,
 )
 from trio_runner.events import PromptProgress
-from trio_runner.images import ImageSource, Pixels, load_pixels
+from trio_runner.front_door import open_engine
+from trio_runner.image_source import ImageSource
+from trio_runner.images import load_pixels
+from trio_runner.pixels import Pixels
 from trio_runner.request import MAX_IMAGES
 from trio_runner.testing import ToyEncoding, ToyProjector, toy_text, toy_vector
 
@@ -62,10 +67,10 @@ A, B, C = picture(0), picture(1), picture(2)
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "folded": {"folded": True},
+    "folded": {"shares_positions": True},
     "looking both ways": {"causal": False},
     "in tiles": {"n_tiles": 3},
-    "in folded tiles": {"folded": True, "n_tiles": 2},
+    "in folded tiles": {"shares_positions": True, "n_tiles": 2},
 }
 ARRANGEMENTS: dict[str, Parts] = {
     "alone": [A],
@@ -80,7 +85,7 @@ ARRANGEMENTS: dict[str, Parts] = {
 
 def seeing(toy: Toy, kind: str = "plain") -> Projector:
     toy.projector = Projector(**KINDS[kind])
-    toy.limits = {**toy.limits, "can_shift": not toy.projector.folded}
+    toy.capabilities = {**toy.capabilities, "can_shift": not toy.projector.shares_positions}
     return toy.projector
 
 
@@ -299,7 +304,7 @@ async def test_those_that_were_asked_for_last_are_kept(asks: list[int], max_byte
     encoded: list[int] = []
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            store = ImageStore(projector, max_bytes, nursery, Patience())
+            store = ImageStore(projector, max_bytes, nursery, DeviceThreads())
             for number in asks:
                 image = await store.encode(pixels(number), param="image")
                 assert image.items == projector.image(pixels(number)).items
@@ -332,7 +337,7 @@ async def test_what_could_not_be_broken_off_any_more_counts_once() -> None:
     projector = DeafProjector()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            store = ImageStore(projector, 1000, nursery, Patience())
+            store = ImageStore(projector, 1000, nursery, DeviceThreads())
             encode = partial(store.encode, pixels(1), param="image")
             async with trio.open_nursery() as leaving:
                 leaving.start_soon(encode)
@@ -405,9 +410,7 @@ async def test_when_all_have_left_it_is_broken_off_and_the_next_starts_anew(toy:
             leaving.cancel_scope.cancel()
         assert encodings[0].cancelled.is_set()
         nursery.start_soon(read, engine)
-        assert engine._images is not None
-        jobs = engine._images._jobs
-        await until(lambda: [job.n_waiting for job in jobs.values()] == [1])
+        await until(lambda: (images_of(engine).n_encoding, images_of(engine).n_waiting) == (1, 1))
         latch.open()
     assert texts == [said(projector, [A])]
     assert [encoding.cancelled.is_set() for encoding in encodings] == [True, False]
@@ -420,7 +423,7 @@ async def test_who_leaves_while_it_waits_for_its_turn_is_never_encoded(toy: Toy)
         await shutter.reached()
         async with trio.open_nursery() as leaving:
             leaving.start_soon(text_of, engine, [B])
-            await until(lambda: engine._images is not None and len(engine._images._jobs) == 2)
+            await until(lambda: images_of(engine).n_encoding == 2)
             leaving.cancel_scope.cancel()
         shutter.open()
     assert [encoding.pixels for encoding in shutter.encodings if not encoding.cancelled.is_set()] == [
@@ -649,7 +652,7 @@ async def test_leaving_does_not_wait_for_images(toy: Toy, n_images: int) -> None
                 for n in range(n_images):
                     nursery.start_soon(_read, engine.generate([picture(n)]), errors)
                 await shutter.reached()
-                await until(lambda: engine._images is not None and len(engine._images._jobs) == n_images)
+                await until(lambda: images_of(engine).n_encoding == n_images)
             assert [encoding.cancelled.is_set() for encoding in shutter.encodings] == [True]
     assert errors == [EngineClosed] * n_images
 

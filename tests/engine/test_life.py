@@ -24,9 +24,11 @@ from tests.engine.toys import (
     until_idle,
 )
 from trio_runner.core.batch import Batch
-from trio_runner.engine.engine import LONG_TEXT, Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
+from trio_runner.engine.helper_threads import LONG_TEXT
 from trio_runner.errors import EngineBroken, EngineClosed, LoadError, NativeError, RunnerError
+from trio_runner.front_door import open_engine
 from trio_runner.testing import ToyContext, ToySampler, toy_text
 
 
@@ -107,7 +109,7 @@ async def test_afterwards_it_is_closed(toy: Toy) -> None:
     for use in (generation.start, engine.wait_ready, lambda: engine.tokenize("x"), lambda: engine.embed(["x"])):
         with pytest.raises(EngineClosed):
             await use()
-    for facts in (lambda: engine.info, lambda: engine.limits):
+    for facts in (lambda: engine.info, lambda: engine.capabilities):
         with pytest.raises(EngineClosed):
             facts()
     await engine.drain(1)
@@ -126,7 +128,7 @@ async def test_two_engines_at_once() -> None:
 
 async def test_config_and_its_fields_do_not_mix(toy: Toy) -> None:
     with pytest.raises(TypeError):
-        async with open_engine(toy, slot=3):
+        async with open_engine(toy, slot=3):  # type: ignore[call-arg]
             pass
     with pytest.raises(ValueError, match="slots"):
         async with open_engine(toy, slots=0):

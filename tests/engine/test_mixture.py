@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.engine.inside import images_of
 from tests.engine.toys import Projector, Toy, items_of, picture, until, until_idle
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
@@ -20,9 +21,10 @@ from trio_runner.core.prompt import Item
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import InvalidImage, RunnerError, UnknownAdapter
+from trio_runner.events import Usage
 from trio_runner.images import load_pixels
 from trio_runner.request import AdapterChoice, EmbedRequest, GenerateRequest
-from trio_runner.testing import Interruption, ToyAdapters, ToyEncoding, toy_basis, toy_text, toy_vector
+from trio_runner.testing import Interruption, ToyAdapters, ToyEncoding, toy_cache_key, toy_text, toy_vector
 
 START = 1
 N_TOKENS = 30
@@ -33,11 +35,11 @@ TEXTS = ["a beginning that is long enough to be waited for by others", "look: ",
 
 WORLDS: list[tuple[dict[str, object], Projector | None]] = [
     ({}, Projector()),
-    ({"can_shift": False}, Projector(folded=True)),
+    ({"can_shift": False}, Projector(shares_positions=True)),
     ({"can_trim": False}, Projector(n_tiles=2)),
     ({"embeds_last_row": True}, Projector(causal=False)),
     ({"decoder_start": START}, None),
-    ({"can_shift": False}, Projector(folded=True, n_tiles=3)),
+    ({"can_shift": False}, Projector(shares_positions=True, n_tiles=3)),
 ]
 
 
@@ -70,9 +72,11 @@ class Storm:
     """`guest` is an adapter that comes and goes, each time another; the other two stay."""
 
     def __init__(self, toy: Toy, seed: int) -> None:
-        toy.limits, projector = WORLDS[seed % len(WORLDS)]
+        toy.capabilities, projector = WORLDS[seed % len(WORLDS)]
         if projector is not None:
-            toy.projector = Projector(folded=projector.folded, causal=projector.causal, n_tiles=projector.n_tiles)
+            toy.projector = Projector(
+                shares_positions=projector.shares_positions, causal=projector.causal, n_tiles=projector.n_tiles
+            )
             toy.projector.on_encode = self.encode
         toy.adapters = (AdapterConfig("/lora/one.gguf", 0), AdapterConfig("/lora/two.gguf", 0))
         toy.on_decode = self.interrupt
@@ -123,13 +127,8 @@ class Storm:
     def said(self, ask: Ask, adapters: ToyAdapters, n_tokens: int) -> str:
         if self.toy.projector is None:
             source = [item for item in ask.items if isinstance(item, int)]
-            return toy_text([START], n_tokens, toy_basis(adapters, source))
-        return toy_text(ask.items, n_tokens, toy_basis(adapters))
-
-    def chosen(self, ask: Ask) -> ToyAdapters:
-        """What its names mean now."""
-        paths = {info.name: info.path for info in self.engine.adapters}
-        return [(paths[choice.name], choice.scale) for choice in ask.adapters]
+            return toy_text([START], n_tokens, toy_cache_key(adapters, source))
+        return toy_text(ask.items, n_tokens, toy_cache_key(adapters))
 
     # -- who asks -----------------------------------------------------------------------------------------------------
 
@@ -140,16 +139,19 @@ class Storm:
         except ask.may_fail:
             self.n_failed += 1
             return
-        started = generation._uid in self.engine._requests
-        adapters = self.chosen(ask) if started else []
+        paths = {info.name: info.path for info in self.engine.adapters}  # what its names mean now
         text = ""
         async for event in generation:
             text += event.text
             if slowly:
                 await trio.testing.wait_all_tasks_blocked()
         assert generation.usage is not None
-        n_tokens = generation.usage.completion_tokens
-        assert text == (self.said(ask, adapters, n_tokens) if started else "")
+        if generation.usage == Usage():  # its deadline passed before it was submitted
+            assert text == ""
+            self.n_gone += 1
+            return
+        adapters = [(paths[choice.name], choice.scale) for choice in ask.adapters]
+        assert text == self.said(ask, adapters, generation.usage.completion_tokens)
         if ask.request.deadline == 1000:
             assert text == self.said(ask, adapters, N_TOKENS)
             self.n_stayed += 1
@@ -190,8 +192,8 @@ class Storm:
     async def embed(self, text: str) -> None:
         adapters = self.chance.choice([(), (AdapterChoice("one", 0.5),)])
         embedded = await self.engine.embed_request(EmbedRequest(content=text, adapters=adapters))
-        basis = toy_basis([("/lora/one.gguf", choice.scale) for choice in adapters])
-        np.testing.assert_array_equal(embedded.vector, toy_vector(list(text.encode()), basis))
+        cache_key = toy_cache_key([("/lora/one.gguf", choice.scale) for choice in adapters])
+        np.testing.assert_array_equal(embedded.vector, toy_vector(list(text.encode()), cache_key))
 
     async def visit(self, n: int) -> None:
         """The guest comes, and goes when it has been used a little."""
@@ -246,5 +248,4 @@ async def test_every_text_is_what_it_is_alone(toy: Toy, seed: int) -> None:
         await until(lambda: sum(not adapter.closed for adapter in toy.model.adapters) == 2)
         if toy.projector is not None:
             assert engine.statistics().image_bytes <= 400
-            assert engine._images is not None
-            assert not engine._images._jobs
+            assert images_of(engine).n_encoding == 0

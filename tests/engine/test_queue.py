@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import trio
 
+from tests.engine.inside import admission_of
 from tests.engine.toys import Gate, Latch, Toy, prompts, until, until_idle
-from trio_runner.engine.engine import MAX_RETRY_AFTER, Engine
+from trio_runner.engine.admission import MAX_RETRY_AFTER
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.errors import EngineBusy, InvalidGrammar
-from trio_runner.request import EmbedRequest, GenerateRequest
 from trio_runner.testing import toy_text
 
 
@@ -155,7 +156,7 @@ async def test_when_to_try_again(toy: Toy, seconds: float | None, retry_after: f
     toy.on_decode = gate
     async with toy.engine(slots=2, max_queue=3) as engine:
         if seconds is not None:
-            engine._seconds[GenerateRequest] = seconds
+            admission_of(engine).seconds["generation"] = seconds
         for prompt in prompts(5, 5):
             await engine.generate(prompt).start()
         with pytest.raises(EngineBusy) as caught:
@@ -169,14 +170,17 @@ async def test_the_time_in_a_slot_is_measured(toy: Toy) -> None:
     async with toy.engine() as engine:
         with pytest.raises(InvalidGrammar):
             await engine.generate(prompt, grammar="x").collect()
-        assert not engine._seconds
+        assert not admission_of(engine).seconds
         await engine.generate(prompt, max_tokens=11, cache_prompt=False).collect()
-        assert engine._seconds[GenerateRequest] == pytest.approx(0.02)
+        assert admission_of(engine).seconds["generation"] == pytest.approx(0.02)
         for _ in range(50):
             await engine.generate(prompt, max_tokens=111, cache_prompt=False).collect()
-        assert engine._seconds[GenerateRequest] == pytest.approx(0.12, rel=0.01)
+        assert admission_of(engine).seconds["generation"] == pytest.approx(0.12, rel=0.01)
         await engine.embed([prompt])
-        assert engine._seconds == {GenerateRequest: pytest.approx(0.12, rel=0.01), EmbedRequest: pytest.approx(0.01)}
+        assert admission_of(engine).seconds == {
+            "generation": pytest.approx(0.12, rel=0.01),
+            "embedding": pytest.approx(0.01),
+        }
 
 
 async def test_who_waits_to_be_tokenised_has_a_place_in_the_queue(toy: Toy) -> None:
@@ -189,6 +193,28 @@ async def test_who_waits_to_be_tokenised_has_a_place_in_the_queue(toy: Toy) -> N
             await engine.generate("one too many").start()
         latch.open()
     assert len(toy.model.samplers) == 3
+
+
+async def test_samplers_that_take_long_to_make_hold_up_nobody_else(toy: Toy) -> None:
+    """llama.cpp compares each DRY breaker with each token of a vocabulary that may be large."""
+    latch = Latch()
+    toy.info = {"n_vocab": 250_000}
+    toy.on_sampler = lambda params: latch() if params.dry_multiplier else None
+    breakers = [str(n) for n in range(16)]
+    texts: list[str] = []
+
+    async def read(engine: Engine) -> None:
+        dry = engine.generate("slow", max_tokens=5, dry_multiplier=0.8, dry_sequence_breakers=breakers)
+        texts.append(await dry.collect())
+
+    async with toy.engine() as engine, trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(read, engine)
+        await latch.reached()
+        assert await engine.generate("quick", max_tokens=20).collect() == toy_text("quick", 20)
+        assert await engine.tokenize("quick") == list(b"quick")
+        latch.open()
+    assert texts == [toy_text("slow", 5)] * 3
 
 
 async def test_a_list_of_texts_waits_for_room_in_the_queue(toy: Toy) -> None:

@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.engine.inside import dispatcher_of, is_paused, n_unread, uid_of
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
@@ -21,7 +22,7 @@ N_TOKENS = 200
 async def until_paused(engine: Engine, generation: Generation, gate: Gate) -> None:
     """The gate keeps the decode thread from running to the end of the text before trio can say stop."""
     gate.let(N_TOKENS // 4)
-    await until(lambda: generation._paused)
+    await until(lambda: is_paused(generation))
     gate.open()
     await until(lambda: engine.statistics().scheduler.n_paused == 1)
 
@@ -33,7 +34,7 @@ async def test_a_slow_reader_is_paused_and_the_others_are_not(toy: Toy) -> None:
     async with toy.engine(slots=4, max_backlog=8) as engine, engine.generate(slow, max_tokens=N_TOKENS) as generation:
         await until_paused(engine, generation, gate)
         n_batches = len(gate.batches)
-        uid = generation._uid
+        uid = uid_of(generation)
         for prompt in others:
             assert await engine.generate(prompt, max_tokens=N_TOKENS).collect() == toy_text(prompt, N_TOKENS)
         assert uid not in toy.uids_run(since=n_batches)
@@ -52,10 +53,10 @@ async def test_the_backlog_is_bounded(toy: Toy) -> None:
     toy.on_decode = gate
     async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         for n in range(1, N_TOKENS):
-            await until(lambda n=n: generation._paused or len(gate.batches) >= n)  # type: ignore[misc]
+            await until(lambda n=n: is_paused(generation) or len(gate.batches) >= n)  # type: ignore[misc]
             # Its events have been handed over before the next batch may go.
             await trio.testing.wait_all_tasks_blocked()
-            if generation._paused:
+            if is_paused(generation):
                 break
             gate.let()
         gate.open()
@@ -74,11 +75,11 @@ async def test_it_goes_on_only_when_most_was_read(toy: Toy) -> None:
     toy.on_decode = gate
     async with toy.engine(max_backlog=16) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         await until_paused(engine, generation, gate)
-        while generation._n_unread > 5:
+        while n_unread(generation) > 5:
             await anext(generation)
-            assert generation._paused
+            assert is_paused(generation)
         await anext(generation)
-        assert not generation._paused
+        assert not is_paused(generation)
 
 
 @pytest.mark.parametrize("max_backlog", [1, 2, 3, 7])
@@ -150,9 +151,9 @@ async def test_whoever_reads_again_has_no_deadline_any_more(toy: Toy) -> None:
     toy.on_decode = gate
     async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         await until_paused(engine, generation, gate)
-        assert len(engine._stalled.moments) == 1
+        assert len(dispatcher_of(engine).stall_deadlines.moments) == 1
         generation.receive_nowait()
-        assert engine._stalled.moments == {}
+        assert dispatcher_of(engine).stall_deadlines.moments == {}
     await until_idle(engine)
 
 
@@ -162,11 +163,11 @@ async def test_every_event_that_a_slow_reader_takes_gives_it_more_time(toy: Toy)
     toy.on_decode = gate
     async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         await until_paused(engine, generation, gate)
-        (before,) = engine._stalled.moments.values()
+        (before,) = dispatcher_of(engine).stall_deadlines.moments.values()
         await until(lambda: trio.current_time() > before - engine.config.stall_timeout)
         await anext(generation)
-        assert generation._paused
-        (after,) = engine._stalled.moments.values()
+        assert is_paused(generation)
+        (after,) = dispatcher_of(engine).stall_deadlines.moments.values()
         assert after > before
     await until_idle(engine)
 
@@ -178,7 +179,7 @@ async def test_a_paused_reader_that_leaves_has_no_deadline_any_more(toy: Toy) ->
     async with toy.engine(max_backlog=8) as engine:
         async with engine.generate(prompt, max_tokens=N_TOKENS) as generation:
             await until_paused(engine, generation, gate)
-        assert engine._stalled.moments == {}
+        assert dispatcher_of(engine).stall_deadlines.moments == {}
         await until_idle(engine)
 
 
@@ -193,9 +194,9 @@ async def test_an_end_that_comes_while_it_is_paused_is_the_end(toy: Toy) -> None
             # Trio does not run meanwhile, so that nobody can be paused before the last token is under way.
             while len(gate.batches) < 6:
                 pass
-            await until(lambda: generation._paused)
+            await until(lambda: is_paused(generation))
             gate.let()
             await until(lambda: engine.statistics().generations == 0)
-            assert engine._stalled.moments == {}
+            assert dispatcher_of(engine).stall_deadlines.moments == {}
             assert "".join([event.text async for event in generation]) == toy_text(prompt, 6)
         await until_idle(engine)

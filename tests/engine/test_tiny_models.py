@@ -14,10 +14,12 @@ import trio
 from tests.engine.toys import until, until_idle
 from tests.placing import model_config
 from tests.tiny_models import tiny_model
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.events import Finished
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.front_door import open_engine
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 
 DEADLINE = 60.0
 KINDS = ["llama", "swa", "mrope", "gpt2", "mamba", "lfm2", "t5"]
@@ -78,6 +80,30 @@ async def test_an_embedding_beside_full_slots(models: Path) -> None:
         streams[1].close()
 
 
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("bert", {"embedding_batch_size": 512})])
+async def test_a_long_embedding_does_not_depend_on_the_batch_size(
+    models: Path, name: str, options: dict[str, int]
+) -> None:
+    """Its last row is its embedding, or the batch of an encoder is as long as the text."""
+    text = PROMPT[:300]
+    async with running(models, name, batch_size=512) as engine:
+        expected = await engine.embed([text, "hello"])
+    async with running(models, name, **options) as engine:
+        assert len(await engine.tokenize(text)) > engine.config.batch_size
+        np.testing.assert_allclose(await engine.embed([text, "hello"]), expected, atol=1e-4)
+        if engine.capabilities.can_generate:
+            texts = await alone(engine, "hello")
+            np.testing.assert_allclose(await engine.embed([text]), expected[:1], atol=1e-4)
+            assert await alone(engine, "hello") == texts
+
+
+async def test_an_encoder_gets_no_more_rows_than_it_was_trained_for(models: Path) -> None:
+    async with running(models, "bert", context_length=2048, embedding_batch_size=2048) as engine:
+        assert engine.capabilities.max_rows == engine.info.n_ctx_train == 512
+    async with running(models, "llama", embedding_batch_size=512) as engine:
+        assert engine.capabilities.max_rows == engine.config.batch_size
+
+
 @pytest.mark.parametrize("name", KINDS)
 async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) -> None:
     async with running(models, name) as engine:
@@ -95,7 +121,7 @@ async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) 
 async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
     async with running(models, "llama", slots=4) as engine:
         prompts = [f"{PROMPT}{word}" for word in ("hello", "world", "count", "system")]
-        n_shared = len(await engine.tokenize(PROMPT))
+        n_shared_cells = len(await engine.tokenize(PROMPT))
         texts: dict[str, str] = {}
 
         async def read(prompt: str) -> None:
@@ -104,7 +130,7 @@ async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
         async with trio.open_nursery() as nursery:
             for prompt in prompts:
                 nursery.start_soon(read, prompt)
-        assert engine.statistics().scheduler.n_prompt_rows < n_shared * 1.2
+        assert engine.statistics().scheduler.n_prompt_rows < n_shared_cells * 1.2
         assert texts == await alone(engine, *prompts)
 
 

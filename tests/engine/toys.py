@@ -19,10 +19,14 @@ from PIL import Image
 
 from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import Batch, DecodeOutcome
+from trio_runner.core.ports import EncodedImage, LoadedAdapter, Runtime
 from trio_runner.core.prompt import Item, MediaRow
-from trio_runner.engine.engine import Engine, open_engine
-from trio_runner.engine.runtime import EncodedImage, LoadedAdapter, Runtime
-from trio_runner.images import ImageSource, Pixels, load_pixels
+from trio_runner.engine.engine import Engine
+from trio_runner.front_door import open_engine
+from trio_runner.image_source import ImageSource
+from trio_runner.images import load_pixels
+from trio_runner.pixels import Pixels
+from trio_runner.sampling import SamplingParams
 from trio_runner.testing import (
     END,
     Interruption,
@@ -32,6 +36,7 @@ from trio_runner.testing import (
     ToyLoader,
     ToyModel,
     ToyProjector,
+    ToySampler,
     toy_continuation,
 )
 
@@ -46,7 +51,13 @@ class Model(ToyModel):
 
     n_closed = 0
     on_tokenize: Callable[[str], None] | None = None
+    on_sampler: Callable[[SamplingParams], None] | None = None
     on_adapter: Callable[[str], None] | None = None
+
+    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> ToySampler:
+        if self.on_sampler is not None:
+            self.on_sampler(params)
+        return super().sampler(params, prompt)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if self.on_tokenize is not None:
@@ -85,8 +96,8 @@ class Projector(ToyProjector):
 
     n_closed = 0
 
-    def __init__(self, *, folded: bool = False, causal: bool = True, n_tiles: int = 1) -> None:
-        super().__init__(folded=folded, causal=causal)
+    def __init__(self, *, shares_positions: bool = False, causal: bool = True, n_tiles: int = 1) -> None:
+        super().__init__(shares_positions=shares_positions, causal=causal)
         self.n_tiles = n_tiles
 
     def image(self, pixels: Pixels) -> EncodedImage:
@@ -110,27 +121,29 @@ class Toy:
     n_loaded = 0
 
     def __init__(self) -> None:
-        self.limits: dict[str, object] = {}
+        self.capabilities: dict[str, object] = {}
         self.info: dict[str, object] = {}
         self.projector: Projector | None = None
         self.adapters: tuple[AdapterConfig, ...] = ()
         self.on_load: Callable[[Callable[[float], None], Callable[[], bool]], None] | None = None
         self.on_decode: Callable[[Batch], Interruption | None] | None = None
         self.on_tokenize: Callable[[str], None] | None = None
+        self.on_sampler: Callable[[SamplingParams], None] | None = None
         self.on_adapter: Callable[[str], None] | None = None
 
     def __call__(
         self, config: EngineConfig, *, progress: Callable[[float], None], cancelled: Callable[[], bool]
     ) -> Runtime:
-        loaded = ToyLoader(self.limits, self.on_load)(config, progress=progress, cancelled=cancelled)
+        loaded = ToyLoader(self.capabilities, self.on_load)(config, progress=progress, cancelled=cancelled)
         self.model = Model()
         self.model.info = replace(self.model.info, **self.info)  # type: ignore[arg-type]
         adapters = tuple(
             LoadedAdapter(adapter.name, self.model.adapter(adapter.path), adapter.scale, adapter.path)
             for adapter in self.adapters
         )
-        self.model.on_tokenize, self.model.on_adapter = self.on_tokenize, self.on_adapter
-        self.context = Context(loaded.context.limits, on_decode=self.on_decode)
+        self.model.on_tokenize, self.model.on_sampler = self.on_tokenize, self.on_sampler
+        self.model.on_adapter = self.on_adapter
+        self.context = Context(loaded.context.capabilities, on_decode=self.on_decode)
         self.n_loaded += 1
         return Runtime(self.model, self.context, self.projector, adapters)
 

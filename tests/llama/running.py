@@ -1,26 +1,28 @@
-"""Running a context by hand, without a scheduler: what the tests of the native rooms share."""
+"""Runs a context without a scheduler, for tests of models, contexts and samplers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
 
 from tests.placing import model_config
 from trio_runner.config import AdapterConfig, EngineConfig
-from trio_runner.core.batch import AdapterSet, Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.batch import AdapterSet, Batch, BatchKind, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Trim
+from trio_runner.core.ports import NO_MEDIA, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow, n_positions
-from trio_runner.engine.runtime import NO_MEDIA, EncodedMedia
 from trio_runner.llama import Context, LlamaLoader, Model, Projector, Sampler
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, repeat_penalty=1.0)
 PROMPT = "hello world, the model and the answer"
+LONG_TEXT = "the story of the world and more than a window of thirty-two tokens in this one text"
 
 
 class Running:
-    """A loaded model with its context. Steps have all `adapters` (uids are 0, 1, ...) unless they say otherwise."""
+    """A loaded model with its context. Steps use all `adapters`, with uids 0, 1, ..., unless they choose others."""
 
     def __init__(
         self,
@@ -41,11 +43,13 @@ class Running:
         assert isinstance(runtime.context, Context)
         self.model = runtime.model
         self.context = runtime.context
-        self.limits = runtime.context.limits
+        self.capabilities = runtime.context.capabilities
         self.adapters = {uid: loaded.adapter for uid, loaded in enumerate(runtime.adapters)}
         self.adapter_set: AdapterSet = tuple(
             (uid, loaded.scale) for uid, loaded in enumerate(runtime.adapters) if loaded.scale
         )
+        self.around_decode: Callable[[Batch], AbstractContextManager[object]] = nullcontext
+        """Called with each batch; the context manager it returns is entered while the batch is decoded."""
         if projector is not None:
             assert isinstance(runtime.projector, Projector)
             self.projector = runtime.projector
@@ -65,19 +69,23 @@ class Running:
         media: Mapping[Media, EncodedMedia] = NO_MEDIA,
         number: int = 0,
     ) -> StepResult:
+        """Decode one batch of these chunks."""
         adapter_set = self.adapter_set if adapters is None else adapters
-        batch = Batch(chunks, embeddings=embeddings, adapters=adapter_set, number=number)
-        return self.context.decode(batch, samplers or {}, media=media, adapters=self.adapters)
+        kind = BatchKind(adapter_set, embedding=embeddings)
+        media_of_chunks = chunks[0].media if chunks else None
+        batch = Batch(chunks, kind if media_of_chunks is None else kind.for_media(media_of_chunks), number)
+        with self.around_decode(batch):
+            return self.context.decode(batch, samplers or {}, media=media, adapters=self.adapters)
 
     def prefill(self, tokens: Sequence[int], *, slot: int = 0, start: int = 0, rows: int = 64) -> int:
-        """Decode tokens without output, `rows` at a time. Returns the position after them."""
+        """Decode `tokens` without output, `rows` at a time. Returns the position after them."""
         for begin in range(0, len(tokens), rows):
             part = tuple(tokens[begin : begin + rows])
             assert self.step(Chunk(0, slot, start + begin, part, output=False)).outcome is DecodeOutcome.OK
         return start + len(tokens)
 
     def place(self, items: Sequence[Item], media: Mapping[Media, EncodedMedia], *, slot: int = 0) -> int:
-        """Decode tokens and images without output, into an empty slot. Returns the position after them."""
+        """Decode tokens and images without output in an empty slot. Returns the position after them."""
         position = 0
         for _, group in groupby(items, _image_of):
             part = tuple(group)
@@ -90,7 +98,7 @@ class Running:
     def go_on(
         self, token: int, position: int, n_tokens: int, *, slot: int = 0, params: SamplingParams = GREEDY
     ) -> list[Sampled]:
-        """Decode `token` at `position`, sample, decode what was sampled, and so on."""
+        """Decode `token` at `position`, sample a token, decode that one, and so on. Returns what was sampled."""
         sampler = self.sampler(params)
         result: list[Sampled] = []
         for _ in range(n_tokens):
@@ -111,7 +119,7 @@ class Running:
         slot: int = 0,
         params: SamplingParams = GREEDY,
     ) -> list[Sampled]:
-        """From an empty slot."""
+        """Empty `slot`, decode `prompt` in it, and generate up to `n_tokens` tokens."""
         tokens = self.tokens(prompt) if isinstance(prompt, str) else list(prompt)
         assert self.context.apply(Trim(slot, 0))
         position = self.prefill(tokens[:-1], slot=slot)

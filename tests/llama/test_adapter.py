@@ -1,4 +1,4 @@
-"""Adapters: what is refused, and that they come and go while a context decodes."""
+"""Adapters: which files are refused, and that adapters come and go while a context decodes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ RANK: Final = 4
 N: Final = 64
 N_VOCAB: Final = len(Bpe().tokens)
 Q: Final = "blk.0.attn_q.weight"
-"""A matrix of 64 by 64."""
+"""A matrix of 64 by 64 elements."""
 DOWN: Final = "blk.0.ffn_down.weight"
-"""One that takes 128 to 64."""
+"""A matrix that maps 128 elements to 64."""
 
 
 def pair(base: str = Q, *, n_in: int = N, n_out: int = N, ranks: tuple[int, int] = (RANK, RANK)) -> Tensors:
@@ -45,7 +45,7 @@ def pair(base: str = Q, *, n_in: int = N, n_out: int = N, ranks: tuple[int, int]
 
 
 def write(path: Path, tensors: Tensors, metadata: dict[str, object] | None = None, *, quantised: bool = False) -> Path:
-    """An adapter with these tensors. What is None in the metadata is left out of it."""
+    """Write an adapter with these tensors. Keys whose value is None are left out."""
     values: dict[str, object] = {
         "general.type": "adapter",
         "general.architecture": "llama",
@@ -140,14 +140,14 @@ HOSTILE: Final[dict[str, tuple[Tensors, dict[str, object], str]]] = {
         "of rank 4 where",
     ),
     "vectors of tokens the other way round": (pair("token_embd.weight", n_in=N, n_out=N_VOCAB), {}, "rank"),
-    "whole numbers": (cast(pair(), np.int32), {}, "I32, which cannot be multiplied"),
-    "small whole numbers": (cast(pair(), np.int8), {}, "I8, which cannot be multiplied"),
-    "large whole numbers": (cast(pair(), np.int64), {}, "I64, which cannot be multiplied"),
-    "doubles": (cast(pair(), np.float64), {}, "F64, which cannot be multiplied"),
+    "whole numbers": (cast(pair(), np.int32), {}, "i32, which cannot be multiplied"),
+    "small whole numbers": (cast(pair(), np.int8), {}, "i8, which cannot be multiplied"),
+    "large whole numbers": (cast(pair(), np.int64), {}, "i64, which cannot be multiplied"),
+    "doubles": (cast(pair(), np.float64), {}, "f64, which cannot be multiplied"),
     "a whole number in one half": (
         pair() | cast({f"{Q}.lora_b": pair()[f"{Q}.lora_b"]}, np.int16),
         {},
-        "I16, which cannot be multiplied",
+        "i16, which cannot be multiplied",
     ),
     "three dimensions": (reshaped(2, N, N), {}, r"the shape \(64, 64, 2\)"),
     "four dimensions": (reshaped(2, 1, N, N), {}, r"the shape \(64, 64, 1, 2\)"),
@@ -164,7 +164,7 @@ HOSTILE: Final[dict[str, tuple[Tensors, dict[str, object], str]]] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_adapters_that_are_not_hostile(models: Models, tmp_path: Path, name: str) -> None:
+def test_sound_adapters_load(models: Models, tmp_path: Path, name: str) -> None:
     tensors, metadata = GOOD[name]
     path = write(tmp_path / "lora.gguf", tensors, metadata)
     plain = Running(models("llama")).text(n_tokens=12)
@@ -172,7 +172,7 @@ def test_adapters_that_are_not_hostile(models: Models, tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_adapters(models: Models, tmp_path: Path, name: str) -> None:
+def test_hostile_adapters_are_refused(models: Models, tmp_path: Path, name: str) -> None:
     tensors, metadata, words = HOSTILE[name]
     path = str(write(tmp_path / "lora.gguf", tensors, metadata))
     running = Running(models("llama"))
@@ -183,8 +183,8 @@ def test_hostile_adapters(models: Models, tmp_path: Path, name: str) -> None:
     assert running.text(n_tokens=4) == text
 
 
-def test_quantised_halves(models: Models, tmp_path: Path) -> None:
-    """Of whole blocks, or refused."""
+def test_quantised_adapters_need_whole_blocks(models: Models, tmp_path: Path) -> None:
+    """They load if their rows are whole blocks, and are refused otherwise."""
     a, b = pair(ranks=(32, 32)).values()
     q8 = gguf.GGMLQuantizationType.Q8_0
     blocks = {f"{Q}.lora_{half}": gguf.quantize(values, q8) for half, values in (("a", a), ("b", b))}
@@ -196,12 +196,12 @@ def test_quantised_halves(models: Models, tmp_path: Path) -> None:
     shape = np.array([32, N], np.uint64).tobytes()
     assert shape in data
     path.write_bytes(data.replace(shape, np.array([RANK, N * 8], np.uint64).tobytes()))
-    with pytest.raises(LoadError, match="no whole blocks"):
+    with pytest.raises(LoadError, match="not whole blocks"):
         running.model.adapter(str(path))
 
 
 @pytest.mark.parametrize("n_bytes", [0, 4, 24, 300, -1])
-def test_files_that_are_cut_short(models: Models, tmp_path: Path, n_bytes: int) -> None:
+def test_files_cut_short_are_refused(models: Models, tmp_path: Path, n_bytes: int) -> None:
     path = write(tmp_path / "lora.gguf", pair())
     path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(LoadError):
@@ -209,29 +209,29 @@ def test_files_that_are_cut_short(models: Models, tmp_path: Path, n_bytes: int) 
 
 
 @pytest.mark.parametrize("n_bytes", [1 << 21, 1 << 36])
-def test_what_comes_after_the_last_tensor(models: Models, tmp_path: Path, n_bytes: int) -> None:
-    """Nobody reads through a file that is mostly something else."""
+def test_a_file_with_much_behind_its_last_tensor_is_refused(models: Models, tmp_path: Path, n_bytes: int) -> None:
+    """A file with much behind its last tensor is refused, because llama.cpp would read all of it."""
     path = write(tmp_path / "lora.gguf", pair())
     os.truncate(path, n_bytes)
     with pytest.raises(LoadError, match=r"goes on for \d+ bytes after its last tensor"):
         Model(ModelConfig(path=str(models("llama")))).adapter(str(path))
 
 
-def test_ranks_that_would_fill_the_memory(models: Models, tmp_path: Path) -> None:
+def test_ranks_that_would_fill_the_memory_are_refused(models: Models, tmp_path: Path) -> None:
     path = write(tmp_path / "lora.gguf", pair(ranks=(MAX_RANK + 1,) * 2))
     with pytest.raises(LoadError, match=f"is of rank {MAX_RANK + 1}, more than {MAX_RANK}"):
         Model(ModelConfig(path=str(models("llama")))).adapter(str(path))
 
 
-def test_twice_the_same_tensor(models: Models, tmp_path: Path) -> None:
+def test_an_adapter_with_a_tensor_twice_is_refused(models: Models, tmp_path: Path) -> None:
     path = write(tmp_path / "lora.gguf", pair())
     path.write_bytes(path.read_bytes().replace(b"lora_b", b"lora_a"))
     with pytest.raises(LoadError, match="appears twice"):
         Model(ModelConfig(path=str(models("llama")))).adapter(str(path))
 
 
-def test_past_the_look_at_the_header(models: Models, tmp_path: Path) -> None:
-    """What native code is handed all the same becomes an error there."""
+def test_native_code_refuses_files_that_skip_the_header_check(models: Models, tmp_path: Path) -> None:
+    """Files that skip the header check are refused by native code."""
     loaded = native()
     running = Running(models("llama"))
     out = loaded.ffi.new("trio_adapter **")
@@ -268,8 +268,8 @@ def configs(*paths: Path) -> tuple[AdapterConfig, ...]:
     return tuple(AdapterConfig(str(path), name=f"adapter{index}") for index, path in enumerate(paths))
 
 
-def test_every_step_has_the_adapters_it_names(models: Models, paths: tuple[Path, Path]) -> None:
-    """Sequences with different ones take turns; each says what it says alone."""
+def test_every_step_uses_the_adapters_it_names(models: Models, paths: tuple[Path, Path]) -> None:
+    """Sequences with different adapters take turns. Each generates the same text as alone."""
     running = Running(models("llama"), adapters=configs(*paths), slots=6)
     sets = ((), ((0, 1.0),), ((1, 1.0),), ((0, 1.0), (1, 1.0)), ((0, 0.5),))
     tokens = running.tokens()
@@ -296,14 +296,14 @@ def test_every_step_has_the_adapters_it_names(models: Models, paths: tuple[Path,
     assert texts == expected
 
 
-def test_adapter_that_is_set_outlives_its_handle(models: Models, paths: tuple[Path, Path]) -> None:
+def test_an_adapter_in_use_outlives_its_handle(models: Models, paths: tuple[Path, Path]) -> None:
     running = Running(models("llama"), adapters=configs(*paths))
     expected = running.text(n_tokens=8)
     for adapter in running.adapters.values():
         adapter.close()
         adapter.close()
     gc.collect()
-    assert running.text(n_tokens=8) == expected  # nothing is set anew
+    assert running.text(n_tokens=8) == expected  # the step sets no adapters anew
     plain = Running(models("llama")).text(n_tokens=8)
     running.adapter_set = ()
     assert running.text(n_tokens=8) == plain
@@ -357,7 +357,7 @@ def texts(running: Running, adapters: tuple[tuple[int, float], ...]) -> list[int
     return tokens_of(running.generate(n_tokens=6))
 
 
-def test_refused_sets_change_nothing(models: Models, paths: tuple[Path, Path]) -> None:
+def test_refused_sets_of_adapters_change_nothing(models: Models, paths: tuple[Path, Path]) -> None:
     loaded = native()
     ffi, lib = loaded.ffi, loaded.lib
     running, other = Running(models("llama"), adapters=configs(*paths)), Running(models("single"))
@@ -380,7 +380,7 @@ def test_refused_sets_change_nothing(models: Models, paths: tuple[Path, Path]) -
 
 
 @pytest.mark.parametrize("name", ["mamba", "t5", "bert"])
-def test_adapters_of_other_kinds_of_models(models: Models, tmp_path: Path, name: str) -> None:
+def test_adapters_of_other_architectures(models: Models, tmp_path: Path, name: str) -> None:
     base, n_in, n_out = {
         "mamba": ("blk.0.ssm_in.weight", 64, 256),
         "t5": ("dec.blk.0.attn_q.weight", 64, 64),

@@ -1,4 +1,4 @@
-"""Our attention for CPUs: it is attention, and what a row gives does not depend on who shares its batch."""
+"""Our attention for CPUs: it computes attention, and a row's result does not depend on the other rows of its batch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import pytest
 
 from tests.llama.running import Running
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 Models = Callable[[str], Path]
 
 PARAMS = SamplingParams(temperature=0.0, repeat_penalty=1.0, logprobs=20)
 LENGTHS = (600, 130, 65, 1)
-"""More than two chunks of cells, more than two tiles, a cell more than a tile, and a single one."""
+"""Lengths of the texts: more than two chunks of cells, more than two tiles, one cell more than a tile, one cell."""
 NAMES = ("llama", "spm", "swa", "mrope")
 BLUR = 0.1
-"""Nats by which keys and values of 16 bits may change the probabilities of these models."""
+"""Nats by which keys and values of 16 bits may change log-probabilities of these models."""
 SLIGHT = 0.03
-"""If a few of them come to lie on the other side of a rounding."""
+"""Nats by which log-probabilities may change if a few keys and values are rounded the other way."""
 
 
 def texts(n_vocab: int) -> list[tuple[int, ...]]:
@@ -33,7 +33,7 @@ def texts(n_vocab: int) -> list[tuple[int, ...]]:
 
 
 def run(running: Running, shares: Sequence[Sequence[int]]) -> list[Sampled]:
-    """Decode all texts; each batch has as many rows of each text as it says. What is sampled at the end of each."""
+    """Decode all texts. Each of `shares` is a batch: its rows of each text. Returns what is sampled after each text."""
     prompts = texts(running.model.info.n_vocab)
     samplers = {uid: running.sampler(PARAMS) for uid in range(len(prompts))}
     done = [0] * len(prompts)
@@ -64,7 +64,7 @@ def alone() -> list[list[int]]:
 
 
 def mixed(seed: int, most: int) -> list[list[int]]:
-    """Everybody decodes now and then; cells of all of them lie side by side."""
+    """Batches of random rows, so that the cells of all texts lie between each other."""
     shares = random.Random(seed)
     return [[shares.randint(0, most) for _ in LENGTHS] for _ in range(2000)]
 
@@ -78,7 +78,7 @@ def assert_alike(got: Sequence[Sampled], expected: Sequence[Sampled], tolerance:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_attention(models: Models, name: str) -> None:
+def test_it_computes_attention(models: Models, name: str) -> None:
     exact = run(open_running(models(name), kv_type="f32", flash_attention="off"), alone())
     running = open_running(models(name), flash_attention="on")
     assert_alike(run(running, alone()), exact, BLUR)
@@ -86,20 +86,20 @@ def test_it_is_attention(models: Models, name: str) -> None:
 
 @pytest.mark.parametrize("most", [2, 40])
 @pytest.mark.parametrize("name", NAMES)
-def test_company_changes_nothing(models: Models, name: str, most: int) -> None:
-    """But for the last digits: a row's cells may lie in other tiles, and multiplying matrices depends on their size."""
+def test_other_rows_of_a_batch_change_nothing(models: Models, name: str, most: int) -> None:
+    """Except for the last digits: its cells may lie in other tiles, and products of matrices depend on their sizes."""
     expected = run(open_running(models(name)), alone())
     assert_alike(run(open_running(models(name)), mixed(most, most)), expected, SLIGHT)
 
 
 @pytest.mark.parametrize("most", [20, 60])
-def test_threads_change_nothing(models: Models, most: int) -> None:
+def test_the_number_of_threads_changes_nothing(models: Models, most: int) -> None:
     one, two = (run(open_running(models("llama"), threads=threads), mixed(7, most)) for threads in (1, 2))
     assert one == two
 
 
-def test_upstream_can_have_it_back(models: Models) -> None:
-    """In a process of its own, as the environment is read once. Its sums of 16 bits differ in some digit."""
+def test_upstreams_attention_can_be_chosen(models: Models) -> None:
+    """It runs in a process of its own, because the environment is read once. Its sums of 16 bits differ slightly."""
     path = str(models("llama"))
     program = (
         "import sys; from pathlib import Path; from tests.llama.test_attention import *;"

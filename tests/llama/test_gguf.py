@@ -1,4 +1,4 @@
-"""Reading headers, and what becomes of damaged files."""
+"""Headers are read, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import pytest
 
 from tests.llama.running import Running
 from tests.tiny_models import MODELS
+from trio_runner.config import KV_TYPES
 from trio_runner.errors import LoadError
+from trio_runner.llama.ggml_types import CANNOT_MULTIPLY, GGML_TYPES, WEIGHT_TYPES
 from trio_runner.llama.gguf import GgufArray, check_gguf
 
 Models = Callable[[str], Path]
@@ -29,7 +31,7 @@ U32, F32, STRING, ARRAY = 4, 6, 8, 9
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sound_files_pass(models: Models, name: str) -> None:
+def test_sound_headers_pass(models: Models, name: str) -> None:
     path = models(name)
     header = check_gguf(path)
     reader = gguf.GGUFReader(path)
@@ -124,11 +126,33 @@ def with_key(key: str, value: object) -> list[tuple[str, object]]:
         (with_key("split.no", 1), "first part"),
     ],
 )
-def test_values_that_llama_cpp_would_abort_on(tmp_path: Path, keys: list[tuple[str, object]], match: str) -> None:
+def test_values_that_abort_llama_cpp_are_refused(tmp_path: Path, keys: list[tuple[str, object]], match: str) -> None:
     path = write(tmp_path / "model.gguf", keys)
     with pytest.raises(LoadError, match=match) as error:
         check_gguf(path)
     assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize("kind", ["modem", "mmproj", "imatrix", 7])
+def test_no_general_type_of_a_model_switches_its_checks_off(tmp_path: Path, kind: object) -> None:
+    path = write(tmp_path / "model.gguf", [ARCHITECTURE, ("general.type", kind), ("llama.block_count", 0)])
+    with pytest.raises(LoadError, match="block_count is 0"):
+        check_gguf(path)
+
+
+def test_type_table_agrees_with_the_gguf_package() -> None:
+    sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    # The package counts two floats in a block of q8_1; ggml-common.h has two halves.
+    sizes[gguf.GGMLQuantizationType.Q8_1] = (32, 36)
+    assert {number: GGML_TYPES[number][1:3] for number in sizes} == sizes
+    names = {number: gguf.GGMLQuantizationType(number).name for number in sizes}
+    assert {number: GGML_TYPES[number].name.upper() for number in sizes} == names
+
+
+def test_every_type_is_a_type_of_weights_or_cannot_be_multiplied() -> None:
+    assert WEIGHT_TYPES.keys() | CANNOT_MULTIPLY == {kind.name for kind in GGML_TYPES.values()}
+    assert not WEIGHT_TYPES.keys() & CANNOT_MULTIPLY
+    assert set(KV_TYPES) <= WEIGHT_TYPES.keys()
 
 
 def test_odd_but_sound_values_pass(tmp_path: Path) -> None:
@@ -151,13 +175,13 @@ def test_odd_but_sound_values_pass(tmp_path: Path) -> None:
         ((("a" * 64, (8, 1), 0, 0),), "too long"),
     ],
 )
-def test_tensors_that_cannot_be(tmp_path: Path, tensors: tuple[Tensor, ...], match: str) -> None:
+def test_impossible_tensors_are_refused(tmp_path: Path, tensors: tuple[Tensor, ...], match: str) -> None:
     path = write(tmp_path / "model.gguf", [ARCHITECTURE], tensors, n_data=64)
     with pytest.raises(LoadError, match=match):
         check_gguf(path)
 
 
-def test_counts_that_cannot_be(tmp_path: Path) -> None:
+def test_impossible_counts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     for n_keys, n_tensors in ((2**60, None), (None, 2**60), (5, None), (None, 5)):
         with pytest.raises(LoadError):
@@ -167,7 +191,7 @@ def test_counts_that_cannot_be(tmp_path: Path) -> None:
             check_gguf(write(path, [ARCHITECTURE], version=version))
 
 
-def test_things_that_are_no_model(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(LoadError, match="no such file"):
         check_gguf(path)
@@ -187,7 +211,7 @@ def test_things_that_are_no_model(tmp_path: Path) -> None:
         check_gguf("a\0b")
 
 
-def test_file_cut_short_anywhere(models: Models, tmp_path: Path) -> None:
+def test_a_file_cut_short_anywhere_is_refused(models: Models, tmp_path: Path) -> None:
     data = models("llama").read_bytes()
     path = tmp_path / "cut.gguf"
     for size in [*range(1, 200, 7), *np.linspace(200, len(data) - 1, 60).astype(int).tolist()]:
@@ -196,7 +220,7 @@ def test_file_cut_short_anywhere(models: Models, tmp_path: Path) -> None:
             check_gguf(path)
 
 
-# Loads files named on the command line as LlamaLoader does and decodes a little. Whatever is wrong must be a LoadError.
+# Loads the files on the command line as LlamaLoader does, and decodes a little. Every failure must be a LoadError.
 LOAD_ALL = """
 import sys
 from pathlib import Path
@@ -215,7 +239,7 @@ print(len(outcomes), outcomes.count("refused"))
 
 
 def test_flipped_bytes_are_refused_or_harmless(models: Models, tmp_path: Path) -> None:
-    """Seeded damage to the header, in a process of its own."""
+    """Bits of the header are flipped, with a fixed seed. The files are loaded in a process of its own."""
     rng = random.Random(20)
     data = models("llama").read_bytes()
     header_size = min(tensor.offset for tensor in check_gguf(models("llama")).tensors)
@@ -223,7 +247,7 @@ def test_flipped_bytes_are_refused_or_harmless(models: Models, tmp_path: Path) -
     for index in range(60):
         damaged = bytearray(data)
         for _ in range(rng.randint(1, 3)):
-            # Most of the header is vocabulary; half of the damage goes to the keys before it.
+            # Most of the header is the vocabulary. Every second file is damaged in the keys before it.
             at = rng.randrange(4, 1200 if index % 2 else header_size)
             damaged[at] ^= 1 << rng.randrange(8)
         path = tmp_path / f"{index}.gguf"
@@ -238,7 +262,7 @@ def test_flipped_bytes_are_refused_or_harmless(models: Models, tmp_path: Path) -
     assert n_refused > 10
 
 
-def test_weights_that_are_no_numbers_are_refused(models: Models, tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_refused(models: Models, tmp_path: Path) -> None:
     data = bytearray(models("llama").read_bytes())
     tensor = next(tensor for tensor in check_gguf(models("llama")).tensors if tensor.name == "output_norm.weight")
     data[tensor.offset : tensor.offset + 4] = struct.pack("<f", math.nan)

@@ -1,4 +1,4 @@
-"""Everything known to abort, hang or corrupt llama.cpp, sent through the shim: an error, and the context works on."""
+"""Calls that are known to abort, hang or corrupt llama.cpp. The shim turns each into an error, and works on."""
 
 from __future__ import annotations
 
@@ -6,69 +6,32 @@ import math
 import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.llama.running import GREEDY, Running, tokens_of
+from tests.llama.running import GREEDY, Running
+from tests.llama.shim import Shim
 from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.errors import InvalidRequest, LoadError, NativeError
 from trio_runner.llama import Context, Model
-from trio_runner.llama.library import ABI, LIBRARY_DIRECTORY, last_error, native
+from trio_runner.llama.library import ABI, LIBRARY_DIRECTORY, last_error
 
 Models = Callable[[str], Path]
 
 
-class Shim:
-    """The raw functions, on the context of a tiny model."""
-
-    def __init__(self, path: Path) -> None:
-        loaded = native()
-        self.ffi, self.lib = loaded.ffi, loaded.lib
-        self.running = Running(path)
-        self.model = self.running.model.handle
-        self.context = self.running.context.handle
-        self.kept: list[Any] = []  # what structures point to: cffi frees it with the last Python reference
-        self.expected = tokens_of(self.running.generate("the model"))
-
-    def check_alive(self) -> None:
-        assert tokens_of(self.running.generate("the model")) == self.expected
-
-    def refused(self, function: str, *arguments: object) -> None:
-        assert getattr(self.lib, function)(*arguments) == self.lib.TRIO_E_INVALID, function
-        assert last_error()
-
-    def batch(self, *, embeddings: int = 0, n_rows: int | None = None, **arrays: Any) -> Any:
-        values = {"tokens": [5], "positions": [0], "seqs": [0], "outputs": [1]} | arrays
-        fields = {
-            name: self.ffi.NULL
-            if value is None
-            else self.ffi.new("int8_t[]" if name == "outputs" else "int32_t[]", value)
-            for name, value in values.items()
-        }
-        rows = len(values["tokens"] or [0]) if n_rows is None else n_rows
-        self.kept += fields.values()
-        return self.ffi.new("trio_batch *", {**fields, "n_rows": rows, "embeddings": embeddings})
-
-    def request(self, rows: list[int], samplers: list[Any]) -> tuple[Any, Any]:
-        ffi = self.ffi
-        rows_, samplers_ = ffi.new("int32_t[]", rows), ffi.new("trio_sampler *[]", samplers)
-        sampled, pieces = ffi.new("trio_sampled[]", len(rows)), ffi.new("char[]", 512)
-        self.kept += [rows_, samplers_, sampled, pieces]
-        request = ffi.new("trio_sample_request *", {"n_samples": len(rows), "rows": rows_, "samplers": samplers_})
-        result = ffi.new("trio_sample_result *", {"sampled": sampled, "pieces": pieces, "pieces_size": 512})
-        return request, result
-
-
 @pytest.fixture
-def shim(models: Models) -> Shim:
-    return Shim(models("llama"))
+def shim(models: Models) -> Iterator[Shim]:
+    """The shim on a context that must generate the same text before and after the test."""
+    shim = Shim(Running(models("llama")))
+    expected = shim.text()
+    yield shim
+    assert shim.text() == expected
 
 
 @pytest.mark.parametrize(
@@ -97,20 +60,19 @@ def shim(models: Models) -> Shim:
         {"tokens": [5, 5], "positions": [1, 0], "seqs": [0, 0], "outputs": [0, 1]},
     ],
 )
-def test_batches(shim: Shim, arrays: dict[str, Any]) -> None:
+def test_wrong_batches_are_refused(shim: Shim, arrays: dict[str, Any]) -> None:
     assert shim.running.context.apply(Trim(0, 0))
     shim.refused("trio_step", shim.context, shim.batch(**arrays), shim.ffi.NULL, shim.ffi.NULL)
-    shim.check_alive()
 
 
-def test_sample_requests(shim: Shim, models: Models) -> None:
+def test_wrong_sample_requests_are_refused(shim: Shim, models: Models) -> None:
     ffi = shim.ffi
     assert shim.running.context.apply(Trim(0, 0))
     sampler = shim.running.sampler().handle
     foreign = Running(models("chain")).sampler().handle
     two = shim.batch(tokens=[5, 6], positions=[0, 1], seqs=[0, 0], outputs=[0, 1])
     for rows, samplers in (
-        ([0], [sampler]),  # no output there
+        ([0], [sampler]),  # the row has no output
         ([2], [sampler]),
         ([-1], [sampler]),
         ([1], [ffi.NULL]),
@@ -125,10 +87,9 @@ def test_sample_requests(shim: Shim, models: Models) -> None:
     shim.refused("trio_step", shim.context, vectors, request, result)
     top = shim.running.sampler(replace(GREEDY, logprobs=5)).handle
     shim.refused("trio_step", shim.context, two, *shim.request([1], [top]))
-    shim.check_alive()
 
 
-def test_memory(shim: Shim) -> None:
+def test_wrong_edits_of_the_memory_are_refused(shim: Shim) -> None:
     for seq in (-1, 6, 300, 2**31 - 1, -(2**31)):
         shim.refused("trio_seq_remove", shim.context, seq, 0, -1)
         shim.refused("trio_seq_copy", shim.context, seq, 0, 0, -1)
@@ -144,11 +105,10 @@ def test_memory(shim: Shim) -> None:
     shim.refused("trio_seq_add", shim.context, 0, 2, 10, 2**31 - 1)
     shim.refused("trio_seq_add", shim.context, 0, 2, 10, -(2**31))
     shim.refused("trio_seq_range", shim.context, 0, shim.ffi.NULL, shim.ffi.NULL)
-    shim.check_alive()
 
 
 @pytest.mark.parametrize("name", ["mrope", "bert"])
-def test_renumbering_where_it_is_impossible(models: Models, name: str) -> None:
+def test_positions_cannot_be_renumbered_without_support(models: Models, name: str) -> None:
     running = Running(models(name))
     with pytest.raises(NativeError):
         running.context.apply(Slide(0, 2, 4, -1))
@@ -159,15 +119,15 @@ def test_renumbering_where_it_is_impossible(models: Models, name: str) -> None:
         assert running.context.length(0) == 0
 
 
-def test_positions_beyond_a_trained_table(models: Models) -> None:
+def test_positions_beyond_a_table_are_refused(models: Models) -> None:
     running = Running(models("bert"), context_length=4096, batch_size=600)
-    assert running.limits.n_ctx == 512
+    assert running.capabilities.n_ctx == 512
     assert running.step(Chunk(0, 0, 512, (5,), True), embeddings=True).outcome is DecodeOutcome.INVALID
     assert running.step(Chunk(0, 0, 0, (5,) * 513, True), embeddings=True).outcome is DecodeOutcome.INVALID
     assert running.step(Chunk(0, 0, 0, (5,) * 512, True), embeddings=True).outcome is DecodeOutcome.OK
 
 
-def test_vocabulary(shim: Shim) -> None:
+def test_tokens_outside_the_vocabulary_are_refused(shim: Shim) -> None:
     ffi, buffer = shim.ffi, shim.ffi.new("char[]", 64)
     tokens = ffi.new("int32_t[]", 64)
     for token in (-1, 2**30, 2**31 - 1, shim.running.model.info.n_vocab):
@@ -185,7 +145,6 @@ def test_vocabulary(shim: Shim) -> None:
     beyond_unicode = b"\xf4\x90\x80\x80"
     assert shim.lib.trio_tokenize(shim.model, beyond_unicode, 4, 1, 1, tokens, 64) == shim.lib.TRIO_E_NATIVE
     assert "codepoint" in last_error()
-    shim.check_alive()
 
 
 def test_every_pointer_may_be_null(shim: Shim) -> None:
@@ -213,19 +172,17 @@ def test_every_pointer_may_be_null(shim: Shim) -> None:
     shim.lib.trio_abort(null, 1)
     for free in ("trio_model_free", "trio_context_free", "trio_sampler_free", "trio_adapter_free", "trio_load_free"):
         getattr(shim.lib, free)(null)
-    shim.check_alive()
 
 
-def test_vectors_that_are_not_there(shim: Shim) -> None:
+def test_missing_embeddings_are_refused(shim: Shim) -> None:
     values = shim.ffi.new("float[]", 64)
-    shim.refused("trio_embedding", shim.context, 0, 0, values, 64)  # the last step was for text
+    shim.refused("trio_embedding", shim.context, 0, 0, values, 64)  # the last step generated text
     assert shim.running.context.apply(Trim(0, 0))
     step = shim.running.step(Chunk(0, 0, 0, (5, 6), True), embeddings=True)
     assert step.outcome is DecodeOutcome.OK
     for seq in (-1, 1, 7):
         shim.refused("trio_embedding", shim.context, seq, 0, values, 64)
     assert shim.lib.trio_embedding(shim.context, 0, 1, values, 64) == 64
-    shim.check_alive()
 
 
 @pytest.mark.parametrize(
@@ -255,18 +212,17 @@ def test_vectors_that_are_not_there(shim: Shim) -> None:
         {"rope_freq_base": math.inf},
     ],
 )
-def test_context_parameters(shim: Shim, change: dict[str, Any]) -> None:
+def test_wrong_context_parameters_are_refused(shim: Shim, change: dict[str, Any]) -> None:
     params = {"n_ctx": 256, "n_batch": 64, "n_ubatch": 64, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}
     params |= {"flash_attention": -1, "type_k": 1, "type_v": 1, "pooling_type": -1, "offload_kqv": 1, "swa_full": 1}
     out = shim.ffi.new("trio_context **")
     shim.refused("trio_context_open", shim.model, shim.ffi.new("trio_context_params *", params | change), out)
     assert out[0] == shim.ffi.NULL
-    shim.check_alive()
 
 
 @pytest.mark.parametrize("change", [{"swa_full": 0}, {"n_seq_max": 129, "n_batch": 129, "n_ubatch": 129}])
-def test_windows_that_forget_are_not_cut(models: Models, change: dict[str, int]) -> None:
-    shim = Shim(models("swa"))
+def test_a_slot_whose_window_forgets_is_not_trimmed(models: Models, change: dict[str, int]) -> None:
+    shim = Shim(Running(models("swa")))
     ffi, lib = shim.ffi, shim.lib
     params = {"n_ctx": 256, "n_batch": 64, "n_ubatch": 64, "n_seq_max": 2, "n_threads": 1, "n_threads_batch": 1}
     params |= {"flash_attention": -1, "type_k": 1, "type_v": 1, "pooling_type": -1, "swa_full": 1} | change
@@ -309,14 +265,13 @@ def test_windows_that_forget_are_not_cut(models: Models, change: dict[str, int])
         {"n_top": -2},
     ],
 )
-def test_sampler_parameters(shim: Shim, change: dict[str, Any]) -> None:
+def test_wrong_sampler_parameters_are_refused(shim: Shim, change: dict[str, Any]) -> None:
     params = {"temperature": 1.0, "repeat_penalty": 1.0, "dry_base": 1.75, "n_top": -1}
     out = shim.ffi.new("trio_sampler **")
     shim.refused("trio_sampler_open", shim.model, shim.ffi.new("trio_sampler_params *", params | change), out)
-    shim.check_alive()
 
 
-def test_huge_windows_cost_nothing(shim: Shim) -> None:
+def test_huge_penalty_windows_cost_nothing(shim: Shim) -> None:
     params = {"temperature": 0.0, "repeat_penalty": 1.5, "repeat_last_n": 2**31 - 1, "n_top": -1}
     params |= {"dry_multiplier": 1.0, "dry_base": 1.75, "dry_penalty_last_n": 2**31 - 1, "dry_allowed_length": 2}
     out = shim.ffi.new("trio_sampler **")
@@ -324,9 +279,8 @@ def test_huge_windows_cost_nothing(shim: Shim) -> None:
     shim.lib.trio_sampler_free(out[0])
 
 
-def test_asserts_of_llama_cpp_are_errors(models: Models, tmp_path: Path) -> None:
-    """Past the check of the header, which would refuse these files, straight into asserts of llama.cpp and ggml."""
-    shim = Shim(models("llama"))
+def test_asserts_of_llama_cpp_are_errors(shim: Shim, models: Models, tmp_path: Path) -> None:
+    """The header check would refuse these files. Without it they run into asserts of llama.cpp and ggml."""
     data = models("llama").read_bytes()
     epsilon = b"llama.attention.layer_norm_rms_epsilon" + struct.pack("<I", 6)
     token_a, token_b = struct.pack("<Q", 1) + b"A", struct.pack("<Q", 1) + b"B"
@@ -343,55 +297,10 @@ def test_asserts_of_llama_cpp_are_errors(models: Models, tmp_path: Path) -> None
     assert error.value.path == str(path)
     assert isinstance(error.value.__cause__, NativeError)
     assert error.value.__cause__.code == shim.lib.TRIO_E_ASSERT
-    shim.check_alive()
 
 
-def test_long_text_does_not_exhaust_the_stack(models: Models) -> None:
-    model = Running(models("llama")).model
-    result: list[int] = []
-
-    def tokenize() -> None:
-        result.append(len(model.tokenize("A" * 300_000, add_special=True, parse_special=True)))
-
-    threading.stack_size(256 * 1024)
-    try:
-        thread = threading.Thread(target=tokenize)
-        thread.start()
-    finally:
-        threading.stack_size(0)
-    thread.join()
-    assert result == [300_000]
-
-
-def test_text_of_special_tokens_is_refused_when_it_would_take_for_ever(models: Models) -> None:
-    model = Running(models("llama")).model
-    text = "<|im_end|>" * 20_000
-    with pytest.raises(InvalidRequest, match="special tokens"):
-        model.tokenize(text, add_special=True, parse_special=True)
-    assert model.tokenize(text[:10_000], add_special=False, parse_special=True) == [2] * 1000
-    assert len(model.tokenize(text, add_special=False, parse_special=False)) > 100_000
-
-
-def test_text_must_be_unicode_and_bounded(models: Models) -> None:
-    model = Running(models("llama")).model
-    with pytest.raises(InvalidRequest) as surrogate:
-        model.tokenize("\ud800", add_special=True, parse_special=True)
-    assert surrogate.value.param == "prompt"
-    with pytest.raises(InvalidRequest):
-        model.tokenize("a" * (5 << 20), add_special=True, parse_special=True)
-
-
-@pytest.mark.parametrize("name", ["llama", "spm"])
-@pytest.mark.parametrize("text", ["", " ", "hello world", "na\u00efve \u4f60\u597d \U0001f642\n\ttab", "a\0b"])
-def test_text_survives_the_vocabulary(models: Models, name: str, text: str) -> None:
-    model = Running(models(name)).model
-    tokens = model.tokenize(text, add_special=False, parse_special=False)
-    again = b"".join(model.piece(token) for token in tokens).decode()
-    assert again == (f" {text}" if name == "spm" and text else text)  # SentencePiece begins every text with a space
-
-
-def test_library_can_be_used_from_any_language(models: Models) -> None:
-    """In a process of its own: ctypes, the header's declarations, and nothing of this package."""
+def test_the_library_can_be_used_without_this_package(models: Models) -> None:
+    """A process of its own uses ctypes and the declarations of the header, and nothing of this package."""
     program = f"""
 import ctypes
 lib = ctypes.CDLL({str(LIBRARY_DIRECTORY / "libtrio_llama.so")!r})

@@ -76,7 +76,7 @@ def test_native_load_of_a_projector_stops_when_cancelled(models: Models) -> None
 
 
 def test_watcher_cancels_a_load_that_runs(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The load waits, as a long one would, until the watching thread has seen the cancellation."""
+    """The load waits until the watching thread has seen the cancellation, as a long load would."""
     monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.001)
     cancelled_native = threading.Event()
 
@@ -114,7 +114,7 @@ def test_errors_name_the_file(models: Models, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"), [("lora", "an adapter, not a model"), ("mmproj", "projector .*, not a model")]
 )
-def test_what_is_no_model_is_called_what_it_is(models: Models, name: str, words: str) -> None:
+def test_adapters_and_projectors_are_refused_as_models(models: Models, name: str, words: str) -> None:
     with pytest.raises(LoadError, match=words) as error:
         load(LlamaLoader(ModelConfig(path=str(models(name)))))
     assert error.value.path == str(models(name))
@@ -128,20 +128,20 @@ def test_what_is_no_model_is_called_what_it_is(models: Models, name: str, words:
         ("mmproj-wide", "n_embd = 64.*n_embd = 128"),
     ],
 )
-def test_what_is_no_projector_of_this_model_is_refused(models: Models, name: str, words: str) -> None:
+def test_other_files_are_refused_as_projectors(models: Models, name: str, words: str) -> None:
     path = str(models(name))
     with pytest.raises(LoadError, match=words) as error:
         load(LlamaLoader(ModelConfig(path=str(models("llama")), projector=path)))
     assert error.value.path == path
 
 
-def test_model_that_takes_tokens_only_has_no_projector(models: Models) -> None:
+def test_a_model_that_takes_tokens_only_has_no_projector(models: Models) -> None:
     config = ModelConfig(path=str(models("bert")), projector=str(models("mmproj")))
     with pytest.raises(LoadError, match="tokens only"):
         load(LlamaLoader(config))
 
 
-def test_progress_is_that_of_all_files(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_covers_all_files(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.001)
     adapters = (AdapterConfig(str(models("lora")), name="one"), AdapterConfig(str(models("lora")), 0.0, name="other"))
     seen: list[float] = []
@@ -165,24 +165,24 @@ def renamed(models: Models, tmp_path: Path) -> str:
     return str(path)
 
 
-def test_native_errors_of_a_load_come_with_llama_cpps_words(renamed: str) -> None:
+def test_errors_of_a_load_contain_llama_cpps_message(renamed: str) -> None:
     with pytest.raises(LoadError, match=r"blk\.0\.attn_norm\.weight"):
         load(LlamaLoader(ModelConfig(path=renamed)))
 
 
-def test_log_goes_to_the_logger(renamed: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_native_log_goes_to_the_logger(renamed: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger.name), pytest.raises(LoadError):
         load(LlamaLoader(ModelConfig(path=renamed)))
     drain_log()
     assert any(record.name == logger.name for record in caplog.records)
 
 
-def test_library_knows_the_machine() -> None:
+def test_the_library_finds_the_cpu() -> None:
     assert any(device.kind == "CPU" for device in devices())
     assert "CPU" in system_info()
 
 
-def test_codes_become_errors() -> None:
+def test_error_codes_become_exceptions() -> None:
     assert check("anything", 3) == 3
     with pytest.raises(NativeError) as error:
         check("trio_seq_remove", native().lib.trio_seq_remove(native().ffi.NULL, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""Projector files that mtmd would end the process over: each is a `LoadError`."""
+"""Projector files on which mtmd would end the process: each is refused with a `LoadError`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from tests.llama.test_projector import PAIRS
+from tests.llama.pictures import PAIRS
 from trio_runner.llama.gguf import check_gguf
 from trio_runner.llama.mmproj import problem_of
 
@@ -26,7 +26,7 @@ def without(tensor: str) -> Change:
 
 
 def replaced(old: str, new: str) -> Change:
-    """Bytes of the header, as many as there were."""
+    """Replaces bytes of the header by as many others."""
 
     def change(data: bytes) -> bytes:
         assert len(old) == len(new)
@@ -37,7 +37,7 @@ def replaced(old: str, new: str) -> Change:
 
 
 def tensor_info(data: bytes, tensor: str) -> tuple[int, int]:
-    """Where its sizes begin, and how many there are."""
+    """The offset of the sizes of a tensor, and the number of them."""
     begin = data.index(struct.pack("<Q", len(tensor)) + tensor.encode()) + 8 + len(tensor)
     return begin + 4, int(struct.unpack_from("<I", data, begin)[0])
 
@@ -68,14 +68,14 @@ def number(key: str, value: int | float) -> Change:
 
 
 def kind(old: str, new: str) -> Change:
-    """Another type of projector, with the tensors of the old one."""
+    """Another type of projector with the same tensors."""
 
     def change(data: bytes) -> bytes:
         key = b"clip.projector_type"
         at = data.index(key) + len(key) + 4
         assert data[at + 8 : at + 8 + len(old)] == old.encode()
         padded = data[:at] + struct.pack("<Q", len(new)) + new.encode() + data[at + 8 + len(old) :]
-        # What follows the header is aligned to 32 bytes: the name takes up the difference.
+        # The data after the header is aligned to 32 bytes, so the name of the model makes up for the difference.
         name = b"general.name"
         begin = padded.index(name) + len(name) + 4
         length = int(struct.unpack_from("<Q", padded, begin)[0])
@@ -146,13 +146,13 @@ HOSTILE: Final[dict[str, tuple[tuple[str, Change], ...]]] = {
         ("narrow projection", of_size("mm.model.fc.weight", 0, 128)),
     ),
 }
-"""Changes of each model's projector."""
+"""Hostile changes to the projector of each model."""
 
 PROGRAM: Final = """
 import sys
 from trio_runner.config import ModelConfig
 from trio_runner.errors import LoadError
-from trio_runner.images import Pixels
+from trio_runner.pixels import Pixels
 from trio_runner.llama import Model, Projector
 
 model = Model(ModelConfig(path=sys.argv[1]))
@@ -169,14 +169,14 @@ for path in sys.argv[2:]:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files(models: Models, tmp_path: Path, name: str) -> None:
+def test_hostile_projectors_are_refused(models: Models, tmp_path: Path, name: str) -> None:
     good = models(PAIRS[name])
     paths = []
     for what, change in HOSTILE[name]:
         paths.append(tmp_path / f"{what}.gguf")
         paths[-1].write_bytes(change(good.read_bytes()))
         assert paths[-1].read_bytes() != good.read_bytes()
-        check_gguf(paths[-1])  # well-formed: it is not that which is refused
+        check_gguf(paths[-1])  # the header as such is well-formed
     command = [sys.executable, "-c", PROGRAM, str(models(name)), *map(str, paths), str(good)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     said = done.stdout.splitlines()
@@ -184,7 +184,7 @@ def test_hostile_files(models: Models, tmp_path: Path, name: str) -> None:
     assert done.returncode == 0
 
 
-def test_good_files_have_no_problem(models: Models) -> None:
+def test_sound_projectors_pass(models: Models) -> None:
     data = Path(__file__).resolve().parents[1] / "data" / "mmproj-shapes.gguf"
     for path in (*map(models, PAIRS.values()), data):
         assert problem_of(check_gguf(path)) is None

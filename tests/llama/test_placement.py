@@ -1,5 +1,7 @@
-"""Which layers a loader puts where, and what it does when a device has less room than it said. The devices are made up,
-and so is what becomes of a load, except where the CPU takes everything."""
+"""How many layers a loader puts on which devices, and what it does when a device has less room than it reported.
+
+The devices and the results of loads are made up, except where the CPU takes everything.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig
-from trio_runner.core.placement import Device, MemoryUse
-from trio_runner.engine.runtime import Runtime
+from trio_runner.core.ports import Runtime
 from trio_runner.errors import EngineClosed, LoadError, NativeError
+from trio_runner.info import Device, MemoryUse
 from trio_runner.llama import LlamaLoader
 from trio_runner.llama import loader as loader_module
 
 Models = Callable[[str], Path]
 
-N_LAYERS = 7  # of "swa", with the one that makes logits
+N_LAYERS = 7  # of "swa", with the layer that makes logits
 GIB = 1 << 30
 SMALL = EngineConfig(slots=1, context_length=64, batch_size=16, threads=1)
 
@@ -31,14 +33,14 @@ def device(number: int, name: str, *, free: int = 4 * GIB, total: int = 8 * GIB)
 
 
 class Machine:
-    """What a machine has, and what becomes of a load. Each layer takes 1 GiB unless told otherwise."""
+    """The devices of a machine, and the results of loads. Each layer takes 1 GiB unless a test changes that."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, *devices: Device) -> None:
         self.path = path
         self.devices = (*devices, Device(len(devices), "CPU", "", "CPU", "CPU", GIB, GIB))
         self.per_layer = GIB
         self.most: dict[type, int] = {}
-        """From how many layers on it fails to make something of the type."""
+        """Number of layers from which on creating an object of the type fails."""
         self.failure: Exception = LoadError("there is no memory left")
         self.loads: list[tuple[int, tuple[int, ...]]] = []
         self.measured: list[int] = []
@@ -106,7 +108,7 @@ class Machine:
 
 
 class Measure:
-    """What fails is the measuring."""
+    """Raised where measuring fails."""
 
 
 @pytest.fixture
@@ -117,8 +119,8 @@ def machine(models: Models, monkeypatch: pytest.MonkeyPatch) -> Machine:
 @pytest.mark.parametrize(
     ("wanted", "n_layers"), [(-1, N_LAYERS), (0, 0), (1, 1), (5, 5), (N_LAYERS, N_LAYERS), (99, N_LAYERS)]
 )
-def test_so_many_layers_as_were_asked_for(machine: Machine, wanted: int, n_layers: int) -> None:
-    """Whether they fit or not; nothing is measured."""
+def test_as_many_layers_as_were_asked_for(machine: Machine, wanted: int, n_layers: int) -> None:
+    """Whether they fit or not. Nothing is measured."""
     machine.per_layer = 100 * GIB
     assert machine.layers(gpu_layers=wanted) == n_layers
     assert machine.loads == [(n_layers, (0,) if n_layers else ())]
@@ -127,7 +129,7 @@ def test_so_many_layers_as_were_asked_for(machine: Machine, wanted: int, n_layer
 
 @pytest.mark.parametrize(("free", "n_layers"), [(8, 7), (7.99, 6), (4, 3), (2, 1), (1.99, 0), (0.5, 0)])
 def test_as_many_layers_as_fit(machine: Machine, free: float, n_layers: int) -> None:
-    """Beside a margin of 1 GiB."""
+    """A margin of 1 GiB stays free."""
     machine.devices = (device(0, "Gpu0", free=int(free * GIB), total=8 * GIB), *machine.devices[1:])
     assert machine.layers() == n_layers
     assert [n for n, _ in machine.loads] == [n_layers]
@@ -137,19 +139,19 @@ def test_a_file_beside_the_model_needs_room_too(machine: Machine, models: Models
     machine.devices = (device(0, "Gpu0", free=8 * GIB, total=8 * GIB), *machine.devices[1:])
     adapter = tmp_path / "large.gguf"
     with adapter.open("wb") as file:
-        file.truncate(2 * GIB)  # takes none of the disk
+        file.truncate(2 * GIB)  # a sparse file
     machine.model.adapter = lambda *_: None  # type: ignore[attr-defined]
     assert machine.layers(adapters=(AdapterConfig(str(adapter)),)) == 5
 
 
-def test_who_says_nothing_of_its_memory_gets_everything(machine: Machine) -> None:
+def test_a_device_of_unknown_memory_gets_everything(machine: Machine) -> None:
     machine.devices = (device(0, "Gpu0", free=0, total=0), *machine.devices[1:])
     assert machine.layers() == N_LAYERS
 
 
 @pytest.mark.parametrize("kind", ["model", "context"])
 @pytest.mark.parametrize("failure", [LoadError("no memory"), NativeError("trio_context_open", -2, "no memory")])
-def test_fewer_layers_are_tried_where_those_that_should_fit_do_not(
+def test_fewer_layers_are_tried_if_those_that_should_fit_do_not(
     machine: Machine, caplog: pytest.LogCaptureFixture, kind: str, failure: Exception
 ) -> None:
     machine.per_layer = 1
@@ -164,7 +166,7 @@ def test_fewer_layers_are_tried_where_those_that_should_fit_do_not(
     assert all("Gpu0" in line and "no memory" in line for line in warnings)
 
 
-def test_at_last_the_cpu_takes_everything(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+def test_in_the_end_the_cpu_takes_everything(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     machine.per_layer = 1
     machine.most[machine.context] = 0
     assert machine.layers() == 0
@@ -172,7 +174,7 @@ def test_at_last_the_cpu_takes_everything(machine: Machine, caplog: pytest.LogCa
     assert any("Gpu0" in record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
 
 
-def test_when_the_cpu_cannot_either_it_is_an_error(machine: Machine) -> None:
+def test_if_the_cpu_fails_too_it_is_an_error(machine: Machine) -> None:
     machine.per_layer = 1
     machine.most[machine.context] = -1
     with pytest.raises(LoadError, match="no memory left"):
@@ -181,7 +183,7 @@ def test_when_the_cpu_cannot_either_it_is_an_error(machine: Machine) -> None:
 
 @pytest.mark.parametrize("kind", ["model", "context"])
 @pytest.mark.parametrize("wanted", [-1, 4])
-def test_so_many_layers_or_an_error(machine: Machine, kind: str, wanted: int) -> None:
+def test_a_fixed_number_of_layers_loads_or_is_an_error(machine: Machine, kind: str, wanted: int) -> None:
     machine.most[getattr(machine, kind)] = 3
     with pytest.raises(LoadError, match=r"with [47] layers on Gpu0: there is no memory left") as error:
         machine.load(gpu_layers=wanted)
@@ -189,13 +191,13 @@ def test_so_many_layers_or_an_error(machine: Machine, kind: str, wanted: int) ->
     assert len(machine.loads) == 1
 
 
-def test_what_cannot_be_measured_is_tried(machine: Machine) -> None:
+def test_a_model_that_cannot_be_measured_is_tried(machine: Machine) -> None:
     machine.most |= {Measure: 0, machine.context: 5}
     assert machine.layers() == 5
     assert [n for n, _ in machine.loads] == [7, 6, 5]
 
 
-def test_who_cancels_does_not_wait_for_the_next_attempt(machine: Machine) -> None:
+def test_a_cancelled_load_does_not_try_again(machine: Machine) -> None:
     machine.per_layer = 1
     machine.most[machine.context] = 0
     with pytest.raises(EngineClosed):
@@ -204,8 +206,8 @@ def test_who_cancels_does_not_wait_for_the_next_attempt(machine: Machine) -> Non
 
 
 @given(most_model=st.integers(0, N_LAYERS), most_context=st.integers(0, N_LAYERS), free=st.floats(0, 20))
-def test_wherever_it_fails_it_loads(most_model: int, most_context: int, free: float) -> None:
-    """Never more than can be had, and all that can, to within a quarter."""
+def test_it_loads_wherever_it_fails_first(most_model: int, most_context: int, free: float) -> None:
+    """The loader never uses more layers than load, and at least three quarters of them."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         machine = Machine(monkeypatch, _path, device(0, "Gpu0", free=int(free * GIB), total=20 * GIB))
         machine.most |= {machine.model: most_model, machine.context: most_context}
@@ -265,14 +267,14 @@ def test_devices_are_chosen(pair: Machine, fields: dict[str, Any], numbers: tupl
         ({"tensor_split": (1.0, 1.0, 1.0)}, "tensor_split has 3 parts for 2 devices"),
     ],
 )
-def test_devices_that_cannot_be_had(pair: Machine, fields: dict[str, Any], words: str) -> None:
+def test_devices_that_cannot_be_used_are_refused(pair: Machine, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(LoadError) as error:
         pair.load(**fields)
     assert str(error.value) == words
     assert pair.loads == []
 
 
-def test_with_nothing_on_devices_no_device_is_looked_for(pair: Machine) -> None:
+def test_without_layers_on_devices_no_device_is_looked_for(pair: Machine) -> None:
     assert pair.layers(gpu_layers=0, devices=("nowhere",)) == 0
 
 

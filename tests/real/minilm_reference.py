@@ -1,9 +1,9 @@
-"""What all-MiniLM-L6-v2 makes of twenty sentences, according to its reference implementation.
+"""The embeddings of twenty sentences by the reference implementation of all-MiniLM-L6-v2.
 
     pip install sentence-transformers
-    python -m tests.real.minilm_reference     # writes the vectors anew, to tests/data/minilm.npy
+    python -m tests.real.minilm_reference     # writes the vectors to tests/data/minilm.npy
 
-The tests have only the vectors: the implementation wants torch.
+The tests use only these vectors, because the implementation needs torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.real.minilm import FOLDER, MINILM
 from trio_runner.models import download_wheel
 
 VECTORS: Final = Path(__file__).parents[1] / "data" / "minilm.npy"
-"""A normalised vector of float32 for each sentence."""
+"""The file of the vectors: one normalised vector of float32 for each sentence."""
 
 SENTENCES: Final = (
     "cat",
@@ -56,11 +56,13 @@ SENTENCES: Final = (
 
 
 def reference() -> NDArray[np.float32]:
+    """The vectors, shape (sentences, elements)."""
     vectors: NDArray[np.float32] = np.load(VECTORS)
     return vectors
 
 
 def main() -> None:
+    """Compute the vectors and write them."""
     from sentence_transformers import SentenceTransformer
 
     with tempfile.TemporaryDirectory() as scratch:

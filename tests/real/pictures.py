@@ -1,4 +1,4 @@
-"""Pictures of coloured shapes: what `mmproj-shapes.gguf` in tests/data has learnt to see."""
+"""Pictures of coloured shapes, which `mmproj-shapes.gguf` in tests/data was trained on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COLOURS: Final[dict[str, Colour]] = {
     "orange": (245, 140, 20),
     "purple": (140, 40, 170),
 }
-"""Of shapes and of backgrounds."""
+"""Colours of shapes and of backgrounds."""
 SHAPES: Final[tuple[Shape, ...]] = ("circle", "square", "triangle")
 
 
 def picture(colour: str, shape: Shape, background: str, *, width: int = 128, height: int = 128) -> bytes:
-    """A PNG file: "red", "circle", "white" is a red circle in the middle of a white background."""
+    """A PNG file. For "red", "circle", "white": a red circle in the middle of a white background."""
     middle = (width / 2, height / 2)
     image = draw(shape, COLOURS[colour], COLOURS[background], (width, height), middle, 0.4 * min(width, height))
     file = io.BytesIO()
@@ -44,8 +44,8 @@ def draw(
     *,
     turn: float = 0.0,
 ) -> Image.Image:
-    """A shape whose corners lie on a circle, turned clockwise by `turn` radians. All in pixels."""
-    scale = 2  # drawn larger, so that edges are smooth
+    """Draw a shape whose corners lie on a circle, turned clockwise by `turn` radians. Sizes are in pixels."""
+    scale = 2  # drawn larger and scaled down, so that edges are smooth
     image = Image.new("RGB", (scale * size[0], scale * size[1]), background)
     canvas = ImageDraw.Draw(image)
     x, y, radius = scale * middle[0], scale * middle[1], scale * radius

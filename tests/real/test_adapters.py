@@ -1,4 +1,4 @@
-"""An adapter of the default model: what it says with it and without, side by side, while it comes and goes."""
+"""An adapter of the default model: texts with it and without it, side by side, while it comes and goes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_an_adapter_changes_the_text_and_scale_0_does_not(server: Server) 
     assert await says(server) == bare
 
 
-async def test_files_that_are_no_adapters_are_refused(server: Server) -> None:
+async def test_other_files_are_refused_as_adapters(server: Server) -> None:
     bare = await says(server)
     for file in ("mmproj-shapes.gguf", "minilm.npy", "README.md", "nothing.gguf"):
         answer = await server.ask(post("/adapters", {"file": file}))

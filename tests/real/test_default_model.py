@@ -1,4 +1,4 @@
-"""The default model end to end: real weights, real sockets, a real client."""
+"""The default model from end to end: real weights, real sockets, a real client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def service(default_model: Path) -> AsyncIterator[Service]:
         yield service
 
 
-async def test_the_example_of_the_readme(service: Service) -> None:
+async def test_the_example_in_the_readme(service: Service) -> None:
     lines = await service.lines("/completion", prompt=FRANCE, n_predict=8, temperature=0)
     assert " Paris" in "".join(line["content"] for line in lines)
     assert [line["stop"] for line in lines] == [False] * (len(lines) - 1) + [True]
@@ -36,7 +36,7 @@ async def test_the_example_of_the_readme(service: Service) -> None:
     assert last["timings"]["prompt_n"] == len(await service.engine.tokenize(FRANCE))
 
 
-async def test_five_requests_on_four_slots(service: Service) -> None:
+async def test_five_requests_share_four_slots(service: Service) -> None:
     texts: dict[int, str] = {}
 
     async def ask(number: int) -> None:
@@ -49,7 +49,9 @@ async def test_five_requests_on_four_slots(service: Service) -> None:
     assert len(set(texts.values())) == 5
 
 
-async def test_a_client_that_leaves_during_prefill_frees_its_slot_and_keeps_what_was_decoded(service: Service) -> None:
+async def test_a_client_that_disconnects_during_prefill_frees_its_slot_but_not_its_rows(
+    service: Service,
+) -> None:
     engine = service.engine
     prompt = await engine.detokenize((await engine.tokenize(STORY * 60))[:900])
     client = await service.server.connect()
@@ -64,7 +66,7 @@ async def test_a_client_that_leaves_during_prefill_frees_its_slot_and_keeps_what
     assert retry.usage.cached_tokens >= 128
 
 
-async def test_a_client_that_leaves_while_text_streams_frees_its_slot(service: Service) -> None:
+async def test_a_client_that_disconnects_during_a_stream_frees_its_slot(service: Service) -> None:
     client = await service.server.connect()
     await client.stream.send_all(post("/completion", {"prompt": STORY, "temperature": 0}))
     await client.head()
@@ -89,16 +91,16 @@ async def test_a_deadline_ends_an_answer_in_time(service: Service) -> None:
     assert last["stopped_deadline"] is True
     assert last["timings"]["predicted_n"] > 0
     assert "".join(line["content"] for line in pieces)
-    # In the middle of its prompt there is no text yet.
+    # In the middle of a prompt there is no text yet.
     (last,) = await service.lines("/completion", prompt=STORY * 40, deadline=0.05)
     assert last["stopped_deadline"] is True
     assert last["timings"]["predicted_n"] == 0
     await until(lambda: service.engine.statistics().busy == 0)
 
 
-async def test_background_requests_stand_back_and_lose_nothing(default_model: Path) -> None:
+async def test_background_requests_give_way_and_lose_nothing(default_model: Path) -> None:
     async with serving(default_model, slots=1, context_length=512) as service:
-        # A text that no rounding changes: what is decoded anew, in wider batches, differs in the last digits.
+        # A text that rounding does not change. Rows that are decoded again in wider batches differ in the last digits.
         prompt = ", ".join(map(str, range(1, 31)))
         background = {"prompt": prompt, "n_predict": 60, "temperature": 0, "repeat_penalty": 1}
         background["priority"] = "background"
@@ -119,7 +121,7 @@ async def test_background_requests_stand_back_and_lose_nothing(default_model: Pa
                 assert n_done == 0
 
 
-async def test_statistics_while_everything_runs(service: Service) -> None:
+async def test_statistics_during_many_requests(service: Service) -> None:
     async with trio.open_nursery() as nursery:
         for number in range(6):
             nursery.start_soon(partial(service.complete, prompt=f"{STORY}{number}", n_predict=200))
@@ -129,13 +131,13 @@ async def test_statistics_while_everything_runs(service: Service) -> None:
         assert (statistics["running"], statistics["waiting"], statistics["generations"]) == (4, 2, 6)
         vector = (await service.server.ask(post("/embedding", {"content": FRANCE}))).json["embedding"]
         assert len(vector) == service.engine.info.n_embd
-        assert service.engine.statistics().generations == 6  # not one of them had to end for it
+        assert service.engine.statistics().generations == 6  # none of them had ended before
         nursery.cancel_scope.cancel()
     await until(lambda: service.engine.statistics().generations == 0)
 
 
-async def test_the_same_seed_gives_the_same_text_and_another_another(default_model: Path) -> None:
-    """In the same slot: elsewhere in the KV cache sums are taken in another order, and their last digits differ."""
+async def test_the_same_seed_gives_the_same_text_and_another_seed_does_not(default_model: Path) -> None:
+    """In the same slot: elsewhere in the KV cache, sums have another order, and their last digits differ."""
 
     def fields(seed: int) -> dict[str, object]:
         return {"prompt": STORY, "n_predict": 24, "seed": seed, "temperature": 1.0}
@@ -145,7 +147,7 @@ async def test_the_same_seed_gives_the_same_text_and_another_another(default_mod
     assert first == again != other
 
 
-async def test_every_sampler_runs(service: Service) -> None:
+async def test_every_sampler_works(service: Service) -> None:
     fields = {
         "prompt": STORY, "n_predict": 12, "seed": 1, "tfs_z": 0.9, "typical_p": 0.9, "min_p": 0.02, "top_n_sigma": 3.0,
         "xtc_probability": 0.5, "xtc_threshold": 0.05, "dry_multiplier": 0.8, "dynatemp_range": 0.3,
@@ -167,7 +169,7 @@ async def test_a_stop_string_cuts_the_text_wherever_the_tokens_end(service: Serv
         assert "stopped_limit" not in lines[-1]
 
 
-async def test_a_grammar_is_obeyed(service: Service) -> None:
+async def test_a_grammar_is_followed(service: Service) -> None:
     grammar = r'root ::= "{\"city\": \"" [A-Z] [a-z]{2,9} "\"}"'
     text = await service.complete(prompt=f"{FRANCE}\nJSON: ", n_predict=64, seed=3, temperature=1.5, grammar=grammar)
     assert re.fullmatch("[A-Z][a-z]{2,9}", json.loads(text)["city"])
@@ -176,12 +178,12 @@ async def test_a_grammar_is_obeyed(service: Service) -> None:
     assert b"grammar" in refused.body
 
 
-async def test_a_full_context_shifts_and_goes_on(default_model: Path) -> None:
+async def test_a_full_context_shifts_and_continues(default_model: Path) -> None:
     async with serving(default_model, slots=1, context_length=128) as service:
         endless = {"prompt": STORY, "n_predict": 200, "seed": 5, "logit_bias": [[0, False], [2, False]]}
         lines = await service.lines("/completion", **endless)
         assert lines[-1]["timings"]["predicted_n"] == 200
-        assert await service.complete(prompt=STORY * 20, n_predict=1)  # this dialect truncates
+        assert await service.complete(prompt=STORY * 20, n_predict=1)  # this dialect truncates long prompts
         async with service.engine.generate(STORY, shift=False, logit_bias=((0, -1e6), (2, -1e6))) as generation:
             *_, last = [event async for event in generation]
         assert isinstance(last, Finished)
@@ -190,7 +192,7 @@ async def test_a_full_context_shifts_and_goes_on(default_model: Path) -> None:
             await service.engine.generate(STORY * 20).start()
 
 
-async def test_logprobs_are_of_the_model_and_in_order(service: Service) -> None:
+async def test_logprobs_are_those_of_the_model_in_order(service: Service) -> None:
     lines = await service.lines("/completion", prompt=FRANCE, n_predict=4, temperature=0, n_probs=3, repeat_penalty=1)
     tokens = [token for line in lines for token in line.get("completion_probabilities", [])]
     assert len(tokens) == 4
@@ -201,13 +203,13 @@ async def test_logprobs_are_of_the_model_and_in_order(service: Service) -> None:
         assert token["logprob"] == top[0] == max(top) <= 0
 
 
-async def test_tokens_there_and_back(service: Service) -> None:
+async def test_a_text_survives_tokens_and_back(service: Service) -> None:
     text = "Grüße aus 東京 🙂, <b>bold</b>"
     [answer] = await service.lines("/tokenize", content=text)
     assert await service.lines("/detokenize", tokens=answer["tokens"]) == [{"content": text}]
 
 
-async def test_vectors_tell_meanings_apart_and_are_the_same_alone_and_in_company(service: Service) -> None:
+async def test_embeddings_differ_by_meaning_and_are_the_same_beside_others(service: Service) -> None:
     texts = ["one", STORY, "one", "two three"]
     vectors = await service.engine.embed(texts, normalize=True)
     assert vectors.shape == (4, service.engine.info.n_embd)
@@ -219,7 +221,7 @@ async def test_vectors_tell_meanings_apart_and_are_the_same_alone_and_in_company
     np.testing.assert_allclose(over_http / np.linalg.norm(over_http), vectors[0], atol=2e-3)
 
 
-async def test_a_forked_prefix_says_the_same_as_a_fresh_one(default_model: Path) -> None:
+async def test_a_copied_prefix_gives_the_same_text_as_a_new_one(default_model: Path) -> None:
     greedy = SamplingParams(temperature=0)
     with trio.fail_after(DEADLINE):
         async with open_engine(default_model, slots=2, context_length=512, threads=1) as engine:
@@ -240,13 +242,13 @@ async def test_a_forked_prefix_says_the_same_as_a_fresh_one(default_model: Path)
 
 @pytest.fixture
 def cut_off(default_model: Path, tmp_path: Path) -> Path:
-    """The first half of the default model."""
+    """A file with the first half of the default model."""
     path = tmp_path / "cut.gguf"
     path.write_bytes(default_model.read_bytes()[:50_000_000])
     return path
 
 
-async def test_a_model_file_that_was_cut_off_says_so(cut_off: Path) -> None:
+async def test_a_model_file_that_was_cut_off_is_refused(cut_off: Path) -> None:
     with trio.fail_after(DEADLINE), pytest.raises(LoadError, match="truncated"):
         async with open_engine(cut_off):
             pass

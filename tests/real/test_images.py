@@ -1,4 +1,4 @@
-"""The default model sees: a projector that was trained for it, pictures as files, real sockets."""
+"""Images for the default model: a projector that was trained for it, pictures as files, real sockets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def service(default_model: Path) -> AsyncIterator[Service]:
 
 
 def about(*images: bytes, **fields: Any) -> dict[str, Any]:
-    """The fields of a /completion that asks for what is to be seen."""
+    """The fields of a request that asks what is in the images."""
     tags = "".join(f"[img-{index}]" for index in range(len(images)))
     data = [{"id": index, "data": base64.b64encode(image).decode()} for index, image in enumerate(images)]
     asked = {"prompt": BEFORE + tags + AFTER, "image_data": data, "n_predict": 12, "cache_prompt": True}
@@ -37,7 +37,7 @@ def about(*images: bytes, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("colour", "shape", "background"), PICTURES)
-async def test_it_says_what_is_in_the_picture(service: Service, colour: str, shape: str, background: str) -> None:
+async def test_the_text_names_what_is_in_the_image(service: Service, colour: str, shape: str, background: str) -> None:
     image = picture(colour, shape, background)  # type: ignore[arg-type]  # one of its shapes
     said = await service.complete(**about(image))
     assert f"{colour} {shape} on a {background} background" in said
@@ -50,7 +50,7 @@ async def test_it_says_what_is_in_the_picture(service: Service, colour: str, sha
     assert engine.statistics().images_encoded == 1
 
 
-async def test_a_picture_is_encoded_once_and_then_in_the_prompt_cache(service: Service) -> None:
+async def test_an_image_is_encoded_once_and_then_in_the_prompt_cache(service: Service) -> None:
     red, blue = picture("red", "circle", "white"), picture("blue", "square", "yellow")
     first = await service.complete(**about(red))
     other = await service.complete(**about(blue))
@@ -64,7 +64,7 @@ async def test_a_picture_is_encoded_once_and_then_in_the_prompt_cache(service: S
     assert (statistics["images_encoded"], statistics["images_found"]) == (2, 3)
 
 
-async def test_hostile_images_disturb_nobody(service: Service) -> None:
+async def test_hostile_images_do_not_disturb_a_stream(service: Service) -> None:
     greedy = {"prompt": "Once upon a time", "n_predict": 60, "temperature": 0}
     alone = await service.complete(**greedy)
     hostile = list(hostile_images().items())

@@ -1,4 +1,4 @@
-"""A vocabulary of 49,152: many sequences are sampled by several threads at once."""
+"""Several threads sample many sequences at once, from a vocabulary of 49,152 tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.llama.running import Running
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.errors import InvalidGrammar
-from trio_runner.request import SamplingParams
+from trio_runner.sampling import SamplingParams
 
 N_SEQUENCES = 16
 DEAD_END = 5
@@ -16,7 +16,7 @@ PARAMS = SamplingParams(temperature=1.2, top_k=200, top_p=0.98, logprobs=3)
 
 
 def sampled(path: Path, threads: int) -> list[dict[int, Sampled]]:
-    """Three steps of sequences that differ in their first token and their seed."""
+    """Samples of three steps, of sequences that differ in their first token and their seed."""
     running = Running(path, slots=N_SEQUENCES, context_length=16, threads=threads, flash_attention="off")
     params = {uid: replace(PARAMS, seed=uid) for uid in range(N_SEQUENCES)}
     params[DEAD_END] = replace(PARAMS, grammar="root ::= <[99999999]>")
@@ -32,14 +32,14 @@ def sampled(path: Path, threads: int) -> list[dict[int, Sampled]]:
     return steps
 
 
-def test_threads_do_not_change_what_is_sampled(default_model: Path) -> None:
+def test_the_number_of_threads_does_not_change_the_samples(default_model: Path) -> None:
     alone, together = sampled(default_model, 1), sampled(default_model, 2)
     for one, many in zip(alone, together, strict=True):
         assert one.keys() == many.keys()
         for uid in one.keys() - {DEAD_END}:
             assert one[uid] == many[uid]
     assert len({one.token for one in alone[-1].values()}) > N_SEQUENCES // 2
-    # The failure of one is its own, on whichever thread.
+    # The failure of one sequence does not touch the others, whichever thread samples it.
     for steps in (alone, together):
         assert isinstance(steps[0][DEAD_END].error, InvalidGrammar)
         assert all(step.keys() == set(range(N_SEQUENCES)) - {DEAD_END} for step in steps[1:])

@@ -14,15 +14,17 @@ from trio_runner.llama.backends import plugins
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the file of a tiny model by its name."""
+    """Returns the file of a tiny model by its name."""
     directory = tmp_path_factory.mktemp("models")
     return lambda name: tiny_model(name, directory)
 
 
 @pytest.fixture(scope="session")
 def rpc_program() -> Path:
-    """The rpc-server that `build_llama.py --rpc-server` has built. Without it, tests are skipped, or fail where
-    TRIO_RUNNER_TEST_DEVICES says that there is one."""
+    """The rpc-server that `build_llama.py --rpc-server` has built.
+
+    Without it, tests are skipped. They fail if TRIO_RUNNER_TEST_DEVICES says that it must be there.
+    """
     lack, path = "", None
     try:
         path = build_llama.program_path(build_llama.where(), "rpc-server")
@@ -41,13 +43,13 @@ def rpc_program() -> Path:
 
 @pytest.fixture(scope="module")
 def servers(rpc_program: Path) -> Iterator[tuple[RpcServer, RpcServer]]:
-    """Two that no test does any harm."""
+    """Two rpc-servers that no test harms."""
     yield from _two(rpc_program)
 
 
 @pytest.fixture
 def doomed(rpc_program: Path) -> Iterator[tuple[RpcServer, RpcServer]]:
-    """Two of the test's own."""
+    """Two rpc-servers for one test, which may kill them."""
     yield from _two(rpc_program)
 
 

@@ -1,4 +1,4 @@
-"""A server between us and a real rpc-server that does as it is told with single answers."""
+"""A server between us and a real rpc-server, which changes single answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMMANDS: Final = (
     "graph_recompute",
     "memset_tensor",
 )
-"""Of upstream's protocol, by their numbers."""
+"""The commands of upstream's protocol; the position of each is its number."""
 SILENT: Final = {
     "free_buffer",
     "buffer_clear",
@@ -39,20 +39,19 @@ SILENT: Final = {
     "graph_recompute",
     "memset_tensor",
 }
-"""Those without an answer."""
+"""Commands without an answer."""
 
 Meddle: TypeAlias = Callable[[bytes, int], bytes | None]
-"""What to send instead of an answer, and which one it is, from 0; None hangs up."""
+"""Gets an answer and its number, counted from 0. Returns what to send instead, or None to close the connection."""
 
 
 def framed(*numbers: int) -> bytes:
-    """An answer of 64-bit numbers."""
+    """An answer that consists of 64-bit numbers."""
     return struct.pack(f"<Q{len(numbers)}Q", 8 * len(numbers), *numbers)
 
 
 class Meddler:
-    """Passes on what a client and the rpc-server at `port` say to one another, but the answers to `command` as `meddle`
-    has them."""
+    """Passes bytes between a client and the rpc-server at `port`. `meddle` changes the answers to `command`."""
 
     def __init__(self, port: int, command: str, meddle: Meddle) -> None:
         self._target = port
@@ -73,7 +72,7 @@ class Meddler:
         self._thread.join()
 
     def _serve(self) -> None:
-        with suppress(OSError), self._listener:  # until that is closed, or the server is gone
+        with suppress(OSError), self._listener:  # until the listener is closed or the server is gone
             while True:
                 client, _ = self._listener.accept()
                 with client, socket.create_connection(("127.0.0.1", self._target)) as server:

@@ -1,4 +1,4 @@
-"""rpc-servers of llama.cpp on loopback."""
+"""rpc-servers of llama.cpp on the loopback interface."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Final
 
 START_SECONDS: Final = 30.0
-"""That a server may take until it accepts, on a machine that is busy with other things."""
+"""Seconds that a server may take until it accepts connections, on a busy machine."""
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 class RpcServer:
-    """A process with the CPU for its device. It serves one client at a time, and the next when that one is gone."""
+    """An rpc-server whose device is the CPU. It serves one client at a time, and the next after that one."""
 
     def __init__(self, program: Path) -> None:
         self._program = program
@@ -34,9 +34,9 @@ class RpcServer:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Returns when it accepts. Started again, it has the port that it had."""
+        """Start the server, or start it again on the same port. Returns when it accepts connections."""
         deadline = time.monotonic() + START_SECONDS
-        while not self._accepts(self.port or free_port()):  # somebody else may take it meanwhile
+        while not self._accepts(self.port or free_port()):  # another program may take the port meanwhile
             self.kill()
             assert time.monotonic() < deadline, "no rpc-server could be started"
 
@@ -52,12 +52,12 @@ class RpcServer:
         return False
 
     def kill(self) -> None:
-        """At once, whatever it does. Idempotent."""
+        """Kill the server at once. May be called more than once."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def hang(self) -> None:
-        """It stays connected and does nothing."""
+        """Stop the process: it stays connected and does nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""A model whose layers lie on two rpc-servers says what it says in one process."""
+"""A model whose layers lie on two rpc-servers generates the same text as in one process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import trio
 from tests.engine.toys import picture, until, until_idle
 from tests.rpc.servers import RpcServer
 from trio_runner.config import AdapterConfig, ModelConfig
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine.engine import Engine
 from trio_runner.events import PromptProgress, TokenInfo
+from trio_runner.front_door import open_engine
 from trio_runner.models import DEFAULT_MODEL, resolve_model
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 
 Models: TypeAlias = Callable[[str], Path]
 Servers: TypeAlias = tuple[RpcServer, RpcServer]
@@ -29,7 +31,7 @@ PROMPT = "the story and the model and the answer of the user " * 4
 
 @asynccontextmanager
 async def running(path: Path, *servers: RpcServer, **options: object) -> AsyncIterator[Engine]:
-    """An engine on the servers, which get equal shares, or in this process alone."""
+    """An engine whose layers lie on `servers` in equal shares, or in this process without servers."""
     names = ("adapters", "projector", "gpu_layers")
     chosen = {name: options.pop(name) for name in names if name in options}
     endpoints = tuple(server.endpoint for server in servers)
@@ -46,7 +48,7 @@ def asked(prompt: str = PROMPT, max_tokens: int = 24, **fields: object) -> Gener
 
 
 Told: TypeAlias = tuple[str, list[float]]
-"""A text, and the log-probabilities of its tokens and of those that they were preferred to."""
+"""A text, and the log-probabilities of its tokens and of their alternatives."""
 
 
 def assert_same(told: Told, expected: Told) -> None:
@@ -75,7 +77,7 @@ async def test_the_text_is_the_same(models: Models, servers: Servers, name: str)
         assert_same(await told(engine, request), expected)
 
 
-async def test_layers_lie_on_both(models: Models, servers: Servers) -> None:
+async def test_layers_lie_on_both_servers(models: Models, servers: Servers) -> None:
     async with running(models("swa"), *servers) as engine:
         placement = engine.placement
     assert placement is not None
@@ -114,7 +116,7 @@ async def test_a_full_context_shifts(models: Models, servers: Servers, name: str
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "qwen-embed"])
-async def test_vectors_are_the_same(models: Models, servers: Servers, name: str) -> None:
+async def test_embeddings_are_the_same(models: Models, servers: Servers, name: str) -> None:
     texts = ["hello", "the model and the answer", "a count", "system and user " * 3]
     async with running(models(name)) as engine:
         vectors = await engine.embed(texts)
@@ -122,8 +124,8 @@ async def test_vectors_are_the_same(models: Models, servers: Servers, name: str)
         np.testing.assert_allclose(await engine.embed(texts), vectors, atol=1e-4)
 
 
-async def test_who_comes_again_goes_on_where_the_prompt_was_left(models: Models, servers: Servers) -> None:
-    """A batch is not broken off, but the prompt ends with it."""
+async def test_a_retry_continues_where_the_prompt_was_cancelled(models: Models, servers: Servers) -> None:
+    """The running batch is not aborted, but the rest of the prompt is not decoded."""
     async with running(models("swa"), context_length=2048, batch_size=16) as engine:
         expected = await told(engine, asked(PROMPT * 4))
     async with running(models("swa"), *servers, context_length=2048, batch_size=16) as engine:
@@ -143,7 +145,7 @@ async def test_who_comes_again_goes_on_where_the_prompt_was_left(models: Models,
         assert_same(await told(engine, asked(PROMPT * 4)), expected)
 
 
-async def test_adapters_and_images(models: Models, servers: Servers) -> None:
+async def test_adapters_and_images_work(models: Models, servers: Servers) -> None:
     fields = {"adapters": (AdapterConfig(str(models("lora"))),), "projector": str(models("mmproj"))}
     prompts: list[Any] = [PROMPT, ["see ", picture(0), " and say"]]
     async with running(models("llama"), **fields) as engine:
@@ -152,7 +154,7 @@ async def test_adapters_and_images(models: Models, servers: Servers) -> None:
         assert texts == [await engine.generate(prompt, temperature=0, max_tokens=16).collect() for prompt in prompts]
 
 
-# A server keeps the last graph of each device for the next token, and forgets it when anything is freed.
+# A server keeps the last graph of each device for the next token. It drops the graph when anything is freed.
 
 
 async def test_an_adapter_is_tried_beside_a_stream(models: Models, servers: Servers) -> None:
@@ -170,7 +172,7 @@ async def test_an_adapter_is_tried_beside_a_stream(models: Models, servers: Serv
         nursery.cancel_scope.cancel()
 
 
-async def test_several_engines_on_one_server(models: Models, servers: Servers) -> None:
+async def test_several_engines_share_a_server(models: Models, servers: Servers) -> None:
     names = ("llama", "llama", "swa", "lfm2")
     expected = {}
     for name in {*names}:
@@ -188,7 +190,7 @@ async def test_several_engines_on_one_server(models: Models, servers: Servers) -
             await nursery.start(use, name)
 
 
-async def test_the_default_model(servers: Servers) -> None:
+async def test_the_default_model_on_two_servers(servers: Servers) -> None:
     model = resolve_model(DEFAULT_MODEL.name)
     fields: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
     async with running(model, *servers, kv_type="f16") as engine:

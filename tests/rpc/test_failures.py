@@ -1,4 +1,4 @@
-"""rpc-servers that vanish, hang and lie: whoever asked is told, and the process lives."""
+"""rpc-servers that vanish, hang or send wrong answers: every client gets an error, and our process survives."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from tests.rpc.meddler import Meddle, Meddler, framed
 from tests.rpc.servers import RpcServer
 from tests.server.client import Server, post, request, serving
 from trio_runner.config import ModelConfig
-from trio_runner.engine import engine as engine_module
-from trio_runner.engine.engine import Engine, open_engine
+from trio_runner.engine import lifecycle
+from trio_runner.engine.engine import Engine
 from trio_runner.errors import EngineBroken, EngineClosed, LoadError
+from trio_runner.front_door import open_engine
 
 Models: TypeAlias = Callable[[str], Path]
 Servers: TypeAlias = tuple[RpcServer, RpcServer]
@@ -35,7 +36,7 @@ ENDLESS: Final = {"prompt": "hello world", "temperature": 0}
 
 @asynccontextmanager
 async def surviving(path: Path, *servers: RpcServer) -> AsyncIterator[Engine]:
-    """An engine on the servers, in a block that goes on without them."""
+    """An engine on the servers. The block continues when the engine has broken."""
     endpoints = tuple(server.endpoint for server in servers)
     config = ModelConfig(path=str(path), rpc=endpoints, tensor_split=(1,) * len(servers))
     settings: dict[str, Any] = {"threads": 1, "slots": 2, "context_length": 256, "batch_size": 64, "kv_type": "f32"}
@@ -49,7 +50,7 @@ async def text(engine: Engine) -> str:
 
 
 async def assert_broken(server: Server, reason: str) -> None:
-    """Whatever is asked from now on."""
+    """Every later request to `server` fails for this reason."""
     health = await server.ask(request("GET", "/health"))
     assert (health.status, health.json["status"]) == (503, "server error")
     assert reason in health.json["error"]
@@ -61,8 +62,7 @@ async def assert_broken(server: Server, reason: str) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("when", ["while it streams", "while idle"])
 async def test_a_server_is_killed(models: Models, doomed: Servers, victim: int, when: str) -> None:
-    """Of those that wait for the next token, those that wait for a slot, and the next one. In the same process, another
-    engine works when the server is back."""
+    """Running, waiting and new requests fail. Another engine in the same process works when the server is back."""
     reason = f"the rpc-server {doomed[victim].endpoint} is gone"
     async with surviving(models("swa"), *doomed) as engine, serving(engine, deadline=DEADLINE) as server:
         expected = await text(engine)
@@ -92,7 +92,7 @@ async def test_a_server_is_killed(models: Models, doomed: Servers, victim: int, 
 
 
 async def test_a_server_is_killed_while_the_model_is_loaded(models: Models, doomed: Servers) -> None:
-    """The CPU, which has room for the layers, does not take its place."""
+    """The CPU has room for the layers, but does not take them."""
 
     def die(answer: bytes, number: int) -> bytes | None:
         if number < 40:
@@ -110,7 +110,7 @@ async def test_a_server_is_killed_while_the_model_is_loaded(models: Models, doom
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-async def test_nobody_notices_and_the_engine_is_closed(models: Models, doomed: Servers, victim: int) -> None:
+async def test_an_engine_closes_after_its_server_has_died(models: Models, doomed: Servers, victim: int) -> None:
     async with surviving(models("swa"), *doomed) as engine:
         expected = await text(engine)
         doomed[victim].kill()
@@ -120,7 +120,7 @@ async def test_nobody_notices_and_the_engine_is_closed(models: Models, doomed: S
         assert await text(engine) == expected
 
 
-async def test_an_adapter_is_loaded_onto_a_server_that_is_gone(models: Models, doomed: Servers) -> None:
+async def test_loading_an_adapter_fails_if_a_server_is_gone(models: Models, doomed: Servers) -> None:
     async with surviving(models("llama"), *doomed) as engine:
         await text(engine)
         doomed[0].kill()
@@ -130,11 +130,11 @@ async def test_an_adapter_is_loaded_onto_a_server_that_is_gone(models: Models, d
             await text(engine)
 
 
-async def test_a_server_hangs(
+async def test_a_server_that_hangs_can_be_left(
     models: Models, doomed: Servers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Clients may leave all the same, and the block may be left."""
-    monkeypatch.setattr(engine_module, "CLOSE_SECONDS", 0.1)
+    """Clients can still disconnect, and the engine can still be closed."""
+    monkeypatch.setattr(lifecycle, "CLOSE_SECONDS", 0.1)
     async with surviving(models("swa"), *doomed) as engine, serving(engine, deadline=DEADLINE) as server:
         client, other = await server.connect(), await server.connect()
         for each in (client, other):
@@ -161,7 +161,7 @@ ATTEMPT = """
 import json, logging, sys
 import trio
 from trio_runner.config import ModelConfig
-from trio_runner.engine.engine import open_engine
+from trio_runner.front_door import open_engine
 
 logging.disable()
 
@@ -186,7 +186,7 @@ def always(answer: bytes) -> Meddle:
 
 
 def hang_up(number: int) -> Meddle:
-    """On one of them; in the second attempt there is none of that number."""
+    """Close the connection instead of the answer with this number. A second attempt has no answer of that number."""
     return lambda answer, n: None if n == number else answer
 
 
@@ -228,11 +228,11 @@ WRONG: Final[dict[str, tuple[str, Meddle, str]]] = {
     "gone amid a text": ("get_tensor", hang_up(8), "is gone"),
     "gone amid what is freed": ("free_buffer", hang_up(1), ""),
 }
-"""The answers to one command, and what is said of them; "" where they do no harm."""
+"""The command whose answers are wrong, and the error; "" if they do no harm."""
 
 
-def test_wrong_answers(models: Models, rpc_program: Path) -> None:
-    """They are an error, or, if layers may go elsewhere, no reason not to go on. All in one process, which lives."""
+def test_wrong_answers_do_not_end_the_process(models: Models, rpc_program: Path) -> None:
+    """Wrong answers are an error, unless the layers may go elsewhere. One process tries all of them and survives."""
     server = RpcServer(rpc_program)
     command = [sys.executable, "-c", ATTEMPT, str(models("swa"))]
     seen: dict[str, list[str]] = {}

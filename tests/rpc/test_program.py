@@ -1,4 +1,4 @@
-"""The whole program on rpc-servers, and what it says of endpoints that are none."""
+"""The whole program with rpc-servers, and its errors for endpoints that are not rpc-servers."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def lines(response: str) -> list[Any]:
 
 
 async def ended(runner: Program) -> None:
-    """After SIGTERM, as it should."""
+    """Send SIGTERM. The program must end as it should."""
     runner.terminate()
     assert await runner.ended() == 0
     assert "Traceback" not in runner.log
 
 
-async def test_serve(models: Models, doomed: Servers) -> None:
-    """From the first text to what is said when one of the servers is gone."""
+async def test_the_program_serves_until_a_server_is_gone(models: Models, doomed: Servers) -> None:
+    """From the first text to the errors after one of the servers is gone."""
     answers = []
     async with program(*serve(models("swa")), toy=False) as runner:
         answers.append(lines(await exchange(await loaded(runner), "/completion", SHORT)))
@@ -73,7 +73,7 @@ async def test_serve(models: Models, doomed: Servers) -> None:
 
         stream = await request(port, "/completion", ENDLESS)
         assert await stream.receive_some()
-        # A process that is stopped and continued has its system calls interrupted.
+        # Stopping and continuing a process interrupts its system calls.
         runner.process.send_signal(signal.SIGSTOP)
         runner.process.send_signal(signal.SIGCONT)
         assert '"status":"ok"' in await exchange(port, "/health")
@@ -92,8 +92,8 @@ async def test_serve(models: Models, doomed: Servers) -> None:
     assert "".join(texts[0]) == "".join(texts[1]) != ""
 
 
-async def test_a_server_hangs_for_too_long(models: Models, doomed: Servers) -> None:
-    """Then it counts as gone."""
+async def test_a_server_that_hangs_for_too_long_is_gone(models: Models, doomed: Servers) -> None:
+    """A server that hangs for longer than the limit counts as gone."""
     async with program(*serve(models("swa"), *doomed), toy=False, environment=IMPATIENT) as runner:
         port = await loaded(runner)
         stream = await request(port, "/completion", ENDLESS)
@@ -105,7 +105,7 @@ async def test_a_server_hangs_for_too_long(models: Models, doomed: Servers) -> N
         await ended(runner)
 
 
-async def test_a_server_hangs_and_the_program_is_to_end(models: Models, doomed: Servers) -> None:
+async def test_the_program_ends_while_a_server_hangs(models: Models, doomed: Servers) -> None:
     async with program(*serve(models("swa"), *doomed), toy=False) as runner:
         port = await loaded(runner)
         stream = await request(port, "/completion", ENDLESS)
@@ -121,8 +121,8 @@ async def test_a_server_hangs_and_the_program_is_to_end(models: Models, doomed: 
         await other.aclose()
 
 
-async def test_one_client_at_a_time(models: Models, doomed: Servers) -> None:
-    """And a client that is killed is none any more."""
+async def test_a_server_serves_one_client_at_a_time(models: Models, doomed: Servers) -> None:
+    """A second client gets no answer while the first one is connected. When that one is killed, it does."""
     command = ["run", "hello world", "-m", str(models("chain")), "--rpc", doomed[0].endpoint, "--temperature", "0"]
     async with program(*serve(models("chain"), *doomed), toy=False) as runner:
         await loaded(runner)
@@ -143,7 +143,7 @@ async def test_one_client_at_a_time(models: Models, doomed: Servers) -> None:
 
 @contextlib.contextmanager
 def saying(answer: bytes) -> Iterator[str]:
-    """The endpoint of a server that says this to everybody, or nothing at all."""
+    """The endpoint of a server that sends `answer` to every client, or nothing if it is empty."""
     listener = socket.create_server(("127.0.0.1", 0))
     connections = []
 
@@ -174,7 +174,7 @@ def refusal(model: Path, endpoint: str) -> str:
 
 
 @pytest.mark.usefixtures("rpc_program")
-def test_what_is_no_rpc_server(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_servers_are_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = f"127.0.0.1:{free_port()}"
     unreachable = f"the rpc-server {closed} cannot be reached: Connection refused"
     assert refusal(models("llama"), closed) == unreachable
@@ -186,10 +186,10 @@ def test_what_is_no_rpc_server(models: Models, monkeypatch: pytest.MonkeyPatch) 
         )
     monkeypatch.setattr(backends, "RPC_SECONDS", 0.1)
     with saying(b"") as silent:
-        words = f"the rpc-server {silent} does not answer after 0.1 seconds: is it one"
+        words = f"the rpc-server {silent} did not answer within 0.1 seconds: is it an rpc-server of this version"
         assert refusal(models("llama"), silent).startswith(words)
     monkeypatch.undo()
-    assert refusal(models("llama"), closed) == unreachable  # nothing of that is left
+    assert refusal(models("llama"), closed) == unreachable  # the failures before have left nothing behind
 
 
 WITHOUT_PLUGIN = """
@@ -203,7 +203,7 @@ sys.exit(main())
 
 
 @pytest.mark.usefixtures("rpc_program")
-async def test_without_the_plugin(models: Models, tmp_path: Path) -> None:
+async def test_without_the_plugin_rpc_is_refused(models: Models, tmp_path: Path) -> None:
     for plugin in LIBRARY_DIRECTORY.glob("libggml-cpu*"):
         (tmp_path / plugin.name).symlink_to(plugin)
     command = [sys.executable, "-c", WITHOUT_PLUGIN, str(tmp_path), "run", "x", "-m", str(models("llama"))]
@@ -219,6 +219,6 @@ async def test_without_the_plugin(models: Models, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "endpoint", ["nonsense", ":1", "host:", "host:0", "host:65536", "a host:1", "[::1]:5", "a,b:1"]
 )
-def test_what_is_no_endpoint(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_endpoints_are_refused(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "x", "--rpc", endpoint]) == 2
     assert "is not host:port" in capsys.readouterr().err

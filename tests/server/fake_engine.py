@@ -9,10 +9,9 @@ import numpy as np
 import trio
 
 from trio_runner.config import EngineConfig
-from trio_runner.engine.adapters import AdapterInfo
-from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineClosed, LoadError
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
+from trio_runner.info import AdapterInfo, EngineStatistics
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 
 DONE = Finished("stop", Usage(3, 1, 5, 0.0129, 0.25))
@@ -120,7 +119,7 @@ class FakeEngine:
     async def embed_requests(self, requests: Sequence[EmbedRequest]) -> list[Embedded]:
         return [await self.embed_request(request) for request in requests]
 
-    async def rerank(self, request: RerankRequest) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    async def rerank_request(self, request: RerankRequest) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         self.calls.append(request)
         await self.admit()
         return np.array(self.scores, np.float32)

@@ -15,7 +15,7 @@ from tests.server.client import WAYS, Leave, Server, post, request, serving, unt
 from trio_runner.config import AdapterConfig
 from trio_runner.engine.adapters import MAX_LOADED
 from trio_runner.errors import LoadError
-from trio_runner.testing import END, toy_basis, toy_continuation, toy_text, toy_vector
+from trio_runner.testing import END, toy_cache_key, toy_continuation, toy_text, toy_vector
 
 LIST = request("GET", "/adapters")
 
@@ -39,7 +39,7 @@ async def test_the_life_of_an_adapter(toy: Toy, tmp_path: Path) -> None:
         assert (loaded.status, loaded.json) == (200, {"name": "tale", "file": "tale.gguf", "scale": 0})
         assert (await server.ask(LIST)).json == {"adapters": [loaded.json]}
 
-        plain, told = toy_text("once", 12), toy_text("once", 12, toy_basis([(str(tmp_path / "tale.gguf"), 0.5)]))
+        plain, told = toy_text("once", 12), toy_text("once", 12, toy_cache_key([(str(tmp_path / "tale.gguf"), 0.5)]))
         assert plain != told
         assert (await server.ask(post("/completion", {"prompt": "once", "n_predict": 12}))).text == plain
         assert (await server.ask(completion("once", {"name": "tale", "scale": 0.5}))).text == told
@@ -65,10 +65,10 @@ async def test_a_scale_is_for_those_who_choose_nothing(toy: Toy, tmp_path: Path)
             "b.gguf",
             "x.gguf",
         ]
-        both = toy_basis([("/srv/a.gguf", 0.5), (str(tmp_path / "x.gguf"), -2.0)])
+        both = toy_cache_key([("/srv/a.gguf", 0.5), (str(tmp_path / "x.gguf"), -2.0)])
         assert (await server.ask(post("/completion", {"prompt": "x", "n_predict": 12}))).text == toy_text("x", 12, both)
         assert (await server.ask(completion("x"))).text == toy_text("x", 12)
-        only = toy_basis([("/srv/b.gguf", 1.0)])
+        only = toy_cache_key([("/srv/b.gguf", 1.0)])
         assert (await server.ask(completion("x", {"name": "b"}))).text == toy_text("x", 12, only)
         embedding = await server.ask(post("/embedding", {"content": "x"}))
         assert embedding.json["embedding"] == toy_vector([*b"x"], both).tolist()
@@ -199,8 +199,8 @@ async def test_unknown_names(toy: Toy, tmp_path: Path) -> None:
 
 async def test_unloading_takes_nothing_from_who_has_it(toy: Toy, tmp_path: Path) -> None:
     gate = toy.on_decode = Gate(toy)
-    basis = toy_basis([(str(tmp_path / "a.gguf"), 1.0)])
-    prompt = next(each for each in prompts(50, 60) if END not in toy_continuation([*each.encode()], 60, basis))
+    cache_key = toy_cache_key([(str(tmp_path / "a.gguf"), 1.0)])
+    prompt = next(each for each in prompts(50, 60) if END not in toy_continuation([*each.encode()], 60, cache_key))
     async with toy.engine(slots=2) as engine, serving(engine, adapter_dir=tmp_path) as server:
         assert (await server.ask(post("/adapters", {"file": "a.gguf"}))).status == 200
         client = await server.connect()
@@ -214,10 +214,10 @@ async def test_unloading_takes_nothing_from_who_has_it(toy: Toy, tmp_path: Path)
         assert (await server.ask(post("/adapters", {"file": "b.gguf", "name": "a"}))).status == 200
         assert not toy.model.adapters[0].closed
         gate.open()
-        assert (await client.answer()).text == toy_text(prompt, 60, basis)
+        assert (await client.answer()).text == toy_text(prompt, 60, cache_key)
         await until(lambda: toy.model.adapters[0].closed)
         assert not toy.model.adapters[1].closed
-        other = toy_basis([(str(tmp_path / "b.gguf"), 1.0)])
+        other = toy_cache_key([(str(tmp_path / "b.gguf"), 1.0)])
         assert (await server.ask(completion(prompt, {"name": "a"}))).text == toy_text(prompt, 12, other)
 
 
@@ -260,8 +260,8 @@ async def test_a_crowd_that_loads_and_unloads(toy: Toy, tmp_path: Path) -> None:
                 name = "ab"[(number + turn) % 2]
                 answer = await server.ask(completion(f"{number}, {turn}", {"name": name, "scale": 2}))
                 if answer.status == 200:
-                    basis = toy_basis([(str(tmp_path / f"{name}.gguf"), 2.0)])
-                    assert answer.text == toy_text(f"{number}, {turn}", 12, basis)
+                    cache_key = toy_cache_key([(str(tmp_path / f"{name}.gguf"), 2.0)])
+                    assert answer.text == toy_text(f"{number}, {turn}", 12, cache_key)
                     n_told += 1
                 else:
                     assert answer.status == 404

@@ -12,7 +12,6 @@ import sys
 import pytest
 import trio
 import trio.testing
-from hypercorn.events import Event, RawData
 
 from tests.server.client import Client, Server, post, request, serving
 from tests.server.fake_engine import DONE, FakeEngine, FakeGeneration, endless
@@ -126,14 +125,14 @@ async def contents(client: Client) -> list[str]:
 async def test_an_exception_ends_one_connection(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    handle = Http1.handle
+    receive = Http1.receive
 
-    async def fail_on_bang(self: Http1, event: Event) -> None:
-        if isinstance(event, RawData) and b"bang" in event.data:
+    async def fail_on_bang(self: Http1, data: bytes) -> None:
+        if b"bang" in data:
             raise RuntimeError("bang")
-        await handle(self, event)
+        await receive(self, data)
 
-    monkeypatch.setattr(Http1, "handle", fail_on_bang)
+    monkeypatch.setattr(Http1, "receive", fail_on_bang)
     engine = FakeEngine()
     async with serving(engine) as server:
         bystander, generation = await streaming(server, engine)

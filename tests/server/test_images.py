@@ -13,7 +13,7 @@ from tests.engine.toys import Gate, Projector, Shutter, Toy, is_idle, items_of, 
 from tests.hostile_images import good_images, hostile_images
 from tests.server.client import WAYS, Leave, Server, image, post, request, serving, until
 from trio_runner.config import ModelConfig
-from trio_runner.images import ImageSource
+from trio_runner.image_source import ImageSource
 from trio_runner.service import max_body_bytes
 from trio_runner.testing import toy_text
 

@@ -18,6 +18,7 @@ EXPECTED = {
     errors.EngineClosed("x"): 503,
     errors.EngineBroken("x"): 503,
     errors.ReaderStalled("x"): 500,
+    errors.DecodeFailed("x"): 500,
     errors.LoadError("x", path="model.gguf"): 500,
     errors.NativeError("decode", -3, "x"): 500,
 }

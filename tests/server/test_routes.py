@@ -12,10 +12,9 @@ import trio.testing
 from tests.server.client import post, request, serving
 from tests.server.fake_engine import DONE, FakeEngine, FakeGeneration
 from tests.server.malformed import malformed
-from trio_runner.core.scheduler import SchedulerStatistics
-from trio_runner.engine.engine import EngineStatistics
 from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
 from trio_runner.events import PromptProgress, SampledToken, TextPiece, TokenInfo
+from trio_runner.info import EngineStatistics, SchedulerStatistics
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.server import intake, runner_api
 from trio_runner.server.body import EventBody

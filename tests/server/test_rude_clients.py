@@ -17,13 +17,13 @@ from tests.hostile_images import good_images, hostile_images
 from tests.server.client import WAYS, Client, Server, image, post, request, serving, until
 from trio_runner.config import AdapterConfig
 from trio_runner.core.batch import Batch
-from trio_runner.testing import ToyEncoding, toy_basis, toy_text, toy_vector
+from trio_runner.testing import ToyEncoding, toy_cache_key, toy_text, toy_vector
 
 Rude: TypeAlias = Callable[[Server, random.Random], Awaitable[None]]
 
 HOSTILE = [data for data in hostile_images().values() if 0 < len(data) < 100_000]
 GOOD = list(good_images().values())
-BASIS = toy_basis([("/srv/always.gguf", 0.5)])
+CACHE_KEY = toy_cache_key([("/srv/always.gguf", 0.5)])
 """Of whoever chooses no adapters."""
 
 
@@ -114,7 +114,7 @@ async def test_rude_clients(toy: Toy, tmp_path: Path, seed: int) -> None:
             for turn in range(8):
                 data = picture(10 * number + turn % 3)
                 items = items_of(toy.projector or Projector(), ["see ", data])
-                assert (await client.ask(asking(data, 30))).text == toy_text(items, 30, BASIS)
+                assert (await client.ask(asking(data, 30))).text == toy_text(items, 30, CACHE_KEY)
                 await embed(client, [f"{number}, {turn}", "x" * turn + "y"])
             await client.stream.aclose()
 
@@ -133,4 +133,4 @@ async def test_rude_clients(toy: Toy, tmp_path: Path, seed: int) -> None:
 
 async def embed(client: Client, texts: list[str]) -> None:
     answer = await client.ask(post("/embedding", {"content": texts}))
-    assert answer.json == {"embeddings": [toy_vector([*text.encode()], BASIS).tolist() for text in texts]}
+    assert answer.json == {"embeddings": [toy_vector([*text.encode()], CACHE_KEY).tolist() for text in texts]}

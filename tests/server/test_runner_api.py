@@ -17,10 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.malformed import RIGHT, malformed
-from trio_runner.core.limits import Limits
-from trio_runner.core.placement import Device, MemoryUse, Placement
-from trio_runner.engine.adapters import AdapterInfo
-from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
@@ -33,15 +29,10 @@ from trio_runner.errors import (
     RunnerError,
 )
 from trio_runner.events import Embedded, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.images import MAX_IMAGE_BYTES
-from trio_runner.request import (
-    RANDOM_SEED,
-    AdapterChoice,
-    EmbedRequest,
-    GenerateRequest,
-    RerankRequest,
-    SamplingParams,
-)
+from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.info import AdapterInfo, Capabilities, Device, MemoryUse, ModelInfo, Placement
+from trio_runner.request import AdapterChoice, EmbedRequest, GenerateRequest, RerankRequest
+from trio_runner.sampling import RANDOM_SEED, SamplingParams
 from trio_runner.server import runner_api
 
 
@@ -558,8 +549,8 @@ def test_props() -> None:
     info = ModelInfo(
         name="m", architecture="llama", description="llama 1B", n_vocab=8, n_ctx_train=64, n_embd=4, n_params=9, size=7
     )
-    limits = Limits(n_slots=2, n_ctx=32, max_rows=8)
-    bare = json.loads(runner_api.props_line(info, limits, None))
+    capabilities = Capabilities(n_slots=2, n_ctx=32, max_rows=8)
+    bare = json.loads(runner_api.props_line(info, capabilities, None))
     assert bare == {
         "model": {"name": "m", "architecture": "llama", "description": "llama 1B", "parameters": 9, "bytes": 7},
         "slots": 2,
@@ -567,7 +558,7 @@ def test_props() -> None:
     }
     device = Device(1, "Vulkan0", "a GPU", "Vulkan", "GPU", 500, 1000)
     memory = (MemoryUse(None, 1, 2, 3), MemoryUse(1, 40, 50, 60))
-    placement = json.loads(runner_api.props_line(info, limits, Placement(31, 12, (device,), memory)))["placement"]
+    placement = json.loads(runner_api.props_line(info, capabilities, Placement(31, 12, (device,), memory)))["placement"]
     assert placement == {
         "layers": 31,
         "device_layers": 12,

@@ -13,8 +13,8 @@ import trio
 from tests.engine.toys import prompts
 from tests.server.client import DEADLINE, Client, Server, post, request, serving, until
 from trio_runner.core.batch import Batch
-from trio_runner.engine.engine import open_engine
 from trio_runner.errors import EngineBroken, LoadError
+from trio_runner.front_door import open_engine
 from trio_runner.server import serve
 from trio_runner.testing import ToyLoader, toy_text
 

@@ -31,7 +31,7 @@ def vector(text: str) -> list[float]:
 
 @pytest.fixture
 def ranker(toy: Toy) -> Toy:
-    toy.limits = {"ranks": True}
+    toy.capabilities = {"ranks": True}
     return toy
 
 
@@ -93,7 +93,7 @@ async def test_all_or_none(toy: Toy) -> None:
 @pytest.mark.parametrize("path", ["/embedding", "/rerank"])
 async def test_who_leaves_leaves_nothing_running(toy: Toy, path: str, leave: Leave) -> None:
     gate = toy.on_decode = Gate(toy)
-    toy.limits = {"ranks": path == "/rerank"}
+    toy.capabilities = {"ranks": path == "/rerank"}
     texts = [f"text {number}" for number in range(200)]
     async with toy.engine(slots=2) as engine, serving(engine) as server:
         client = await server.connect()

@@ -1,13 +1,13 @@
-"""The load generator: drives any server that speaks one of three dialects, and prints what its clients feel.
+"""The load generator: drives any server that speaks one of three dialects, and prints what its clients experience.
 
-    prompts, dialects, figures      pure: texts of so many tokens, what goes over the wire, medians
-    client                          one request on one socket, with every byte and every moment in our hands
-    server, scenarios               a server that is measured, and what is done to it
+    prompts, dialects, figures      pure: texts with a given number of tokens, requests and answers, medians
+    client                          one request on one socket, with the moment of every byte
+    server, scenarios               a server that is measured; what all scenarios share
     speed, leaving, crowd           the scenarios, by subject
-    bench                           the rounds: every scenario, every server, in turn
+    rounds                          the rounds: every scenario on every server, in turn
     report                          table, JSON, markdown, plot
-    peers, processes                a server of our own as a child; what a local process holds
+    peers, processes                a server of our own as a child process; what a local process holds
     bare                            the engine beside a loop that does nothing but decode, in one process
 
-The client shares the machine with what it measures, so it is as thin as it can be: sockets and h11.
+The client shares the machine with the server that it measures, so it does as little as possible: sockets and h11.
 """

@@ -1,9 +1,9 @@
-"""How fast the engine is, and how much of the bare llama.cpp loop's speed it gives up.
+"""How fast the engine is, compared with a bare loop over llama.cpp.
 
-Each round measures the engine and, over a second context of the same model in the same process, a loop that does
-nothing but decode and sample. The two take turns, also at being first, so that whatever else the machine does falls on
-both; what is reported is the median of the rounds and of the rounds' ratios. Absolute figures belong to the machine,
-ratios travel.
+Each round measures the engine, and a loop that does nothing but decode and sample. The loop runs in the same process on
+a second context of the same model. The two take turns, also in going first, so that other work of the machine disturbs
+both alike. The report has the medians of the rounds, and the median of the rounds' ratios. Absolute figures depend on
+the machine; ratios can be compared between machines.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from functools import partial
 
 import trio
 
-from trio_runner.config import EngineConfig, ModelConfig
+from trio_runner.config import EngineConfig
 from trio_runner.core.batch import Batch, Chunk, DecodeOutcome
 from trio_runner.core.memory import Trim
-from trio_runner.engine.engine import Engine, open_engine
-from trio_runner.engine.runtime import Context, Model, Sampler
+from trio_runner.core.ports import Context, Loader, Model, Sampler
 from trio_runner.errors import PromptTooLong
 from trio_runner.events import Finished, TextPiece
-from trio_runner.request import GenerateRequest, SamplingParams
+from trio_runner.front_door import open_engine
+from trio_runner.interface import EngineInterface
+from trio_runner.request import GenerateRequest
+from trio_runner.sampling import SamplingParams
 
 N_SHORT_PROMPT = 16
-"""Tokens before the streams whose decoding is measured."""
+"""Tokens of the prompts when decoding is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Medians over the rounds, in tokens per second; `ratio` is engine over bare loop."""
+    """Medians of the rounds, in tokens per second. `ratio` is the engine's rate divided by the bare loop's."""
 
     name: str
     engine: float
@@ -41,18 +43,17 @@ class Measured:
 
 
 async def run_bench(
-    model: ModelConfig, config: EngineConfig, *, n_prompt: int, n_tokens: int, rounds: int
+    loader: Loader, config: EngineConfig, *, n_prompt: int, n_tokens: int, rounds: int
 ) -> list[Measured]:
-    """Prefill of one prompt, decoding of one sequence, and decoding of one on every slot. Loads the model twice.
+    """Measure prefill of one prompt, decoding of one sequence, and decoding of a sequence on every slot.
 
-    Raises as `open_engine`, and `PromptTooLong` if prompt and tokens do not fit a slot.
+    Loads the model twice. Raises `LoadError` if it cannot be loaded, and `PromptTooLong` if the prompt, or a short
+    prompt and the generated tokens, do not fit into a slot.
     """
-    from trio_runner.llama.loader import LlamaLoader
-
-    async with open_engine(model, replace(config, max_queue=None)) as engine:
-        if max(n_prompt, N_SHORT_PROMPT + n_tokens) >= engine.limits.n_ctx:
-            raise PromptTooLong(max(n_prompt, N_SHORT_PROMPT + n_tokens), engine.limits.n_ctx - 1)
-        load = partial(LlamaLoader(model), config, progress=lambda _: None, cancelled=lambda: False)
+    async with open_engine(loader, replace(config, max_queue=None)) as engine:
+        if max(n_prompt, N_SHORT_PROMPT + n_tokens) >= engine.capabilities.n_ctx:
+            raise PromptTooLong(max(n_prompt, N_SHORT_PROMPT + n_tokens), engine.capabilities.n_ctx - 1)
+        load = partial(loader, config, progress=lambda _: None, cancelled=lambda: False)
         bare = await trio.to_thread.run_sync(load)
         sampling = _endless(engine)
         try:
@@ -72,7 +73,7 @@ async def run_bench(
 
 async def _measure(
     name: str,
-    engine: Engine,
+    engine: EngineInterface,
     model: Model,
     context: Context,
     sampling: SamplingParams,
@@ -85,7 +86,7 @@ async def _measure(
     for number in range(rounds + 1):  # the first one warms up
         prompts = [_prompt(n_prompt, number * n_streams + stream, engine.info.n_vocab) for stream in range(n_streams)]
         rates: dict[bool, float] = {}
-        for is_engine in (number % 2 == 0, number % 2 == 1):  # whoever comes second finds the machine warmer
+        for is_engine in (number % 2 == 0, number % 2 == 1):  # the second one finds the machine warmer
             if is_engine:
                 rates[is_engine] = await _engine_rate(engine, sampling, prompts, n_decode)
             else:
@@ -98,8 +99,8 @@ async def _measure(
     return Measured(name, statistics.median(with_engine), statistics.median(without), statistics.median(ratios))
 
 
-def _endless(engine: Engine) -> SamplingParams:
-    """Greedy, without the model's special tokens, so that no stream ends before the others."""
+def _endless(engine: EngineInterface) -> SamplingParams:
+    """Greedy sampling without the model's special tokens, so that no stream ends before the others."""
     special = [
         int(value)
         for key, value in engine.info.metadata.items()
@@ -111,14 +112,14 @@ def _endless(engine: Engine) -> SamplingParams:
 
 
 def _prompt(n_tokens: int, number: int, n_vocab: int) -> tuple[int, ...]:
-    """Another prompt each time, so that no prompt cache helps; a small generator, as random as needed."""
+    """A different prompt for each `number`, so that no prompt cache helps. The tokens need not be very random."""
     return tuple((1009 * number + 7919 * i + 11 * i * i) % (n_vocab - 300) + 256 for i in range(n_tokens))
 
 
 async def _engine_rate(
-    engine: Engine, sampling: SamplingParams, prompts: Sequence[tuple[int, ...]], n_decode: int
+    engine: EngineInterface, sampling: SamplingParams, prompts: Sequence[tuple[int, ...]], n_decode: int
 ) -> float:
-    """Tokens per second of prefill, if `n_decode` is 0, or of decoding, all streams together."""
+    """The engine's tokens per second: of prefill if `n_decode` is 0, or of decoding, all streams together."""
     first: list[float] = []
 
     async def read(prompt: tuple[int, ...]) -> None:
@@ -137,13 +138,14 @@ async def _engine_rate(
             nursery.start_soon(read, prompt)
     if n_decode == 0:
         return len(prompts[0]) / (time.perf_counter() - started)
-    # Streams get their first tokens one after the other: each is given its own start, and all end together.
+    # Streams get their first tokens one after the other, and end together. So the mean of the starts is the start.
     return len(prompts) * n_decode / (time.perf_counter() - statistics.mean(first))
 
 
 def _bare_rate(
     model: Model, context: Context, sampling: SamplingParams, prompts: Sequence[tuple[int, ...]], n_decode: int
 ) -> float:
+    """The bare loop's tokens per second: of prefill if `n_decode` is 0, or of decoding, all streams together."""
     samplers = {slot: model.sampler(sampling, prompt) for slot, prompt in enumerate(prompts)}
     try:
         started = time.perf_counter()
@@ -163,8 +165,9 @@ def _bare_rate(
 
 
 def _bare_prefill(context: Context, slot: int, prompt: tuple[int, ...], samplers: dict[int, Sampler]) -> int:
-    for start in range(0, len(prompt), context.limits.max_rows):
-        tokens = prompt[start : start + context.limits.max_rows]
+    """Decode a prompt in `slot`. Returns the first token that is sampled after it."""
+    for start in range(0, len(prompt), context.capabilities.max_rows):
+        tokens = prompt[start : start + context.capabilities.max_rows]
         chunk = Chunk(slot, slot, start, tokens, output=start + len(tokens) == len(prompt))
         result = context.decode(Batch((chunk,)), samplers)
         assert result.outcome is DecodeOutcome.OK, result.message

@@ -1,6 +1,6 @@
-"""One request on one socket: what is sent, when the client leaves and how, and when each byte came.
+"""One request on one socket: what is sent, when each byte of the answer comes, and how and when the client disconnects.
 
-Moments are `time.perf_counter()`, taken before anything is parsed.
+Moments are values of `time.perf_counter()`, taken before anything is parsed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RECEIVE_SIZE = 1 << 16
 
 
 class Refused(Exception):
-    """The server answered `status` instead of what was asked for."""
+    """The server answered with another status than 200. `retry_after` is the value of that header, if any."""
 
     def __init__(self, status: int, text: str, retry_after: str | None) -> None:
         super().__init__(f"{status}: {' '.join(text.split())[:200]}")
@@ -36,11 +36,13 @@ class Refused(Exception):
 
 
 class CutShort(Exception):
-    """The answer ended in an error or too early."""
+    """The answer ended with an error, or too early."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
+    """Where a server listens. As text: host:port, with brackets around an IPv6 address."""
+
     host: str
     port: int
 
@@ -50,12 +52,14 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Head:
+    """The head of an answer. Names of headers are in lower case."""
+
     status: int
     headers: dict[str, str]
 
 
 class Connection:
-    """A connection to a server, for one request after the other. Use it as a context manager, or `close` it."""
+    """A connection to a server, for one request after another. Use it as a context manager, or call `close`."""
 
     def __init__(self, sock: trio.socket.SocketType, address: Address) -> None:
         self._sock = sock
@@ -64,12 +68,15 @@ class Connection:
 
     @classmethod
     async def open(cls, address: Address, *, receive_buffer: int | None = None) -> Connection:
-        """Connect; a small `receive_buffer` makes the server feel soon that nobody reads. Raises OSError."""
+        """Connect. With a small `receive_buffer`, in bytes, a server soon notices a client that does not read.
+
+        Raises OSError.
+        """
         found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, target = found[0]
         sock = trio.socket.socket(family, kind, protocol)
         try:
-            if receive_buffer is not None:  # before connecting, for the window to be small from the start
+            if receive_buffer is not None:  # before connecting, so that the window is small from the start
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await sock.connect(target)
@@ -87,7 +94,7 @@ class Connection:
         self.close()
 
     def encode(self, method: str, path: str, fields: Mapping[str, Any] | None = None) -> bytes:
-        """The bytes of the next request, for `send`, whole or in part."""
+        """The bytes of the next request. `fields` become its JSON body. Send them with `send`, whole or in part."""
         if self._http.our_state is h11.DONE:
             self._http.start_next_cycle()
         body = b"" if fields is None else json.dumps(fields).encode()
@@ -98,12 +105,13 @@ class Connection:
         return b"".join(self._http.send(event) or b"" for event in events)
 
     async def send(self, data: bytes) -> None:
+        """Send all of `data`."""
         view = memoryview(data)
         while view:
             view = view[await self._sock.send(view) :]
 
     async def head(self) -> Head:
-        """The head of the answer. Raises `CutShort` if there is none."""
+        """Read the head of the answer. Raises `CutShort` if the connection ends before."""
         while True:
             event = self._next_event()
             if isinstance(event, h11.Response):
@@ -113,7 +121,10 @@ class Connection:
                 await self._receive()
 
     async def body(self) -> tuple[float, bytes] | None:
-        """All that came with the next receive, and its moment; None at the end of the answer. Raises `CutShort`."""
+        """Read the next part of the body: the moment it came, and its bytes. None at the end of the answer.
+
+        Raises `CutShort` if the connection ends before the answer does.
+        """
         moment, parts = time.perf_counter(), list[bytes]()
         while self._http.their_state is h11.SEND_BODY:
             event = self._next_event()
@@ -126,32 +137,37 @@ class Connection:
         return (moment, b"".join(parts)) if parts else None
 
     async def read(self) -> bytes:
-        """The rest of the answer."""
+        """Read the rest of the body. Raises `CutShort`."""
         parts = []
         while (part := await self.body()) is not None:
             parts.append(part[1])
         return b"".join(parts)
 
     def leave(self, how: Farewell = "fin") -> float:
-        """Close, as a client does that goes away, and say when."""
+        """Disconnect as a client does, with a FIN or a RST packet. Returns the moment."""
         if how == "reset":
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:
-            self._drain()  # or the kernel turns the FIN into a RST
+            self._drain()  # unread data makes the kernel send a RST instead of a FIN
         moment = time.perf_counter()
         self._sock.close()
         return moment
 
+    def fileno(self) -> int:
+        """The descriptor of the socket, for `trio.lowlevel.wait_readable`."""
+        return self._sock.fileno()
+
     def close(self) -> None:
+        """Close the connection. May be called more than once."""
         self._sock.close()
 
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         try:
             event = self._http.next_event()
-        except h11.RemoteProtocolError as error:  # such as an answer that ends too early
+        except h11.RemoteProtocolError as error:  # for example, the answer ends too early
             raise CutShort(str(error)) from error
         if isinstance(event, h11.ConnectionClosed):
-            raise CutShort("the server hung up")
+            raise CutShort("the server closed the connection")
         return event
 
     async def _receive(self) -> float:
@@ -164,14 +180,18 @@ class Connection:
         return moment
 
     def _drain(self) -> None:
-        # trio's sockets cannot be read without waiting, but another one for the same connection can.
-        with socket.socket(fileno=os.dup(self._sock.fileno())) as same, contextlib.suppress(OSError):
+        # A socket of trio cannot be read without waiting, but a second socket object for the same connection can.
+        with socket.socket(fileno=os.dup(self.fileno())) as same, contextlib.suppress(OSError):
             while same.recv(_RECEIVE_SIZE, socket.MSG_DONTWAIT):
                 pass
 
 
 async def fetch(connection: Connection, method: str, path: str, fields: Mapping[str, Any] | None = None) -> Any:
-    """One exchange of JSON. Raises `Refused`, `CutShort`, and ValueError for an answer that is no JSON."""
+    """Send one request and return the JSON of its answer.
+
+    Raises `Refused` for a status other than 200, `CutShort` if the answer ends too early, and ValueError if it is not
+    JSON.
+    """
     await connection.send(connection.encode(method, path, fields))
     head = await connection.head()
     body = await connection.read()
@@ -181,14 +201,15 @@ async def fetch(connection: Connection, method: str, path: str, fields: Mapping[
 
 
 class Stream:
-    """A completion that was asked for: what came of it so far, and when."""
+    """A completion that is being read: what has arrived so far, and when."""
 
     def __init__(self, connection: Connection, dialect: Dialect, ask: Ask) -> None:
         self.asked = 0.0
-        """When the request was about to be sent."""
+        """The moment just before the request was sent."""
         self.ended: float | None = None
+        """The moment at which the answer ended."""
         self.moments: list[float] = []
-        """One for each piece of text."""
+        """The moment of each piece of text."""
         self.pieces: list[str] = []
         self.choices: list[Choice] = []
         self.total: Total | None = None
@@ -200,11 +221,15 @@ class Stream:
 
     @property
     def text(self) -> str:
+        """The text so far."""
         return "".join(self.pieces)
 
     @property
     def first(self) -> float:
-        """The moment of the first piece; of the end, if all that was sampled is half a character. Raises `CutShort`."""
+        """The moment of the first piece, or of the end if only a part of a character was generated.
+
+        Raises `CutShort` if neither has come.
+        """
         if self.moments:
             return self.moments[0]
         if self.ended is None:
@@ -218,18 +243,19 @@ class Stream:
 
     @property
     def tokens_per_piece(self) -> float:
-        """More than 1 where the server held bytes back or sent several tokens at once; 1 if it does not say."""
+        """Tokens in a piece, on average: 1, or more if the server joins tokens. 1 if it does not tell their number."""
         if self.total is None or not self.total.completion_tokens or not self.pieces:
             return 1.0
         return self.total.completion_tokens / len(self.pieces)
 
     async def send(self) -> None:
+        """Send the request."""
         request = self._connection.encode("POST", self._dialect.path, self._dialect.body(self._ask))
         self.asked = time.perf_counter()
         await self._connection.send(request)
 
     async def step(self) -> bool:
-        """Read what comes next; False at the end. Raises `Refused` and `CutShort`."""
+        """Read the next part. Returns False at the end. Raises `Refused` and `CutShort`."""
         if not self._answered:
             head = await self._connection.head()
             self._answered = True
@@ -246,13 +272,13 @@ class Stream:
         return True
 
     async def read(self, n_pieces: int) -> None:
-        """Until there are so many pieces. Raises `CutShort` if the answer ends before."""
+        """Read until there are `n_pieces` pieces. Raises `CutShort` if the answer ends before."""
         while len(self.pieces) < n_pieces:
             if not await self.step() and len(self.pieces) < n_pieces:
                 raise CutShort(f"the stream ended after {len(self.pieces)} of {n_pieces} pieces")
 
     async def finish(self) -> Stream:
-        """Until the end. Raises `CutShort` if it has no last message."""
+        """Read to the end, and return this stream. Raises `CutShort` if there is no last message and no text."""
         while await self.step():
             pass
         if self.total is None and not self.pieces:
@@ -260,6 +286,7 @@ class Stream:
         return self
 
     def leave(self, how: Farewell = "fin") -> float:
+        """Disconnect with a FIN or a RST packet. Returns the moment."""
         return self._connection.leave(how)
 
     def _take(self, moment: float, messages: list[Message]) -> None:
@@ -278,7 +305,7 @@ class Stream:
 async def asking(
     address: Address, dialect: Dialect, ask: Ask, *, receive_buffer: int | None = None
 ) -> AsyncIterator[Stream]:
-    """A completion on a connection of its own, asked for when the block begins, abandoned when it ends."""
+    """A completion on a connection of its own: requested when the block begins, abandoned when the block ends."""
     with await Connection.open(address, receive_buffer=receive_buffer) as connection:
         stream = Stream(connection, dialect, ask)
         await stream.send()

@@ -1,4 +1,4 @@
-"""Company: a reader that does not read, embeddings behind streams, and far too many clients."""
+"""Scenarios with others beside: a client that does not read, embeddings beside streams, too many requests at once."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ from trio_runner.bench.server import Unavailable, watching
 from trio_runner.bench.speed import together
 
 N_EMBEDDINGS: Final = 10
+"""Embeddings of one round, on the idle server and beside streams."""
 EMBEDDED_TOKENS: Final = 64
+"""Tokens of an embedded text."""
 N_ANSWER: Final = 16
+"""Tokens of each answer in the overload."""
 HEALTH_SECONDS: Final = 0.02
-"""From one look at /health to the next, whatever becomes of the one before."""
+"""Seconds between two requests for /health, whether the first one has been answered or not."""
 HEALTH_TIMEOUT: Final = 30.0
+"""Seconds after which an unanswered request for /health counts as failed."""
 
 
-# ---- a reader that does not read -------------------------------------------------------------------------------------
+# ---- a client that does not read -------------------------------------------------------------------------------------
 
 
 async def slow_reader(turn: Turn) -> Measured:
-    """Streams beside nobody else, beside one more that reads, and beside one more that never does."""
+    """Streams alone, beside one more stream that is read, and beside one more that is never read."""
     measured, server = Measured(), turn.server
     n_streams = turn.beside(1)
     companies: dict[str, Callable[[], AbstractAsyncContextManager[object]]] = {
@@ -44,7 +48,7 @@ async def slow_reader(turn: Turn) -> Measured:
     }
     stretches: dict[str, list[tuple[float, float]]] = {company: [] for company in companies}
     order = turn.random.sample(list(companies), 3)
-    for company in order + order[::-1]:  # so that a machine that gets slower does so for all three alike
+    for company in order + order[::-1]:  # so that a machine that becomes slower slows all three alike
         asks = [await turn.ask(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
         async with companies[company]():
             stretches[company].append(together(await complete_all(server, asks)))
@@ -53,17 +57,17 @@ async def slow_reader(turn: Turn) -> Measured:
         company: sum(n_tokens for n_tokens, _ in pooled) / sum(seconds for _, seconds in pooled)
         for company, pooled in stretches.items()
     }
-    measured.add(Metric(f"{n_streams} streams, nobody else", "tokens/s"), rates["alone"])
+    measured.add(Metric(f"{n_streams} streams, alone", "tokens/s"), rates["alone"])
     measured.add(Metric(f"{n_streams} streams, beside one that reads", "tokens/s"), rates["reading"])
     measured.add(Metric(f"{n_streams} streams, beside one that never reads", "tokens/s"), rates["deaf"])
-    measured.add(Metric("beside one that never reads / nobody else", "x"), rates["deaf"] / rates["alone"])
+    measured.add(Metric("beside one that never reads / alone", "x"), rates["deaf"] / rates["alone"])
     measured.add(Metric("beside one that never reads / one that reads", "x"), rates["deaf"] / rates["reading"])
     return measured
 
 
 @asynccontextmanager
 async def _deaf(turn: Turn, measured: Measured) -> AsyncIterator[None]:
-    """A client that never reads, and that the server has felt when the block begins."""
+    """A client that never reads. When the block begins, the server has noticed it, if it does so at all."""
     server, load = turn.server, turn.load
     before = None if server.pid is None else holdings(server.pid)
     ask = await turn.ask(N_SHORT, load.unread + 2 * load.stretch)
@@ -71,7 +75,7 @@ async def _deaf(turn: Turn, measured: Measured) -> AsyncIterator[None]:
         tells, paused = await watch.look() is not None, False
         async with trio.open_nursery() as nursery:
 
-            async def accompany() -> None:  # for as many tokens as this one reads, the other was sent
+            async def accompany() -> None:  # while this one reads its tokens, the other is sent as many
                 await server.complete(await turn.ask(N_SHORT, load.unread))
                 nursery.cancel_scope.cancel()
 
@@ -82,11 +86,11 @@ async def _deaf(turn: Turn, measured: Measured) -> AsyncIterator[None]:
                 nursery.cancel_scope.cancel()
         yield
         if not tells:
-            measured.note("the server does not say whether it pauses one that never reads")
+            measured.note("the server does not tell whether it pauses a client that never reads")
         elif not paused:
-            measured.note(f"one that never reads was not paused within {load.unread:,} tokens")
+            measured.note(f"the client that never reads was not paused within {load.unread:,} tokens")
         elif not (await watch.look() or {}).get("paused"):
-            measured.note("one that never reads was no longer there at the end")
+            measured.note("the client that never reads was gone at the end")
         after = None if server.pid is None else holdings(server.pid)
         if before is not None and after is not None:
             measured.add(Metric("memory more than before it came", "MiB"), after.memory - before.memory)
@@ -96,7 +100,7 @@ async def _deaf(turn: Turn, measured: Measured) -> AsyncIterator[None]:
 
 
 async def embeddings(turn: Turn) -> Measured:
-    """An embedding on the idle server, and behind running streams."""
+    """An embedding on the idle server, and beside running streams."""
     measured = Measured()
     try:
         idle = await _embed(turn)
@@ -107,13 +111,13 @@ async def embeddings(turn: Turn) -> Measured:
     measured.add(Metric(f"{EMBEDDED_TOKENS} tokens, idle server", "ms"), *idle)
     n_streams = turn.beside(0)
     async with running(turn, n_streams) as streams:
-        behind = await _embed(turn, streams)
-    measured.add(Metric(f"{EMBEDDED_TOKENS} tokens, beside {n_streams} streams", "ms"), *behind)
+        busy = await _embed(turn, streams)
+    measured.add(Metric(f"{EMBEDDED_TOKENS} tokens, beside {n_streams} streams", "ms"), *busy)
     return measured
 
 
 async def _embed(turn: Turn, beside: Sequence[Stream] = ()) -> list[float]:
-    """Milliseconds of each of some embeddings; of fewer, if streams that they are `beside` end."""
+    """Milliseconds of each of `N_EMBEDDINGS` embeddings, or of fewer if one of the streams `beside` them ends."""
     latencies, dialect = [], turn.server.dialect
     for _ in range(N_EMBEDDINGS):
         text = await turn.prompts.make(EMBEDDED_TOKENS)
@@ -126,11 +130,11 @@ async def _embed(turn: Turn, beside: Sequence[Stream] = ()) -> list[float]:
     return latencies
 
 
-# ---- too many --------------------------------------------------------------------------------------------------------
+# ---- too many requests -----------------------------------------------------------------------------------------------
 
 
 async def overload(turn: Turn) -> Measured:
-    """Far more requests at once than slots: is everyone told something, and does /health still answer?"""
+    """Far more requests at once than slots: whether each is answered, and how fast /health answers meanwhile."""
     measured, server = Measured(), turn.server
     asks = [await turn.ask(N_SHORT, N_ANSWER) for _ in range(turn.load.clients)]
     results: Counter[str] = Counter()
@@ -149,14 +153,13 @@ async def overload(turn: Turn) -> Measured:
 
     with ExitStack() as connections:
         streams = []
-        for ask in asks:  # all are connected before the first one asks, for the requests to come at once
+        for ask in asks:  # all connect before the first one sends, so that the requests come at once
             connection = connections.enter_context(await Connection.open(server.address))
             streams.append(Stream(connection, server.dialect, ask))
         over = threading.Event()
         async with trio.open_nursery() as nursery:
-            poll = _HealthPoll(server.address)
-            look = partial(trio.to_thread.run_sync, trio.run, poll.run, over, abandon_on_cancel=True)
-            nursery.start_soon(look)
+            poll = HealthPoll(server.address)
+            nursery.start_soon(partial(trio.to_thread.run_sync, trio.run, poll.run, over, abandon_on_cancel=True))
             started = time.perf_counter()
             try:
                 async with trio.open_nursery() as clients:
@@ -169,7 +172,7 @@ async def overload(turn: Turn) -> Measured:
     measured.add(Metric("answered", ""), len(first))
     measured.add(Metric("503 with Retry-After", ""), results.pop("503", 0))
     measured.add(Metric("anything else", ""), sum(results.values()))
-    measured.add(Metric("until all were told", "s"), ended - started)
+    measured.add(Metric("until all were answered", "s"), ended - started)
     measured.add(Metric("first token of those answered", "ms"), *first)
     measured.add(Metric("/health meanwhile", "ms"), *poll.latencies)
     measured.add(Metric("/health failed", ""), poll.n_failed)
@@ -178,20 +181,22 @@ async def overload(turn: Turn) -> Measured:
     return measured
 
 
-class _HealthPoll:
-    """Asks for /health over new connections, as whoever looks after a server does: by the clock, also while earlier
-    questions are unanswered. A server that does not answer for a while is late for all that came in that while.
+class HealthPoll:
+    """Requests /health at fixed times over new connections, as a supervisor does, also while earlier requests wait.
 
-    From a thread of its own, so that our clients do not delay what is timed by more than the interpreter's switch.
+    So a server that hangs for a while is late for every request of that time. It runs in a thread of its own, so that
+    the other clients delay what it times only by the interpreter's switch interval.
     """
 
     def __init__(self, address: Address) -> None:
         self.latencies: list[float] = []
-        """Milliseconds from the moment at which the question was due."""
+        """Milliseconds of each answer, from the moment at which its request was due."""
         self.n_failed = 0
+        """Requests that failed, or had no answer in time."""
         self._address = address
 
     async def run(self, over: threading.Event) -> None:
+        """Send requests until `over` is set, then wait for their answers."""
         started = time.perf_counter()
         async with trio.open_nursery() as nursery:
             for number in itertools.count():

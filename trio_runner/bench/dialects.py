@@ -1,6 +1,6 @@
-"""What goes over the wire: how a completion is asked of each kind of server, and how each answers. Pure.
+"""The bytes of each kind of server: how a completion is requested, and how it is answered. Pure.
 
-runner   ours, and that of Ollama's Go runner: a JSON object per line
+runner   our server and Ollama's Go runner: one JSON object per line
 llama    llama-server's own /completion: server-sent events, or one JSON object
 openai   /v1/completions: server-sent events, or one JSON object
 """
@@ -18,20 +18,20 @@ DialectName: TypeAlias = Literal["runner", "llama", "openai"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A greedy completion that does not end before `max_tokens`, as far as the dialect can say so."""
+    """A request for a greedy completion that does not end before `max_tokens`, if the dialect can express that."""
 
     prompt: str
     max_tokens: int
     reuse: bool = False
-    """Whether the server may use what it has in its cache for this prompt."""
+    """Whether the server may use its prompt cache."""
     stream: bool = True
     n_top: int = 0
-    """Most probable tokens to report at each position."""
+    """Most probable tokens that the answer reports at each position."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A token that was sampled: its bytes, and the log-probabilities of the best at its place, highest first."""
+    """A sampled token: its bytes, and the log-probabilities of the best tokens at its position, highest first."""
 
     piece: bytes
     top: tuple[float, ...]
@@ -39,17 +39,17 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What the server says of the whole request at its end; None where it does not say."""
+    """Counts of the whole request, from the end of the answer. None if the server does not report them."""
 
     prompt_tokens: int | None
     decoded_tokens: int | None
-    """Tokens of the prompt that were not found in the cache."""
+    """Tokens of the prompt that the server did not find in its cache."""
     completion_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One object of an answer. The last one has a `total`, or the `error` that ended it."""
+    """One object of an answer. The last one has a `total`, or the `error` that ended the answer."""
 
     text: str = ""
     choices: tuple[Choice, ...] = ()
@@ -58,44 +58,48 @@ class Message:
 
 
 class Lines:
-    """Bytes to whole lines."""
+    """Splits bytes into lines."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def push(self, data: bytes) -> list[bytes]:
+        """Return the lines that `data` completes, without their line ends."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         return lines
 
     def flush(self) -> list[bytes]:
+        """Return the last line if it has no line end."""
         rest, self._rest = self._rest, b""
         return [rest] if rest else []
 
 
 class Decoder:
-    """The bytes of a body to its messages, whether they are lines, events, or one object without a line end."""
+    """Turns the bytes of a body into messages: from lines, from events, or from one object without a line end."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         self._lines = Lines()
 
     def push(self, data: bytes) -> list[Message]:
+        """Return the messages that `data` completes. Raises ValueError for what is not JSON."""
         return self._messages(self._lines.push(data))
 
     def flush(self) -> list[Message]:
+        """Return the last message if it has no line end. Raises ValueError for what is not JSON."""
         return self._messages(self._lines.flush())
 
     def _messages(self, lines: Sequence[bytes]) -> list[Message]:
         messages = []
         for line in lines:
             payload = line.strip().removeprefix(b"data:").strip()
-            if payload.startswith(b"{"):  # else an empty line, a comment, an event's name, or [DONE]
+            if payload.startswith(b"{"):  # not an empty line, a comment, an event's name or [DONE]
                 messages.append(self._dialect.message(json.loads(payload)))
         return messages
 
 
 class Dialect(ABC):
-    """`forbidden` are the tokens that would end a stream, `model` what the server calls its model."""
+    """How one kind of server is asked. `forbidden` are tokens that would end a stream, `model` is the model's name."""
 
     name: ClassVar[DialectName]
     path: ClassVar[str]
@@ -107,21 +111,24 @@ class Dialect(ABC):
 
     @abstractmethod
     def body(self, ask: Ask) -> dict[str, Any]:
-        """The fields of the request to `path`."""
+        """The JSON fields of a request to `path`."""
 
     @abstractmethod
     def message(self, fields: Mapping[str, Any]) -> Message:
-        """One JSON object of the answer."""
+        """Read one JSON object of the answer."""
 
     def embedding_body(self, text: str) -> dict[str, Any]:
-        """The fields of the request to `embedding_path`."""
+        """The JSON fields of a request to `embedding_path`."""
         return {"content": text}
 
     def decoder(self) -> Decoder:
+        """A decoder for one answer."""
         return Decoder(self)
 
 
 class Runner(Dialect):
+    """Our server, and Ollama's Go runner."""
+
     name = "runner"
     path = "/completion"
 
@@ -149,6 +156,8 @@ class Runner(Dialect):
 
 
 class Llama(Dialect):
+    """llama-server's own endpoints."""
+
     name = "llama"
     path = "/completion"
 
@@ -157,7 +166,7 @@ class Llama(Dialect):
             "prompt": ask.prompt,
             "n_predict": ask.max_tokens,
             "temperature": 0,
-            # The cheapest chain that is greedy: its default one sorts 40 candidates first.
+            # The cheapest greedy chain of samplers: the default one sorts 40 candidates first.
             "samplers": ["top_k"],
             "top_k": 1,
             "repeat_penalty": 1,
@@ -175,6 +184,8 @@ class Llama(Dialect):
 
 
 class OpenAI(Dialect):
+    """OpenAI's endpoints, as many servers have them."""
+
     name = "openai"
     path = "/v1/completions"
     embedding_path = "/v1/embeddings"
@@ -187,7 +198,7 @@ class OpenAI(Dialect):
             "temperature": 0,
             "stream": ask.stream,
             "ignore_eos": True,
-            "cache_prompt": ask.reuse,  # llama-server's; others ignore it
+            "cache_prompt": ask.reuse,  # a field of llama-server, which others ignore
             **({"stream_options": {"include_usage": True}} if ask.stream else {}),
             **({"logprobs": ask.n_top} if ask.n_top else {}),
         }
@@ -234,7 +245,7 @@ def _choices(entries: Sequence[Mapping[str, Any]] | None) -> tuple[Choice, ...]:
 def _openai_choices(logprobs: Mapping[str, Any] | None) -> tuple[Choice, ...]:
     if not logprobs:
         return ()
-    if "content" in logprobs:  # llama-server answers in the words of the chat endpoint
+    if "content" in logprobs:  # llama-server answers with the fields of the chat endpoint
         return _choices(logprobs["content"])
     tops = logprobs.get("top_logprobs") or [{}] * len(logprobs["tokens"])
     return tuple(

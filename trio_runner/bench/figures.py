@@ -1,4 +1,4 @@
-"""Measurements and what is said of them: the one place with statistics. Pure."""
+"""Measurements and their statistics. Pure."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ Unit: TypeAlias = Literal["tokens/s", "ms", "s", "tokens", "MiB", "x", "nats", "
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Something measured; `unit` is "" for a count."""
+    """A quantity that is measured. `unit` is "" for a count."""
 
     name: str
     unit: Unit
     difference: bool = False
-    """Whether it is what is left of two measurements: around zero, where ratios are noise."""
+    """Whether it is the difference of two measurements. Such a value may be close to zero, so ratios are noise."""
 
 
 @dataclass(slots=True)
 class Measured:
-    """What one round of a scenario found: samples, and remarks for people."""
+    """The result of one round of a scenario: samples of each metric, and remarks for people."""
 
     samples: dict[Metric, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, metric: Metric, *values: float) -> None:
+        """Add samples of `metric`."""
         self.samples.setdefault(metric, []).extend(values)
 
     def note(self, text: str) -> None:
+        """Add a remark, unless it has been made."""
         if text not in self.notes:
             self.notes.append(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A sample in a few numbers."""
+    """Statistics of samples."""
 
     n: int
     median: float
@@ -48,22 +50,23 @@ class Figures:
 
 
 def figures(values: Sequence[float]) -> Figures:
-    """Raises ValueError if there are no `values`."""
+    """The statistics of `values`. Raises ValueError if there are none."""
     if not values:
         raise ValueError("no values")
     return Figures(len(values), statistics.median(values), percentile(values, 99), min(values), max(values))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest of `values` that at least so many percent of them do not exceed: one that was measured."""
+    """The smallest of `values` that at least `percent` percent of them do not exceed (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def paired_ratio(first: Iterable[Sequence[float]], second: Iterable[Sequence[float]]) -> float | None:
-    """The median over the rounds of median(first) / median(second), of the rounds where both are more than 0.
+    """The median of median(first) / median(second) of each round, without the rounds where one of them is 0 or less.
 
-    Both servers of a round meet the same weather, so this is steadier than the ratio of the two medians.
+    Both servers of a round run on the machine under the same conditions, so this varies less than the ratio of the two
+    medians of all rounds. None if no round is left.
     """
     medians = (
         (statistics.median(ours), statistics.median(theirs))

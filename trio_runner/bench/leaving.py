@@ -1,4 +1,4 @@
-"""Clients that go away: what becomes of their slots, of the others, and of the server."""
+"""Scenarios with clients that disconnect: what happens to their slots, to other clients, and to the server."""
 
 from __future__ import annotations
 
@@ -22,31 +22,33 @@ from trio_runner.bench.scenarios import MS, N_SHORT, Turn, first_token, running
 from trio_runner.bench.server import QUIET_SECONDS, Overdue, Server, watching
 
 N_IDLE: Final = 3
-"""Requests before, and as many after, whose median stands for the idle server."""
+"""Requests before, and as many after, whose median first token is the reference of an idle server."""
 N_VICTIMS: Final = 5
-"""In one round, where it does not take long to see what becomes of them."""
+"""Clients that disconnect in one round, if the server tells at once what happens to their slots."""
 N_VICTIM_PIECES: Final = 8
+"""Pieces of text that a client reads before it disconnects, at least, and less than twice as many."""
 MAX_DELAY: Final = 1.0
-"""Seconds until one of many clients leaves, at most."""
+"""Seconds after which one of many clients disconnects, at most."""
 N_STORM_PIECES: Final = 4
-"""Of text, after which one of many clients leaves, at most."""
+"""Pieces of text after which one of many clients disconnects, at most."""
 N_QUEUED: Final = 3
-"""Clients that leave beside survivors, beyond those that there are slots for."""
+"""Clients that disconnect beside survivors, in addition to those that have a slot."""
 PATIENCE: Final = 20.0
-"""Seconds that a client of the storm gives a server that does nothing."""
+"""Seconds after which a client of the storm gives up."""
 SETTLE_SECONDS: Final = 12.0
-"""Longer than idle threads are kept in case they are needed again."""
+"""Seconds without a change after which a process has settled. trio keeps idle threads for 10 seconds."""
 SMALL_BUFFER: Final = 4096
+"""Bytes of the receive buffer of a client that does not read."""
 
 Leave: TypeAlias = Callable[[Turn], Awaitable[float]]
-"""Brings a client into some state, makes it go away, and returns when it did."""
+"""Brings a client into some state, disconnects it, and returns the moment of that."""
 
 
 # ---- one client, and the next on its slot ----------------------------------------------------------------------------
 
 
 async def cancel_prefill(turn: Turn) -> Measured:
-    """The client goes away at a random moment of a long prefill."""
+    """A client disconnects at a random moment of a long prefill."""
     alone = await first_token(turn.server, await turn.ask(turn.load.long_prompt, 1))
 
     async def leave(turn: Turn) -> float:
@@ -59,7 +61,7 @@ async def cancel_prefill(turn: Turn) -> Measured:
 
 
 async def cancel_decode(turn: Turn) -> Measured:
-    """The client goes away between two tokens."""
+    """A client disconnects between two tokens."""
 
     async def leave(turn: Turn) -> float:
         ask = await turn.ask(N_SHORT, turn.load.endless)
@@ -71,7 +73,7 @@ async def cancel_decode(turn: Turn) -> Measured:
 
 
 async def cancel_unread(turn: Turn) -> Measured:
-    """The client goes away while it waits for the whole answer; or never reads one, where every answer is a stream."""
+    """A client disconnects while it waits for the whole answer, or has read nothing if every answer is a stream."""
     alone = await first_token(turn.server, await turn.ask(N_SHORT, 1))
 
     async def leave(turn: Turn) -> float:
@@ -84,7 +86,7 @@ async def cancel_unread(turn: Turn) -> Measured:
 
 
 async def _cancelled(turn: Turn, leave: Leave) -> Measured:
-    """All slots but one are kept busy by others. The reference is a server in the same state with that slot idle."""
+    """Measure how soon a slot is free while streams use all others. The reference is the same with an idle slot."""
     measured, server = Measured(), turn.server
     n_others = server.slots - 1
     async with running(turn, n_others) as others, watching(server) as watch:
@@ -103,7 +105,7 @@ async def _cancelled(turn: Turn, leave: Leave) -> Measured:
             idle += await _idle(turn)
         _add_successor(measured, successor.first - left, idle)
     if n_others:
-        measured.note(f"{n_others} streams run beside, also in the idle server's reference")
+        measured.note(f"{n_others} streams run beside, also for the reference of the idle server")
     return measured
 
 
@@ -113,7 +115,7 @@ def _add_successor(measured: Measured, seconds: float, idle: Sequence[float]) ->
 
 
 async def cancel_queued(turn: Turn) -> Measured:
-    """The client goes away while it waits behind running streams; the next comes when one of them has ended."""
+    """A client disconnects while it waits behind running streams; the next comes when one of them has ended."""
     measured, server = Measured(), turn.server
     victim_ask = await turn.ask(turn.load.long_prompt, turn.load.endless)
     async with watching(server) as watch:
@@ -124,7 +126,7 @@ async def cancel_queued(turn: Turn) -> Measured:
                         await watch.until(lambda statistics: statistics["waiting"] >= 1)
                         await trio.sleep(turn.random.uniform(0, 0.1))
                         left = victim.leave()
-                        # Not `waiting`, which is counted once in a step: the queue's bound is a matter of this number.
+                        # `waiting` is counted once in a step; `generations`, which the queue's bound counts, is exact.
                         gone = await watch.until(lambda statistics: statistics["generations"] <= server.slots)
                         measured.add(Metric("until it has left the queue", "ms"), (gone - left) * MS)
                         await watch.until(lambda statistics: not statistics["waiting"])
@@ -146,7 +148,7 @@ async def cancel_queued(turn: Turn) -> Measured:
 
 
 async def retry(turn: Turn) -> Measured:
-    """The client goes away at a random moment of a long prefill and comes back with the same prompt."""
+    """A client disconnects at a random moment of a long prefill and asks again with the same prompt."""
     measured, server, n_prompt = Measured(), turn.server, turn.load.long_prompt
     alone = await first_token(server, await turn.ask(n_prompt, 1))
     ask = await turn.ask(n_prompt, 1, reuse=True)
@@ -161,13 +163,14 @@ async def retry(turn: Turn) -> Measured:
     measured.add(Metric("missing, by the clock", "tokens"), n_prompt * (1 - share))
     decoded = again.total.decoded_tokens if again.total is not None else None
     if decoded is None:
-        measured.note("the server does not say how much of a prompt it found in its cache")
+        measured.note("the server does not tell how much of a prompt it found in its cache")
         return measured
     measured.add(Metric("decoded by the retry", "tokens"), decoded)
     return measured
 
 
 async def _idle(turn: Turn) -> list[float]:
+    """Seconds to the first tokens of `N_IDLE` short requests, one after the other."""
     return [await first_token(turn.server, await turn.ask(N_SHORT, 1)) for _ in range(N_IDLE)]
 
 
@@ -175,13 +178,13 @@ async def _idle(turn: Turn) -> list[float]:
 
 
 async def storm(turn: Turn) -> Measured:
-    """Clients that connect and leave at random points, and what the server still holds when all of them are gone."""
+    """Clients connect and disconnect at random moments: what the server still holds when all of them are gone."""
     measured, server, n_clients = Measured(), turn.server, turn.load.storm
     pool, delay = await _leaving(turn)
     weather = _Storm(server, turn.random, pool, delay)
-    await weather.run(2 * turn.load.crowd, turn.load.crowd)  # what is made once and stays has then been made
+    await weather.run(2 * turn.load.crowd, turn.load.crowd)  # the server now has all that it creates once and keeps
     await server.quiet()
-    before = await _settled(server)
+    before = await settled(server)
     weather.answers.clear()
     started = time.perf_counter()
     await weather.run(n_clients // 2, turn.load.crowd)
@@ -198,9 +201,9 @@ async def storm(turn: Turn) -> Measured:
         measured.note(str(overdue))
     for what, n_held in (await server.held()).items():
         measured.add(Metric(what, ""), n_held)
-    after = await _settled(server)
+    after = await settled(server)
     if before is None or halfway is None or after is None:
-        measured.note("what the server's process holds cannot be seen from here")
+        measured.note("the threads, descriptors and memory of the server's process cannot be seen from here")
     else:
         measured.add(Metric("threads more than before", ""), after.threads - before.threads)
         measured.add(Metric("descriptors more than before", ""), after.descriptors - before.descriptors)
@@ -215,14 +218,17 @@ async def storm(turn: Turn) -> Measured:
 
 
 async def _leaving(turn: Turn) -> tuple[list[Ask], float]:
-    """What many clients that leave ask for, and after how many seconds they leave, at most."""
+    """The requests of many clients that disconnect, and the seconds after which they do so, at most."""
     n_long = turn.load.long_prompt
     pool = [await turn.ask(n, turn.load.endless) for n in (N_SHORT, max(n_long // 4, 1), n_long)]
     return pool, min(await first_token(turn.server, replace(pool[-1], max_tokens=1)), MAX_DELAY)
 
 
-async def _settled(server: Server) -> Holdings | None:
-    """What the process holds when its threads and descriptors have not changed for a while, or after a minute."""
+async def settled(server: Server) -> Holdings | None:
+    """What the process holds when nothing has changed for `SETTLE_SECONDS`, or after a minute.
+
+    None if the process cannot be seen from here.
+    """
     if server.pid is None:
         return None
     held, since = holdings(server.pid), trio.current_time()
@@ -236,11 +242,11 @@ async def _settled(server: Server) -> Holdings | None:
 
 
 class _Storm:
-    """Rounds of connecting and leaving, several at a time."""
+    """Clients that connect and disconnect, several at a time."""
 
     def __init__(self, server: Server, random: Random, pool: Sequence[Ask], delay: float) -> None:
         self.answers: Counter[str] = Counter()
-        """What became of the clients: how far those came that left, and what the others were told."""
+        """Clients by what happened to them: the moment at which they disconnected, or the answer they got instead."""
         self._server = server
         self._random = random
         self._pool = pool
@@ -248,6 +254,7 @@ class _Storm:
         self._points = (self._half_a_head, self._half_a_body, self._unanswered, self._mid_stream, self._never_reading)
 
     async def run(self, n_rounds: int, n_at_once: int) -> None:
+        """Let `n_rounds` clients come and go, `n_at_once` at a time."""
         left = itertools.repeat(None, n_rounds)
 
         async def client() -> None:
@@ -284,7 +291,7 @@ class _Storm:
             connection.leave(how)
 
     async def _unanswered(self, how: Farewell) -> None:
-        """Queued or in its prefill, as it happens."""
+        """While it is queued or in its prefill."""
         async with self._server.asking(self._random.choice(self._pool)) as stream:
             await trio.sleep(self._random.uniform(0, self._delay))
             stream.leave(how)
@@ -301,7 +308,7 @@ class _Storm:
 
 
 async def survivors(turn: Turn) -> Measured:
-    """Greedy streams beside clients that come and leave: does anybody's text change?"""
+    """Greedy streams beside clients that connect and disconnect: whether any of their texts changes."""
     measured, server = Measured(), turn.server
     n_survivors = turn.beside(1)
     asks = [await turn.ask(N_SHORT * (1 + index), turn.load.tokens) for index in range(n_survivors)]
@@ -323,7 +330,7 @@ async def survivors(turn: Turn) -> Measured:
 
     async def come_and_go() -> None:
         for _ in left:
-            async with asking(turn.random.choice([pool[0], *pool])) as victim:  # short ones get to decode
+            async with asking(turn.random.choice([pool[0], *pool])) as victim:  # short prompts reach decoding
                 with trio.move_on_after(turn.random.uniform(0, delay)):
                     await victim.finish()
                 has_slot = in_flight.index(victim) < server.slots
@@ -356,7 +363,8 @@ async def survivors(turn: Turn) -> Measured:
 
 
 def _explain_differences(measured: Measured, differences: Sequence[tuple[int, float] | None]) -> None:
-    """Batches of another size compute slightly other logits: what is close to a tie may turn, nothing else."""
+    """Report how close the two best tokens were where a text first differs. In batches of another size, logits differ
+    slightly, so only tokens that are close to a tie may change."""
     found = Counter(difference for difference in differences if difference is not None)
     for (position, margin), n in sorted(found.items()):
         measured.note(f"{n} x a text differs from token {position} on, where the two best were {margin:.4f} nats apart")
@@ -368,7 +376,10 @@ def _explain_differences(measured: Measured, differences: Sequence[tuple[int, fl
 
 
 def _difference(undisturbed: Stream, text: str) -> tuple[int, float] | None:
-    """The first token that is another one in `text`, and by how much it was the best; None if that is not known."""
+    """The position of the first token that differs in `text`, and the log-probability it was ahead of the second best.
+
+    None if the server has not reported the second best.
+    """
     pairs = zip(undisturbed.text, text, strict=False)
     n_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     n_bytes = len(undisturbed.text[:n_same].encode())

@@ -1,4 +1,4 @@
-"""A server of our own, as a child that does not outlive us."""
+"""A server of our own, as a child process that ends with us."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import trio
 from trio_runner.bench.server import Unavailable
 
 KILL_SECONDS: Final = 5.0
+"""Seconds after which a child that ignores SIGTERM is killed."""
 
 _LISTENING: Final = re.compile(rb"listening on (http://\S+)\s")
 _LOADED: Final = re.compile(rb"model loaded")
@@ -22,10 +23,10 @@ _LOADED: Final = re.compile(rb"model loaded")
 
 @asynccontextmanager
 async def own_server(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]:
-    """`trio-runner serve` with these arguments on a free port: its URL and process. Raises `Unavailable` if it ends.
+    """Run `trio-runner serve` with these arguments on a free port. Yields its URL and the id of its process.
 
-    It is in a session of its own, so that Ctrl-C reaches us first, and ends by itself, within a second or two, should
-    we be killed.
+    The server runs in a session of its own, so that Ctrl-C reaches only us. If we are killed, it ends by itself within
+    two seconds. Raises `Unavailable` if the server ends before it has loaded the model.
     """
     options = ["--port", "0", "--drain-timeout", "0", "--parent", str(os.getpid())]
     command = [sys.executable, "-m", "trio_runner", "serve", *options, *arguments]
@@ -46,23 +47,24 @@ async def own_server(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]
 
 
 class _Log:
-    """What the child says; somebody has to listen, or it blocks."""
+    """The log of a child. It must be read, or the child blocks when the pipe is full."""
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self._stream = stream
         self._text = b""
 
     async def said(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
-        """Wait for it. Raises `Unavailable`, with the last line, if the child ends before."""
+        """Wait for text that matches `pattern`. Raises `Unavailable`, with the last line, if the child ends before."""
         while not (found := pattern.search(self._text)):
             data = await self._stream.receive_some()
             if not data:
                 lines = self._text.decode(errors="replace").splitlines()
-                raise Unavailable("the server did not start: " + (lines[-1] if lines else "it said nothing"))
+                raise Unavailable("the server did not start: " + (lines[-1] if lines else "it logged nothing"))
             self._text += data
         return found
 
     async def swallow(self) -> None:
+        """Read the rest and drop it."""
         async for _ in self._stream:
             pass
 

@@ -1,4 +1,4 @@
-"""What a process on this machine holds, from /proc; nothing where there is no such thing."""
+"""What a process on this machine holds, as /proc tells on Linux. Elsewhere all functions return None."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ _LISTENING = "0A"
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
+    """Threads, open descriptors and memory of a process."""
+
     threads: int
     descriptors: int
     memory: float
-    """MiB of its own: not the model's file, of which more or less is mapped as it happens."""
+    """MiB of anonymous memory. The mapped part of the model's file varies and does not count."""
 
 
 def holdings(pid: int) -> Holdings | None:
-    """None if the process is gone, or not ours to look at."""
+    """What the process holds. None if it has ended, or belongs to another user."""
     try:
         status = (_PROC / str(pid) / "status").read_text()
         n_descriptors = len(os.listdir(_PROC / str(pid) / "fd"))
     except OSError:
         return None
     fields = dict(re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE))
-    if "RssAnon" not in fields:  # a zombie
+    if "RssAnon" not in fields:  # the process has ended, but its parent has not waited for it
         return None
     return Holdings(int(fields["Threads"]), n_descriptors, int(fields["RssAnon"]) / 1024)
 
 
 def foreign_seconds(pids: Iterable[int | None]) -> float | None:
-    """Seconds, since some moment, that the cores of this machine have spent on anything but these processes; None if
-    that cannot be seen, or one of them is not known."""
+    """Seconds that the cores of this machine have spent on other processes than these, since an unknown moment.
+
+    Only differences are of use. None if it cannot be seen, or one of `pids` is None.
+    """
     try:
         user, nice, system, _, _, *others = map(int, (_PROC / "stat").read_text().partition("\n")[0].split()[1:9])
         stats = [(_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split() for pid in pids]
@@ -47,7 +51,7 @@ def foreign_seconds(pids: Iterable[int | None]) -> float | None:
 
 
 def listener(host: str, port: int) -> int | None:
-    """The process that listens on `port` of this machine; None if `host` is another one, or it cannot be found."""
+    """The process that listens on `port` of this machine. None if `host` is another machine, or it is not found."""
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -61,7 +65,7 @@ def listener(host: str, port: int) -> int | None:
             if any(os.readlink(link) in wanted for link in (process / "fd").iterdir()):
                 return int(process.name)
         except OSError:
-            continue  # gone meanwhile, or somebody else's
+            continue  # it has ended meanwhile, or belongs to another user
     return None
 
 

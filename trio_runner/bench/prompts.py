@@ -1,4 +1,4 @@
-"""Prompts with an exact number of tokens, all different from their first words on."""
+"""Prompts with an exact number of tokens, which differ from the first words on."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _NOUNS: Final = (
     "research girl guy moment air teacher force education"
 )
 _WORDS: Final = _NOUNS.split()
-"""Common enough to be a token each, with the space before it, in nearly every large vocabulary."""
+"""Words so common that each is one token, with the space before it, in nearly every large vocabulary."""
 
 _FILLERS: Final = (" a", " the", ".", "a", "!", " ", "0", "\n")
-"""For the last tokens, where a word would be too many."""
+"""Texts for the last tokens, if a word has too many."""
 
 Counter = Callable[[str], Awaitable[int]]
-"""The number of tokens that a server makes of a text."""
+"""Returns the number of tokens that a server makes of a text."""
 
 
 class Prompts:
-    """Makes prompts; the same `random` gives the same ones to servers with the same vocabulary."""
+    """Makes prompts. With the same `random`, servers with the same vocabulary get the same prompts."""
 
     def __init__(self, random: Random, count: Counter | None) -> None:
-        """Without `count`, a word counts as a token."""
+        """If `count` is None, a word counts as a token."""
         self._random = random
         self._count = count
 
     async def make(self, n_tokens: int, *, prefix: str = "") -> str:
-        """A text of exactly `n_tokens` tokens that begins with `prefix`.
+        """Return a text of exactly `n_tokens` tokens that begins with `prefix`.
 
-        Raises ValueError if that cannot be had: the prefix is longer, or the vocabulary has no token short enough.
+        Raises ValueError if the prefix is longer, or if no text fits exactly.
         """
         if self._count is None:
             return prefix + self._words(n_tokens - len(prefix.split()))
@@ -50,6 +50,7 @@ class Prompts:
         return "".join(f" {self._random.choice(_WORDS)}" for _ in range(n_words))
 
     async def _fill(self, text: str, n_tokens: int, count: Counter) -> str:
+        """Append fillers to `text` until it has `n_tokens` tokens. Raises ValueError if that fails."""
         n = await count(text) if text else 0
         while n < n_tokens:
             for filler in _FILLERS:

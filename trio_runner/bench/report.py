@@ -1,4 +1,4 @@
-"""What was measured, for people and for programs: table, markdown, JSON and plot."""
+"""The results for people and for programs: as a table, as markdown, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ NO_MATPLOTLIB = "--plot needs matplotlib: pip install 'trio-runner[plot]'"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One metric of one scenario: a column per server, None where it has not been measured."""
+    """One metric of one scenario, with the samples of every server."""
 
     scenario: str
     metric: Metric
     samples: tuple[tuple[tuple[float, ...], ...], ...]
-    """By server, by round."""
+    """Samples by server and by round."""
 
     @property
     def columns(self) -> list[Figures | None]:
+        """The statistics of each server, over all rounds. None if the server has no samples."""
         pooled = [[value for samples in rounds for value in samples] for rounds in self.samples]
         return [figures(values) if values else None for values in pooled]
 
     @property
     def ratio(self) -> float | None:
-        """First server over second, of the medians of each round; None for what is a count, a difference or a ratio
-        itself."""
+        """The first of two servers divided by the second, from the medians of each round.
+
+        None for a count, a difference or a ratio, and if there are not two servers.
+        """
         if len(self.samples) != 2 or self.metric.unit not in _COMPARED or self.metric.difference:
             return None
         n_rounds = min(map(len, self.samples))
@@ -47,7 +50,7 @@ class Row:
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
-    """In the order of the scenarios, and of their metrics as they were first measured."""
+    """The rows of the table, by scenario, and by metric in the order of their first samples."""
     found = []
     for scenario in dict.fromkeys(outcome.scenario for outcome in outcomes):
         of_scenario = [outcome for outcome in outcomes if outcome.scenario == scenario]
@@ -59,7 +62,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    """What the figures do not say: why something is missing, and what was noticed."""
+    """Remarks for people: why a result is missing, and what was noticed while measuring."""
     found = []
     for outcome in outcomes:
         where = f"{outcome.scenario}, {outcome.server.dialect.name} at {outcome.server.url}"
@@ -70,7 +73,7 @@ def remarks(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """At least two digits, and all before the point."""
+    """Format a number with at least two significant digits, and with all digits before the point."""
     if value == int(value):
         return f"{int(value):,}"
     if abs(value) < 1:
@@ -91,7 +94,7 @@ def _cells_of(row: Row) -> list[str]:
 
 
 def _names(outcomes: Sequence[Outcome]) -> list[str]:
-    """Of the servers; a letter goes before them where the dialect does not tell them apart."""
+    """Names of the servers: their dialects, with a letter before each if that does not tell them apart."""
     servers = list({outcome.server.url: outcome.server for outcome in outcomes}.values())
     names = [str(server.dialect.name) for server in servers]
     return names if len(set(names)) == len(names) else [f"{'ABCDEFGH'[i % 8]} {name}" for i, name in enumerate(names)]
@@ -105,12 +108,13 @@ def _header(outcomes: Sequence[Outcome], joint: str = " ") -> list[str]:
 
 
 def _missing(outcomes: Sequence[Outcome]) -> list[str]:
-    """Scenarios that no server could do."""
+    """Scenarios without results on any server."""
     measured = {row.scenario for row in rows(outcomes)}
     return [name for name in dict.fromkeys(outcome.scenario for outcome in outcomes) if name not in measured]
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
+    """The results as a table for the terminal."""
     from rich.table import Table
 
     header = _header(outcomes, "\n")
@@ -132,7 +136,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def markdown(outcomes: Sequence[Outcome], *, seed: int) -> str:
-    """The same as a markdown table, with the remarks and the seed below it."""
+    """The results as a markdown table, followed by the remarks and the seed."""
     header = _header(outcomes)
     lines = [header, ["---", "---", *["--:"] * (len(header) - 2)], *map(_cells_of, rows(outcomes))]
     lines += [[name, *["-"] * (len(header) - 1)] for name in _missing(outcomes)]
@@ -142,7 +146,7 @@ def markdown(outcomes: Sequence[Outcome], *, seed: int) -> str:
 
 
 def document(outcomes: Sequence[Outcome], *, seed: int, repeat: int, load: Load) -> dict[str, Any]:
-    """Everything, for `json.dump`."""
+    """All results and settings, for `json.dump`."""
     servers = list({outcome.server.url: outcome.server for outcome in outcomes}.values())
     return {
         "machine": machine(),
@@ -169,8 +173,8 @@ def document(outcomes: Sequence[Outcome], *, seed: int, repeat: int, load: Load)
 
 
 def write(path: Path, text: str) -> None:
-    """Put `text` in place of what is in the file, all of it or nothing. Raises OSError."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+    """Replace the contents of the file with `text`, as a whole or not at all. Raises OSError."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # for example /dev/stdout
         path.write_text(text)
         return
     scratch = path.with_name(f"{path.name}.new")
@@ -179,7 +183,7 @@ def write(path: Path, text: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine on which the load generator runs."""
     model = ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -190,12 +194,15 @@ def machine() -> dict[str, Any]:
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Medians as bars, up to p99 as whiskers, a panel per scenario. Raises ImportError without matplotlib."""
+    """Draw medians as bars with whiskers up to p99, and a panel for each scenario, into the file at `path`.
+
+    Raises ImportError without matplotlib.
+    """
     from matplotlib.figure import Figure
 
     by_scenario: dict[str, list[Row]] = {}
     for row in rows(outcomes):
-        if row.metric.unit:  # counts are for the table
+        if row.metric.unit:  # counts are only in the table
             by_scenario.setdefault(row.scenario, []).append(row)
     names = _names(outcomes)
     heights = [1 + 0.35 * len(names) * len(panel) for panel in by_scenario.values()]

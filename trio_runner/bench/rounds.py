@@ -1,7 +1,7 @@
 """The rounds: every scenario on every server, in turn.
 
-In one round all servers meet the same scenario one after the other, and the next round begins with another one of them,
-so that whatever else the machine does falls on all of them alike.
+In one round, all servers are measured in the same scenario, one after the other. The next round begins with another
+server, so that other work of the machine disturbs all of them alike.
 """
 
 from __future__ import annotations
@@ -47,25 +47,26 @@ SCENARIOS: Final[dict[str, Scenario]] = {
 }
 
 ROUND_SECONDS: Final = 3600.0
-"""After which a round is given up: much longer than any should take."""
+"""Seconds after which a round is given up. No round should take nearly as long."""
 DISTURBING_CORES: Final = 0.15
-"""Cores that other programs may use before it is remarked."""
+"""Cores that other programs may use without a remark in the report."""
 SWITCH_SECONDS: Final = 0.001
-"""After which a thread that times something gets the interpreter."""
+"""Seconds after which a thread that times something gets the interpreter; Python's default is 5 ms."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """All rounds of one scenario on one server; a round that failed is empty, and `notes` say why."""
+    """All rounds of one scenario on one server. A round that failed is empty, and `notes` say why."""
 
     scenario: str
     server: Server
     rounds: list[Measured] = field(default_factory=list)
     unavailable: str | None = None
-    """Why there is nothing (more) to measure."""
+    """Why the server cannot do this scenario; None if it can."""
 
     @property
     def notes(self) -> list[str]:
+        """The remarks of all rounds, each once."""
         return list(dict.fromkeys(note for measured in self.rounds for note in measured.notes))
 
 
@@ -79,16 +80,17 @@ async def run_rounds(
     progress: Callable[[str], None] = lambda _: None,
     keep: Callable[[Sequence[Outcome]], None] = lambda _: None,
 ) -> list[Outcome]:
-    """The outcomes by scenario, and by server within it. What goes wrong is in the outcome, never raised.
+    """Measure the scenarios `names` on all servers, `repeat` times. Returns the outcomes by scenario, then by server.
 
-    `keep` gets the outcomes so far after every turn, for them to outlive whatever happens later.
+    A failure is noted in its outcome and never raised. `keep` is called with the outcomes so far after every turn, so
+    that they can be saved before a later one fails.
     """
     for server in servers:
         progress(f"warming up {server.url}")
         await _round(_warm_up, _turn(server, load, Random(seed)))
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
-    gc.freeze()  # what is here stays, and need not be looked through while a stream is timed
+    gc.freeze()  # nothing of it is freed; so no collection looks through it while a stream is timed
     outcomes: list[Outcome] = []
     for name in names:
         of_scenario = [Outcome(name, server) for server in servers]
@@ -107,7 +109,7 @@ async def run_rounds(
 async def _measure(outcome: Outcome, number: int, turn: Turn, servers: Sequence[Server]) -> None:
     disturbances = []
     for server in servers:
-        # One that goes on for clients that have left would do so at the next one's cost.
+        # A server that still works for clients that have disconnected would slow down the next server.
         if server is not turn.server and isinstance(busy := await _attempt(server.quiet), Overdue):
             disturbances.append(f"{server.url} was {busy}")
     pids = [os.getpid(), *(server.pid for server in servers)]
@@ -141,12 +143,12 @@ async def _round(scenario: Scenario, turn: Turn) -> Measured | Exception:
 
 
 async def _attempt(action: Callable[[], Awaitable[T]]) -> T | Exception:
-    """What it returns, or the first thing that went wrong."""
+    """Return what `action` returns, or the first exception that it raises."""
     failures: list[Exception] = []
     try:
         with trio.fail_after(ROUND_SECONDS):
             return await action()
-    except* Exception as group:  # a mistake of ours, too, costs this round and not those before it
+    except* Exception as group:  # even a bug of ours costs this round only
         logger.info("a round failed", exc_info=group)
         failures += _leaves(group)
     return next((error for error in failures if isinstance(error, Unavailable)), failures[0])
@@ -160,6 +162,6 @@ def _leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
 
 
 async def _warm_up(turn: Turn) -> Measured:
-    """The first long prompt and the first tokens of a server meet memory that nobody has touched yet."""
+    """Run once without measuring: the first prompt and tokens of a server touch memory for the first time."""
     await speed.ttft(turn)
     return Measured()

@@ -1,4 +1,4 @@
-"""What is done to a server, and how big: the vocabulary of the scenarios. `bench.SCENARIOS` is the table of them."""
+"""What all scenarios share: their sizes, their turns, and streams. `rounds.SCENARIOS` is the table of the scenarios."""
 
 from __future__ import annotations
 
@@ -17,44 +17,47 @@ from trio_runner.bench.prompts import Prompts
 from trio_runner.bench.server import Server, Unavailable
 
 N_SHORT: Final = 16
-"""Tokens of a prompt that is not what is measured."""
+"""Tokens of a prompt whose length does not matter."""
 MS: Final = 1000.0
+"""Milliseconds in a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How big things are."""
+    """The sizes of everything in the scenarios."""
 
     long_prompt: int = 1900
+    """Tokens of a long prompt."""
     prefix: int = 1500
-    """Tokens that several prompts share."""
+    """Tokens of the beginning that several prompts share."""
     tokens: int = 64
     """Tokens of a stream."""
     streams: tuple[int, ...] = (1, 4, 8)
+    """Numbers of streams whose throughput is measured."""
     beside: int = 3
-    """Streams that run while something else happens, if there are slots for them."""
+    """Streams that run while something else is measured, if there are slots for them."""
     storm: int = 300
     """Connections of a storm."""
     crowd: int = 16
-    """Of those, how many at once."""
+    """Connections of a storm at the same time."""
     cancellations: int = 100
-    """Beside the survivors."""
+    """Clients that disconnect beside the survivors."""
     clients: int = 200
-    """At once, in the overload."""
+    """Requests at once in the overload."""
     endless: int = 2000
     """Tokens of a stream that is not meant to end by itself."""
     unread: int = 1500
-    """Tokens after which a server has felt that nobody reads them."""
+    """Tokens after which a server must have noticed a client that does not read."""
 
     @property
     def stretch(self) -> int:
-        """Tokens of a stream whose rate is measured: seconds, for it to be known to a percent."""
+        """Tokens of a stream whose rate is measured. It runs for seconds, so the rate is known to about a percent."""
         return 4 * self.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One server's turn at a scenario. Each server of a round gets the same `random`."""
+    """One server's turn at a scenario. All servers of a round get the same `random`."""
 
     server: Server
     load: Load
@@ -64,7 +67,7 @@ class Turn:
     async def ask(
         self, n_prompt: int, max_tokens: int, *, reuse: bool = False, stream: bool = True, n_top: int = 0
     ) -> Ask:
-        """For a completion of a new prompt."""
+        """A request for a completion of a new prompt of `n_prompt` tokens."""
         prompt = await self.prompts.make(n_prompt)
         return Ask(prompt=prompt, max_tokens=max_tokens, reuse=reuse, stream=stream, n_top=n_top)
 
@@ -77,16 +80,16 @@ class Turn:
 
 
 Scenario: TypeAlias = Callable[[Turn], Awaitable[Measured]]
-"""Raises `Unavailable` if the server cannot do it."""
+"""Measures something on the server of a turn. Raises `Unavailable` if the server cannot do it."""
 
 
 async def first_token(server: Server, ask: Ask) -> float:
-    """Seconds to the first token of a request that ends after it."""
+    """Seconds to the first token of a request. `ask` should end after this token."""
     return (await server.complete(ask)).ttft
 
 
 async def complete_all(server: Server, asks: Sequence[Ask]) -> list[Stream]:
-    """All at once."""
+    """Complete all requests at the same time. Returns their streams in the order of `asks`."""
     streams: dict[int, Stream] = {}
 
     async def complete(index: int, ask: Ask) -> None:
@@ -100,7 +103,7 @@ async def complete_all(server: Server, asks: Sequence[Ask]) -> list[Stream]:
 
 @asynccontextmanager
 async def running(turn: Turn, n_streams: int, *, max_tokens: int | None = None) -> AsyncIterator[list[Stream]]:
-    """Streams that have begun, and are read in the background until the block ends."""
+    """Yield streams that have begun. They are read in the background until the block ends."""
     asks = [await turn.ask(N_SHORT, max_tokens or turn.load.endless) for _ in range(n_streams)]
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         streams = [await stack.enter_async_context(turn.server.asking(ask)) for ask in asks]
@@ -112,8 +115,10 @@ async def running(turn: Turn, n_streams: int, *, max_tokens: int | None = None) 
 
 
 async def grown(streams: Sequence[Stream], n_pieces: int) -> None:
-    """Wait until each of them, read by somebody else, has so many more pieces than now. Raises `CutShort` if one ends
-    before."""
+    """Wait until each stream has `n_pieces` more pieces than now. Another task must read them.
+
+    Raises `CutShort` if one of them ends before.
+    """
     targets = [len(stream.pieces) + n_pieces for stream in streams]
     while any(len(stream.pieces) < target for stream, target in zip(streams, targets, strict=True)):
         if any(stream.total is not None for stream in streams):

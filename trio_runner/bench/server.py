@@ -1,4 +1,4 @@
-"""A server that is measured: what it is, how it is asked, and what it says about itself."""
+"""A server that is measured: what it is, how to ask it, and what it reports about itself."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from trio_runner.errors import RunnerError
 Statistics: TypeAlias = Mapping[str, Any]
 
 DEFAULT_SLOTS: Final = 4
+"""Slots that a server is taken to have if it does not tell."""
 POLL_SECONDS: Final = 0.002
+"""Seconds between two looks at a server's statistics: the precision of what is measured with them."""
 READY_SECONDS: Final = 120.0
+"""Seconds that a server may take to load its model."""
 QUIET_SECONDS: Final = 60.0
+"""Seconds that a server may take until nothing runs and nothing waits."""
 
 _ENDS: Final = (
     "<|im_end|>",
@@ -35,21 +39,20 @@ _ENDS: Final = (
     "<|end|>",
     "<|return|>",
 )
-"""What ends a text in one vocabulary or another."""
+"""Special tokens that end a text in one vocabulary or another."""
 
 
 class Unavailable(RunnerError):
-    """A server that is measured cannot do what is needed, nor will it in the next round; the message says what, for the
-    reader of the table."""
+    """The server cannot do what a scenario needs, in this round or any other. The message is for the report."""
 
 
 class Overdue(RunnerError):
-    """A server that is measured has not done in time what it could have done."""
+    """The server has not done in time what it is able to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """`slots` requests run at once; `pid` is its process, if that is on this machine and known."""
+    """A server. It runs `slots` requests at once. `pid` is its process, if that is on this machine and known."""
 
     url: str
     address: Address
@@ -57,33 +60,35 @@ class Server:
     slots: int
     pid: int | None = None
     tokenizes: bool = True
-    """Whether it has /tokenize."""
+    """Whether the server has /tokenize."""
 
     def asking(self, ask: Ask, *, receive_buffer: int | None = None) -> AbstractAsyncContextManager[Stream]:
+        """A completion that is requested when the block begins and abandoned when it ends. See `client.asking`."""
         return asking(self.address, self.dialect, ask, receive_buffer=receive_buffer)
 
     async def complete(self, ask: Ask) -> Stream:
-        """The whole answer."""
+        """Return the whole answer. Raises `Refused`, `CutShort` and OSError."""
         async with self.asking(ask) as stream:
             return await stream.finish()
 
     async def get(self, path: str) -> Any:
-        """Raises as `fetch`, and OSError."""
+        """Return the JSON at `path`. Raises `Refused`, `CutShort`, ValueError if it is not JSON, and OSError."""
         with await Connection.open(self.address) as connection:
             return await fetch(connection, "GET", path)
 
     async def post(self, path: str, fields: Mapping[str, Any]) -> Any:
-        """Raises as `fetch`, and OSError."""
+        """Post `fields` to `path` and return the JSON of the answer. Raises the same as `get`."""
         with await Connection.open(self.address) as connection:
             return await fetch(connection, "POST", path, fields)
 
     async def count_tokens(self, text: str) -> int:
+        """Tokens of `text`, with the special ones that a prompt begins with. Raises the same as `get`."""
         return len((await self.post("/tokenize", {"content": text, "add_special": True}))["tokens"])
 
     async def quiet(self) -> None:
         """Wait until nothing runs and nothing waits, as far as the server can tell.
 
-        Raises `Overdue` if that takes a minute.
+        Raises `Overdue` after `QUIET_SECONDS`.
         """
         with trio.move_on_after(QUIET_SECONDS):
             if isinstance(self.dialect, Runner):
@@ -95,7 +100,7 @@ class Server:
                 while any((await self.held()).values()):  # noqa: ASYNC110
                     await trio.sleep(10 * POLL_SECONDS)
                 return
-            # It does not tell: as many requests as there are slots get through when there is nothing before them.
+            # The server does not tell. But when every slot has completed a request, nothing from before is left.
             async with trio.open_nursery() as nursery:
                 for _ in range(self.slots):
                     nursery.start_soon(self.complete, Ask(prompt=" the", max_tokens=1))
@@ -103,7 +108,7 @@ class Server:
         raise Overdue(f"still busy after {QUIET_SECONDS:g} s")
 
     async def held(self) -> dict[str, int]:
-        """What requests hold of the server, in words; empty if it does not tell."""
+        """Slots and other things that requests still hold, by a name for people. Empty if the server does not tell."""
         if isinstance(self.dialect, Runner):
             async with watching(self) as watch:
                 statistics = await watch.look()
@@ -124,15 +129,15 @@ def _held(statistics: Statistics) -> dict[str, int]:
 
 
 class Watch:
-    """Looks at /statistics over one connection, again and again."""
+    """Requests /statistics over one connection, again and again."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
         self._connection: Connection | None = None
 
     async def look(self) -> Statistics | None:
-        """None if the server has no such thing. Raises `CutShort` and OSError if it does not answer."""
-        again = self._connection is not None  # which the server may have closed while it was idle
+        """The server's statistics, or None if it has none. Raises `CutShort` and OSError if it does not answer."""
+        again = self._connection is not None  # the server may have closed it while it was idle
         try:
             return await self._fetch()
         except (CutShort, OSError):
@@ -147,15 +152,15 @@ class Watch:
             statistics: Statistics = await fetch(self._connection, "GET", "/statistics")
         except Refused:
             return None
-        except BaseException:  # half an answer may be left in it
+        except BaseException:  # the rest of an answer may be left in it
             self.close()
             raise
         return statistics
 
     async def until(self, condition: Callable[[Statistics], bool], seconds: float | None = None) -> float:
-        """The moment at which the server was first seen in a state that meets `condition`.
+        """Wait until the statistics meet `condition`. Returns the moment at which they were seen to do so.
 
-        Raises `Unavailable` if there are no statistics, and `Overdue` after so many seconds, a minute unless given.
+        Raises `Unavailable` if the server has no statistics, and `Overdue` after `seconds`, or else `QUIET_SECONDS`.
         """
         seconds = QUIET_SECONDS if seconds is None else seconds
         with trio.move_on_after(seconds):
@@ -168,6 +173,7 @@ class Watch:
         raise Overdue(f"not within {seconds:g} s")
 
     def close(self) -> None:
+        """Close the connection. A later look opens another one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -175,6 +181,7 @@ class Watch:
 
 @asynccontextmanager
 async def watching(server: Server) -> AsyncIterator[Watch]:
+    """Yield a watch of the server, and close it when the block ends."""
     watch = Watch(server.address)
     try:
         yield watch
@@ -186,7 +193,7 @@ async def watching(server: Server) -> AsyncIterator[Watch]:
 
 
 def parse_url(url: str) -> Address:
-    """Raises ValueError if `url` is not http://HOST:PORT."""
+    """The address in `url`. Raises ValueError if `url` is not http://HOST:PORT."""
     parts = urlsplit(url if "//" in url else f"//{url}", scheme="http")
     if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ValueError(f"{url} is not http://HOST:PORT")
@@ -196,9 +203,10 @@ def parse_url(url: str) -> Address:
 async def meet(
     url: str, dialect: DialectName | None = None, *, slots: int | None = None, pid: int | None = None
 ) -> Server:
-    """The server at `url`, once it is ready; what is not given is found out by asking.
+    """Return the server at `url` once it is ready. Asks the server for whatever is not given.
 
-    Raises as `parse_url`, and `Unavailable` if nothing answers there or it is not recognised.
+    Raises ValueError if `url` is not http://HOST:PORT, and `Unavailable` if nothing answers there or the kind of server
+    is not recognised.
     """
     address = parse_url(url)
     server = Server(f"http://{address}", address, DIALECTS[dialect or "openai"](), slots or DEFAULT_SLOTS, pid)
@@ -214,7 +222,7 @@ async def meet(
         elif isinstance(models, dict) and "data" in models:
             dialect = "openai"
         else:
-            raise Unavailable(f"{url}: what it speaks is not recognised: name the dialect")
+            raise Unavailable(f"{url}: the kind of server is not recognised: name its dialect")
     if slots is None:
         statistics = await _try(server.get, "/statistics") or {}
         told = statistics.get("slots") or (props or {}).get("total_slots")
@@ -232,8 +240,10 @@ async def meet(
 
 
 async def _wait_ready(server: Server) -> None:
-    """Until /health is not 503 and does not say that the model is loading. Raises `Unavailable` for a runner that is
-    broken, or about to end."""
+    """Wait while /health answers 503 or says that the model is loading.
+
+    Raises `Unavailable` if the server is broken, about to end, or does not answer.
+    """
     with trio.move_on_after(READY_SECONDS):
         while True:
             try:
@@ -244,7 +254,7 @@ async def _wait_ready(server: Server) -> None:
                 if '"server error"' in str(refusal):
                     raise Unavailable(f"{server.url}: {refusal}") from refusal
             except ValueError:
-                return  # answers, if not in JSON
+                return  # it answers, though not in JSON
             except (OSError, CutShort) as error:
                 raise Unavailable(f"{server.url}: {error}") from error
             else:
@@ -255,7 +265,7 @@ async def _wait_ready(server: Server) -> None:
 
 
 async def _try(ask: Callable[..., Any], *arguments: object) -> Any:
-    """The answer, or None if it was not a good one."""
+    """Return the answer, or None if the server refused or sent no JSON."""
     try:
         return await ask(*arguments)
     except (Refused, CutShort, ValueError):
@@ -263,7 +273,7 @@ async def _try(ask: Callable[..., Any], *arguments: object) -> Any:
 
 
 async def _ends(server: Server) -> tuple[int, ...]:
-    """The tokens that end a text, of those texts that are one token."""
+    """The numbers of the special tokens that end a text in this server's vocabulary."""
     ends = set()
     for text in _ENDS:
         answer = await _try(server.post, "/tokenize", {"content": text, "add_special": False, "parse_special": True})

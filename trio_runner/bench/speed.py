@@ -1,4 +1,4 @@
-"""How soon and how fast: throughput, time to the first token, and gaps between tokens."""
+"""Scenarios of speed: throughput, time to the first token, and gaps between tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from trio_runner.bench.figures import Measured, Metric, figures
 from trio_runner.bench.scenarios import MS, N_SHORT, Turn, complete_all, first_token, grown, running
 
 N_CLIENTS = 4
-"""Of those that share a prefix."""
+"""Clients whose prompts share a beginning."""
 N_SUFFIX = 32
+"""Tokens after the shared beginning."""
 
 
 async def throughput(turn: Turn) -> Measured:
@@ -30,7 +31,7 @@ async def throughput(turn: Turn) -> Measured:
 
 
 async def ttft(turn: Turn) -> Measured:
-    """Of an idle server: for prompts it has never seen, and for one it has just answered."""
+    """Time to the first token on an idle server, for new prompts and for one that it has just answered."""
     measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
     for n_prompt in (N_SHORT, n_long):
         seconds = await first_token(server, await turn.ask(n_prompt, 1))
@@ -42,7 +43,7 @@ async def ttft(turn: Turn) -> Measured:
 
 
 async def shared_prefix(turn: Turn) -> Measured:
-    """Several clients at once, whose prompts begin alike: who decodes the beginning, and how fast do they go on?"""
+    """Several clients at once whose prompts begin alike: how often the beginning is decoded, how fast they go on."""
     measured, n_prefix = Measured(), turn.load.prefix
     prefix = await turn.prompts.make(n_prefix)
     prompts = [await turn.prompts.make(n_prefix + N_SUFFIX, prefix=prefix) for _ in range(N_CLIENTS)]
@@ -55,15 +56,15 @@ async def shared_prefix(turn: Turn) -> Measured:
     if len(known := [n for n in decoded if n is not None]) == N_CLIENTS:
         measured.add(Metric("prompt tokens decoded, in all", "tokens"), sum(known))
     else:
-        measured.note("the server does not say how much of a prompt it found in its cache")
+        measured.note("the server does not tell how much of a prompt it found in its cache")
     return measured
 
 
 async def gaps(turn: Turn) -> Measured:
-    """Between the tokens of running streams, undisturbed and while a long prompt arrives beside them."""
+    """Gaps between the tokens of running streams, undisturbed and while a long prompt arrives."""
     measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
     n_streams = turn.beside(1)
-    # What it is compared with is measured before and after: the machine's pace changes, and so do the streams' lengths.
+    # The references are measured before and after: the machine's speed drifts, and longer streams are slower.
     idle = [await first_token(server, await turn.ask(n_long, 1))]
     ask = await turn.ask(n_long, 1)
     async with running(turn, n_streams) as streams:
@@ -86,7 +87,7 @@ async def gaps(turn: Turn) -> Measured:
 
 
 async def _undisturbed(streams: Sequence[Stream], n_pieces: int) -> list[float]:
-    """The gaps of the next so many pieces of each."""
+    """Seconds between the next `n_pieces` pieces of each stream."""
     started = max(stream.moments[-1] for stream in streams)
     await grown(streams, n_pieces)
     return list(_gaps(streams, started, min(stream.moments[-1] for stream in streams)))
@@ -102,8 +103,10 @@ def _add_rate(measured: Measured, title: str, streams: Sequence[Stream]) -> None
 
 
 def together(streams: Sequence[Stream]) -> tuple[float, float]:
-    """Tokens of all streams, and seconds, from when the last one began to when the first one ended. Raises `CutShort`
-    if that was before."""
+    """Tokens of all streams while all of them ran, and the seconds of that time.
+
+    Raises `CutShort` if the first stream ended before the last one began.
+    """
     started = max(stream.first for stream in streams)
     ended = min(stream.moments[-1] for stream in streams)
     if ended <= started:
@@ -115,8 +118,11 @@ def together(streams: Sequence[Stream]) -> tuple[float, float]:
 
 
 def _gaps(streams: Sequence[Stream], started: float, ended: float) -> Iterator[float]:
-    """Those that end after `started` and begin before `ended`. Tokens that come at once have none between them: none
-    that is felt, and the others would look rarer than they are."""
+    """The gaps that end after `started` and begin before `ended`, in seconds.
+
+    Tokens that arrive together count as one. A client notices no gap between them, and counting gaps of zero would make
+    long gaps look rarer than they are.
+    """
     for stream in streams:
         moments = dict.fromkeys(stream.moments)
         yield from (after - before for before, after in pairwise(moments) if after > started and before < ended)

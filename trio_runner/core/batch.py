@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.events import TokenInfo
@@ -15,13 +15,27 @@ AdapterSet: TypeAlias = tuple[tuple[int, float], ...]
 """(uid of an adapter, scale), in the order of the uids, no scale 0: what is added to the model's weights."""
 
 
-class Kind(NamedTuple):
-    """What a batch computes and how: rows of different kinds cannot go together."""
+class BatchKind(NamedTuple):
+    """What a batch computes and how. Rows of different kinds cannot share a batch."""
+
+    # A tuple: the scheduler compares and hashes one for each running sequence in every step.
 
     adapters: AdapterSet = ()
+    """Added to the model's weights for all rows."""
     of_media: bool = False
+    """The rows are rows of images, which llama.cpp does not take together with tokens."""
     causal: bool = True
-    vectors: bool = False
+    """False: each row of an image attends to the whole image."""
+    embedding: bool = False
+    """The batch computes embeddings and samples no tokens."""
+
+    def for_media(self, media: Media) -> BatchKind:
+        """The kind of batch that takes rows of this image, with the same adapters."""
+        return self._replace(of_media=True, causal=media.causal)
+
+
+PLAIN_TOKENS: Final = BatchKind()
+"""The kind of a batch of tokens that are sampled from, without adapters."""
 
 
 class Chunk(NamedTuple):
@@ -41,7 +55,7 @@ class Chunk(NamedTuple):
     output: bool
     offset: int = 0
     """From `start` to `position`: below 0 where rows before it share positions."""
-    source: tuple[int, ...] = ()
+    encoder_tokens: tuple[int, ...] = ()
     """What the encoder has read, if the model has one."""
 
     @property
@@ -62,30 +76,17 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one step, at most one chunk per sequence, all of one kind. `embeddings`: vectors are wanted, not
-    tokens."""
+    """The rows of one step: at most one chunk per sequence, all of one kind."""
 
     chunks: tuple[Chunk, ...]
-    embeddings: bool = False
+    kind: BatchKind = PLAIN_TOKENS
     number: int = 0
-    """Its name to whoever wants to break it off; no two batches of a context that are not empty share one."""
-    adapters: AdapterSet = ()
-    """On top of the model's weights, for all rows."""
+    """Names the batch to those who abort it. No two batches of a context have the same number, except empty ones."""
 
     @property
     def n_rows(self) -> int:
+        """Rows of all chunks together."""
         return sum(len(chunk.items) for chunk in self.chunks)
-
-    @property
-    def of_media(self) -> bool:
-        """Its rows are those of images, which llama.cpp does not take together with tokens."""
-        return bool(self.chunks) and self.chunks[0].media is not None
-
-    @property
-    def causal(self) -> bool:
-        """False: the rows of each image look both ways."""
-        media = self.chunks[0].media if self.chunks else None
-        return media is None or media.causal
 
 
 class DecodeOutcome(enum.Enum):
@@ -116,14 +117,14 @@ class Sampled:
 class StepResult:
     """What running one batch gave.
 
-    `sampled` has, by uid, one entry for each chunk with `output` of a token batch, `vectors` for each one of an
-    embeddings batch (`error` entries go to `sampled` there too). Both are empty unless `outcome` is OK.
-    `kept` has, by uid, the number of positions the slot holds now; filled only after ABORTED and FATAL.
+    `sampled` has, by uid, one entry for each chunk with `output`. In a batch that computes embeddings, these entries
+    are in `embeddings` instead, except those with an error, which are in `sampled`. Both are empty unless `outcome` is
+    OK. `kept` has, by uid, the number of positions that the slot holds now. It is filled only after ABORTED and FATAL.
     """
 
     outcome: DecodeOutcome
     sampled: dict[int, Sampled]
-    vectors: dict[int, object]
+    embeddings: dict[int, object]
     kept: dict[int, int]
     seconds: float = 0.0
     message: str = ""
@@ -143,7 +144,7 @@ class Wanting(NamedTuple):
     whole: bool = False
     """All of `pending` in one batch, or nothing."""
     offset: int = 0
-    source: tuple[int, ...] = ()
+    encoder_tokens: tuple[int, ...] = ()
 
 
 def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int) -> tuple[Chunk, ...]:
@@ -179,4 +180,4 @@ def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int) -
 def _chunk(want: Wanting, n_rows: int) -> Chunk:
     items = tuple(want.pending[:n_rows])
     output = want.output and n_rows == len(want.pending)
-    return Chunk(want.uid, want.slot, want.start, items, output, want.offset, want.source)
+    return Chunk(want.uid, want.slot, want.start, items, output, want.offset, want.encoder_tokens)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.errors import InvalidGrammar
-from trio_runner.request import MAX_GRAMMAR_BYTES
+from trio_runner.sampling import MAX_GRAMMAR_BYTES
 
 MAX_NESTING: Final = 64
 MAX_RULES: Final = 2000

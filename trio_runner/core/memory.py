@@ -13,7 +13,7 @@ from typing import TypeAlias
 class Trim:
     """Forget positions [start, end) of `slot`; `end` None: all from `start` on. Later positions keep their numbers.
 
-    The only edit that may fail: where `Limits.can_trim` is false, nothing short of the whole slot can go.
+    The only edit that may fail: where `Capabilities.can_trim` is false, nothing short of the whole slot can go.
     """
 
     slot: int

@@ -3,75 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
-DeviceKind: TypeAlias = Literal["CPU", "GPU", "integrated GPU", "accelerator", "other"]
+from trio_runner.info import Device, MemoryUse
 
-MIB: Final = 1 << 20
 MAX_MARGIN: Final = 1 << 30
 MARGIN_SHARE: Final = 8
 """What is left free on a device: an eighth of it, at most 1 GiB. Its driver, the screen and what the backend allocates
 for a moment are in no figure of the model's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Something that computes. Memory in bytes; 0 where the backend does not say."""
-
-    number: int
-    name: str
-    description: str
-    backend: str
-    kind: DeviceKind
-    memory_free: int
-    memory_total: int
-    id: str = ""
-    """The same for one piece of hardware that two backends found; may be empty."""
-    is_remote: bool = False
-    """It belongs to an rpc-server."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUse:
-    """Bytes of one device that a model and its context take; `device` None: of this machine's own memory."""
-
-    device: int | None
-    model: int
-    context: int
-    compute: int
-
-    @property
-    def total(self) -> int:
-        return self.model + self.context + self.compute
-
-    def __str__(self) -> str:
-        """For people, in MiB: what the total is made of."""
-        model, context, compute = (round(n / MIB) for n in (self.model, self.context, self.compute))
-        return f"{model} for the model, {context} for the KV cache, {compute} to compute"
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a loaded model is."""
-
-    n_layers: int
-    """That could go to devices: those of the model, and the one that makes logits."""
-    n_device_layers: int
-    """That did."""
-    devices: tuple[Device, ...]
-    """As they were before; the model's layers lie on them in this order."""
-    memory: tuple[MemoryUse, ...]
-
-    @property
-    def places(self) -> tuple[tuple[Device | None, MemoryUse], ...]:
-        """What lies on each of the devices, and, last, for None, in the memory of this machine."""
-        devices = tuple((device, self.used(device.number)) for device in self.devices)
-        return (*devices, (None, self.used(None)))
-
-    def used(self, device: int | None) -> MemoryUse:
-        """Of a device by its number, or, for None, of this machine."""
-        return next((use for use in self.memory if use.device == device), MemoryUse(device, 0, 0, 0))
 
 
 def choose_devices(devices: Sequence[Device], names: Collection[str] | None, remote: Sequence[int]) -> list[Device]:

@@ -26,14 +26,14 @@ class Media:
     n_positions: int
     causal: bool = True
     """False: attention among its rows looks both ways."""
-    folded: bool = False
+    shares_positions: bool = False
     """Its rows share positions, of which there may be as many all the same: those in a single line have one."""
 
     @property
     def whole(self) -> bool:
         """It is decoded in one batch and forgotten as a whole: rows that look both ways cannot see those of another
         batch, and rows that share positions cannot be told apart in the KV cache."""
-        return not self.causal or self.folded
+        return not self.causal or self.shares_positions
 
 
 class MediaRow(NamedTuple):

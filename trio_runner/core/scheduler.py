@@ -26,16 +26,16 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeAlias
 
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Kind, Sampled, StepResult, Wanting, plan_batch
-from trio_runner.core.limits import Limits
+from trio_runner.core.batch import Batch, BatchKind, Chunk, DecodeOutcome, Sampled, StepResult, Wanting, plan_batch
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
 from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_after, cut_before
 from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason
 from trio_runner.core.shift import n_discard, shift_ops
 from trio_runner.core.slots import Slot, SlotPool
-from trio_runner.errors import NativeError
+from trio_runner.errors import DecodeFailed
 from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
+from trio_runner.info import Capabilities, SchedulerStatistics
 
 Emission: TypeAlias = tuple[int, Event | Embedded]
 """(uid, what its reader is told)"""
@@ -51,25 +51,6 @@ class Step:
     followers: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerStatistics:
-    """How full the scheduler is, and what it has done so far, for people and metrics."""
-
-    n_waiting: int = 0
-    n_running: int = 0
-    n_paused: int = 0
-    n_preempted: int = 0
-    """Waiting, but have been running before."""
-    n_cached_tokens: int = 0
-    """Positions of all slots that hold something, in use or kept for the next prompt."""
-    n_batches: int = 0
-    n_aborted: int = 0
-    """Batches that were broken off."""
-    n_prompt_rows: int = 0
-    """Rows of prompts that were decoded."""
-    n_sampled: int = 0
-
-
 MIN_FOLLOW = 32
 """Tokens that another sequence must spare a prompt to be worth waiting for."""
 MAX_FAILED = 2
@@ -83,20 +64,20 @@ pressed, will soon do so again, and what was begun is lost."""
 class Scheduler:
     """Continuous batching over the slots of one context. Not thread-safe; knows no clock."""
 
-    def __init__(self, limits: Limits, step_target: float | None = None) -> None:
+    def __init__(self, capabilities: Capabilities, step_target: float | None = None) -> None:
         """`step_target`: see `EngineConfig.step_target`."""
-        self._limits = limits
-        self._pool = SlotPool(limits)
-        self._pace = Pace(limits.max_rows, step_target)
+        self._capabilities = capabilities
+        self._pool = SlotPool(capabilities)
+        self._pace = Pace(capabilities.max_rows, step_target)
         self._waiting: dict[int, Sequence] = {}
         self._running: dict[int, Sequence] = {}  # in the order in which they got their slots
         self._ops: list[MemoryOp] = []
         self._turn = 0
-        self._kind: Kind | None = None  # of the last batch
-        self._kind_turns: dict[Kind, int] = {}  # the last batch of each kind that there are rows of
+        self._kind: BatchKind | None = None  # of the last batch
+        self._kind_turns: dict[BatchKind, int] = {}  # the last batch of each kind that there are rows of
         self._n_short_steps = 0
         # Rows that the next batch may have; fewer only while a batch that failed is being cut down.
-        self._max_rows = limits.max_rows
+        self._max_rows = capabilities.max_rows
         self._crowded = False  # the KV cache was full: nobody gets a slot before somebody gives one up
         self._suspects: list[int] = []
         self._n_batches = self._n_planned = self._n_aborted = self._n_prompt_rows = self._n_sampled = 0
@@ -178,7 +159,7 @@ class Scheduler:
         if result.outcome is DecodeOutcome.OK:
             self._n_batches += 1
             self._n_short_steps = max(self._n_short_steps - 1, 0)
-            self._max_rows = self._limits.max_rows
+            self._max_rows = self._capabilities.max_rows
             self._measure(batch, result.seconds)
             return list(self._commit_rows(batch, result))
         if result.outcome in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
@@ -195,7 +176,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while (sequence := self._first_waiting(embedding=True)) is not None:
-            embed_slot = self._pool.acquire_for_embedding(len(sequence.pending), sequence.spec.basis)
+            embed_slot = self._pool.acquire_for_embedding(len(sequence.pending), sequence.spec.cache_key)
             if embed_slot is None:
                 break
             self._start(sequence, embed_slot)
@@ -217,18 +198,26 @@ class Scheduler:
             sequence.pending,
             reuse=spec.cache_prompt,
             own=sequence.left,
-            basis=spec.basis,
-            n_source=len(spec.source),
+            cache_key=spec.cache_key,
+            n_encoder_tokens=len(spec.encoder_tokens),
         )
 
     def _first_waiting(self, *, embedding: bool) -> Sequence | None:
         candidates = (
             (sequence.spec.background, sequence.spec.uid)
             for sequence in self._waiting.values()
-            if sequence.spec.embedding == embedding and not sequence.paused
+            if self._takes_embed_slot(sequence) == embedding and not sequence.paused
         )
         first = min(candidates, default=None)
         return None if first is None else self._waiting[first[1]]
+
+    def _takes_embed_slot(self, sequence: Sequence) -> bool:
+        """Whether it runs in a slot for embeddings. Those slots together hold no more rows than one batch. A longer
+        text, whose last row is its embedding, takes a slot like a generation."""
+        spec = sequence.spec
+        return spec.embedding and not (
+            self._capabilities.embeds_last_row and len(spec.prompt) > self._capabilities.max_rows
+        )
 
     def _start(self, sequence: Sequence, slot: Slot) -> None:
         del self._waiting[sequence.spec.uid]
@@ -249,7 +238,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait, with all it has; what its slot holds stays as long as nobody takes it."""
-        if len(sequence.items) > self._limits.n_ctx:
+        if len(sequence.items) > self._capabilities.n_ctx:
             self._shift(sequence)  # as it would have done in the next step
         sequence.pending[:0] = sequence.slot.items
         sequence.left = sequence.slot
@@ -273,9 +262,9 @@ class Scheduler:
         for other in self._running.values():
             if other is sequence:
                 return  # the ones after it may follow it themselves
-            if other.paused or other.spec.embedding or not self._limits.can_trim or len(other.pending) == 1:
+            if other.paused or other.spec.embedding or not self._capabilities.can_trim or len(other.pending) == 1:
                 continue
-            if other.spec.basis != sequence.spec.basis:
+            if other.spec.cache_key != sequence.spec.cache_key:
                 continue
             n_common = cut_before(items, min(common_prefix(other.items, items), len(items) - 1))
             if n_common > n_best:
@@ -313,9 +302,9 @@ class Scheduler:
         ready = self._in_turn()
         if not ready:
             return Batch(())
-        by_kind: dict[Kind, list[Sequence]] = {}
+        by_kind: dict[BatchKind, list[Sequence]] = {}
         for sequence in ready:
-            if len(sequence.slot.items) + len(sequence.pending) > self._limits.n_ctx:
+            if len(sequence.slot.items) + len(sequence.pending) > self._capabilities.n_ctx:
                 self._shift(sequence)
             by_kind.setdefault(self._kind_of(sequence), []).append(sequence)
         kind = self._kind = self._whose_turn(by_kind)
@@ -328,9 +317,9 @@ class Scheduler:
         self._kind_turns[kind] = self._turn
         for chunk in chunks:
             self._running[chunk.uid].last_turn = self._turn
-        return Batch(chunks, embeddings=kind.vectors, adapters=kind.adapters, number=self._n_planned)
+        return Batch(chunks, kind, self._n_planned)
 
-    def _whose_turn(self, by_kind: dict[Kind, list[Sequence]]) -> Kind:
+    def _whose_turn(self, by_kind: dict[BatchKind, list[Sequence]]) -> BatchKind:
         """The kind whose last batch is longest ago; before the first one, who waited longest for it counts."""
         last = self._kind_turns
         self._kind_turns = {
@@ -359,34 +348,38 @@ class Scheduler:
 
     def _wants_vector(self, sequence: Sequence) -> bool:
         """The next rows of this sequence belong in an embeddings batch."""
-        return sequence.spec.embedding and (not self._limits.embeds_last_row or len(sequence.pending) == 1)
+        return sequence.spec.embedding and (not self._capabilities.embeds_last_row or len(sequence.pending) == 1)
 
-    def _kind_of(self, sequence: Sequence) -> Kind:
+    def _kind_of(self, sequence: Sequence) -> BatchKind:
         """Of the next rows of this sequence."""
         first = sequence.pending[0]
         if isinstance(first, MediaRow):
-            return sequence.kind._replace(of_media=True, causal=first.media.causal)
-        return sequence.kind._replace(vectors=True) if self._wants_vector(sequence) else sequence.kind
+            return sequence.kind.for_media(first.media)
+        return sequence.kind._replace(embedding=True) if self._wants_vector(sequence) else sequence.kind
 
-    def _plan_rows(self, kind: Kind, sequences: list[Sequence], n_decoding: int, n_prompting: int) -> tuple[Chunk, ...]:
-        prompt_rows = self._limits.max_rows
-        if n_decoding or not kind.vectors:
+    def _plan_rows(
+        self, kind: BatchKind, sequences: list[Sequence], n_decoding: int, n_prompting: int
+    ) -> tuple[Chunk, ...]:
+        prompt_rows = self._capabilities.max_rows
+        if n_decoding or not kind.embedding:
             prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
         if n_decoding and n_prompting > 1:
             # Between two tokens of a stream comes a batch of each kind: those that have prompts share the time.
             prompt_rows = max(prompt_rows // n_prompting, 1)
         wanting = map(self._wanting, sequences)
         chunks = plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows)
-        first_embed_slot = self._limits.first_embed_slot
+        first_embed_slot = self._capabilities.first_embed_slot
         self._ops += self._pool.make_room(sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot))
         return chunks
 
     def _wanting(self, sequence: Sequence) -> Wanting:
         """As many of the next rows as may go into one batch, were there room: tokens up to an image, or one image."""
         spec, slot, pending = sequence.spec, sequence.slot, sequence.pending
-        start, offset = len(slot.items), -slot.n_folded
+        start, offset = len(slot.items), -slot.position_lag
         if sequence.decoding:
-            return Wanting(spec.uid, slot.id, start, pending, decoding=True, offset=offset, source=spec.source)
+            return Wanting(
+                spec.uid, slot.id, start, pending, decoding=True, offset=offset, encoder_tokens=spec.encoder_tokens
+            )
         wants_vector = self._wants_vector(sequence)
         if spec.embedding and not wants_vector:
             pending = pending[:-1]
@@ -394,7 +387,9 @@ class Scheduler:
         if isinstance(first, MediaRow):
             rows = pending[: first.media.n_rows - first.row]
         else:
-            rows = list(takewhile(lambda item: not isinstance(item, MediaRow), pending[: self._limits.max_rows + 1]))
+            rows = list(
+                takewhile(lambda item: not isinstance(item, MediaRow), pending[: self._capabilities.max_rows + 1])
+            )
         return Wanting(
             spec.uid,
             slot.id,
@@ -404,22 +399,22 @@ class Scheduler:
             output=wants_vector or (not spec.embedding and len(rows) == len(pending)),
             whole=wants_vector or (isinstance(first, MediaRow) and first.media.whole),
             offset=offset,
-            source=spec.source,
+            encoder_tokens=spec.encoder_tokens,
         )
 
     def _shift(self, sequence: Sequence) -> None:
         slot = sequence.slot
         n_held, n_keep = len(slot.items), sequence.spec.n_keep
-        discard = n_discard(n_held, n_ctx=self._limits.n_ctx, n_keep=n_keep)
+        discard = n_discard(n_held, n_ctx=self._capabilities.n_ctx, n_keep=n_keep)
         discard = cut_after(slot.items, n_keep + discard) - n_keep  # no half of an image
-        can_slide = self._limits.can_shift and self._limits.can_trim
+        can_slide = self._capabilities.can_shift and self._capabilities.can_trim
         trims = self._pool.unshare(slot, n_keep + discard) if can_slide else None
         del slot.items[n_keep : n_keep + discard]
         if trims is None:
             self._start_over(sequence)
         else:
             self._ops += [*trims, *shift_ops(slot.id, n_held, n_keep=n_keep, discard=discard)]
-            slot.n_shared = min(slot.n_shared, n_keep)
+            slot.n_shared_cells = min(slot.n_shared_cells, n_keep)
 
     def _start_over(self, sequence: Sequence) -> None:
         """Empty the slot and decode again all that it should hold."""
@@ -431,7 +426,7 @@ class Scheduler:
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _measure(self, batch: Batch, seconds: float) -> None:
-        if not batch.embeddings:
+        if not batch.kind.embedding:
             sequences = (self._running.get(chunk.uid) for chunk in batch.chunks)
             n_decoding = sum(sequence is not None and sequence.decoding for sequence in sequences)
             self._pace.measured(n_decoding, batch.n_rows, seconds)
@@ -454,8 +449,8 @@ class Scheduler:
                 yield chunk.uid, PromptProgress(n_done, len(sequence.spec.prompt), sequence.n_cached)
             if not chunk.output:
                 continue
-            if chunk.uid in result.vectors:
-                yield chunk.uid, Embedded(result.vectors[chunk.uid], sequence.usage)
+            if chunk.uid in result.embeddings:
+                yield chunk.uid, Embedded(result.embeddings[chunk.uid], sequence.usage)
                 self._release(sequence)
             else:
                 sequence.prompt_done = True
@@ -472,7 +467,7 @@ class Scheduler:
         if piece is not None:
             yield spec.uid, piece
         reason = finish_reason(text, sampled, spec)
-        if reason is None and not spec.shift and len(sequence.slot.items) == self._limits.n_ctx:
+        if reason is None and not spec.shift and len(sequence.slot.items) == self._capabilities.n_ctx:
             reason = "length"
         if reason is None:
             sequence.pending.append(sampled.token)
@@ -484,7 +479,7 @@ class Scheduler:
 
     def _hold(self, sequence: Sequence, items: tuple[Item, ...]) -> None:
         """`items`, which were pending, are in the KV cache now."""
-        if self._limits.has_memory:
+        if self._capabilities.has_memory:
             sequence.slot.hold(items)
         if not sequence.prompt_done:
             self._n_prompt_rows += len(items)
@@ -494,17 +489,17 @@ class Scheduler:
         """Drop tokens whose text a stop string cut off: the conversation will go on without them. The token sampled
         last was never decoded."""
         slot, n_cut = sequence.slot, sequence.text.n_cut() - 1
-        if sequence.text.stop_matched is not None and n_cut > 0 and self._limits.can_trim:
+        if sequence.text.stop_matched is not None and n_cut > 0 and self._capabilities.can_trim:
             # After a context shift there may be fewer of them than were sampled.
             self._ops.append(slot.trim(cut_before(slot.items, max(len(slot.items) - n_cut, 0))))
 
     def _keep_finished_rows(self, batch: Batch, result: StepResult) -> None:
         """Whole micro-batches of a batch that was broken off are in the KV cache: keep them, they cost time. A last
         row that was decoded but not sampled goes again, for its logits are gone."""
-        needs_all_rows = batch.embeddings and not self._limits.embeds_last_row
+        needs_all_rows = batch.kind.embedding and not self._capabilities.embeds_last_row
         for chunk in batch.chunks:
             sequence = self._running.get(chunk.uid)
-            if sequence is None or not self._limits.has_memory:
+            if sequence is None or not self._capabilities.has_memory:
                 continue
             n_kept = _n_kept(sequence.slot, chunk, result.kept.get(chunk.uid, 0))
             if needs_all_rows or n_kept is None:
@@ -535,7 +530,7 @@ class Scheduler:
         self._max_rows //= 2
         if self._max_rows:
             return True
-        self._max_rows = self._limits.max_rows
+        self._max_rows = self._capabilities.max_rows
         return False
 
     def _fail_or_suspect(self, batch: Batch, result: StepResult) -> Iterator[Emission]:
@@ -550,7 +545,7 @@ class Scheduler:
             if (sequence := self._running.get(chunk.uid)) is not None:
                 for other in self._running.values():
                     other.n_failed = 0  # that explains it
-                error = NativeError("decode", 0, result.message or result.outcome.value)
+                error = DecodeFailed(result.message or result.outcome.value)
                 self._ops.append(sequence.slot.trim(0))
                 yield self._finish(sequence, "error", error=error)
 
@@ -563,7 +558,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         if sequence.spec.uid in self._running:
             self._leave_slot(sequence)
-            self._crowded = self._crowded and sequence.spec.embedding
+            self._crowded = self._crowded and self._takes_embed_slot(sequence)
 
 
 def _n_kept(slot: Slot, chunk: Chunk, length: int) -> int | None:
@@ -571,7 +566,7 @@ def _n_kept(slot: Slot, chunk: Chunk, length: int) -> int | None:
     now; None: not even those that it held."""
     if length == slot.length:
         return 0
-    if chunk.media is not None and chunk.media.folded:
+    if chunk.media is not None and chunk.media.shares_positions:
         return len(chunk.items) if length > chunk.position else None
     n_kept = length - chunk.position
     return n_kept if 0 <= n_kept <= len(chunk.items) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from trio_runner.core.batch import AdapterSet, Kind, Sampled
+from trio_runner.core.batch import AdapterSet, BatchKind, Sampled
 from trio_runner.core.prompt import Item
 from trio_runner.core.slots import Slot
 from trio_runner.core.stop import StopMatcher
@@ -19,7 +19,7 @@ class SequenceSpec:
 
     uid: int
     prompt: tuple[Item, ...]
-    source: tuple[int, ...] = ()
+    encoder_tokens: tuple[int, ...] = ()
     """What the encoder reads, if the model has one."""
     adapters: AdapterSet = ()
     n_keep: int = 0
@@ -35,9 +35,9 @@ class SequenceSpec:
     logprobs: bool = False
 
     @property
-    def basis(self) -> Hashable:
+    def cache_key(self) -> Hashable:
         """What the KV cache of its rows depends on besides the rows before them."""
-        return (self.adapters, self.source) if self.adapters or self.source else None
+        return (self.adapters, self.encoder_tokens) if self.adapters or self.encoder_tokens else None
 
 
 def _no_slot() -> Slot:
@@ -51,7 +51,7 @@ class Sequence:
 
     spec: SequenceSpec
     pending: list[Item] = field(init=False)
-    kind: Kind = field(init=False)
+    kind: BatchKind = field(init=False)
     """Of its tokens, but for those whose vector is wanted."""
     slot: Slot = field(default_factory=_no_slot)
     n_cached: int = 0
@@ -72,7 +72,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.pending = list(self.spec.prompt)
-        self.kind = Kind(self.spec.adapters)
+        self.kind = BatchKind(self.spec.adapters)
         self.text = GeneratedText(self.spec.stop, keep_tokens=self.spec.logprobs)
 
     @property
@@ -82,13 +82,13 @@ class Sequence:
 
     @property
     def items(self) -> list[Item]:
-        """Everything that the next token depends on, in its basis."""
+        """Everything that the next token depends on, in its cache_key."""
         return self.slot.items + self.pending
 
     @property
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=len(self.spec.prompt) + len(self.spec.source),
+            prompt_tokens=len(self.spec.prompt) + len(self.spec.encoder_tokens),
             cached_tokens=self.n_cached,
             completion_tokens=self.text.n_tokens,
             prompt_seconds=self.prompt_seconds,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import Copy, MemoryOp, Trim
 from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_before, n_positions
+from trio_runner.info import Capabilities
 
 
 @dataclass(slots=True, eq=False)
@@ -20,11 +20,11 @@ class Slot:
 
     id: int
     items: list[Item] = field(default_factory=list)
-    basis: Hashable = None
+    cache_key: Hashable = None
     """What else that depends on, such as adapters: of use only to who has the same."""
-    n_folded: int = 0
+    position_lag: int = 0
     """So many positions fewer than rows it takes, as rows of an image may share one."""
-    n_shared: int = 0
+    n_shared_cells: int = 0
     """Rows below this may be the same cells as another slot's, since a copy: renumbering them here would
     renumber them there. Never too low, sometimes too high, as it is not told when the other slot lets go."""
     busy: bool = False
@@ -36,38 +36,38 @@ class Slot:
     @property
     def position(self) -> int:
         """Where the next row goes."""
-        return len(self.items) - self.n_folded
+        return len(self.items) - self.position_lag
 
     @property
     def length(self) -> int:
         """As `Context.length` tells it: one more than the last position. Of rows that share one, it is their first."""
         last = self.items[-1] if self.items else None
-        if isinstance(last, MediaRow) and last.media.folded:
+        if isinstance(last, MediaRow) and last.media.shares_positions:
             return self.position - last.media.n_positions + 1
         return self.position
 
     def hold(self, items: Sequence[Item]) -> None:
         """These rows have been decoded."""
         self.items += items
-        self.n_folded += len(items) - n_positions(items)
+        self.position_lag += len(items) - n_positions(items)
 
     def trim(self, start: int) -> Trim:
         """Forget all rows from `start` on, where no image that stays whole is cut."""
-        if self.n_folded:
-            self.n_folded = start - n_positions(self.items[:start])
+        if self.position_lag:
+            self.position_lag = start - n_positions(self.items[:start])
         del self.items[start:]
-        self.n_shared = min(self.n_shared, start)
+        self.n_shared_cells = min(self.n_shared_cells, start)
         return Trim(self.id, self.position)
 
 
 class SlotPool:
     """All slots of one context."""
 
-    def __init__(self, limits: Limits) -> None:
-        first = limits.first_embed_slot
+    def __init__(self, capabilities: Capabilities) -> None:
+        first = capabilities.first_embed_slot
         self.slots = tuple(Slot(slot_id) for slot_id in range(first))
-        self.embed_slots = tuple(Slot(slot_id) for slot_id in range(first, first + limits.n_embed_slots))
-        self._limits = limits
+        self.embed_slots = tuple(Slot(slot_id) for slot_id in range(first, first + capabilities.n_embed_slots))
+        self._capabilities = capabilities
         self._reserved: dict[int, int] = {}  # rows that a slot in use may hold which must go into one batch with others
         self._tick = 0
 
@@ -84,11 +84,11 @@ class SlotPool:
         *,
         reuse: bool,
         own: Slot | None = None,
-        basis: Hashable = None,
-        n_source: int = 0,
+        cache_key: Hashable = None,
+        n_encoder_tokens: int = 0,
     ) -> tuple[Slot, list[MemoryOp]] | None:
         """Take a free slot for `items`; None when as many as may be are in use, or the encoder has no room left for
-        `n_source` tokens. Without `reuse` it starts empty, or with what is still in `own`.
+        `n_encoder_tokens` tokens. Without `reuse` it starts empty, or with what is still in `own`.
 
         Carrying out the returned edits makes the KV cache hold `slot.items`, which is now a proper prefix of
         `items`: the last one is always left to decode, for without it there are no logits to sample from.
@@ -98,9 +98,9 @@ class SlotPool:
         Where that is a parked one of somebody else, all others are in use or parked too.
         """
         free = sorted((slot for slot in self.slots if not slot.busy), key=_worth)
-        if len(self.slots) - len(free) == self._limits.n_slots or not self._has_room(n_source):
+        if len(self.slots) - len(free) == self._capabilities.n_slots or not self._has_room(n_encoder_tokens):
             return None
-        n_kept = {slot: self._n_reusable(slot, items, basis) if reuse or slot is own else 0 for slot in self.slots}
+        n_kept = {slot: self._n_reusable(slot, items, cache_key) if reuse or slot is own else 0 for slot in self.slots}
         slot = oldest = free[0]
         source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
         if n_kept[source] > 0 and not source.busy and (source is own or not source.parked):
@@ -112,16 +112,16 @@ class SlotPool:
             ops += self._fork(source, slot, n_kept[source])
         elif n_kept[slot] < len(slot.items):
             ops.append(slot.trim(n_kept[slot]))
-        slot.busy, slot.parked, slot.basis = True, False, basis
-        if n_source:
-            self._reserved[slot.id] = n_source
+        slot.busy, slot.parked, slot.cache_key = True, False, cache_key
+        if n_encoder_tokens:
+            self._reserved[slot.id] = n_encoder_tokens
         self._touch(slot)
         return slot, ops
 
     def extend(self, slot: Slot, items: Sequence[Item]) -> list[MemoryOp]:
         """Let a slot in use, which holds a prefix of `items`, hold the longest one that any other slot has now."""
         n_kept, source = max(
-            ((self._n_reusable(other, items, slot.basis), other) for other in self.slots if other is not slot),
+            ((self._n_reusable(other, items, slot.cache_key), other) for other in self.slots if other is not slot),
             key=lambda pair: pair[0],
             default=(0, slot),
         )
@@ -130,28 +130,30 @@ class SlotPool:
     def make_room(self, n_rows: int) -> list[MemoryOp]:
         """Edits after which `n_rows` more rows fit: what was left unused for longest goes, its end first. Slots in
         use are never touched."""
-        n_excess = sum(len(slot.items) for slot in self.slots) + n_rows - self._limits.n_slots * self._limits.n_ctx
+        n_excess = (
+            sum(len(slot.items) for slot in self.slots) + n_rows - self._capabilities.n_slots * self._capabilities.n_ctx
+        )
         ops: list[MemoryOp] = []
         for slot in sorted(self.slots, key=_worth) if n_excess > 0 else ():
             if n_excess > 0 and slot.items and not slot.busy:
                 n_held = len(slot.items)
-                start = cut_before(slot.items, max(n_held - n_excess, 0)) if self._limits.can_trim else 0
+                start = cut_before(slot.items, max(n_held - n_excess, 0)) if self._capabilities.can_trim else 0
                 n_excess -= n_held - start
                 ops.append(slot.trim(start))
         return ops
 
-    def acquire_for_embedding(self, n_tokens: int, basis: Hashable = None) -> Slot | None:
+    def acquire_for_embedding(self, n_tokens: int, cache_key: Hashable = None) -> Slot | None:
         """Take a slot for the embedding of a text; None while there is no slot, or no room, left."""
         free = [slot for slot in self.embed_slots if not slot.busy]
         if not free or not self._has_room(n_tokens):
             return None
         self._reserved[free[0].id] = n_tokens
-        free[0].busy, free[0].basis = True, basis
+        free[0].busy, free[0].cache_key = True, cache_key
         return free[0]
 
     def release(self, slot: Slot) -> list[MemoryOp]:
         """Give a slot back. What it holds stays, for the next prompt that starts the same way; except what was held
-        for an embedding, or on the basis of what the encoder has read."""
+        for an embedding, or on the cache_key of what the encoder has read."""
         slot.busy = False
         self._touch(slot)
         if self._reserved.pop(slot.id, None) is None or not slot.items:
@@ -165,21 +167,21 @@ class SlotPool:
             other
             for other in self.slots
             if other is not slot
-            and other.basis == slot.basis
-            and min(slot.n_shared, other.n_shared) > start
+            and other.cache_key == slot.cache_key
+            and min(slot.n_shared_cells, other.n_shared_cells) > start
             and common_prefix(slot.items, other.items) > start
         ]
         if any(other.busy for other in sharing):
             return None
         return [other.trim(start) for other in sharing]
 
-    def _n_reusable(self, slot: Slot, items: Sequence[Item], basis: Hashable) -> int:
+    def _n_reusable(self, slot: Slot, items: Sequence[Item], cache_key: Hashable) -> int:
         """Recurrent state cannot go back to an earlier position, nor be copied in part: it can be used whole, in its
         own slot, or not at all."""
-        if slot.basis != basis:
+        if slot.cache_key != cache_key:
             return 0
         n_kept = cut_before(items, min(common_prefix(slot.items, items), len(items) - 1))
-        if self._limits.can_trim:
+        if self._capabilities.can_trim:
             return n_kept
         return n_kept if not slot.busy and n_kept == len(slot.items) else 0
 
@@ -187,12 +189,12 @@ class SlotPool:
         ops: list[MemoryOp] = [target.trim(0)] if target.items else []
         target.hold(source.items[:n_rows])
         ops.append(Copy(source.id, target.id, target.position))
-        target.n_shared = n_rows
-        source.n_shared = max(source.n_shared, n_rows)
+        target.n_shared_cells = n_rows
+        source.n_shared_cells = max(source.n_shared_cells, n_rows)
         return ops
 
     def _has_room(self, n_rows: int) -> bool:
-        return sum(self._reserved.values()) + n_rows <= self._limits.max_rows
+        return sum(self._reserved.values()) + n_rows <= self._capabilities.max_rows
 
     def _touch(self, slot: Slot) -> None:
         self._tick += 1

@@ -1,7 +1,7 @@
-"""The decode thread: takes the mail, asks the scheduler what to do, has the context do it, hands the events over.
+"""The decode thread: it reads mail, asks the scheduler for a step, has the context run it, and delivers the events.
 
-It is the only owner of the context, of the samplers in use, and of the scheduler. The trio thread reaches it through
-the mailbox, `interrupt`, and nothing else.
+It alone owns the context, the samplers in use and the scheduler. The trio thread reaches it only through the mailbox,
+`abort_for` and `abort_running`.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
+from trio_runner.core.ports import Adapter, Context, EncodedMedia, Sampler
 from trio_runner.core.prompt import Media
-from trio_runner.core.scheduler import Emission, Scheduler, SchedulerStatistics, Step
+from trio_runner.core.scheduler import Emission, Scheduler, Step
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mail, Mailbox, Pause, Resume, Retire, Submit
-from trio_runner.engine.runtime import Adapter, Context, EncodedMedia, Sampler
 from trio_runner.events import Embedded, Finished
+from trio_runner.info import SchedulerStatistics
 
 logger = logging.getLogger("trio_runner.engine")
 
-MIN_ROWS_TO_INTERRUPT = 16
-"""Rows of a cancelled sequence that may make it worth breaking off a batch, at the price of running it again for its
-neighbours; if they are no more than its own, that is. One row of a sequence that decodes costs its neighbours next to
-nothing, a prompt a lot."""
+MIN_ROWS_TO_ABORT = 16
+"""A batch that others want is aborted only if the cancelled sequence has at least so many rows in it, and at least as
+many as all others together: the rows of the others must run again. A single row, of a sequence that decodes, costs its
+neighbours next to nothing, but a prompt costs them much."""
 
 
 @dataclass(frozen=True, slots=True)
-class _InFlight:
-    """The batch that runs, as the trio thread may know it. `rows` counts those of each sequence that still wants
-    them, `followers` want what others have in it; once it is published, only the trio thread changes it."""
+class _RunningBatch:
+    """The batch that runs, as the trio thread sees it. Once it is published, only the trio thread changes it."""
 
     number: int
     rows: dict[int, int]
+    """Rows of each sequence in the batch that is not cancelled, by uid."""
     followers: set[int]
-    is_breakable: bool
-    """For the sake of one sequence, at the price of running the rest again."""
+    """Sequences that wait for rows of another sequence in the batch."""
+    may_abort_for_one: bool
+    """Whether it may be aborted for one cancelled sequence while others still want it."""
 
 
 class DecodeLoop:
-    """`run` is the whole life of the decode thread. `deliver` is called there, must not block and must not raise."""
+    """`run` is the whole life of the decode thread. It calls `deliver`, which must neither block nor raise."""
 
     def __init__(
         self,
@@ -49,28 +51,30 @@ class DecodeLoop:
         step_target: float | None = None,
     ) -> None:
         self.statistics = SchedulerStatistics()
-        """As of the last mail or step; replaced, never mutated, so that any thread may read it."""
+        """The statistics after the last mail or step. Replaced, never mutated, so that any thread may read them."""
         self._context = context
         self._mailbox = mailbox
         self._deliver = deliver
-        self._scheduler = Scheduler(context.limits, step_target)
+        self._scheduler = Scheduler(context.capabilities, step_target)
         self._submitted: dict[int, Submit] = {}
         self._samplers: dict[int, Sampler] = {}
         self._retired: dict[int, Adapter] = {}
-        self._in_flight: _InFlight | None = None
-        self._is_breakable = True
+        self._running: _RunningBatch | None = None
+        self._may_abort_for_one = True
         self._closing = False
 
-    def interrupt(self, uid: int) -> None:
-        """Break off the running batch if nobody else wants it, or if `uid`, which is being let go, makes up enough of
-        it. Only on the trio thread, after the mail that says so. Recurrent state that is caught half-way is lost, and
-        with it what a retry could go on from: such a batch, which a step's length bounds, is left to finish.
+    def abort_for(self, uid: int) -> None:
+        """Abort the running batch if no other sequence wants it, or if enough of its rows are those of `uid`, which is
+        being cancelled. Only on the trio thread, after the mail that cancels it.
 
-        The batch may end, and another one start, between the look and the call; but a batch is broken off by its
-        number, so that the call comes too late and does nothing.
+        With recurrent state nothing is aborted: state that is caught half-way is lost, and a retry would have nothing
+        to go on from. The batch is short enough to finish.
+
+        The batch may end, and the next one start, between the look and the call. But a batch is aborted by its number,
+        so a call that comes too late does nothing.
         """
-        running = self._in_flight
-        if running is None or not self._context.limits.can_trim:
+        running = self._running
+        if running is None or not self._context.capabilities.can_trim:
             return
         is_follower = uid in running.followers
         running.followers.discard(uid)
@@ -78,17 +82,17 @@ class DecodeLoop:
         if running.followers or not (n_rows or is_follower):
             return
         n_others = sum(running.rows.values())
-        if not n_others or (running.is_breakable and n_rows >= max(MIN_ROWS_TO_INTERRUPT, n_others)):
+        if not n_others or (running.may_abort_for_one and n_rows >= max(MIN_ROWS_TO_ABORT, n_others)):
             self._context.abort(running.number)
 
-    def interrupt_all(self) -> None:
-        """Break off whatever runs. Only on the trio thread, after the mail that says so."""
-        running = self._in_flight
+    def abort_running(self) -> None:
+        """Abort the running batch. Only on the trio thread, after the mail that closes the loop."""
+        running = self._running
         if running is not None:
             self._context.abort(running.number)
 
     def run(self) -> None:
-        """Until a Close arrives. Raises what the context raises; every sampler is closed on the way out."""
+        """Run until a `Close` arrives. Raises what the context raises. Closes every sampler on the way out."""
         try:
             step: Step | None = None
             while True:
@@ -108,8 +112,8 @@ class DecodeLoop:
                 adapter.close()
 
     def refuse_mail(self) -> None:
-        """Close the samplers of sequences that will never run, and adapters that nobody has any more. Only when `run`
-        is over, on whichever thread."""
+        """Close the samplers and adapters in mail that will never be read. Only after `run` has ended. From any
+        thread."""
         for mail in self._mailbox.take():
             if isinstance(mail, Submit) and mail.sampler is not None:
                 mail.sampler.close()
@@ -147,24 +151,24 @@ class DecodeLoop:
         if not trims_held or not step.batch.chunks:
             return
         batch = step.batch
-        # Say what is in flight, look for mail, and only then decode: whoever lets go later than that sees the sequence
-        # in flight and breaks it off, whoever let go earlier is found in the mailbox.
+        # Publish the batch, look for mail, and only then decode. A cancellation that comes later sees the batch and
+        # aborts it. One that came earlier is found in the mailbox.
         rows = {chunk.uid: len(chunk.items) for chunk in batch.chunks}
-        self._in_flight = _InFlight(batch.number, rows, set(step.followers), self._is_breakable)
+        self._running = _RunningBatch(batch.number, rows, set(step.followers), self._may_abort_for_one)
         if self._mailbox:
-            self._in_flight = None
+            self._running = None
             return
         result = self._decode(batch)
-        self._in_flight = None
-        # The batch after one that was broken off runs to its end, for whoever wants it: cancelling in a loop cannot
-        # stop the others.
-        self._is_breakable = result.outcome is not DecodeOutcome.ABORTED
+        self._running = None
+        # The batch after an aborted one runs to its end if anybody wants it, so that a client that cancels in a loop
+        # cannot stop the others.
+        self._may_abort_for_one = result.outcome is not DecodeOutcome.ABORTED
         if result.outcome not in (DecodeOutcome.OK, DecodeOutcome.ABORTED):
             logger.warning("a batch of %d rows failed: %s", batch.n_rows, result.message or result.outcome.value)
         self._hand_out(self._scheduler.commit(batch, result))
 
     def _hand_out(self, emissions: list[Emission]) -> None:
-        # Before the readers hear of it: who has read the last event finds the slot free.
+        # Before the events are delivered, so that a reader of a last event finds the slot free.
         self.statistics = self._scheduler.statistics()
         for uid, event in emissions:
             if isinstance(event, (Finished, Embedded)):
@@ -173,7 +177,7 @@ class DecodeLoop:
             self._deliver(emissions)
 
     def _decode(self, batch: Batch) -> StepResult:
-        if not batch.of_media and not batch.adapters:
+        if not batch.kind.of_media and not batch.kind.adapters:
             return self._context.decode(batch, self._samplers)
         media: dict[Media, EncodedMedia] = {}
         adapters: dict[int, Adapter] = {}
@@ -184,7 +188,7 @@ class DecodeLoop:
         return self._context.decode(batch, self._samplers, media=media, adapters=adapters)
 
     def _drop(self, uid: int) -> None:
-        """What a sequence had that is gone."""
+        """Close what an ended sequence had."""
         self._submitted.pop(uid, None)
         sampler = self._samplers.pop(uid, None)
         if sampler is not None:

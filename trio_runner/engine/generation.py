@@ -1,69 +1,49 @@
-"""The reader's side of a request: where its events arrive, and how it is let go.
+"""The reader's side of a request: where its events arrive, and how it is closed.
 
-Rule 1: letting go is synchronous. `close` awaits nothing, takes no lock and starts no task, so that it works in a
-`finally` and under cancellation alike. It is never done for you outside of a block: whoever iterates without one may
-give up on one event, by a deadline say, and go on with the next.
-Rule 2: the reader's pace is the reader's problem. Events are put down here without waiting; a reader that falls too
-far behind has its sequence paused, and only that one.
+Rule 1: closing is synchronous. `close` awaits nothing, takes no lock and starts no task, so it works in a `finally`
+block and under cancellation.
+Rule 2: only a block closes a generation by itself. Without a block, a reader may give up on one event, for example by a
+deadline, and go on with the next one. The garbage collector closes nothing either: it runs at any time and on any
+thread, differently in every interpreter, and a program that starts a generation and reads it later would lose it. What
+nobody reads ends soon anyway: it is paused after `max_backlog` events and ended after `stall_timeout` seconds.
+Rule 3: the reader's pace is the reader's problem. Events are queued here without waiting. A reader that falls too far
+behind has its own sequence paused, and no other.
 """
 
 from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import Protocol
 
 import trio
 
-from trio_runner.engine.prepare import AnyRequest, PairRequest
+from trio_runner.engine.dispatcher import Dispatcher
 from trio_runner.events import Embedded, Event, Finished, Usage
-from trio_runner.request import EmbedRequest, GenerateRequest
-
-
-class Reader(Protocol):
-    """Who is told about a sequence. All of it happens on the trio thread, and none of it may raise or wait."""
-
-    def deliver(self, event: Event | Embedded) -> None: ...
-
-    def fail(self, error: Exception) -> None:
-        """The sequence ends with `error`; nothing is delivered after that."""
-
-
-class Desk(Protocol):
-    """What a generation needs of its engine."""
-
-    @property
-    def max_backlog(self) -> int: ...
-
-    async def submit(self, reader: Reader, request: AnyRequest) -> int: ...
-
-    def cancel(self, uid: int) -> None: ...
-
-    def pause(self, uid: int) -> None: ...
-
-    def still_reading(self, uid: int) -> None: ...
-
-    def resume(self, uid: int) -> None: ...
+from trio_runner.request import GenerateRequest
 
 
 class Generation:
-    """One request in flight: an async iterator of events, and a context manager that lets go of it.
+    """One request in flight: an async iterator of events, and an async context manager that closes it.
 
         async with engine.generate("Once upon a time") as generation:
             async for event in generation:
                 print(event.text, end="")
 
-    One task reads. The last event is `Finished`, unless the generation is closed before; an error ends the iteration
-    by being raised: any `RunnerError`.
+    One task reads. The last event is `Finished`, unless the generation is closed before. Iteration raises the
+    `RunnerError` that ended the request, if one did.
+
+    Use the block, or call `close` in a `finally` clause. A loop that is left or cancelled without either closes
+    nothing: the request keeps its slot until its text ends, or until nobody has read `max_backlog` events for
+    `stall_timeout` seconds. This is so under trio, and under asyncio or another host too.
     """
 
     usage: Usage | None = None
-    """What it cost, once `Finished` was read."""
+    """What the request cost, once `Finished` was read."""
 
-    def __init__(self, desk: Desk, request: GenerateRequest) -> None:
-        """Not to be called: `Engine.generate` does."""
+    def __init__(self, dispatcher: Dispatcher, request: GenerateRequest) -> None:
+        """Not for users: `Engine.generate` makes generations."""
         self.request = request
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._uid: int | None = None
         self._started = self._closed = self._paused = self._ended = False
         self._starting = trio.CancelScope()
@@ -71,34 +51,37 @@ class Generation:
         self._send, self._receive = trio.open_memory_channel[Event](math.inf)
 
     async def start(self) -> None:
-        """Check the request and join the queue; entering the context does the same. Waits for a model that is still
+        """Check the request and join the queue. Entering the block does the same. Waits for a model that is still
         loading. Does nothing the second time.
 
-        Raises whatever is wrong with the request (`RequestError`) or the engine (`EngineBusy`, `EngineClosed`,
-        `EngineBroken`, `LoadError`). Cancelled or failed, it leaves nothing behind.
+        Raises a `RequestError` if the request is at fault, and `EngineBusy`, `EngineClosed`, `EngineBroken` or
+        `LoadError` if the engine cannot take it. If this raises or is cancelled, nothing of the request is left.
         """
         if self._started:
             return
         self._started = True
         try:
             with self._starting:
-                self._uid = await self._desk.submit(self, self.request)
+                self._uid = await self._dispatcher.submit(self, self.request)
         except BaseException:
             self.close()
             raise
         if self._closed and self._uid is not None:
-            self._desk.cancel(self._uid)
+            self._dispatcher.cancel(self._uid)
 
     def close(self) -> None:
-        """Let go: a waiting sequence is forgotten, a running one gives its slot back by the next step, with what it
-        has decoded. Nothing is delivered after this returns; reading raises `trio.ClosedResourceError`. Idempotent."""
+        """Cancel the request, synchronously. Idempotent.
+
+        A waiting sequence is dropped. A running one gives back its slot by the next step, and what it has decoded stays
+        in the prompt cache. No event arrives after this returns: reading raises `trio.ClosedResourceError`.
+        """
         if self._closed:
             return
         self._closed = True
         self._starting.cancel()
         if self._uid is not None and not self._ended:
-            self._desk.cancel(self._uid)
-        # In this order: a task that is reading hears that it was closed, not that the text was complete.
+            self._dispatcher.cancel(self._uid)
+        # In this order, so that a task that is reading gets ClosedResourceError, and not the end of the text.
         self._receive.close()
         self._send.close()
 
@@ -131,8 +114,11 @@ class Generation:
         return event
 
     def receive_nowait(self, at_most: int | None = None) -> list[Event]:
-        """The events that are here already, maybe none, and no more than `at_most`. An error that ended the generation
-        is kept for the next `__anext__`, so that nothing that came before it is lost."""
+        """The events that have arrived, at most `at_most` of them; maybe none. Never waits.
+
+        An error that ended the request is kept for the next `__anext__`, so that no event before it is lost. Raises
+        `trio.ClosedResourceError` after `close`.
+        """
         events: list[Event] = []
         while self._error is None and (at_most is None or len(events) < at_most):
             try:
@@ -149,26 +135,28 @@ class Generation:
         return events
 
     async def collect(self) -> str:
-        """Run to the end and return the whole text; lets go on the way out."""
+        """Read to the end and return the whole text. Closes the generation on the way out."""
         async with self:
             return "".join([event.text async for event in self])
 
-    # -- Reader: called by the engine --------------------------------------------------------------------------------
+    # -- called by the dispatcher -------------------------------------------------------------------------------------
 
     def deliver(self, event: Event | Embedded) -> None:
+        """Queue an event. Pauses the sequence if too many are unread."""
         assert not isinstance(event, Embedded)
         self._send.send_nowait(event)
         if isinstance(event, Finished):
             self._ended = True
             self._send.close()
-        elif not self._paused and self._n_unread > self._desk.max_backlog and self._uid is not None:
+        elif not self._paused and self._n_unread > self._dispatcher.max_backlog and self._uid is not None:
             self._paused = True
-            self._desk.pause(self._uid)
+            self._dispatcher.pause(self._uid)
 
     def fail(self, error: Exception) -> None:
+        """Queue the error that ended the request, behind the events before it."""
         self.deliver(Finished("error", Usage(), error=error))
 
-    # ----------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
 
     @property
     def _n_unread(self) -> int:
@@ -177,55 +165,14 @@ class Generation:
     def _catch_up(self) -> None:
         if not self._paused or self._ended or self._uid is None:
             return
-        # Resuming far below the bound, rather than at it, keeps a slow reader from flapping.
-        if self._n_unread <= self._desk.max_backlog // 4:
+        # Resuming far below the bound, not just below it, saves a slow reader two mails for every few events.
+        if self._n_unread <= self._dispatcher.max_backlog // 4:
             self._paused = False
-            self._desk.resume(self._uid)
+            self._dispatcher.resume(self._uid)
         else:
-            self._desk.still_reading(self._uid)
+            self._dispatcher.extend_stall_deadline(self._uid)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
         assert error is not None
         raise error
-
-
-class Embedding:
-    """One vector on its way. Same rules; there is one event, or an error."""
-
-    def __init__(self, desk: Desk, request: EmbedRequest | PairRequest) -> None:
-        self.request = request
-        self._desk = desk
-        self._uid: int | None = None
-        self._result: Embedded | Exception | None = None
-        self._arrived = trio.Event()
-
-    async def start(self) -> None:
-        """As `Generation.start`."""
-        self._uid = await self._desk.submit(self, self.request)
-
-    async def result(self) -> Embedded:
-        """Wait for the vector. Raises as a generation does."""
-        await self._arrived.wait()
-        if isinstance(self._result, Exception):
-            raise self._result
-        assert self._result is not None
-        return self._result
-
-    def close(self) -> None:
-        """As `Generation.close`."""
-        if self._uid is not None and self._result is None:
-            self._desk.cancel(self._uid)
-
-    def deliver(self, event: Event | Embedded) -> None:
-        if isinstance(event, Embedded):
-            self._settle(event)
-        elif isinstance(event, Finished) and event.error is not None:
-            self._settle(event.error)
-
-    def fail(self, error: Exception) -> None:
-        self._settle(error)
-
-    def _settle(self, result: Embedded | Exception) -> None:
-        self._result = result
-        self._arrived.set()

@@ -1,7 +1,7 @@
-"""Images as the projector has made them: each encoded once, whoever asks for it, and kept while there is room.
+"""Encoded images: each image is encoded once, even if several requests have it, and kept while there is room.
 
-Encoding is work of its own, on a helper thread: neither the event loop nor the decode thread waits for it. Whoever asks
-for an image that is being encoded waits for that one; when nobody waits any more it is broken off.
+The projector computes on a thread of its own, so neither the event loop nor the decode thread waits for it. A request
+for an image that is being encoded waits for the same encoding. An encoding that no request waits for is cancelled.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from trio_runner.engine.patience import GaveUp, Patience
-from trio_runner.engine.runtime import EncodedImage, Encoding, Projector
+from trio_runner.core.ports import EncodedImage, Encoding, Projector
+from trio_runner.engine.device_threads import DeviceHangs, DeviceThreads
 from trio_runner.errors import EngineClosed, InvalidImage, NativeError, RunnerError
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
+    from trio_runner.pixels import Pixels
 
 
 logger = logging.getLogger("trio_runner.engine")
@@ -26,7 +26,7 @@ logger = logging.getLogger("trio_runner.engine")
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """An image that is being encoded, or waits for that."""
+    """An image that is being encoded, or waits to be."""
 
     encoding: Encoding
     done: trio.Event = field(default_factory=trio.Event)
@@ -35,24 +35,42 @@ class _Job:
 
 
 class ImageStore:
-    """All on one trio thread. Keyed by the digest of the pixels; there is one projector."""
+    """A cache of encoded images, keyed by the digest of their pixels. All on one trio thread."""
 
-    def __init__(self, projector: Projector, max_bytes: int, nursery: trio.Nursery, patience: Patience) -> None:
-        """Keeps at most `max_bytes` of rows, those that were asked for last."""
+    def __init__(self, projector: Projector, max_bytes: int, nursery: trio.Nursery, threads: DeviceThreads) -> None:
+        """Keeps at most `max_bytes` bytes of rows: those of the images that were asked for last."""
         self.projector = projector
-        self.n_bytes = self.n_encoded = self.n_found = 0
-        """Bytes that are kept; images that were encoded, and that were there or on their way when asked for."""
+        self.n_bytes = 0
+        """Bytes of the images in the cache."""
+        self.n_encoded = 0
+        """Images that were encoded."""
+        self.n_found = 0
+        """Images found in the cache, or being encoded for another request already."""
         self._max_bytes = max_bytes
         self._nursery = nursery
-        self._patience = patience
+        self._threads = threads
         self._images: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._jobs: dict[bytes, _Job] = {}
         self._limiter = trio.CapacityLimiter(1)
         self._closed = False
 
+    @property
+    def n_encoding(self) -> int:
+        """Images that are being encoded, or wait to be."""
+        return len(self._jobs)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for an image."""
+        return sum(job.n_waiting for job in self._jobs.values())
+
     async def encode(self, pixels: Pixels, *, param: str) -> EncodedImage:
-        """The rows of an image. Raises `InvalidImage`, naming `param`, `NativeError`, `EngineClosed`, and for whatever
-        else goes wrong a `RunnerError` with that as its cause."""
+        """The rows of an image.
+
+        Raises `InvalidImage`, with `param` as the field at fault, for an image that the projector refuses,
+        `NativeError` if the projector fails, `EngineClosed` if the engine closes, and for any other failure a
+        `RunnerError` with the failure as its cause.
+        """
         key = pixels.digest
         image = self._images.get(key)
         if image is not None:
@@ -74,34 +92,34 @@ class ImageStore:
             job.n_waiting -= 1
             if not job.n_waiting and not job.done.is_set():
                 job.encoding.cancel()
-                # Whoever asks for it from now on starts anew.
+                # The next request for this image starts a new encoding.
                 self._forget(key, job)
         if isinstance(job.result, EncodedImage):
             return job.result
         raise _own_error(job.result, param)
 
     def close(self) -> None:
-        """Break off what runs; nothing more is encoded."""
+        """Cancel all encodings, and start no more."""
         self._closed = True
         for job in self._jobs.values():
             job.encoding.cancel()
 
     async def closed(self) -> None:
-        """Until nothing computes any more, after `close`."""
+        """After `close`: wait until nothing computes any more."""
         async with self._limiter:
             pass
 
     async def _run(self, key: bytes, job: _Job) -> None:
         try:
             async with self._limiter:
-                job.result = await self._patience.run(job.encoding.run)
+                job.result = await self._threads.run(job.encoding.run)
             self.n_encoded += 1
             self._keep(key, job.result)
         except RunnerError as error:
             job.result = error
-        except GaveUp:
+        except DeviceHangs:
             job.result = EngineClosed("the engine is shutting down")
-        except Exception as failure:  # such as MemoryError: no reason to bring the engine down
+        except Exception as failure:  # such as MemoryError, which is no reason to end the engine
             logger.exception("an image could not be encoded")
             job.result = failure
         finally:
@@ -124,7 +142,7 @@ class ImageStore:
 
 
 def _own_error(failure: Exception | None, param: str) -> RunnerError:
-    """A new exception for each who waits: everybody raises their own."""
+    """A new exception for each request that waits, so that each raises an exception of its own."""
     match failure:
         case InvalidImage():
             return InvalidImage(f"{param}: {failure}", param=param)

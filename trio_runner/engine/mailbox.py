@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
 from trio_runner.core.prompt import Media
 from trio_runner.core.sequence import SequenceSpec
-from trio_runner.engine.runtime import Adapter, EncodedMedia, Sampler
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Run this sequence; `sampler`, None for embeddings, belongs to the decode thread from now on. `media` and
-    `adapters` are what the sequence names."""
+    """Run this sequence. From now on `sampler`, which is None for embeddings, belongs to the decode thread.
+
+    `media` and `adapters` hold the images and adapters that the sequence names.
+    """
 
     spec: SequenceSpec
     sampler: Sampler | None
@@ -26,7 +28,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """No sequence that comes after this mail has this adapter: close it when the last of those before it has ended."""
+    """No sequence submitted after this mail has this adapter. Close it when the last sequence that has it has ended."""
 
     uid: int
     adapter: Adapter
@@ -34,45 +36,45 @@ class Retire:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Forget this sequence."""
+    """Cancel this sequence, without another event."""
 
     uid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """Its deadline has passed: end this sequence with what it has."""
+    """The deadline of this sequence has passed: end it with the text it has."""
 
     uid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Its reader has fallen behind: no more rows for this sequence."""
+    """Give this sequence no more rows: its reader is behind."""
 
     uid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Its reader has caught up."""
+    """Give this sequence rows again: its reader has caught up."""
 
     uid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Stop, whatever is running."""
+    """End the decode loop, whatever is running."""
 
 
 Mail: TypeAlias = Submit | Retire | Cancel | Expire | Pause | Resume | Close
 
 
 class Mailbox:
-    """Many writers that never block, one reader that may.
+    """A queue with many writers, which never block, and one reader, which may.
 
-    Not `queue.SimpleQueue`: the reader wants all there is at once, and to know without taking it whether something is
-    there. Appending to a deque is atomic; the semaphore only wakes the reader up.
+    `queue.SimpleQueue` is not enough: the reader takes all mail at once, and looks for mail without taking it.
+    Appending to a deque is atomic. The semaphore only wakes the reader.
     """
 
     def __init__(self) -> None:
@@ -80,21 +82,22 @@ class Mailbox:
         self._arrived = threading.Semaphore(0)
 
     def __bool__(self) -> bool:
+        """Whether there is mail."""
         return bool(self._mail)
 
     def put(self, mail: Mail) -> None:
-        """Never blocks, from any thread."""
+        """Add mail. Never blocks. From any thread."""
         self._mail.append(mail)
         self._arrived.release()
 
     def take(self, *, wait: bool = False) -> list[Mail]:
-        """All mail in the order it came; with `wait`, at least one."""
+        """Take all mail, in the order in which it came. With `wait`, block until there is some."""
         while wait and not self._mail:
             self._arrived.acquire()
         taken = []
         while self._mail:
             taken.append(self._mail.popleft())
-        # Leftover wake-ups only cost a look into an empty deque, but they must not pile up.
+        # A wake-up without mail only costs a look into an empty deque, but wake-ups must not pile up.
         while not self._mail and self._arrived.acquire(blocking=False):
             pass
         return taken

@@ -1,34 +1,32 @@
-"""Adapter: a LoRA on top of a loaded model."""
+"""Adapter: a LoRA that changes a loaded model."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from trio_runner.errors import EngineClosed, LoadError
+from trio_runner.info import ModelInfo
+from trio_runner.llama.ggml_types import CANNOT_MULTIPLY
 from trio_runner.llama.gguf import GgufHeader, GgufTensor, check_gguf
 from trio_runner.llama.library import check_file, drain_log, native
 
-if TYPE_CHECKING:
-    from trio_runner.engine.runtime import ModelInfo
-
 MAX_RANK: Final = 16384
-"""Above the sizes of all but the largest models; a damaged file may claim what fills the memory."""
+"""The greatest rank of a LoRA. Nearly all models are narrower. A damaged file may claim more."""
 
 _A: Final = ".lora_a"
 _B: Final = ".lora_b"
 _MATRICES_OF_EXPERTS: Final = "_exps.weight"
-_MAX_TAIL: Final = 1 << 20  # bytes after the last tensor, as alignment goes
-# All others have no product with a row of floats: ggml would call a function that is not there.
-_CANNOT_MULTIPLY: Final = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
+_MAX_TAIL: Final = 1 << 20  # bytes after the last tensor; alignment adds fewer
 
 
 class Adapter:
-    """A LoRA for one model, which it keeps alive. Made by `Model.adapter`, on any thread, also while contexts decode.
+    """A LoRA for one model, which it keeps alive. `Model.adapter` creates it.
 
-    Blocks until it is loaded and was tried on a few tokens. Raises `LoadError`.
+    Blocks until the file is loaded and has been tried on a few tokens. Any thread may do so, also while contexts of the
+    model decode. Raises `LoadError`.
     """
 
     def __init__(self, model: Any, info: ModelInfo, path: str) -> None:
@@ -36,7 +34,7 @@ class Adapter:
         loaded = native()
         out = loaded.ffi.new("trio_adapter **")
         code = loaded.lib.trio_adapter_open(model, os.fsencode(path), out)
-        if code < 0:  # what is raised says it, and whoever loads adapters could fill the log
+        if code < 0:  # the exception says it; a client that loads bad adapters must not fill the log
             drain_log(at_most=logging.DEBUG)
         try:
             check_file("trio_adapter_open", code, path)
@@ -52,12 +50,12 @@ class Adapter:
         return self._handle
 
     def close(self) -> None:
-        """Let go of it; its memory is freed when no context has it set any more. Idempotent."""
+        """Release the adapter. Its memory is freed when no context uses it any more. May be called more than once."""
         self._handle = None
 
 
 def _check_adapter(header: GgufHeader, info: ModelInfo, path: str) -> None:
-    """What native code takes for granted, or would find out in a thread where nothing catches it."""
+    """Refuse what native code does not check, or would find in a thread that catches nothing. Raises `LoadError`."""
     kind = header.metadata.get("general.type")
     if kind != "adapter":
         raise LoadError(f"this is a {kind or 'model'}, not an adapter", path=path)
@@ -69,7 +67,7 @@ def _check_adapter(header: GgufHeader, info: ModelInfo, path: str) -> None:
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise LoadError("damaged: adapter.lora.alpha is not a finite number", path=path)
     if "adapter.alora.invocation_tokens" in header.metadata:
-        raise LoadError("an adapter that tokens of the prompt turn on (aLoRA) is not supported", path=path)
+        raise LoadError("adapters that tokens of the prompt switch on (aLoRA) are not supported", path=path)
     tensors = {tensor.name: tensor for tensor in header.tensors if not tensor.name.endswith("_norm.weight")}
     n_expert = info.metadata.get(f"{info.architecture}.expert_count", "")
     for name, tensor in tensors.items():
@@ -79,21 +77,21 @@ def _check_adapter(header: GgufHeader, info: ModelInfo, path: str) -> None:
     if not tensors:
         raise LoadError("it adapts no tensor", path=path)
     n_tail = header.file_size - max(tensor.offset + tensor.n_bytes for tensor in header.tensors)
-    if n_tail > _MAX_TAIL:  # the file is read through, all of it
+    if n_tail > _MAX_TAIL:  # llama.cpp reads the whole file
         raise LoadError(f"damaged: it goes on for {n_tail} bytes after its last tensor", path=path)
 
 
 def _problem(tensor: GgufTensor, tensors: dict[str, GgufTensor], n_expert: int) -> str:
-    """What is wrong with one of the two factors of a matrix, of those that do not depend on the matrix."""
+    """What is wrong with one of the two factors of a matrix, as far as the matrix does not matter; "" if nothing."""
     if not tensor.name.endswith((_A, _B)):
         return "is not part of a LoRA"
-    if tensor.type in _CANNOT_MULTIPLY:
+    if tensor.type in CANNOT_MULTIPLY:
         return f"is of the type {tensor.type}, which cannot be multiplied"
     base = tensor.name[: -len(_A)]
     a, b = tensors.get(base + _A), tensors.get(base + _B)
     if not base or a is None or b is None:
         return "is without its other half"
-    # The vectors of tokens are looked up, not multiplied: there both have a row of as many elements as the rank.
+    # Token embeddings are looked up, not multiplied, so both factors have rows as long as the rank.
     rank_a, rank_b = _size(a, 0 if base == "token_embd.weight" else 1), _size(b, 0)
     if rank_a != rank_b:
         return f"is of rank {rank_a} where its other half is of rank {rank_b}"

@@ -1,4 +1,4 @@
-"""Backends and devices: what is there, what is not and why, and those that other machines lend."""
+"""Backends and devices: those found on this machine, why a backend could not be opened, and devices of rpc-servers."""
 
 from __future__ import annotations
 
@@ -9,67 +9,42 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-from trio_runner.core.placement import Device, DeviceKind
 from trio_runner.errors import LoadError, NativeError, RunnerError
+from trio_runner.info import Device, DeviceKind
+from trio_runner.llama.ggml_types import WEIGHT_TYPES
 from trio_runner.llama.library import LIBRARY_DIRECTORY, check, drain_log, logger, native
 
 RPC_SECONDS: Final = 10.0
-"""How long an rpc-server may take to say which devices it has."""
+"""Seconds an rpc-server may take to say which devices it has."""
 
 _KINDS: Final[dict[int, DeviceKind]] = {0: "CPU", 1: "GPU", 2: "integrated GPU", 3: "accelerator"}
 _WEIGHTS, _KV_CACHE = 0, 1
-GGML_TYPES: Final = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "q2_K": 10,
-    "q3_K": 11,
-    "q4_K": 12,
-    "q5_K": 13,
-    "q6_K": 14,
-    "iq2_xxs": 16,
-    "iq2_xs": 17,
-    "iq3_xxs": 18,
-    "iq1_s": 19,
-    "iq4_nl": 20,
-    "iq3_s": 21,
-    "iq2_s": 22,
-    "iq4_xs": 23,
-    "iq1_m": 29,
-    "bf16": 30,
-    "tq1_0": 34,
-    "tq2_0": 35,
-    "mxfp4": 39,
-}
-"""The numbers of ggml's types of weights."""
 
 _rpc_lock = threading.Lock()
 _remote: set[int] = set()
-"""Numbers of the devices of rpc-servers: those that one engine has added are there for all of them."""
+"""Numbers of the devices of rpc-servers. ggml's list of devices is global, so it has those of every engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """A backend that is shipped beside the package; `problem` says why it could not be opened."""
+    """A backend that is shipped beside the package. `problem` says why it could not be opened, if so."""
 
     name: str
     problem: str | None = None
 
 
 def devices(remote: Collection[int] = ()) -> tuple[Device, ...]:
-    """Every device that a backend found on this machine, and the `remote` ones by their numbers. One that is gone and
-    cannot be asked is left out, with a warning."""
+    """Every device that a backend has found on this machine, and the `remote` devices with these numbers.
+
+    A device that is gone is left out, with a warning in the log.
+    """
     found = []
     for number in range(check("trio_device_count", native().lib.trio_device_count())):
         if number in remote or number not in _remote:
             try:
                 found.append(_device(number))
             except NativeError as failure:
-                logger.warning("device %d cannot be asked what it is: %s", number, failure.message)
+                logger.warning("device %d does not answer: %s", number, failure.message)
     return tuple(found)
 
 
@@ -86,13 +61,15 @@ def _device(number: int) -> Device:
 
 
 def weight_types(device: Device) -> tuple[str, ...]:
-    """The types of weights that the device multiplies with; the CPU computes with the others. A remote one says yes to
-    all."""
+    """The types of weights that the device multiplies with. The CPU computes with the others.
+
+    A remote device claims to support every type.
+    """
     return _types(device, _WEIGHTS)
 
 
 def kv_types(device: Device) -> tuple[str, ...]:
-    """The types of a KV cache that its flash attention reads, likewise."""
+    """The types of a KV cache that the device's flash attention reads. A remote device claims to support every type."""
     return _types(device, _KV_CACHE)
 
 
@@ -100,13 +77,13 @@ def _types(device: Device, use: int) -> tuple[str, ...]:
     supports = native().lib.trio_device_supports
     return tuple(
         name
-        for name, number in GGML_TYPES.items()
+        for name, number in WEIGHT_TYPES.items()
         if check("trio_device_supports", supports(device.number, use, number))
     )
 
 
 def plugins() -> tuple[Plugin, ...]:
-    """The backends besides the CPU's that are shipped here."""
+    """The backends beside the package, without those for the CPU."""
     native()
     found = []
     for path in sorted(LIBRARY_DIRECTORY.glob("libggml-*.so")):
@@ -114,7 +91,7 @@ def plugins() -> tuple[Plugin, ...]:
         if name == "base" or re.match(r"cpu\b", name):
             continue
         try:
-            # ggml has opened it if it could, and says nothing if it could not.
+            # ggml does not say why it could not open a plugin, so open it here again.
             ctypes.CDLL(str(path))
         except OSError as problem:
             found.append(Plugin(name, str(problem)))
@@ -124,8 +101,11 @@ def plugins() -> tuple[Plugin, ...]:
 
 
 def add_rpc_server(endpoint: str) -> range:
-    """The numbers of the devices of an rpc-server, "host:port". Raises `LoadError` where it does not answer in
-    `RPC_SECONDS`, or is not one."""
+    """Add the devices of the rpc-server at `endpoint`, "host:port", and return their numbers.
+
+    For a server that was added before, returns the same numbers again. Raises `LoadError` if it does not answer within
+    `RPC_SECONDS`, or is not an rpc-server of this version.
+    """
     loaded = native()
     result: list[range | RunnerError] = []
 
@@ -140,15 +120,15 @@ def add_rpc_server(endpoint: str) -> range:
         except RunnerError as failure:
             result.append(failure)
 
-    # What waits for a name server, or for what never answers, has deadlines of its own, and may outlive this one.
+    # A thread, because looking up the name and connecting have deadlines of their own, which may be longer.
     thread = threading.Thread(target=add, name="trio-runner-rpc", daemon=True)
     thread.start()
     thread.join(RPC_SECONDS)
     drain_log()
     if not result:
         raise LoadError(
-            f"the rpc-server {endpoint} does not answer after {RPC_SECONDS:g} seconds: is it one, of this version, and "
-            "has it no other client?"
+            f"the rpc-server {endpoint} did not answer within {RPC_SECONDS:g} seconds: is it an rpc-server of this "
+            "version, and without another client?"
         )
     outcome = result[0]
     if isinstance(outcome, RunnerError):

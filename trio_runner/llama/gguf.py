@@ -1,8 +1,8 @@
-"""GGUF: a look at a model file's header before native code trusts it.
+"""GGUF: checks the header of a model file before native code trusts it.
 
-llama.cpp answers most damage with an error, but some with an abort of the process (a block count out of range, a
-repeated vocabulary entry) and some not at all. This reads the header alone, in a fraction of a second, and says what
-is wrong.
+llama.cpp reports most damage as an error. For some it aborts the process, such as for a block count out of range or a
+repeated entry of the vocabulary, and some it does not notice. This module reads only the header, in a fraction of a
+second, and says what is wrong with it. The format is described in ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ from os import PathLike
 from typing import Final, TypeAlias
 
 from trio_runner.errors import LoadError
+from trio_runner.llama.ggml_types import GGML_TYPES
 
 MAX_KEYS: Final = 65_536
 MAX_TENSORS: Final = 100_000
 MAX_STRING_BYTES: Final = 16 << 20
 MAX_ARRAY_LENGTH: Final = 4_000_000
-MAX_NAME_BYTES: Final = 64  # ggml's own bound, with the terminating NUL
+MAX_NAME_BYTES: Final = 64  # ggml's own bound, including the terminating NUL
 MAX_DIMENSIONS: Final = 4
 MAX_TEMPLATE_BYTES: Final = 1 << 20
 MAX_BLOCKS: Final = 512
 SHORT_ARRAY_LENGTH: Final = 64
-"""Arrays up to this length are kept with their values."""
+"""Length up to which the values of an array are kept."""
+
+ADAPTER_TYPE: Final = "adapter"
+"""The `general.type` of an adapter's file."""
+PROJECTOR_ARCHITECTURE: Final = "clip"
+"""The `general.architecture` of every projector's file, whatever kind of projector it is."""
 
 _DEFAULT_ALIGNMENT: Final = 32
 _STRING: Final = 8
@@ -35,49 +41,13 @@ _ARRAY: Final = 9
 _BOOL: Final = 7
 _NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
-# Elements and bytes of one block, by ggml_type.
-_TENSOR_TYPES: Final = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 36),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array of the metadata; `values` only when it is short."""
+    """An array of the metadata. `values` is None if it is longer than `SHORT_ARRAY_LENGTH`.
+
+    `type` is a code of the struct module, or "s" for strings.
+    """
 
     type: str
     length: int
@@ -89,7 +59,7 @@ GgufValue: TypeAlias = "bool | int | float | str | GgufArray"
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor stands: `offset` from the beginning of the file, in bytes."""
+    """A tensor in a file. `type` is ggml's name of its type, and `offset` its first byte in the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,7 +70,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a file says about itself, before any weight is read."""
+    """The header of a file."""
 
     version: int
     file_size: int
@@ -127,15 +97,18 @@ class GgufHeader:
         return sum(tensor.n_bytes for tensor in self.tensors)
 
 
-def check_gguf(path: str | PathLike[str]) -> GgufHeader:
-    """Read the header of the model, adapter or projector file at `path`.
+def check_gguf(path: str | PathLike[str], *, part: int = 0) -> GgufHeader:
+    """Read and check the header of the model, adapter or projector file at `path`. Reads no weights.
 
-    Raises `LoadError` that says what is wrong: not a regular file, not GGUF, damaged, cut short, or with values that
-    llama.cpp would abort on. Reads no weights.
+    With `part` above 0 the file must be that part of a model in several files, counted from 0. Only the first part has
+    the values of the model, so they are checked there.
+
+    Raises `LoadError` if the file is not a regular file, not GGUF, damaged or cut short, or if it has values that
+    llama.cpp would abort on.
     """
     name = os.fspath(path)
     try:
-        # Not opened before it is known to be a file: a pipe would wait for a writer.
+        # Checked before it is opened: opening a pipe would wait for a writer.
         status = os.stat(name)
         if not stat.S_ISREG(status.st_mode):
             raise LoadError("not a regular file", path=name)
@@ -144,7 +117,10 @@ def check_gguf(path: str | PathLike[str]) -> GgufHeader:
         with open(name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _Reader(data).read_header()
-                _check_values(header)
+                if part:
+                    _check_part(header, part)
+                else:
+                    _check_values(header)
             except _Damaged as damage:
                 raise LoadError(str(damage), path=name) from None
     except FileNotFoundError:
@@ -154,12 +130,31 @@ def check_gguf(path: str | PathLike[str]) -> GgufHeader:
     return header
 
 
+def check_parts(path: str, header: GgufHeader) -> list[str]:
+    """Check the other files of a model whose first file is at `path` and has `header`.
+
+    Returns the paths of all files of the model, `path` first. Raises `LoadError` that names the file at fault.
+    """
+    n_parts = header.metadata.get("split.count", 1)
+    if not isinstance(n_parts, int) or n_parts <= 1:
+        return [path]
+    end = f"-00001-of-{n_parts:05}.gguf"
+    if not path.endswith(end):  # llama.cpp makes the names of the other files from it
+        raise LoadError(f"the first of {n_parts} files of a model must have a name that ends in {end}", path=path)
+    prefix = path.removesuffix(end)
+    paths = [path]
+    for part in range(1, n_parts):
+        paths.append(f"{prefix}-{part + 1:05}-of-{n_parts:05}.gguf")
+        check_gguf(paths[-1], part=part)
+    return paths
+
+
 class _Damaged(Exception):
-    pass
+    """The message says what is wrong with the file, in words that follow its name."""
 
 
 class _Reader:
-    """Reads from the beginning of the file on; never beyond its end."""
+    """Reads a file from its beginning, and never beyond its end. Raises `_Damaged`."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
@@ -237,7 +232,7 @@ class _Reader:
         return GgufArray(code, length, struct.unpack_from(f"<{length}{code}", self._data, begin) if short else None)
 
     def _string_array(self, key: str, length: int) -> GgufArray:
-        # A vocabulary has a hundred thousand strings: everything in this loop is a local name.
+        # A vocabulary has a hundred thousand strings, so this loop uses local names only.
         data, at, size, unpack = self._data, self._at, self._size, struct.Struct("<Q").unpack_from
         want = key == "tokenizer.ggml.tokens" or length <= SHORT_ARRAY_LENGTH
         strings: list[bytes] = []
@@ -253,7 +248,7 @@ class _Reader:
             at += n_bytes
         self._at = at
         if key == "tokenizer.ggml.tokens":
-            named = [text for text in strings if text]  # llama.cpp gives empty ones names of their own
+            named = [text for text in strings if text]  # llama.cpp makes up names for empty ones
             if len(set(named)) != len(named):
                 raise _Damaged("damaged: the vocabulary has the same token twice")
         short = length <= SHORT_ARRAY_LENGTH
@@ -274,14 +269,14 @@ class _Reader:
                 raise _Damaged(f"damaged: the tensor {name} has {n_dimensions} dimensions")
             shape = tuple(self._integer("Q") for _ in range(n_dimensions))
             kind, offset = self._integer("I"), self._integer("Q")
-            if kind not in _TENSOR_TYPES:
+            if kind not in GGML_TYPES:
                 raise _Damaged(f"the tensor {name} is of the unknown type {kind}")
-            type_name, block, block_bytes = _TENSOR_TYPES[kind]
+            type_name, block, block_bytes, _ = GGML_TYPES[kind]
             n_elements = math.prod(shape)
             if not 0 < n_elements < 2**62:
                 raise _Damaged(f"damaged: the tensor {name} has the shape {shape}")
             if shape and shape[0] % block:
-                raise _Damaged(f"damaged: rows of the tensor {name} are no whole blocks of {type_name}")
+                raise _Damaged(f"damaged: the rows of the tensor {name} are not whole blocks of {type_name}")
             if offset % alignment:
                 raise _Damaged(f"damaged: the tensor {name} is not aligned to {alignment} bytes")
             raw.append((name, shape, type_name, offset, n_elements // block * block_bytes))
@@ -304,22 +299,30 @@ def _alignment(metadata: dict[str, GgufValue]) -> int:
     return alignment
 
 
+def _check_part(header: GgufHeader, part: int) -> None:
+    number = header.metadata.get("split.no")
+    if number != part:
+        raise _Damaged(f"damaged: its split.no is {number}, but must be {part}")
+
+
 def _check_values(header: GgufHeader) -> None:
-    """What is well-formed but would make llama.cpp abort, divide by zero, or compute rubbish."""
+    """Refuse well-formed values that would make llama.cpp abort, divide by zero, or compute rubbish."""
     metadata, architecture = header.metadata, header.architecture
     if not architecture:
         raise _Damaged("damaged: it does not name its architecture")
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str) and len(template) > MAX_TEMPLATE_BYTES:
         raise _Damaged(f"the chat template has more than {MAX_TEMPLATE_BYTES} characters")
-    if metadata.get("general.type", "model") != "model":
-        return  # an adapter or a projector has no hyperparameters of a model
+    # What is left out here must be all that the loader refuses as a model. An adapter and a projector have no
+    # hyperparameters of a model.
+    if metadata.get("general.type") == ADAPTER_TYPE or architecture == PROJECTOR_ARCHITECTURE:
+        return
     if metadata.get("split.no", 0) != 0:
         raise _Damaged("a later part of a model in several files: name its first part")
 
     def whole(key: str, low: int, high: int) -> int | None:
         value = metadata.get(f"{architecture}.{key}")
-        if value is None or isinstance(value, GgufArray):  # one per layer: a layer may well have none
+        if value is None or isinstance(value, GgufArray):  # an array has a value for each layer, which may be 0
             return None
         if not isinstance(value, int) or not low <= value <= high:
             raise _Damaged(f"{architecture}.{key} is {value}, but must be between {low} and {high}")
@@ -328,7 +331,7 @@ def _check_values(header: GgufHeader) -> None:
     whole("block_count", 1, MAX_BLOCKS)
     whole("context_length", 1, 2**31 - 1)
     whole("embedding_length", 1, 2**24)
-    # A recurrent model says that it has no heads.
+    # A recurrent model may have 0 heads.
     has_state = any(".ssm." in key or ".wkv." in key or ".shortconv." in key for key in metadata)
     least = 0 if has_state or "rwkv" in architecture else 1
     n_head = whole("attention.head_count", least, 2**16)

@@ -1,6 +1,6 @@
-"""The native library: finding it, its log, and its errors as ours.
+"""The native library: loading it, its log, and its error codes as exceptions.
 
-Importing this module loads nothing; the first call that needs the library does.
+Importing this module loads nothing. The first call that needs the library loads it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Final
 from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeError, RunnerError
 
 LIBRARY_DIRECTORY: Final = Path(__file__).resolve().parent.parent / "lib"
-"""Where the shared libraries and the backend plugins stand beside the package."""
+"""The directory of the shared libraries and the backend plugins."""
 
 ABI: Final = 5
-"""The TRIO_LLAMA_ABI this binding was written for."""
+"""The TRIO_LLAMA_ABI that this binding was written for."""
 
 logger = logging.getLogger("trio_runner.llama")
 
@@ -27,12 +27,12 @@ _LOG_LEVELS: Final = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: 
 _MAX_LINE_BYTES: Final = 8192
 _MAX_MESSAGE_BYTES: Final = 4096
 FLASH_ATTENTION: Final = {"auto": -1, "off": 0, "on": 1}
-"""What the shim calls the values of `EngineConfig.flash_attention`."""
+"""The shim's numbers for the values of `EngineConfig.flash_attention`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """The two names every cffi module has. Untyped, because the module is generated from a C header."""
+    """The two names of every cffi module. They are untyped, because the module is generated from a C header."""
 
     ffi: Any
     lib: Any
@@ -40,14 +40,14 @@ class Native:
 
 @functools.cache
 def native() -> Native:
-    """The loaded and initialised library. Raises ImportError when it is not there, `LoadError` when it cannot start."""
-    # Read when ggml is loaded, so it must be set before: an abort would fork a debugger otherwise.
+    """Load and initialise the library once. Raises ImportError if it is missing, and `LoadError` if it cannot start."""
+    # ggml reads it when it is loaded. Without it, an abort would fork a debugger.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         module = importlib.import_module("trio_runner._native")
     except ImportError as failure:
         raise ImportError(
-            "trio-runner's native library is not there: install trio-runner as a wheel, "
+            "trio-runner's native library is missing: install trio-runner as a wheel, "
             f"or build it in this checkout with `python build_llama.py` ({failure})"
         ) from failure
     loaded = Native(module.ffi, module.lib)
@@ -68,10 +68,10 @@ def _native_log_level() -> int:
 
 
 def check(function: str, code: int) -> int:
-    """Pass on what `function` of the shim returned, or raise what its negative code means.
+    """Return `code`, which `function` of the shim has returned, or raise the exception that a negative code stands for.
 
-    To be called on the thread of the call, before any other. Raises `LoadError`, `InvalidGrammar`, `EngineClosed` for a
-    cancelled load, and `NativeError` for everything else.
+    Call it on the same thread, before any other function of the shim. Raises `LoadError`, `InvalidGrammar`,
+    `EngineClosed` for a cancelled load, and `NativeError` for everything else.
     """
     if code < 0:
         raise _translate(native(), function, code)
@@ -79,8 +79,10 @@ def check(function: str, code: int) -> int:
 
 
 def check_file(function: str, code: int, path: str) -> None:
-    """As `check`, where what failed is the loading of the file `path`: raises `LoadError` that names it, or
-    `EngineClosed` for a cancelled load."""
+    """Check the code of a `function` that loads the file `path`.
+
+    Raises `LoadError` that names the file, or `EngineClosed` if the load was cancelled.
+    """
     try:
         check(function, code)
     except LoadError as failure:
@@ -90,7 +92,7 @@ def check_file(function: str, code: int, path: str) -> None:
 
 
 def last_error() -> str:
-    """What the shim said about the last failure on this thread."""
+    """The shim's message about the last failure on this thread."""
     return _last_error(native())
 
 
@@ -114,7 +116,10 @@ def _translate(loaded: Native, function: str, code: int) -> RunnerError:
 
 
 def drain_log(*, at_most: int = logging.CRITICAL) -> None:
-    """Hand what llama.cpp has logged to the logger `trio_runner.llama`, at levels up to `at_most`. From any thread."""
+    """Pass what llama.cpp has logged to the logger `trio_runner.llama`. Levels above `at_most` are lowered to it.
+
+    May be called from any thread.
+    """
     _drain(native(), at_most)
 
 
@@ -127,7 +132,10 @@ def _drain(loaded: Native, at_most: int = logging.CRITICAL) -> None:
 
 
 def read_text(function: str, *arguments: object) -> bytes:
-    """Call a function of the shim that copies text into its last two arguments, a buffer and its size."""
+    """Call a function of the shim whose last two arguments are a buffer for text and its size. Returns the text.
+
+    Raises what `check` raises.
+    """
     loaded = native()
     size = 256
     while True:

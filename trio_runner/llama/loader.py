@@ -1,4 +1,4 @@
-"""LlamaLoader: from files to a `Runtime`, with progress, and cancellable while the weights are read."""
+"""LlamaLoader: loads a model's files into a `Runtime`, reports progress, and can be cancelled on the way."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from functools import partial
 from typing import Final, TypeVar
 
 from trio_runner.config import EngineConfig, ModelConfig
-from trio_runner.core.placement import MIB, Device, Placement, choose_devices, fits, most_layers, steps_down
-from trio_runner.engine.runtime import LoadedAdapter, Runtime
+from trio_runner.core.placement import choose_devices, fits, most_layers, steps_down
+from trio_runner.core.ports import LoadedAdapter, Runtime
 from trio_runner.errors import EngineClosed, LoadError, NativeError
+from trio_runner.info import MIB, Device, Placement
 from trio_runner.llama.backends import add_rpc_server
 from trio_runner.llama.backends import devices as all_devices
-from trio_runner.llama.context import Context, default_threads, measure
-from trio_runner.llama.gguf import GgufHeader, check_gguf
+from trio_runner.llama.context import Context
+from trio_runner.llama.context_plan import measure
+from trio_runner.llama.gguf import ADAPTER_TYPE, PROJECTOR_ARCHITECTURE, GgufHeader, check_gguf, check_parts
 from trio_runner.llama.model import LoadProgress, Model
-from trio_runner.llama.projector import ARCHITECTURE, Projector, check_projector
+from trio_runner.llama.projector import Projector, check_projector
+from trio_runner.llama.threads import default_threads
 
 POLL_SECONDS: Final = 0.05
-"""How often a load is watched. llama.cpp would call back instead, but from inside the load, where Python must not."""
+"""Seconds between two looks at a load's progress. llama.cpp offers a callback, but calls it inside the load, where
+the shim must not call into Python."""
 
 T = TypeVar("T")
 
@@ -29,7 +33,7 @@ logger = logging.getLogger("trio_runner.placement")
 
 
 class LlamaLoader:
-    """Loads a model with its projector and adapters, and makes its context: `trio_runner.engine.runtime.Loader` over
+    """Loads a model with its projector and adapters, and creates its context: `trio_runner.core.ports.Loader` over
     llama.cpp."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -38,17 +42,19 @@ class LlamaLoader:
     def __call__(
         self, config: EngineConfig, *, progress: Callable[[float], None], cancelled: Callable[[], bool]
     ) -> Runtime:
-        """Load everything. `progress` and `cancelled` are called from this thread and from one more, never at once.
+        """Load everything.
 
-        Raises `LoadError` naming the file at fault, or `EngineClosed` soon after `cancelled()` has turned true.
+        `progress` and `cancelled` are called from this thread and from one other, but never at the same time. Raises
+        `LoadError` that names the file at fault, or `EngineClosed` soon after `cancelled()` has returned True.
         """
         path, projector_path = self.config.path, self.config.projector
         header = _check_model(path)
+        n_bytes = sum(map(_size, check_parts(path, header)))
         if projector_path is not None:
             check_projector(projector_path)
         _stop_if(cancelled)
         watch = _Watch(progress, cancelled)
-        share = 1.0 if projector_path is None else _size(path) / (_size(path) + _size(projector_path))
+        share = 1.0 if projector_path is None else n_bytes / (n_bytes + _size(projector_path))
         devices = self._devices()
         try:
             model, context, placement = self._load(config, _n_layers(header), devices, cancelled, watch, share)
@@ -58,7 +64,7 @@ class LlamaLoader:
         projector: Projector | None = None
         if projector_path is not None:
             if not context.takes_rows:
-                raise LoadError("the model takes tokens only, no rows of images", path=path)
+                raise LoadError("the model takes tokens only, not images", path=path)
             device = placement.devices[0].number if placement.devices else None
             projector = watch.load(
                 lambda load: self._projector(model, projector_path, config, device, load), share, 1.0
@@ -73,7 +79,7 @@ class LlamaLoader:
         return Runtime(model, context, projector, tuple(adapters), placement)
 
     def _devices(self) -> list[Device]:
-        """Those that layers go to. Raises `LoadError`."""
+        """The devices that layers go to. Raises `LoadError` for settings that cannot be met."""
         servers = {endpoint: add_rpc_server(endpoint) for endpoint in self.config.rpc}
         remote = [number for numbers in servers.values() for number in numbers]
         if self.config.gpu_layers == 0:
@@ -93,11 +99,10 @@ class LlamaLoader:
         if len(self.config.tensor_split) > len(devices) > 0:
             raise LoadError(f"tensor_split has {len(self.config.tensor_split)} parts for {len(devices)} devices")
         if devices and not self.config.tensor_split and not any(d.memory_free or not d.memory_total for d in devices):
-            # llama.cpp would share out layers by proportions of nothing.
-            names = ", ".join(device.name for device in devices)
+            # llama.cpp divides the layers in proportion to the free memory, which is zero everywhere.
             if self.config.gpu_layers != "auto":
-                raise LoadError(f"no memory is free on {names}")
-            logger.warning("no memory is free on %s: the CPU computes everything", names)
+                raise LoadError(f"no memory is free on {_names(devices)}")
+            logger.warning("no memory is free on %s: the CPU computes everything", _names(devices))
             return []
         return devices
 
@@ -110,19 +115,11 @@ class LlamaLoader:
         watch: _Watch,
         share: float,
     ) -> tuple[Model, Context, Placement]:
-        """The model and its context, with as many layers on devices as was asked for, or as there is room for."""
-        wanted = self.config.gpu_layers
-        if not devices:
-            attempts: Iterable[int] = (0,)
-        elif wanted == "auto":
-            fitting = self._fitting_layers(config, n_layers, devices, cancelled)
-            if not fitting:
-                names = ", ".join(device.name for device in devices)
-                logger.warning("not one layer fits into what is free on %s: the CPU computes everything", names)
-            attempts = steps_down(fitting)
-        else:
-            attempts = (n_layers if wanted < 0 else min(wanted, n_layers),)
-        for n in attempts:
+        """Load the model and create its context, with as many layers on devices as wanted, or as fit.
+
+        `share` is the part of all bytes that are the model's. Raises `LoadError`, `NativeError` or `EngineClosed`.
+        """
+        for n in self._attempts(config, n_layers, devices, cancelled):
             used = tuple(devices) if n else ()
             model: Model | None = None
             try:
@@ -131,29 +128,46 @@ class LlamaLoader:
                 context = Context(model, config, on_devices=n > 0)
             except (LoadError, NativeError) as failure:
                 if model is not None:
-                    model.close()  # or the next attempt would have to do with what it leaves
+                    model.close()  # frees its memory for the next attempt
                 if not n:
                     raise
-                reason = failure.message if isinstance(failure, NativeError) else failure.reason
-                names = ", ".join(device.name for device in devices)
-                if not _are_there(devices):  # or the CPU would be given what was to be on other machines
-                    raise LoadError(f"with {n} layers on {names}: {reason}", path=self.config.path) from failure
-                if wanted != "auto":
-                    raise LoadError(
-                        f'with {n} layers on {names}: {reason} (gpu_layers "auto" takes as many as fit)',
-                        path=self.config.path,
-                    ) from failure
-                logger.warning("%d layers cannot be had on %s, trying fewer: %s", n, names, reason)
+                self._give_up_or_go_on(n, devices, failure)
             else:
                 placement = Placement(n_layers, n, used, context.memory)
                 for line in describe_placement(placement):
                     logger.info("%s", line)
                 return model, context, placement
-        raise AssertionError("the last attempt is without devices")
+        raise AssertionError("the last attempt uses no devices")
+
+    def _attempts(
+        self, config: EngineConfig, n_layers: int, devices: list[Device], cancelled: Callable[[], bool]
+    ) -> Iterable[int]:
+        """Numbers of layers to try on devices, one after the other."""
+        wanted = self.config.gpu_layers
+        if not devices:
+            return (0,)
+        if wanted != "auto":
+            return (n_layers if wanted < 0 else min(wanted, n_layers),)
+        fitting = self._fitting_layers(config, n_layers, devices, cancelled)
+        if not fitting:
+            logger.warning("no layer fits into the free memory of %s: the CPU computes everything", _names(devices))
+        return steps_down(fitting)
+
+    def _give_up_or_go_on(self, n: int, devices: list[Device], failure: LoadError | NativeError) -> None:
+        """After `n` layers on `devices` have failed: raise `LoadError`, unless fewer layers may be tried."""
+        reason = failure.message if isinstance(failure, NativeError) else failure.reason
+        message = f"with {n} layers on {_names(devices)}: {reason}"
+        if not _are_there(devices):  # trying again would give this machine what other machines were to hold
+            raise LoadError(message, path=self.config.path) from failure
+        if self.config.gpu_layers != "auto":
+            hint = ' (gpu_layers "auto" takes as many as fit)'
+            raise LoadError(message + hint, path=self.config.path) from failure
+        logger.warning("%d layers do not load on %s, trying fewer: %s", n, _names(devices), reason)
 
     def _fitting_layers(
         self, config: EngineConfig, n_layers: int, devices: list[Device], cancelled: Callable[[], bool]
     ) -> int:
+        """How many layers fit on `devices`, by what llama.cpp says they would take; all, if it cannot say."""
         extra = sum(_size(file) for file in (self.config.projector, *(a.path for a in self.config.adapters)) if file)
 
         def try_layers(n: int) -> bool:
@@ -167,8 +181,8 @@ class LlamaLoader:
         try:
             return most_layers(n_layers, try_layers)
         except (LoadError, NativeError) as failure:
-            # The file is to blame, and then so does the load; or this kind of model cannot be measured.
-            logger.info("what the model takes of a device is not known: %s", failure)
+            # Either the file is at fault, and loading it fails too, or this kind of model cannot be measured.
+            logger.info("the memory that the model takes of a device is not known: %s", failure)
             return n_layers
 
     def _model(
@@ -185,7 +199,7 @@ class LlamaLoader:
             model,
             path,
             max_rows=config.batch_size,
-            # Images are encoded beside a context that decodes, which has as many.
+            # As many as the context decodes with, at the same time.
             threads=config.threads or default_threads()[0],
             flash_attention=config.flash_attention,
             progress=load,
@@ -196,12 +210,12 @@ class LlamaLoader:
             except (LoadError, NativeError) as failure:
                 if self.config.gpu_layers != "auto":
                     raise
-                logger.warning("the projector cannot be had on a device: %s", failure)
+                logger.warning("the projector does not load on a device, the CPU computes it: %s", failure)
         return open_on()
 
 
 class _Watch:
-    """Loads one file after the other, and tells how far all of them have come: never less than before."""
+    """Loads one file after the other and reports the progress of all of them, which never goes back."""
 
     def __init__(self, progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
         self._progress = progress
@@ -209,7 +223,7 @@ class _Watch:
         self._furthest = 0.0
 
     def load(self, open_file: Callable[[LoadProgress], T], begin: float, end: float) -> T:
-        """Call `open_file` with a progress of its own, which stands for `begin` to `end` of the whole."""
+        """Return what `open_file` returns. Its progress from 0 to 1 is reported as `begin` to `end`."""
         load = LoadProgress()
         done = threading.Event()
 
@@ -231,7 +245,7 @@ class _Watch:
 
 
 def describe_placement(placement: Placement) -> list[str]:
-    """A line for each place that the model lies in."""
+    """One line for each device that holds a part of the model, and for this machine."""
     lines = [f"{placement.n_device_layers} of {placement.n_layers} layers are on devices"] if placement.devices else []
     for device, use in placement.places:
         name = "this machine" if device is None else f"{device.name} ({device.description})"
@@ -241,23 +255,27 @@ def describe_placement(placement: Placement) -> list[str]:
 
 
 def _are_there(devices: Iterable[Device]) -> bool:
-    """Whether those among them that belong to rpc-servers can still be reached."""
+    """Whether every remote device among `devices` can still be reached."""
     remote = {device.number for device in devices if device.is_remote}
     return not remote or remote <= {device.number for device in all_devices(remote)}
 
 
 def _n_layers(header: GgufHeader) -> int:
-    """The blocks of the model, and the layer that makes logits."""
+    """Layers that can go to devices: the blocks of the model, and the layer that makes logits."""
     n_blocks = header.metadata.get(f"{header.architecture}.block_count")
     return 1 + (n_blocks if isinstance(n_blocks, int) else 0)
 
 
+def _names(devices: Iterable[Device]) -> str:
+    return ", ".join(device.name for device in devices)
+
+
 def _check_model(path: str) -> GgufHeader:
+    """Check the header of a model's file. Raises `LoadError`, also for an adapter or a projector."""
     header = check_gguf(path)
-    kind = header.metadata.get("general.type", "model")
-    if header.architecture == ARCHITECTURE:
+    if header.architecture == PROJECTOR_ARCHITECTURE:
         raise LoadError("this is a projector (mmproj), not a model", path=path)
-    if kind == "adapter":
+    if header.metadata.get("general.type") == ADAPTER_TYPE:
         raise LoadError("this is an adapter, not a model", path=path)
     return header
 

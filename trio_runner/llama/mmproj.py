@@ -1,8 +1,8 @@
-"""What a projector's file must have, as mtmd does not look before it uses it.
+"""What a projector's file must contain, because mtmd uses it without checking.
 
-mtmd makes its graph of whatever it has found, and a tensor that is not there ends the process. So does a type that an
-operation does not take, or a row that is not in a table, where it is a worker thread of ggml that finds out. What does
-not fit together in other ways is found when the library plans an image, and caught there.
+mtmd builds its graph from whatever it has found, and a tensor that is missing ends the process. So does a type that an
+operation does not support, or an index beyond a table, if a worker thread of ggml runs into it. Other contradictions in
+a file are found when the library plans an image, and caught there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Final
 
+from trio_runner.llama.ggml_types import CANNOT_MULTIPLY
 from trio_runner.llama.gguf import MAX_BLOCKS, GgufArray, GgufHeader, GgufTensor
 
 _VISION: Final = "clip.vision."
@@ -19,17 +20,15 @@ _PATCHES_OF_SECOND_FRAME: Final = "v.patch_embd.weight.1"
 _POSITIONS: Final = "v.position_embd.weight"
 _CLASS: Final = "v.class_embd"
 
-_FLOATS: Final = frozenset({"F32", "F16", "BF16"})
-_NEVER: Final = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
-"""Types that nothing can be multiplied with."""
+_FLOATS: Final = frozenset({"f32", "f16", "bf16"})
 
 _MLP: Final = "mlp"
 _LLAVA: Final = frozenset({_MLP, "ldp", "ldpv2", "adapter"})
 _RESAMPLERS: Final = frozenset({"resampler", "minicpmv4_6"})
 _LOOK_UP: Final = _LLAVA | _RESAMPLERS
-"""Positions are looked up in a table by these, whatever there is in it."""
+"""Kinds of projectors that look positions up in a table without checking its size."""
 _TURNED: Final = frozenset({"mm.input_projection.weight"})
-"""Is transposed, which quantized matrices cannot be."""
+"""Matrices that are transposed, which quantised ones cannot be."""
 _TWO_FRAMES: Final = frozenset(
     {"qwen2vl_merger", "qwen2.5vl_merger", "qwen2.5o", "qwen3vl_merger", "ling3vl", "exaone4_5", "glm4v", "glm5v"}
 )
@@ -41,9 +40,9 @@ _SQUARE: Final = frozenset(
     {*_LOOK_UP, "gemma3", "gemma3nv", "idefics3", "internvl", "nemotron_v2_vl", "llama4"}
     | {"cogvlm", "janus_pro", "step3vl"}
 )
-"""Pictures are scaled to one size, or cut into squares of it; others leave it at 0."""
+"""Kinds that scale images to one size, or cut them into squares of this size. Other kinds leave the size at 0."""
 _CONVOLUTIONS: Final = "gemma3nv"
-"""No transformer: no patches, and blocks of other kinds."""
+"""The kind that is not a transformer. It has no patches, and blocks of its own."""
 _OF_CONVOLUTIONS: Final = {
     ".conv_exp.weight": (".conv_pwl.weight",),
     ".attn.query.proj.weight": tuple(f".attn.{part}.proj.weight" for part in ("key", "value", "output")),
@@ -52,20 +51,20 @@ _APART: Final = frozenset({*_LLAVA, "minicpmv4_6", "granite4_vision"})
 _APART_WITH_BIAS: Final = frozenset({"qwen2vl_merger", "qwen2.5vl_merger", "qwen2.5o", "youtuvl"})
 _FUSED_WITH_BIAS: Final = frozenset({"qwen3vl_merger", "cogvlm", "exaone4_5", "mimovl"})
 _RESAMPLER_GRID: Final = 70
-"""Of positions, on a side: resamplers look pictures of any size up in it."""
+"""Rows and columns of the table of positions that resamplers use for images of any size."""
 
 
 def problem_of(header: GgufHeader) -> str | None:
-    """Why a file must not be given to mtmd, in words that follow its name."""
+    """Why mtmd must not be given a file with this header, in words that follow the file's name; None if it may be."""
     if header.metadata.get("clip.has_vision_encoder") is not True:
-        return None  # refused as one for sounds, or as nothing at all
+        return None  # mtmd refuses it
     problem = _problem_of_numbers(header)
     if problem is not None:
         return problem
     kind = _kind(header)
     for tensor in header.tensors:
         if not _can_compute(tensor, kind):
-            return f"the tensor {tensor.name} has the type {tensor.type}, which cannot be computed with"
+            return f"the tensor {tensor.name} has the type {tensor.type}, which mtmd cannot compute with"
     tensors = {tensor.name: tensor for tensor in header.tensors}
     missing = next((name for name in _needed(header, tensors) if name not in tensors), None)
     if missing is not None:
@@ -78,7 +77,7 @@ def _kind(header: GgufHeader) -> object:
 
 
 def _number(header: GgufHeader, key: str) -> int:
-    """0 where there is none: mtmd says what it misses."""
+    """The value of a key, or 0 if it is missing. mtmd itself reports the keys that it needs."""
     value = header.metadata.get(_VISION + key)
     return value if isinstance(value, int) else 0
 
@@ -88,7 +87,7 @@ def _problem_of_numbers(header: GgufHeader) -> str | None:
     if not 0 <= n_blocks <= MAX_BLOCKS:
         return f"damaged: it claims {n_blocks} blocks"
     if _kind(header) in _SQUARE and _number(header, "image_size") < 1:
-        return "damaged: it does not say how large pictures are"
+        return "damaged: it does not say how large images are"
     epsilon = header.metadata.get(_VISION + "attention.layer_norm_epsilon")
     if isinstance(epsilon, float) and not (math.isfinite(epsilon) and epsilon >= 0):
         return f"damaged: layer_norm_epsilon is {epsilon}"
@@ -105,14 +104,14 @@ def _problem_of_numbers(header: GgufHeader) -> str | None:
 def _can_compute(tensor: GgufTensor, kind: object) -> bool:
     n_dimensions = max((i + 1 for i, size in enumerate(tensor.shape) if size > 1), default=1)
     is_added = n_dimensions == 1 or (tensor.name == _POSITIONS and kind not in _LOOK_UP)
-    if is_added:  # or multiplied, element by element
-        return tensor.type == "F32"
+    if is_added:  # or multiplied element by element
+        return tensor.type == "f32"
     is_kernel = n_dimensions > 2 and "_exps." not in tensor.name
-    return tensor.type in _FLOATS if is_kernel or tensor.name in _TURNED else tensor.type not in _NEVER
+    return tensor.type in _FLOATS if is_kernel or tensor.name in _TURNED else tensor.type not in CANNOT_MULTIPLY
 
 
 def _needed(header: GgufHeader, tensors: dict[str, GgufTensor]) -> Iterator[str]:
-    """Names of tensors that are used without a look, beyond those that mtmd asks for."""
+    """Names of the tensors that mtmd uses without checking that they exist."""
     kind = _kind(header)
     if kind == _CONVOLUTIONS:
         yield "v.conv_stem.conv.weight"
@@ -149,7 +148,7 @@ def _attention(kind: object, prefix: str, tensors: dict[str, GgufTensor]) -> tup
 
 
 def _problem_of_positions(header: GgufHeader, tensors: dict[str, GgufTensor]) -> str | None:
-    """Tables that are looked up without a bound."""
+    """What is wrong with the table of positions, which is read without a check of its bounds."""
     kind, patch_size = _kind(header), _number(header, "patch_size")
     if kind in _LLAVA and patch_size > 0:
         n_needed = (_number(header, "image_size") // patch_size) ** 2 + (_CLASS in tensors)

@@ -1,4 +1,4 @@
-"""Model: weights and vocabulary, loaded once and read by any thread."""
+"""Model: weights and vocabulary, loaded once and read from any thread."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.config import SPLIT_MODES, ModelConfig
-from trio_runner.engine.runtime import ModelInfo
 from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
+from trio_runner.info import ModelInfo
 from trio_runner.llama.adapter import Adapter
 from trio_runner.llama.library import check, drain_log, last_error, native, read_text
 from trio_runner.llama.sampler import Sampler
-from trio_runner.request import MAX_TEXT_BYTES, SamplingParams
+from trio_runner.request import MAX_TEXT_BYTES
+from trio_runner.sampling import SamplingParams
 
 
 def _token(token: int) -> int | None:
@@ -24,7 +25,7 @@ def _token(token: int) -> int | None:
 
 
 class LoadProgress:
-    """Progress of one load. Any thread may read or cancel it."""
+    """The progress of one load. Any thread may read it or cancel the load."""
 
     def __init__(self) -> None:
         loaded = native()
@@ -33,21 +34,22 @@ class LoadProgress:
 
     @property
     def fraction(self) -> float:
-        """From 0 to 1."""
+        """The part that is loaded, from 0 to 1."""
         return float(self._lib.trio_load_progress(self.handle))
 
     def cancel(self) -> None:
-        """Make the load give up soon."""
+        """Make the load end soon, with `EngineClosed`."""
         self._lib.trio_load_cancel(self.handle)
 
 
 class Model:
-    """A loaded model: `trio_runner.engine.runtime.Model` over llama.cpp.
+    """A loaded model: `trio_runner.core.ports.Model` over llama.cpp.
 
-    Blocks while it loads, with the GIL released. The last `n_device_layers` of its layers (-1: all) go to `devices`, by
-    their numbers. With `no_alloc` it has no weights: a context made of it only tells how much memory it would take.
+    Blocks while it loads, with the GIL released. The last `n_device_layers` layers (-1: all) go to the devices with the
+    numbers in `devices`. With `no_alloc` the model has no weights: a context of it only tells how much memory it would
+    take.
 
-    Raises `LoadError`, or `EngineClosed` when `progress` was cancelled.
+    Raises `LoadError`, or `EngineClosed` if `progress` was cancelled.
     """
 
     def __init__(
@@ -70,9 +72,9 @@ class Model:
                 "devices": numbers,
                 "n_devices": len(devices),
                 "split_mode": SPLIT_MODES.index(config.split_mode),
-                # With "none", it is the only one of the devices.
+                # With split mode "none", `devices` has one device.
                 "main_gpu": config.main_gpu if config.split_mode == "row" else 0,
-                # As the original runner does, although an adapter is no longer merged into the weights.
+                # The original runner does so too. It merged adapters into the weights; we do not.
                 "use_mmap": config.mmap and not config.adapters,
                 "use_mlock": config.mlock,
                 "check_tensors": config.check_tensors,
@@ -87,7 +89,7 @@ class Model:
             check("trio_model_open", self._lib.trio_model_open(os.fsencode(config.path), params, load, out))
         except LoadError as failure:
             raise LoadError(failure.reason, path=config.path) from None
-        # Freed with the last reference: a thread in the middle of a call keeps it alive through close().
+        # Freed with the last reference, so a thread in the middle of a call keeps it alive after close().
         self._handle: Any = self._ffi.gc(out[0], self._lib.trio_model_free)
         drain_log()
         self.path = config.path
@@ -98,6 +100,7 @@ class Model:
 
     @property
     def info(self) -> ModelInfo:
+        """Facts from the file."""
         return self._info
 
     @property
@@ -143,8 +146,12 @@ class Model:
         return read_text("trio_token_bytes", self._handle, token).decode(errors="replace")
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """The tokens of `text`. Raises `InvalidRequest` for half a surrogate pair, for more than `MAX_TEXT_BYTES`, and
-        for more special tokens than can be told apart in reasonable time."""
+        """Return the tokens of `text`.
+
+        `add_special` adds the tokens that the model's texts begin or end with. `parse_special` turns the names of
+        special tokens into these tokens. Raises `InvalidRequest` for half of a surrogate pair, for more than
+        `MAX_TEXT_BYTES` bytes, and for too many special tokens to tell apart in reasonable time.
+        """
         try:
             data = text.encode()
         except UnicodeEncodeError:
@@ -154,7 +161,7 @@ class Model:
                 f"the text has {len(data)} bytes, but at most {MAX_TEXT_BYTES} are allowed", param="prompt"
             )
         handle = self.handle
-        size = len(data) + 8  # one token per byte and the special ones around: hardly ever too small
+        size = len(data) + 8  # a token per byte and some special ones: nearly always enough
         while True:
             tokens: NDArray[np.int32] = np.empty(size, np.int32)
             buffer = self._ffi.from_buffer("int32_t[]", tokens)
@@ -167,7 +174,10 @@ class Model:
             size = n_tokens
 
     def detokenize(self, tokens: Sequence[int]) -> bytes:
-        """The text of `tokens`, special ones rendered. Raises `InvalidRequest` for a token outside the vocabulary."""
+        """Return the text of `tokens`, with the names of special tokens.
+
+        Raises `InvalidRequest` for a token outside the vocabulary.
+        """
         handle = self.handle
         self._check_tokens(tokens, "tokens")
         raw = self._ffi.new("int32_t[]", list(tokens))
@@ -180,7 +190,10 @@ class Model:
             size = n_bytes
 
     def piece(self, token: int) -> bytes:
-        """The bytes of one token, special ones rendered. Raises `InvalidRequest` for one outside the vocabulary."""
+        """Return the bytes of one token; for a special token, its name.
+
+        Raises `InvalidRequest` for a token outside the vocabulary.
+        """
         piece = self._pieces.get(token)
         if piece is None:
             self._check_tokens((token,), "token")
@@ -191,7 +204,7 @@ class Model:
         return piece
 
     def is_end(self, token: int) -> bool:
-        """Whether `token` ends a generation. Raises `InvalidRequest` for one outside the vocabulary."""
+        """Whether `token` ends a generation. Raises `InvalidRequest` for a token outside the vocabulary."""
         self._check_tokens((token,), "token")
         return bool(check("trio_token_is_end", self._lib.trio_token_is_end(self.handle, token)))
 
@@ -202,7 +215,7 @@ class Model:
                 raise InvalidRequest(f"token {token} is outside the vocabulary of {n_vocab}", param=param)
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
-        """A sampler whose penalties have seen `prompt`.
+        """Create a sampler whose penalties have seen `prompt`.
 
         Raises `InvalidGrammar`, or `InvalidRequest` for a token outside the vocabulary.
         """
@@ -212,11 +225,15 @@ class Model:
         return Sampler(self.handle, params, prompt, n_vocab=self._info.n_vocab)
 
     def adapter(self, path: str) -> Adapter:
-        """Load a LoRA for this model, and try it: blocks. From any thread, also while a context decodes. Raises
-        `LoadError`."""
+        """Load a LoRA adapter for this model and try it on a few tokens.
+
+        Blocks. May be called from any thread, also while a context decodes. Raises `LoadError`.
+        """
         return Adapter(self.handle, self._info, path)
 
     def close(self) -> None:
-        """Let go of the model; its memory is freed when its contexts, samplers, adapters and projectors are too.
-        Idempotent."""
+        """Release the model. Its memory is freed when its contexts, samplers, adapters and projectors are closed too.
+
+        May be called more than once.
+        """
         self._handle = None

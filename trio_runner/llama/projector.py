@@ -1,4 +1,4 @@
-"""Projector: images become rows that a model takes like tokens."""
+"""Projector: turns images into rows that a model takes like tokens."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from trio_runner.core.ports import EncodedImage, EncodedMedia
 from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.engine.runtime import EncodedImage, EncodedMedia
 from trio_runner.errors import EngineClosed, InvalidImage, LoadError
-from trio_runner.images import Pixels
-from trio_runner.llama.gguf import check_gguf
+from trio_runner.llama.gguf import PROJECTOR_ARCHITECTURE, check_gguf
 from trio_runner.llama.library import FLASH_ATTENTION, check, check_file, drain_log, last_error, native
 from trio_runner.llama.mmproj import problem_of
 from trio_runner.llama.model import LoadProgress, Model
+from trio_runner.pixels import Pixels
 
-ARCHITECTURE: Final = "clip"
-"""What a projector's file gives as its architecture, whatever it is."""
 _N_POSITIONS: Final = 4  # of a row, with M-RoPE
 _DIGEST_BYTES: Final = 32
 
 
 def check_projector(path: str) -> None:
-    """Look at a file's header. Raises `LoadError` unless it is that of a projector which mtmd can be given."""
+    """Check the header of a projector's file. Raises `LoadError` unless mtmd can load the file safely."""
     header = check_gguf(path)
-    if header.architecture != ARCHITECTURE:
+    if header.architecture != PROJECTOR_ARCHITECTURE:
         kind = header.metadata.get("general.type", "model")
         raise LoadError(f"this is a {kind} ({header.architecture}), not a projector (mmproj)", path=path)
     problem = problem_of(header)
@@ -37,11 +35,12 @@ def check_projector(path: str) -> None:
 
 
 class Projector:
-    """The projector in a file: `trio_runner.engine.runtime.Projector` over llama.cpp. Keeps its model alive.
+    """The projector in a file: `trio_runner.core.ports.Projector` over llama.cpp. Keeps its model alive.
 
-    `max_rows` is what fits into a batch: images whose rows must share one are scaled down to about that many, where the
-    projector can. It computes on the device of that number; None: on the CPU. Blocks while it loads, with the GIL
-    released. Raises `LoadError`, or `EngineClosed` when `progress` was cancelled.
+    `max_rows` is the number of rows of a batch. If the rows of an image must share a batch, the projector scales the
+    image down to about that many rows, if it can. It computes on the device with the number `device`; None means the
+    CPU. Blocks while it loads, with the GIL released. Raises `LoadError`, or `EngineClosed` if `progress` was
+    cancelled.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Projector:
             check_file("trio_projector_open", code, path)
         finally:
             drain_log()
-        # Freed with the last reference: an encoding keeps it alive through close().
+        # Freed with the last reference, so an encoding keeps it alive after close().
         self._handle: Any = loaded.ffi.gc(out[0], loaded.lib.trio_projector_free)
         info = loaded.ffi.new("trio_projector_info *")
         check("trio_projector_get_info", loaded.lib.trio_projector_get_info(self._handle, info))
@@ -87,7 +86,7 @@ class Projector:
 
     @property
     def digest(self) -> bytes:
-        """Of the file, and of how many rows an image may have."""
+        """A digest of the file and of `max_rows`: rows of an image depend on both, besides its pixels."""
         return self._digest
 
     @property
@@ -98,16 +97,16 @@ class Projector:
         return self._handle
 
     def encoding(self, pixels: Pixels) -> Encoding:
-        """One image on its way; nothing has been done yet. Raises `EngineClosed` after close()."""
+        """Prepare to encode one image; `Encoding.run` does so. Raises `EngineClosed` after close()."""
         return Encoding(self, pixels)
 
     def close(self) -> None:
-        """Let go of it; its memory is freed when its encodings are too. Idempotent."""
+        """Release the projector. Its memory is freed when its encodings have ended. May be called more than once."""
         self._handle = None
 
 
 class Encoding:
-    """One image on its way through a projector. `run` is called once, `cancel` any number of times."""
+    """The encoding of one image. `run` is called once, `cancel` any number of times."""
 
     def __init__(self, projector: Projector, pixels: Pixels) -> None:
         loaded = native()
@@ -119,9 +118,10 @@ class Encoding:
         self._cancelled = False
 
     def run(self) -> EncodedImage:
-        """Blocks, with the GIL released; one image at a time is computed.
+        """Encode the image and return its rows.
 
-        Raises `InvalidImage` for one that the projector cannot take, `EngineClosed` soon after it was cancelled.
+        Blocks, with the GIL released. The projector encodes one image at a time; others wait. Raises `InvalidImage` for
+        an image that the projector cannot take, and `EngineClosed` soon after `cancel` was called.
         """
         pixels, ffi = self._pixels, self._ffi
         self._check_wanted()
@@ -130,12 +130,12 @@ class Encoding:
         code = self._lib.trio_media_open(self._handle, data, len(pixels.data), pixels.width, pixels.height, out)
         if code == self._lib.TRIO_E_INVALID:
             message = last_error()
-            drain_log(at_most=logging.DEBUG)  # not our error
+            drain_log(at_most=logging.DEBUG)  # the client's error, not ours
             raise InvalidImage(message)
         check("trio_media_open", code)
         self._media = ffi.gc(out[0], self._lib.trio_media_free)
         try:
-            self._check_wanted()  # whoever cancelled it before that could not tell the media
+            self._check_wanted()  # a cancel() before this moment did not know the media yet
             return self._encode_all()
         finally:
             self._media = None  # freed with the last reference
@@ -164,7 +164,7 @@ class Encoding:
             folded = bool(positions[0, -1] == positions[0, 0]) and n_rows > 1
         key = hashlib.blake2b(self._pixels.digest, digest_size=_DIGEST_BYTES)
         key.update(projector.digest + index.to_bytes(4, "little"))
-        media = Media(key.digest(), n_rows, n_positions, causal=not info.non_causal, folded=folded)
+        media = Media(key.digest(), n_rows, n_positions, causal=not info.non_causal, shares_positions=folded)
         if media.whole and n_rows > projector.max_rows:
             raise InvalidImage(_too_many_rows(n_rows, projector.max_rows))
         rows: NDArray[np.float32] = np.empty((n_rows, projector.n_embd), np.float32)
@@ -184,15 +184,15 @@ class Encoding:
             raise EngineClosed("encoding was cancelled")
 
     def cancel(self) -> None:
-        """Make `run`, now or later, raise `EngineClosed` soon. From any thread; never blocks. Idempotent."""
+        """Make `run`, now or later, raise `EngineClosed` soon. May be called from any thread; never blocks."""
         self._cancelled = True
-        media = self._media  # a reference of our own
+        media = self._media  # a reference of our own: run() may end at the same time
         if media is not None:
             self._lib.trio_media_cancel(media)
 
 
 def _too_many_rows(n_rows: int, max_rows: int) -> str:
-    return f"an image of {n_rows} rows, which must be in one batch, but --batch-size is {max_rows}"
+    return f"the image has {n_rows} rows, which must be in one batch, but --batch-size is {max_rows}"
 
 
 def _file_digest(path: str, max_rows: int) -> bytes:

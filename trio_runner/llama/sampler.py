@@ -1,18 +1,26 @@
-"""Sampler: how one sequence chooses its tokens, from `SamplingParams`."""
+"""Sampler: chooses the tokens of one sequence, as `SamplingParams` say."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from trio_runner.core.grammar import check_grammar
 from trio_runner.errors import EngineClosed
 from trio_runner.llama.library import check, native
-from trio_runner.request import SamplingParams
+from trio_runner.parameters import parameters_of
+from trio_runner.sampling import SamplingParams
+
+_BY_NAME: Final = tuple(
+    name
+    for name, parameter in parameters_of(SamplingParams).items()
+    if parameter.kind in ("number", "integer", "boolean") and name != "logprobs"
+)
+"""Parameters that the native struct has under the same name."""
 
 
 class Sampler:
-    """A sampler of one sequence, to be used by one thread at a time. Made by `Model.sampler`, which checks tokens.
+    """A sampler of one sequence, for one thread at a time. `Model.sampler` creates it, and checks the tokens first.
 
     Raises `InvalidGrammar` for a grammar that does not parse or would cost too much.
     """
@@ -28,42 +36,15 @@ class Sampler:
         bias_tokens = ffi.new("int32_t[]", [token for token, _ in params.logit_bias])
         bias_values = ffi.new("float[]", [bias for _, bias in params.logit_bias])
         grammar = ffi.new("char[]", params.grammar.encode())
-        native_params = ffi.new(
-            "trio_sampler_params *",
-            {
-                "seed": params.seed,
-                "temperature": params.temperature,
-                "dynatemp_range": params.dynatemp_range,
-                "dynatemp_exponent": params.dynatemp_exponent,
-                "top_k": params.top_k,
-                "top_p": params.top_p,
-                "min_p": params.min_p,
-                "typical_p": params.typical_p,
-                "tfs_z": params.tfs_z,
-                "top_n_sigma": params.top_n_sigma,
-                "xtc_probability": params.xtc_probability,
-                "xtc_threshold": params.xtc_threshold,
-                "repeat_last_n": params.repeat_last_n,
-                "repeat_penalty": params.repeat_penalty,
-                "frequency_penalty": params.frequency_penalty,
-                "presence_penalty": params.presence_penalty,
-                "penalize_nl": params.penalize_nl,
-                "dry_multiplier": params.dry_multiplier,
-                "dry_base": params.dry_base,
-                "dry_allowed_length": params.dry_allowed_length,
-                "dry_penalty_last_n": params.dry_penalty_last_n,
-                "dry_breakers": ffi.cast("char const * const *", breaker_pointers),
-                "n_dry_breakers": len(breakers),
-                "mirostat": params.mirostat,
-                "mirostat_tau": params.mirostat_tau,
-                "mirostat_eta": params.mirostat_eta,
-                "bias_tokens": bias_tokens,
-                "bias_values": bias_values,
-                "n_bias": len(params.logit_bias),
-                "grammar": grammar,
-                "n_top": self.n_top,
-            },
-        )
+        native_params = ffi.new("trio_sampler_params *")
+        for name in _BY_NAME:
+            setattr(native_params, name, getattr(params, name))
+        native_params.grammar = grammar
+        native_params.dry_breakers = ffi.cast("char const * const *", breaker_pointers)
+        native_params.n_dry_breakers = len(breakers)
+        native_params.bias_tokens, native_params.bias_values = bias_tokens, bias_values
+        native_params.n_bias = len(params.logit_bias)
+        native_params.n_top = self.n_top
         out = ffi.new("trio_sampler **")
         check("trio_sampler_open", lib.trio_sampler_open(model, native_params, out))
         self._handle: Any = ffi.gc(out[0], lib.trio_sampler_free)
@@ -79,5 +60,5 @@ class Sampler:
         return self._handle
 
     def close(self) -> None:
-        """Free it. Idempotent."""
+        """Free the sampler. May be called more than once."""
         self._handle = None

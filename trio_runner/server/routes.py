@@ -82,7 +82,7 @@ def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) 
 
     async def rerank() -> Response:
         asked, top_n = await body(runner_api.rerank)
-        scores = await engine.rerank(asked)
+        scores = await engine.rerank_request(asked)
         return json_response(runner_api.rerank_line(scores.tolist(), top_n))
 
     async def list_adapters() -> Response:
@@ -125,7 +125,7 @@ def add_routes(app: QuartTrio, engine: Engine, adapter_dir: Path | None = None) 
 
     async def props() -> Response:
         await engine.wait_ready()
-        return json_response(runner_api.props_line(engine.info, engine.limits, engine.placement))
+        return json_response(runner_api.props_line(engine.info, engine.capabilities, engine.placement))
 
     async def statistics() -> Response:
         return json_response(runner_api.statistics_line(engine.statistics()))

@@ -22,27 +22,22 @@ import numpy as np
 
 from trio_runner.errors import EngineBusy, InvalidImage, InvalidRequest, LoadError, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.images import MAX_IMAGE_BYTES
+from trio_runner.image_source import MAX_IMAGE_BYTES
 from trio_runner.request import (
     MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
     MAX_IMAGES,
-    MAX_LOGPROBS,
     MAX_TEXT_BYTES,
     AdapterChoice,
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
-    SamplingParams,
 )
+from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.problems import Problem, problem, problem_text
 
 if TYPE_CHECKING:
-    from trio_runner.core.limits import Limits
-    from trio_runner.core.placement import Placement
-    from trio_runner.engine.adapters import AdapterInfo
-    from trio_runner.engine.engine import EngineStatistics
-    from trio_runner.engine.runtime import ModelInfo
+    from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement
 
 NO_SEQUENCE = "Failed to create new sequence: "
 NO_SLOT = "Failed to load cache: no available cache slots"
@@ -573,7 +568,7 @@ def health_status(status: str) -> int:
     return 200 if status in _STATUS else 503
 
 
-def props_line(info: ModelInfo, limits: Limits, placement: Placement | None) -> bytes:
+def props_line(info: ModelInfo, capabilities: Capabilities, placement: Placement | None) -> bytes:
     """The answer of /props: what does not change while the engine lives. Memory in bytes."""
     fields: dict[str, object] = {
         "model": {
@@ -583,8 +578,8 @@ def props_line(info: ModelInfo, limits: Limits, placement: Placement | None) -> 
             "parameters": info.n_params,
             "bytes": info.size,
         },
-        "slots": limits.n_slots,
-        "context_length": limits.n_ctx,
+        "slots": capabilities.n_slots,
+        "context_length": capabilities.n_ctx,
     }
     if placement is not None:
         fields["placement"] = {

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
-from hypercorn.trio.worker_context import WorkerContext
 
 from trio_runner.server.access import Access, host_names
 from trio_runner.server.app import MAX_BODY_BYTES, create_app
-from trio_runner.server.connection import Connection
+from trio_runner.server.asgi import Application
+from trio_runner.server.connection import MAKES_ROOM, Connection, Service
 from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
 
 if TYPE_CHECKING:
-    from hypercorn.typing import ASGIFramework
-
     from trio_runner.engine.engine import Engine
 
 MAX_CONNECTIONS = 512
@@ -86,7 +80,7 @@ async def serve(
                 await engine.drain(drain_timeout)
                 accepting.cancel_scope.cancel()
             close_all(listeners)
-            await server.wind_down()
+            server.wind_down()
             connections.cancel_scope.deadline = trio.current_time() + FLUSH_SECONDS
     finally:
         close_all(listeners)
@@ -95,46 +89,39 @@ async def serve(
 class _Server:
     """The connections that are open, and what they share."""
 
-    def __init__(self, app: ASGIFramework, stall_timeout: float, max_connections: int) -> None:
-        self._app = ASGIWrapper(app)
-        self._config = Config()
-        self._config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-        self._config.keep_alive_max_requests = sys.maxsize
-        self._config.h11_max_incomplete_size = 1 << 16
-        self._config.include_server_header = False
-        self._config.accesslog = None
-        self._config.errorlog = logging.getLogger("trio_runner.server.asgi")
-        self._context = WorkerContext(None)
-        self._stall_timeout = stall_timeout
+    def __init__(self, app: Application, stall_timeout: float, max_connections: int) -> None:
+        self._service = Service(app, stall_timeout, KEEP_ALIVE_SECONDS)
         self._max_connections = max_connections
         self._open: set[Connection] = set()
         self._turned_away = 0
 
     def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
-        """Serve `sock`, or turn it away if there are too many and all of them busy."""
+        """Serve `sock`, or turn it away if there are too many connections and each is serving a request."""
         if len(self._open) < self._max_connections or self._make_room():
-            nursery.start_soon(self._serve, sock)
+            connection = Connection(sock, self._service)
+            self._open.add(connection)
+            nursery.start_soon(self._serve, connection)
         elif self._turned_away < self._max_connections:
             nursery.start_soon(self._turn_away, sock)
         else:
             sock.close()
 
-    async def wind_down(self) -> None:
-        """Close connections that serve nothing, and make the others close after their answer."""
-        await self._context.terminated.set()
+    def wind_down(self) -> None:
+        """Close connections that serve no request, and make the others close after their answer."""
+        self._service.closing = True
         for connection in list(self._open):
-            connection.close_if_idle()
+            connection.close_if_unasked()
 
     def _make_room(self) -> bool:
-        for connection in sorted(self._open, key=lambda connection: connection.idle_since):
-            if connection.make_room():
-                self._open.discard(connection)  # its task ends a little later
-                return True
+        for state in MAKES_ROOM:
+            candidates = (connection for connection in self._open if connection.state is state)
+            for connection in sorted(candidates, key=lambda connection: connection.since):
+                if connection.make_room():
+                    self._open.discard(connection)  # its task ends a little later
+                    return True
         return False
 
-    async def _serve(self, sock: socket.socket) -> None:
-        connection = Connection(sock, self._app, self._config, self._context, stall_timeout=self._stall_timeout)
-        self._open.add(connection)
+    async def _serve(self, connection: Connection) -> None:
         try:
             await connection.run()
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -12,43 +12,13 @@ from numpy.typing import NDArray
 
 from trio_runner.config import EngineConfig
 from trio_runner.core.batch import Batch, StepResult
-from trio_runner.core.limits import Limits
 from trio_runner.core.memory import MemoryOp
-from trio_runner.core.placement import Placement
 from trio_runner.core.prompt import Item, Media
-from trio_runner.request import SamplingParams
+from trio_runner.info import Capabilities, ModelInfo, Placement
+from trio_runner.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from trio_runner.images import Pixels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """What is known of a loaded model."""
-
-    name: str
-    architecture: str
-    description: str
-    n_vocab: int
-    n_ctx_train: int
-    n_embd: int
-    n_layer: int = 0
-    n_params: int = 0
-    size: int = 0
-    """Bytes of all tensors."""
-    token_bos: int | None = None
-    token_eos: int | None = None
-    token_sep: int | None = None
-    adds_bos: bool = False
-    """The tokens of a text begin with `token_bos`; likewise for the other two."""
-    adds_eos: bool = False
-    adds_sep: bool = False
-    bos_text: str = ""
-    eos_text: str = ""
-    causal: bool = True
-    chat_template: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """The file's scalar keys and values, as text."""
+    from trio_runner.pixels import Pixels
 
 
 class Sampler(Protocol):
@@ -140,7 +110,7 @@ class Context(Protocol):
     """The KV cache and what computes on it. Belongs to one thread, except `abort`."""
 
     @property
-    def limits(self) -> Limits: ...
+    def capabilities(self) -> Capabilities: ...
 
     def apply(self, op: MemoryOp) -> bool:
         """Edit the KV cache. False: this memory cannot trim part of a slot, and nothing changed."""

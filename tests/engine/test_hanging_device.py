@@ -12,15 +12,16 @@ import trio
 import trio.testing
 
 from tests.engine.toys import DEADLINE, PATIENCE, Latch, Projector, Toy, picture, until
-from trio_runner.engine import engine as engine_module
-from trio_runner.engine.engine import Engine, open_engine
-from trio_runner.engine.patience import GaveUp, Patience
+from trio_runner.engine import lifecycle
+from trio_runner.engine.device_threads import DeviceHangs, DeviceThreads
+from trio_runner.engine.engine import Engine
 from trio_runner.errors import EngineClosed
+from trio_runner.front_door import open_engine
 
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(lifecycle, "CLOSE_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -83,30 +84,30 @@ async def test_an_image_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture
 
 @pytest.mark.parametrize("ends", ["before", "while it runs"])
 async def test_patience_ends(hang: Latch, ends: str) -> None:
-    patience = Patience()
+    threads = DeviceThreads()
     with trio.fail_after(DEADLINE):
         if ends == "before":
-            patience.end(0.01)
+            threads.wait_at_most(0.01)
         async with trio.open_nursery() as nursery:
 
             async def wait() -> None:
-                with pytest.raises(GaveUp):
-                    await patience.run(hang)
+                with pytest.raises(DeviceHangs):
+                    await threads.run(hang)
 
             nursery.start_soon(wait)
             await hang.reached()
             nursery.cancel_scope.cancel()  # which is no reason to give up
-            patience.end(0.01)
-            patience.end(PATIENCE)  # the first one counts
+            threads.wait_at_most(0.01)
+            threads.wait_at_most(PATIENCE)  # the first one counts
 
 
 async def test_what_ends_in_time_is_heard_of() -> None:
-    patience, go = Patience(), threading.Event()
+    threads, go = DeviceThreads(), threading.Event()
     results: list[object] = []
 
     async def run(call: Callable[[], object]) -> None:
         try:
-            results.append(await patience.run(call))
+            results.append(await threads.run(call))
         except ValueError as error:
             results.append(str(error))
 
@@ -120,6 +121,6 @@ async def test_what_ends_in_time_is_heard_of() -> None:
             nursery.start_soon(run, fail)
             await trio.testing.wait_all_tasks_blocked()
             scope.cancel()
-            patience.end(DEADLINE)
+            threads.wait_at_most(DEADLINE)
             go.set()
     assert sorted(map(str, results)) == ["True", "inside"]

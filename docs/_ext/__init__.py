@@ -1,0 +1,1 @@
+"""What makes the tables of the documentation from the code."""

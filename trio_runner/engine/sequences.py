@@ -1,0 +1,126 @@
+"""From a request to a sequence: tokenise, fit into the context, compile the sampler.
+
+All of it happens on a helper thread before the request takes a slot. So whatever is wrong with a request is found here,
+and costs nobody else anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trio_runner.core.ports import EncodedMedia, Model, Runtime
+from trio_runner.core.prompt import Item, Media, fit_prompt
+from trio_runner.core.sequence import SequenceSpec
+from trio_runner.engine.mailbox import Submit
+from trio_runner.engine.prompt_parts import EncodedParts, join_parts
+from trio_runner.engine.requests import AnyRequest, PairRequest
+from trio_runner.engine.tokens import pair_tokens, special_tokens, tokens_of
+from trio_runner.errors import InvalidRequest, PromptTooLong, Unsupported
+from trio_runner.info import Capabilities
+from trio_runner.request import Chat, EmbedRequest, GenerateRequest
+
+
+def prepare_sequence(request: AnyRequest, runtime: Runtime, uid: int, parts: EncodedParts | None = None) -> Submit:
+    """The mail that submits the sequence of a request. Only its adapters are missing.
+
+    `parts` are those of the prompt, if it has any. Raises a `RequestError` for whatever is wrong with the request.
+    """
+    match request:
+        case GenerateRequest():
+            return _generation(request, runtime, uid, parts)
+        case EmbedRequest():
+            return _embedding(request, runtime, uid)
+        case PairRequest():
+            return _pair(request, runtime, uid)
+
+
+def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: EncodedParts | None) -> Submit:
+    model, capabilities = runtime.model, runtime.context.capabilities
+    if not capabilities.can_generate:
+        raise Unsupported("generation", "this model makes embeddings, it cannot generate text")
+    param = "messages" if isinstance(request.prompt, Chat) else "prompt"
+    items: Sequence[Item]
+    media: dict[Media, EncodedMedia] = {}
+    if parts is not None:
+        is_chat = isinstance(request.prompt, Chat)
+        items, media = join_parts(parts, model, param=param, parse_special=request.parse_special, is_chat=is_chat)
+    else:
+        items = tokens_of(model, request.prompt, param=param, parse_special=request.parse_special)
+    has_encoder = capabilities.decoder_start is not None
+    fitted = fit_prompt(
+        items,
+        n_ctx=capabilities.max_rows if has_encoder else capabilities.n_ctx,
+        n_keep=request.n_keep,
+        adds_bos=model.info.adds_bos,
+        truncate=request.truncate,
+        param=param,
+    )
+    tokens = tuple(item for item in fitted.items if isinstance(item, int))
+    spec = SequenceSpec(
+        uid=uid,
+        prompt=fitted.items if capabilities.decoder_start is None else (capabilities.decoder_start,),
+        encoder_tokens=tokens if has_encoder else (),
+        n_keep=1 if has_encoder else fitted.n_keep,
+        max_tokens=request.max_tokens,
+        stop=request.stop,
+        cache_prompt=request.cache_prompt,
+        shift=request.shift,
+        background=request.priority == "background",
+        progress=request.progress,
+        logprobs=request.sampling.logprobs >= 0,
+    )
+    return Submit(spec, model.sampler(request.sampling, tokens), media)
+
+
+def _longest_text(capabilities: Capabilities) -> int:
+    """Tokens of the longest text that can be embedded. If its last row is its embedding, the rows before it may be in
+    several batches."""
+    if capabilities.embeds_last_row:
+        return capabilities.n_ctx
+    return min(capabilities.n_ctx, capabilities.max_rows)
+
+
+def _embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Submit:
+    model, capabilities = runtime.model, runtime.context.capabilities
+    if capabilities.ranks:
+        raise Unsupported("embeddings", "this model ranks documents for a query, it makes no embeddings")
+    if capabilities.decoder_start is not None:
+        raise Unsupported("embeddings", "a model with an encoder and a decoder makes no embeddings here")
+    if request.dimensions is not None and request.dimensions > capabilities.embedding_size:
+        raise InvalidRequest(
+            f"dimensions must be at most {capabilities.embedding_size}, not {request.dimensions}", param="dimensions"
+        )
+    tokens = tokens_of(model, request.content, param="content", parse_special=True)
+    longest = _longest_text(capabilities)
+    if request.truncate and len(tokens) > longest:
+        tokens = _truncated(tokens, longest, model, is_text=isinstance(request.content, str))
+    fitted = fit_prompt(tokens, n_ctx=longest, n_keep=0, adds_bos=False, truncate=False, param="content")
+    return Submit(SequenceSpec(uid=uid, prompt=fitted.items, embedding=True, cache_prompt=False), None)
+
+
+def _truncated(tokens: list[int], longest: int, model: Model, *, is_text: bool) -> list[int]:
+    """The first tokens. Special tokens that end every text of the model, such as BERT's [SEP], stay at its end."""
+    end = special_tokens(model, "content")[1] if is_text else []
+    return tokens[: max(longest - len(end), 0)] + end[:longest]
+
+
+def _pair(request: PairRequest, runtime: Runtime, uid: int) -> Submit:
+    model, capabilities = runtime.model, runtime.context.capabilities
+    if not capabilities.ranks:
+        raise Unsupported("reranking", "this model does not rank documents")
+    longest = _longest_text(capabilities)
+    document = request.document
+    tokens = pair_tokens(model, request.query, document, param=request.param)
+    # A text has at most as many tokens as bytes, and about a constant number of tokens per character: a cut in
+    # proportion is enough after a few turns.
+    while len(tokens) > longest and request.truncate and document:
+        document = document[: len(document) * longest // (len(tokens) + 1)]
+        tokens = pair_tokens(model, request.query, document, param=request.param)
+    if len(tokens) > longest:
+        n_query = len(pair_tokens(model, request.query, "", param=request.param))
+        if n_query > longest:
+            raise PromptTooLong(n_query, longest, param="query")
+        raise PromptTooLong(len(tokens), longest, param=request.param)
+    if not tokens:
+        raise InvalidRequest(f"query and {request.param} are empty: no input provided", param=request.param)
+    return Submit(SequenceSpec(uid=uid, prompt=tuple(tokens), embedding=True, cache_prompt=False), None)

@@ -1,0 +1,84 @@
+"""What an engine is doing and what it has loaded: the facts that all its parts share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from trio_runner.config import EngineConfig
+from trio_runner.core.ports import Runtime
+from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, LoadError, RunnerError
+from trio_runner.info import Status
+
+if TYPE_CHECKING:
+    from trio_runner.engine.decode_loop import DecodeLoop
+    from trio_runner.engine.image_store import ImageStore
+
+
+class EngineState:
+    """Changed on the trio thread only, and only by the lifecycle."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.status: Status = "loading"
+        self.progress = 0.0
+        """How much of the model is loaded, from 0 to 1."""
+        self.failure: BaseException | None = None
+        """Why `status` is "broken"."""
+        self.runtime: Runtime | None = None
+        """The model and its context, from the end of loading until the engine starts to free them."""
+        self.loop: DecodeLoop | None = None
+        """The decode loop, exactly as long as `runtime`."""
+        self.images: ImageStore | None = None
+        """The encoded images, exactly as long as `runtime`, if the model has a projector."""
+        self.is_stopping = False
+        """Requests in flight end now. While the engine drains, they may still finish."""
+        self._settled = trio.Event()
+
+    def is_load_cancelled(self) -> bool:
+        """Whether a model that is being loaded is not wanted any more. The loading thread calls this."""
+        return self.status != "loading"
+
+    def settle(self) -> None:
+        """Wake everybody who waits for the model: it is loaded, or will never be."""
+        self._settled.set()
+
+    def break_down(self, failure: BaseException) -> None:
+        """Set the status to "broken", for this reason."""
+        self.failure = failure
+        self.status = "broken"
+        self.settle()
+
+    async def wait_ready(self) -> None:
+        """Wait until the model is loaded. Raises `LoadError` if it did not load, `EngineBroken` if the engine broke,
+        and `EngineClosed` if the engine is closed or closing."""
+        await self._settled.wait()
+        self.ready_runtime()
+
+    def ready_runtime(self) -> Runtime:
+        """The runtime, for a new request. Raises `EngineBusy` while the model loads, and otherwise the errors of
+        `wait_ready`."""
+        if self.status == "ready" and self.runtime is not None:
+            return self.runtime
+        if self.status == "broken":
+            raise self.broken_error()
+        if self.status == "loading":
+            raise EngineBusy("the model is still loading")
+        raise EngineClosed("the engine is shutting down")
+
+    def live_runtime(self) -> Runtime:
+        """The runtime, for a request that came before the engine began to drain. Raises the errors of
+        `ready_runtime`."""
+        if self.status == "closing" and self.runtime is not None and not self.is_stopping:
+            return self.runtime
+        return self.ready_runtime()
+
+    def broken_error(self) -> RunnerError:
+        """What a request to a broken engine raises. It is a new exception each time, so that every reader raises an
+        exception of its own."""
+        if isinstance(self.failure, LoadError):
+            return LoadError(self.failure.reason, path=self.failure.path)
+        error = EngineBroken(f"the engine is broken: {self.failure}")
+        error.__cause__ = self.failure
+        return error
