@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trio_runner.config import EngineConfig  # noqa: E402
-from trio_runner.parameters import parameters_of  # noqa: E402
+from trio_runner.parameters import Parameter, parameters_of  # noqa: E402
 from trio_runner.request import GenerateRequest  # noqa: E402
 from trio_runner.sampling import SamplingParams  # noqa: E402
 
@@ -49,6 +49,12 @@ LOOSER = {
 """Types of the arguments where they are wider than those of the fields: any sequence becomes a tuple."""
 
 
+def described(parameter: Parameter) -> str:
+    """What the parameter does, with its unit."""
+    unit_missing = parameter.unit and parameter.unit not in parameter.doc.lower()
+    return f"{parameter.doc} In {parameter.unit}." if unit_missing else parameter.doc
+
+
 def typed_dict(
     name: str, doc: str, *classes: type[Any], base: str = "TypedDict", leave_out: tuple[str, ...] = ()
 ) -> str:
@@ -59,7 +65,11 @@ def typed_dict(
             if field.name in leave_out:
                 continue
             lines.append(f"    {field.name}: {LOOSER.get(field.name, field.type)}")
-            text = parameters[field.name].doc if field.name in parameters else "How tokens are chosen, as one value."
+            text = (
+                described(parameters[field.name])
+                if field.name in parameters
+                else "How tokens are chosen, as one value."
+            )
             quoted = text.replace("\\", "\\\\").replace('"', '\\"') if text.endswith('"') else text
             lines += textwrap.wrap(f'"""{quoted}"""', 112, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)

@@ -59,7 +59,7 @@ else:
         return sorted(globals().keys() | _SLOW.keys())
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterChoice",

@@ -7,12 +7,12 @@ import sys
 
 
 def main() -> int:
-    """Call `cli.main`. Catches the Ctrl-C that comes while `cli` is being imported, which `cli` itself cannot."""
+    """Run the program. Catches the Ctrl-C that comes while `cli` is being imported, which `cli` itself cannot."""
     try:
-        from trio_runner import cli
+        from trio_runner.cli.main import main as run
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return cli.main()
+    return run()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 To add an option, add one field here. The check of its bounds, the option of every command with its help, the keyword
 argument of `open_engine` (which `ci/options` writes down for type checkers) and the table in the documentation are made
-from it. Only a flag of the drop-in mode needs a line of its own, in cli/dropin.py.
+from it. Only a flag of the drop-in mode needs an entry of its own, in cli/dropin.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from os import fspath
 from pathlib import PurePath
 from typing import Literal, TypeAlias
 
-from trio_runner.parameters import boolean, complaints, integer, number, one_of, other
+from trio_runner.parameters import Option, boolean, complaints, integer, number, one_of, other
 
 KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling: TypeAlias = Literal["model", "none", "mean", "cls", "last"]
@@ -75,6 +75,54 @@ class AdapterConfig:
         check_adapter_name(self.name)
 
 
+# ---- what people write on the command line ---------------------------------------------------------------------------
+
+
+def read_adapter(text: str) -> AdapterConfig:
+    """An adapter at scale 1, from "FILE". Raises ValueError."""
+    return AdapterConfig(text)
+
+
+def read_scaled_adapter(text: str) -> AdapterConfig:
+    """An adapter from "FILE=SCALE"; the last "=" counts. Raises ValueError."""
+    path, _, scale = text.rpartition("=")
+    try:
+        factor = float(scale)
+    except ValueError:
+        path = ""
+    if not path:
+        raise ValueError(f"{text!r} is not a file, = and a number")
+    return AdapterConfig(path, factor)
+
+
+def read_layers(text: str) -> int | Literal["auto"]:
+    """A number of layers, or "auto". Raises ValueError."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither auto nor a number") from None
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    """Names separated by commas; "none" means no names."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if names == ("none",) else names
+
+
+def read_proportions(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas. Raises ValueError."""
+    try:
+        return tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of numbers separated by commas") from None
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+_SERVE = (Option(commands=("serve",)),)
+"""Of a parameter that matters only where clients come and go."""
 FLASH_ATTENTIONS: tuple[FlashAttention, ...] = ("auto", "on", "off")
 
 
@@ -87,33 +135,48 @@ class ModelConfig:
     projector: str | None = other(
         None,
         doc="File (mmproj) that turns images into rows for this model. With it, prompts may have images.",
-        flags=("--mmproj",),
-        metavar="FILE",
+        options=(Option(flags=("--mmproj",), metavar="FILE"),),
         default_text="none",
     )
     adapters: tuple[AdapterConfig, ...] = other(
-        (), doc="LoRA adapters to load with the model.", flags=(), default_text="none"
+        (),
+        doc="LoRA adapters to load with the model.",
+        options=(
+            Option(
+                flags=("--lora",),
+                metavar="FILE",
+                parse=read_adapter,
+                repeated=True,
+                doc="LoRA adapter to load with the model, at scale 1. May be repeated.",
+            ),
+            Option(
+                flags=("--lora-scaled",),
+                metavar="FILE=SCALE",
+                parse=read_scaled_adapter,
+                repeated=True,
+                doc="The same at another scale. At scale 0 it applies only to requests that choose it.",
+            ),
+        ),
+        default_text="none",
     )
     gpu_layers: int | Literal["auto"] = other(
         "auto",
         doc="Layers to put on devices, counted from the last. auto: as many as fit, with their KV cache, into the free "
         "memory; -1: all, whether they fit or not.",
-        flags=("--gpu-layers", "--n-gpu-layers", "-ngl"),
-        metavar="auto|N",
+        options=(Option(flags=("--gpu-layers", "--n-gpu-layers", "-ngl"), metavar="auto|N", parse=read_layers),),
     )
     devices: tuple[str, ...] | None = other(
         None,
         doc="Names of the devices that layers go to, in this order, as `trio-runner info` lists them. none: only the "
         "CPU.",
-        flags=("--device",),
-        metavar="NAME,...",
+        options=(Option(flags=("--device",), metavar="NAME,...", parse=read_names),),
         default_text="all GPUs, and all devices of --rpc",
     )
     rpc: tuple[str, ...] = other(
         (),
         doc="rpc-servers of llama.cpp whose devices take layers too. Nothing is encrypted or authenticated: use them "
         "only in a network that you trust.",
-        metavar="HOST:PORT,...",
+        options=(Option(metavar="HOST:PORT,...", parse=read_names),),
         default_text="none",
     )
     split_mode: SplitMode = one_of(
@@ -130,7 +193,7 @@ class ModelConfig:
     tensor_split: tuple[float, ...] = other(
         (),
         doc="Proportion of the model for each device.",
-        metavar="A,B,...",
+        options=(Option(metavar="A,B,...", parse=read_proportions),),
         default_text="by their free memory",
     )
     mmap: bool = boolean(True, doc="Map the model file into memory instead of reading it.")
@@ -182,10 +245,10 @@ class EngineConfig:
         None,
         1,
         MAX_BATCH_ROWS,
-        doc="Rows of one step for a model made for embeddings that needs all rows of a text in one step, such as an "
-        "encoder, and so the tokens of its longest text. Never less than `batch_size` or more than the context that "
-        "the model was trained with. More rows take more memory.",
-        default_text="batch_size",
+        doc="Rows of one step at most, for a model that needs all rows of a text in one step, as encoders do. So no "
+        "text to embed can have more tokens. It is never less than the batch size, or more than the context that the "
+        "model was trained with. More rows take more memory.",
+        default_text="the batch size",
     )
     threads: int | None = integer(
         None,
@@ -197,8 +260,8 @@ class EngineConfig:
     flash_attention: FlashAttention = one_of(
         "auto",
         FLASH_ATTENTIONS,
-        doc="auto: on where the backend can. Without it, each step attends to every cell in use, those of other slots "
-        "and of cached prompts included.",
+        doc="Flash attention. auto: on where the backend supports it. Without it, each step attends to every cell of "
+        "the KV cache that is in use, those of other slots and of cached prompts included.",
     )
     kv_type: KvType = one_of(
         "f16",
@@ -215,14 +278,16 @@ class EngineConfig:
         0.001,
         60,
         unit="seconds",
-        doc="Seconds that a step may take if it carries rows of a prompt beside sequences that decode. This is the gap "
-        "that a prompt tears into every stream.",
-        default_text="2.5 times a step that only decodes, as measured, but at least 0.025",
+        options=(Option(metavar="MS", scale=0.001, unit="milliseconds"),),
+        doc="Time that a step may take if it carries rows of a prompt beside sequences that decode. It bounds "
+        "the gap that a prompt makes in every stream.",
+        default_text="2.5 times a step that only decodes, as measured, but at least 25 ms",
     )
     image_cache_bytes: int = integer(
         256 << 20,
         0,
         2**62,
+        options=_SERVE,
         doc="Bytes of encoded images to keep, so that an image that is asked for again need not be encoded again.",
     )
     max_queue: int | None = integer(
@@ -230,6 +295,12 @@ class EngineConfig:
         0,
         2**31 - 1,
         optional=True,
+        options=(
+            Option(
+                commands=("serve",),
+                doc="Requests that may wait for a slot. Further ones are refused and told when to come back.",
+            ),
+        ),
         doc="Requests that may wait for a slot. Further ones are refused and told when to come back. None means no "
         "bound.",
     )
@@ -237,6 +308,7 @@ class EngineConfig:
         256,
         1,
         2**31 - 1,
+        options=_SERVE,
         doc="Unread events after which a generation is paused until its reader catches up.",
     )
     stall_timeout: float = number(
@@ -244,7 +316,8 @@ class EngineConfig:
         0,
         math.inf,
         unit="seconds",
-        doc="Seconds that a paused generation waits for its reader. Then it ends with `ReaderStalled`.",
+        options=_SERVE,
+        doc="Seconds that a paused generation waits for its reader. Then it ends with the error `ReaderStalled`.",
     )
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class BadImage(Exception):
     """What is wrong with an image: the rest of a sentence that begins with the image's name."""
 
 
-class EncodedImage(NamedTuple):
+class ScannedImage(NamedTuple):
     """A complete file, not yet decoded."""
 
     format: str
@@ -51,7 +51,7 @@ class EncodedImage(NamedTuple):
     """The EXIF block of a JPEG, which Pillow would parse at once. Of other formats Pillow only copies it."""
 
 
-def scan_image(data: bytes) -> EncodedImage:
+def scan_image(data: bytes) -> ScannedImage:
     """Scan a file. Raises `BadImage` for another format, and for damage that a scan can notice."""
     name = _format_of(data)
     return _SCANS[name](_Reader(data))
@@ -168,7 +168,7 @@ class _Reader:
 # ---- PNG ------------------------------------------------------------------------------------------------------------
 
 
-def _scan_png(reader: _Reader) -> EncodedImage:
+def _scan_png(reader: _Reader) -> ScannedImage:
     kept, pixels = [reader.take(8)], []
     header = b""
     n_inflated = 0
@@ -203,7 +203,7 @@ def _scan_png(reader: _Reader) -> EncodedImage:
                 damaged(f"a chunk of an unknown kind, {kind!r}")
         kept.append(_png_chunk(kind, body))
     _check_rows(header, pixels)
-    return EncodedImage("PNG", b"".join(kept))
+    return ScannedImage("PNG", b"".join(kept))
 
 
 def _png_chunks(reader: _Reader) -> Iterator[tuple[bytes, bytes]]:
@@ -283,7 +283,7 @@ _DROPPED: Final = (frozenset(range(0xE0, 0xF0)) | {0xFE}) - {0xE0, 0xEE}
 """Segments of applications, and comments. JFIF and Adobe segments stay: they say what the colours are."""
 
 
-def _scan_jpeg(reader: _Reader) -> EncodedImage:
+def _scan_jpeg(reader: _Reader) -> ScannedImage:
     data = reader.data
     kept = [reader.take(2)]
     exif = b""
@@ -312,13 +312,13 @@ def _scan_jpeg(reader: _Reader) -> EncodedImage:
             kept.append(data[found.start() : reader.at])
     if not scans_at:
         damaged("it has no pixels")
-    return EncodedImage("JPEG", b"".join([*kept, data[scans_at : reader.at]]), exif)
+    return ScannedImage("JPEG", b"".join([*kept, data[scans_at : reader.at]]), exif)
 
 
 # ---- GIF ------------------------------------------------------------------------------------------------------------
 
 
-def _scan_gif(reader: _Reader) -> EncodedImage:
+def _scan_gif(reader: _Reader) -> ScannedImage:
     reader.skip(6)
     width, height, flags, _, _ = reader.unpack("<HHBBB")
     check_size(width, height)
@@ -328,7 +328,7 @@ def _scan_gif(reader: _Reader) -> EncodedImage:
         start = reader.at
         kind = reader.take(1)
         if kind == b";":  # end of file
-            return EncodedImage("GIF", b"".join([*kept, kind]))
+            return ScannedImage("GIF", b"".join([*kept, kind]))
         if kind == b"!":  # an extension
             label = reader.take(1)
             _skip_gif_blocks(reader)
@@ -362,7 +362,7 @@ def _skip_gif_blocks(reader: _Reader) -> None:
 # ---- WEBP and BMP ---------------------------------------------------------------------------------------------------
 
 
-def _scan_webp(reader: _Reader) -> EncodedImage:
+def _scan_webp(reader: _Reader) -> ScannedImage:
     reader.skip(4)
     (length,) = reader.unpack("<I")
     end = 8 + length
@@ -374,14 +374,14 @@ def _scan_webp(reader: _Reader) -> EncodedImage:
         _, length = reader.unpack("<4sI")
         reader.skip(length)
         reader.skip(min(length % 2, len(reader.data) - reader.at))
-    return EncodedImage("WEBP", reader.data[:end])
+    return ScannedImage("WEBP", reader.data[:end])
 
 
-def _scan_bmp(reader: _Reader) -> EncodedImage:
-    return EncodedImage("BMP", reader.data)  # Pillow reads nothing but the header until the size is checked
+def _scan_bmp(reader: _Reader) -> ScannedImage:
+    return ScannedImage("BMP", reader.data)  # Pillow reads nothing but the header until the size is checked
 
 
-_SCANS: Final[dict[str, Callable[[_Reader], EncodedImage]]] = {
+_SCANS: Final[dict[str, Callable[[_Reader], ScannedImage]]] = {
     "PNG": _scan_png,
     "JPEG": _scan_jpeg,
     "WEBP": _scan_webp,

@@ -20,7 +20,7 @@ from trio_runner.image_formats import (
     ANIMATED,
     CUT_SHORT,
     BadImage,
-    EncodedImage,
+    ScannedImage,
     check_size,
     orientation_in,
     scan_image,
@@ -97,19 +97,19 @@ def _pillow_errors() -> Iterator[None]:
         raise BadImage(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
-def _decode(encoded: EncodedImage) -> Pixels:
+def _decode(scanned: ScannedImage) -> Pixels:
     from PIL import Image, WebPImagePlugin  # noqa: F401  # the import registers the decoder
 
     Image.preinit()  # registers the others
     # The decoder itself, because `Image.open(formats=[...])` prints a warning for an image that is very large.
-    open_image, _ = Image.OPEN[encoded.format]
-    with _pillow_errors(), open_image(io.BytesIO(encoded.data), "") as image:
+    open_image, _ = Image.OPEN[scanned.format]
+    with _pillow_errors(), open_image(io.BytesIO(scanned.data), "") as image:
         check_size(*image.size)
-        if encoded.format == "BMP":
-            _check_bmp(image, len(encoded.data))
+        if scanned.format == "BMP":
+            _check_bmp(image, len(scanned.data))
         if getattr(image, "is_animated", False):
             raise BadImage(ANIMATED)
-        return _to_pixels(image, orientation_in(encoded.exif or image.info.get("exif")))
+        return _to_pixels(image, orientation_in(scanned.exif or image.info.get("exif")))
 
 
 def _check_bmp(image: ImageFile.ImageFile, n_bytes: int) -> None:

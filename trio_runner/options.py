@@ -134,21 +134,21 @@ class EngineOptions(TypedDict, total=False):
     """Rows of one step at most, and so the longest stretch of work that nothing interrupts on a GPU. A text to
     embed must fit into it, unless the model embeds the last row."""
     embedding_batch_size: int | None
-    """Rows of one step for a model made for embeddings that needs all rows of a text in one step, such as an
-    encoder, and so the tokens of its longest text. Never less than `batch_size` or more than the context that
-    the model was trained with. More rows take more memory."""
+    """Rows of one step at most, for a model that needs all rows of a text in one step, as encoders do. So no
+    text to embed can have more tokens. It is never less than the batch size, or more than the context that the
+    model was trained with. More rows take more memory."""
     threads: int | None
     """Threads that compute."""
     flash_attention: FlashAttention
-    """auto: on where the backend can. Without it, each step attends to every cell in use, those of other slots
-    and of cached prompts included."""
+    """Flash attention. auto: on where the backend supports it. Without it, each step attends to every cell of
+    the KV cache that is in use, those of other slots and of cached prompts included."""
     kv_type: KvType
     """Element type of the KV cache. Quantised types need flash attention."""
     pooling: Pooling
     """How the rows of a text become one embedding. model: as the file says, otherwise the last row."""
     step_target: float | None
-    """Seconds that a step may take if it carries rows of a prompt beside sequences that decode. This is the gap
-    that a prompt tears into every stream."""
+    """Time that a step may take if it carries rows of a prompt beside sequences that decode. It bounds the gap
+    that a prompt makes in every stream. In seconds."""
     image_cache_bytes: int
     """Bytes of encoded images to keep, so that an image that is asked for again need not be encoded again."""
     max_queue: int | None
@@ -157,4 +157,4 @@ class EngineOptions(TypedDict, total=False):
     max_backlog: int
     """Unread events after which a generation is paused until its reader catches up."""
     stall_timeout: float
-    """Seconds that a paused generation waits for its reader. Then it ends with `ReaderStalled`."""
+    """Seconds that a paused generation waits for its reader. Then it ends with the error `ReaderStalled`."""

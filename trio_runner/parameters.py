@@ -1,4 +1,4 @@
-"""Parameters as a table: each field of a configuration says what it is, and everything else is made from that.
+"""A table of parameters: each field of a dataclass says what it is, and everything else is made from that.
 
 A frozen dataclass declares its fields with the functions below:
 
@@ -14,13 +14,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 Kind: TypeAlias = Literal["number", "integer", "boolean", "text", "choice", "other"]
 
 _KEY = "trio_runner.parameter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """How people give a parameter on the command line, where the plain way does not suit them.
+
+    The plain way is `--` and the name of the parameter with dashes, a value of the parameter's kind, and its `doc` as
+    the help.
+    """
+
+    flags: tuple[str, ...] = ()
+    """All spellings of the option, a long one first; () means the plain one."""
+    metavar: str | None = None
+    """What stands for the value in `--help`."""
+    parse: Callable[[str], Any] | None = None
+    """Makes the value from the text that a user gave. Raises ValueError, whose message says what is wrong."""
+    repeated: bool = False
+    """The option may be given several times. The value of the parameter is a tuple of all of them."""
+    scale: float = 1.0
+    """What one unit of the command line is in units of the parameter: 0.001 if people give milliseconds."""
+    unit: str = ""
+    """Unit that people give a number in, if it is another than the parameter's."""
+    commands: tuple[str, ...] = ()
+    """Commands that have the option; () means all that load a model."""
+    doc: str = ""
+    """Help of the option, where the parameter's `doc` does not suit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +69,8 @@ class Parameter:
     """Bytes that a text may have in UTF-8."""
     unit: str = ""
     """Unit of a number, such as "seconds", for messages and documentation."""
-    flags: tuple[str, ...] | None = None
-    """Options of the command line; None means `--` and the name with dashes, and an empty tuple means no option."""
-    metavar: str | None = None
-    """What stands for the value in `--help`."""
+    options: tuple[Option, ...] = (Option(),)
+    """Options of the command line. Several options of one parameter add up to one tuple; () means no option."""
     default_text: str = ""
     """The default in words, where the value itself says too little."""
 
@@ -58,8 +82,15 @@ class Parameter:
         if self.choices:
             return ", ".join(self.choices)
         if self.kind in ("number", "integer"):
-            return _between(self.low, self.high, self.kind)
+            return _between(self.low, self.high, self.kind) + (f" {self.unit}" if self.unit else "")
         return f"at most {self.max_bytes} bytes" if self.max_bytes is not None else ""
+
+    @property
+    def default_words(self) -> str:
+        """The default in words, for `--help`."""
+        if self.default_text:
+            return self.default_text
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def complaint(self, value: object) -> str | None:
         """What is wrong with `value`, in one sentence that names the parameter; None if it is allowed."""

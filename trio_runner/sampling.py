@@ -53,7 +53,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = other(
         (),
         doc="Pairs of a token and a number that is added to the logit of that token. Negative infinity forbids it.",
-        flags=(),
+        options=(),
         default_text="none",
     )
     repeat_last_n: int = integer(
@@ -75,7 +75,7 @@ class SamplingParams:
     presence_penalty: float = number(
         0.0, -1e3, 1e3, doc="Is subtracted once from the logit of a token that occurred recently. 0 is off."
     )
-    penalize_nl: bool = boolean(True, doc="Apply the penalties to the newline token too.", flags=())
+    penalize_nl: bool = boolean(True, doc="Apply the penalties to the newline token too.", options=())
     dry_multiplier: float = number(
         0.0, 0, 1e3, doc='Strength of the DRY penalty ("don\'t repeat yourself") on repeated phrases. 0 is off.'
     )
@@ -89,7 +89,7 @@ class SamplingParams:
     dry_sequence_breakers: tuple[str, ...] = other(
         ("\n", ":", '"', "*"),
         doc="Texts that end a phrase, so that DRY does not count across them.",
-        flags=(),
+        options=(),
         default_text='"\\n", ":", "\\"", "*"',
     )
     top_n_sigma: float = number(
@@ -151,7 +151,7 @@ class SamplingParams:
         max_bytes=MAX_GRAMMAR_BYTES,
         doc="GBNF grammar with a rule named root, which the text must follow. A token that the other samplers chose "
         "against the grammar is chosen anew under it.",
-        flags=(),
+        options=(),
         default_text="none",
     )
     logprobs: int = integer(
@@ -160,7 +160,7 @@ class SamplingParams:
         MAX_LOGPROBS,
         doc="Number of most probable alternatives to report with every token. 0 reports the chosen token's own "
         "log-probability, -1 reports nothing.",
-        flags=(),
+        options=(),
     )
 
     def __post_init__(self) -> None:

@@ -38,10 +38,10 @@ class FakeServer:
         self.step = 0.0005
         self.prefill_step = 0.00001
         self.generations = 0
-        self.left = 0
+        self.n_disconnected = 0
         """Clients that disconnected during a generation."""
         self.cached: list[str] = []
-        self.asked: list[Fields] = []
+        self.requests: list[Fields] = []
         """The fields of every request for a completion."""
         self.texts_break = False
         """Whether a cancellation changes the texts of the others, as a bug would."""
@@ -140,7 +140,7 @@ class FakeServer:
     # ---- completions
 
     async def _completion(self, stream: trio.SocketStream, fields: Fields) -> None:
-        self.asked.append(fields)
+        self.requests.append(fields)
         if self.waiting >= self.max_queue:
             await _respond(stream, 503, b"full", "Retry-After: 1")
             return
@@ -166,7 +166,7 @@ class FakeServer:
                     gone.cancel()
                     await trio.lowlevel.checkpoint()
             nursery.cancel_scope.cancel()
-        self.left += gone.cancelled_caught
+        self.n_disconnected += gone.cancelled_caught
         if not (gone.cancelled_caught and self.leaks):
             self.generations -= 1
         if gone.cancelled_caught:
@@ -186,7 +186,7 @@ class FakeServer:
             await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         for number in range(n_predict):
             await trio.sleep(self.step + (0 if self.pauses else 0.01 * self.n_stuck))
-            word = f" {len(words)}:{number}" + ("!" if self.texts_break and self.left and number > 2 else "")
+            word = f" {len(words)}:{number}" + ("!" if self.texts_break and self.n_disconnected and number > 2 else "")
             pieces.append(word)
             if streamed:
                 self.sending[stream] = trio.current_time()

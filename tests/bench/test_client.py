@@ -8,20 +8,20 @@ import pytest
 import trio
 
 from tests.bench.fake_server import fake_server, listening
-from trio_runner.bench.client import Connection, CutShort, Farewell, Refused, Stream, asking, fetch
-from trio_runner.bench.dialects import Ask, DialectName, Runner
+from trio_runner.bench.client import Connection, CutShort, Ending, Refused, Stream, fetch, requesting
+from trio_runner.bench.dialects import DialectName, Request, Runner
 
-ASK = Ask(prompt="one two three", max_tokens=5)
+REQUEST = Request(prompt="one two three", max_tokens=5)
 TEXT = " 3:0 3:1 3:2 3:3 3:4"
 
 
 @pytest.mark.parametrize("dialect", ["runner", "llama", "openai"])
 async def test_a_stream_is_read_with_its_moments(dialect: DialectName) -> None:
     async with fake_server(dialect) as (_, server):
-        stream = await server.complete(ASK)
+        stream = await server.complete(REQUEST)
     assert stream.text == TEXT
     assert len(stream.moments) == 5
-    assert stream.asked < stream.moments[0] <= stream.moments[-1] < time.perf_counter()
+    assert stream.sent < stream.moments[0] <= stream.moments[-1] < time.perf_counter()
     assert stream.moments == sorted(stream.moments)
     assert stream.total is not None
     assert (stream.total.prompt_tokens, stream.total.decoded_tokens, stream.total.completion_tokens) == (3, 3, 5)
@@ -30,7 +30,7 @@ async def test_a_stream_is_read_with_its_moments(dialect: DialectName) -> None:
 @pytest.mark.parametrize("dialect", ["llama", "openai"])
 async def test_an_answer_in_one_piece_is_read(dialect: DialectName) -> None:
     async with fake_server(dialect) as (_, server):
-        stream = await server.complete(Ask(prompt="one two three", max_tokens=5, stream=False))
+        stream = await server.complete(Request(prompt="one two three", max_tokens=5, stream=False))
     assert stream.pieces == [TEXT]
     assert stream.tokens_per_piece == 5
 
@@ -38,7 +38,7 @@ async def test_an_answer_in_one_piece_is_read(dialect: DialectName) -> None:
 @pytest.mark.parametrize("dialect", ["runner", "llama", "openai"])
 async def test_alternatives_are_read(dialect: DialectName) -> None:
     async with fake_server(dialect) as (_, server):
-        stream = await server.complete(Ask(prompt="one", max_tokens=2, n_top=2))
+        stream = await server.complete(Request(prompt="one", max_tokens=2, n_top=2))
     assert [(choice.piece, choice.top) for choice in stream.choices] == [
         (b" 1:0", (-0.1, -1.0)),
         (b" 1:1", (-0.1, -1.0)),
@@ -52,7 +52,7 @@ async def test_one_connection_serves_many_requests() -> None:
             with pytest.raises(Refused) as caught:
                 await fetch(connection, "GET", "/nothing")
             assert caught.value.status == 404
-            stream = Stream(connection, Runner(), ASK)
+            stream = Stream(connection, Runner(), REQUEST)
             await stream.send()
             assert (await stream.finish()).text == TEXT
             assert (await fetch(connection, "GET", "/health"))["status"] == "ok"
@@ -61,14 +61,14 @@ async def test_one_connection_serves_many_requests() -> None:
 async def test_a_full_server_refuses() -> None:
     async with fake_server("runner", slots=1, max_queue=0) as (_, server):
         with pytest.raises(Refused) as caught:
-            await server.complete(ASK)
+            await server.complete(REQUEST)
     assert caught.value.status == 503
     assert caught.value.retry_after == "1"
 
 
 @pytest.mark.parametrize("how", ["fin", "reset"])
 @pytest.mark.parametrize("n_read", [0, 1, 8])
-async def test_a_server_sees_a_fin_or_a_reset(how: Farewell, n_read: int) -> None:
+async def test_a_server_sees_a_fin_or_a_reset(how: Ending, n_read: int) -> None:
     seen = trio.Event()
     ends: list[object] = []
 
@@ -84,12 +84,12 @@ async def test_a_server_sees_a_fin_or_a_reset(how: Farewell, n_read: int) -> Non
 
     async with listening(handle) as address:
         with await Connection.open(address) as connection:
-            stream = Stream(connection, Runner(), ASK)
+            stream = Stream(connection, Runner(), REQUEST)
             await stream.send()
             await stream.read(n_read)
             if not n_read:
                 await trio.lowlevel.wait_readable(connection)  # unread data must not turn a FIN into a RST
-            stream.leave(how)
+            stream.disconnect(how)
             await seen.wait()
     assert ends == [b"" if how == "fin" else ConnectionResetError]
 
@@ -110,7 +110,7 @@ async def test_malformed_answers_are_refused(answer: bytes, message: str) -> Non
             await stream.receive_some()
             await stream.send_all(answer)
 
-    async with listening(handle) as address, asking(address, Runner(), ASK) as stream:
+    async with listening(handle) as address, requesting(address, Runner(), REQUEST) as stream:
         with pytest.raises(CutShort, match=message):
             await stream.finish()
 
@@ -128,6 +128,6 @@ async def test_a_server_notices_a_client_that_does_not_read() -> None:
                 sent.append(1024)
         stuck.set()
 
-    async with listening(handle) as address, asking(address, Runner(), ASK, receive_buffer=4096):
+    async with listening(handle) as address, requesting(address, Runner(), REQUEST, receive_buffer=4096):
         await stuck.wait()
     assert sum(sent) < 1 << 17

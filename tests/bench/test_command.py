@@ -13,7 +13,8 @@ import trio
 
 from tests.cli.programs import program
 from tests.tiny_models import tiny_model
-from trio_runner import cli
+from trio_runner.cli import bench as command
+from trio_runner.cli.main import main
 
 SMALL = ["--repeat", "2", "--prompt-tokens", "60", "-n", "6"]
 ENDLESS = {"TOY_ENDLESS": "1", "TOY_STEP": "0.002"}
@@ -121,8 +122,8 @@ async def test_a_url_without_a_server_is_reported() -> None:
 
 
 def test_the_scenarios_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
-    assert cli.main(["bench", "--scenario", "list"]) == 0
+    monkeypatch.setattr(command, "set_up_logging", lambda verbose: None)
+    assert main(["bench", "--scenario", "list"]) == 0
     assert "cancel-prefill  A client disconnects at a random moment of a long prefill.\n" in capsys.readouterr().out
 
 
@@ -141,15 +142,15 @@ def test_the_scenarios_are_listed(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_wrong_command_lines_are_refused(
     options: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
-    assert cli.main(["bench", *options.split()]) == 2
+    monkeypatch.setattr(command, "set_up_logging", lambda verbose: None)
+    assert main(["bench", *options.split()]) == 2
     out, err = capsys.readouterr()
     assert not out
     assert message in " ".join(err.split())
 
 
 def test_a_plot_needs_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "set_up_logging", lambda verbose: None)
+    monkeypatch.setattr(command, "set_up_logging", lambda verbose: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["bench", "--url", "x", "--plot", "x.png"]) == 1
+    assert main(["bench", "--url", "x", "--plot", "x.png"]) == 1
     assert "pip install 'trio-runner[plot]'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.bench.dialects import DIALECTS, Ask, Choice, DialectName, Message, Total
+from trio_runner.bench.dialects import DIALECTS, Choice, DialectName, Message, Request, Total
 
 TOP = {"bytes": [32, 97], "top_logprobs": [{"logprob": -2.5}, {"logprob": -0.5}]}
 
@@ -68,7 +68,7 @@ def test_an_answer_is_the_same_however_it_is_split(
 
 @pytest.mark.parametrize("name", list(DIALECTS))
 def test_every_request_is_greedy_and_has_a_length(name: DialectName) -> None:
-    fields = DIALECTS[name](model="m").body(Ask(prompt="p", max_tokens=5, reuse=True))
+    fields = DIALECTS[name](model="m").body(Request(prompt="p", max_tokens=5, reuse=True))
     assert fields["prompt"] == "p"
     assert fields["temperature"] == 0
     assert fields["cache_prompt"] is True
@@ -76,6 +76,6 @@ def test_every_request_is_greedy_and_has_a_length(name: DialectName) -> None:
 
 
 def test_tokens_that_would_end_a_stream_are_forbidden() -> None:
-    ask = Ask(prompt="p", max_tokens=5)
-    assert DIALECTS["runner"](forbidden=(2, 7)).body(ask)["logit_bias"] == [[2, False], [7, False]]
-    assert DIALECTS["llama"]().body(ask)["ignore_eos"] is True
+    request = Request(prompt="p", max_tokens=5)
+    assert DIALECTS["runner"](forbidden=(2, 7)).body(request)["logit_bias"] == [[2, False], [7, False]]
+    assert DIALECTS["llama"]().body(request)["ignore_eos"] is True

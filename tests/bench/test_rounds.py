@@ -12,7 +12,7 @@ import pytest
 from tests.bench.fake_server import fake_server
 from tests.bench.loads import LOAD
 from trio_runner.bench import rounds
-from trio_runner.bench.dialects import Ask
+from trio_runner.bench.dialects import Request
 from trio_runner.bench.figures import Measured, Metric
 from trio_runner.bench.rounds import SCENARIOS, Outcome, run_rounds
 from trio_runner.bench.scenarios import Turn
@@ -32,8 +32,8 @@ async def test_the_servers_take_turns_in_going_first() -> None:
 async def test_both_servers_get_the_same_prompts() -> None:
     async with fake_server("runner") as (first, one), fake_server("llama") as (second, other):
         await run_rounds([one, other], ["ttft"], repeat=2, seed=1, load=LOAD)
-    prompts = [fields["prompt"] for fields in first.asked]
-    assert prompts == [fields["prompt"] for fields in second.asked]
+    prompts = [fields["prompt"] for fields in first.requests]
+    assert prompts == [fields["prompt"] for fields in second.requests]
     assert len(set(prompts)) == len(prompts) - 3  # the warm ones
 
 
@@ -85,8 +85,12 @@ async def test_a_round_that_fails_costs_nothing_else(monkeypatch: pytest.MonkeyP
 
 async def test_a_server_that_is_not_measured_must_be_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_runner.bench.server.QUIET_SECONDS", 0.3)
-    endless = Ask(prompt="a", max_tokens=10**6)
-    async with fake_server("runner") as (_, one), fake_server("llama") as (_, other), other.asking(endless) as stream:
+    endless = Request(prompt="a", max_tokens=10**6)
+    async with (
+        fake_server("runner") as (_, one),
+        fake_server("llama") as (_, other),
+        other.requesting(endless) as stream,
+    ):
         await stream.read(1)
         ours, theirs = await run_rounds([one, other], ["ttft"], repeat=1, seed=1, load=LOAD)
     assert ours.rounds[0].samples

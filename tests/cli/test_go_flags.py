@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.go_flags import Flag, FlagError, FlagSet, HelpRequested, Value, parse_int, quote
+from trio_runner.cli.go_flags import Flag, FlagError, FlagSet, HelpRequested, Value, parse_int, quote
 
 FLAGS = FlagSet((Flag("model", "", "a path"), Flag("port", 8080, "a port"), Flag("verbose", False, "log more")))
 

@@ -211,7 +211,7 @@ def test_chat_names_the_bad_field(name: str, value: Any) -> None:
 
 
 def field_of(error: InvalidRequest) -> str | None:
-    """The param without what says which part of the field it is."""
+    """The param without the part of the field that it names."""
     return error.param.partition("[")[0] if error.param is not None else None
 
 
@@ -229,7 +229,7 @@ def test_the_bad_part_of_a_list_is_named() -> None:
 
 
 @pytest.mark.parametrize("prompt", [(1, 2), ("a", PICTURE), Chat(messages=())])
-def test_only_text_has_images_beside_it(prompt: Any) -> None:
+def test_image_data_needs_a_prompt_of_text(prompt: Any) -> None:
     with pytest.raises(InvalidRequest, match="image_data is for a prompt of text"):
         GenerateRequest(prompt=prompt, image_data=((1, PICTURE),))
 
@@ -244,7 +244,7 @@ def test_only_text_has_images_beside_it(prompt: Any) -> None:
         (AdapterChoice, BAD_CHOICE),
     ],
 )
-def test_no_field_is_forgotten_here(request_type: Any, table: dict[str, list[Any]]) -> None:
+def test_the_tables_above_have_every_field(request_type: Any, table: dict[str, list[Any]]) -> None:
     assert {field.name for field in fields(request_type)} == set(table)
 
 
@@ -294,7 +294,7 @@ SAMPLING = st.builds(
         deadline=st.none() | st.floats(0.001, MAX_DEADLINE) | st.integers(1, 10),
     )
 )
-def test_whatever_is_in_range_is_taken_as_it_is(request: GenerateRequest) -> None:
+def test_values_in_range_are_taken_unchanged(request: GenerateRequest) -> None:
     hash(request)  # frozen through and through
 
 
@@ -329,8 +329,8 @@ def test_rerank_request(
     hash(request)
 
 
-def test_lists_are_taken_as_tuples() -> None:
-    """A frozen value must not change when a list of the caller does."""
+def test_lists_become_tuples() -> None:
+    """A frozen value must not change when the caller's list does."""
     request = GenerateRequest(prompt="a", stop=["b"])  # type: ignore[arg-type]
     assert request.stop == ("b",)
     assert GenerateRequest(prompt="a", adapters=[AdapterChoice("b")]).adapters == (AdapterChoice("b"),)  # type: ignore[arg-type]

@@ -11,8 +11,10 @@ from tests.engine.toys import until, until_idle
 
 models = test_tiny_models.models
 
-test_who_stays = again(test_tiny_models.test_who_stays_does_not_notice_who_goes, "name,seed", [("llama", 0)])
-test_an_embedding = test_tiny_models.test_an_embedding_beside_full_slots
+test_who_stays = again(
+    test_tiny_models.test_requests_that_stay_do_not_notice_those_that_go, "name,seed", [("llama", 0)]
+)
+test_an_embedding = test_tiny_models.test_embeddings_beside_full_slots
 
 
 async def test_stop_and_shift(models: Path) -> None:

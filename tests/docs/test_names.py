@@ -10,8 +10,8 @@ import click
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans, read
-from trio_runner.cli import cli
-from trio_runner.dropin import FLAGS
+from trio_runner.cli.dropin import FLAGS
+from trio_runner.cli.main import cli
 
 PATH = re.compile(r"(?<![\w./-])(?:(?:trio_runner|tests|native|docs|ci)/[\w*./-]*|build_llama\.py)")
 MEMBER = re.compile(r"([A-Z]\w+)\.(\w+)(?:\(.*\))?")

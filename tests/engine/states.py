@@ -1,4 +1,4 @@
-"""A request in every state it can be in, each with the decode thread standing still there."""
+"""A request in every state that it can be in. In each, the decode thread stands still."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from trio_runner.engine.generation import Generation
 from trio_runner.testing import toy_text
 
 PROMPT = "a prompt that is long enough to be worth breaking off in the middle of it, 15"
-"""The toy has 197 tokens to say to this."""
+"""The toy answers 197 tokens to this."""
 N_PROMPT = len(PROMPT)
 N_KEPT = 20
-"""Rows that are done when a batch is broken off."""
+"""Rows that are done when a batch is aborted."""
 
 
 @dataclass
 class Scene:
-    """A request that has come to the state under test; `keeps` tokens of it are in the KV cache."""
+    """A request that has reached the state under test; `keeps` of its tokens are in the KV cache."""
 
     engine: Engine
     generation: Generation
     gate: Gate
     keeps: int = 0
-    is_broken_off: bool = False
+    is_aborted: bool = False
+    """Whether closing it aborts a batch."""
     release: Callable[[], None] = lambda: None
-    """Lets go on what holds it, where that is not the gate."""
-    is_dropped: Callable[[], bool] = lambda: True
-    """Whether nothing is computed any more that nobody wants, when it was let go."""
+    """Release what holds it, if that is not the gate."""
+    is_abandoned: Callable[[], bool] = lambda: True
+    """Whether whatever was computed for it alone has been cancelled."""
     reader: trio.CancelScope = field(default_factory=trio.CancelScope)
     leave: trio.Event = field(default_factory=trio.Event)
 
@@ -90,18 +91,18 @@ async def encoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     toy.projector.on_encode = shutter
     async with _in_state(toy, request, {}, [PROMPT, picture(0)], release=shutter.open) as scene:
         await shutter.reached()
-        scene.is_dropped = shutter.encodings[0].cancelled.is_set
+        scene.is_abandoned = shutter.encodings[0].cancelled.is_set
         yield scene
 
 
 @asynccontextmanager
 async def encoding_for_two(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    """The other one has no deadline, and stays."""
+    """Another request, without a deadline, waits for the same image and stays."""
     async with encoding(toy, **request) as scene, trio.open_nursery() as nursery:
         nursery.start_soon(scene.engine.generate([picture(0)], max_tokens=1).start)
         await until(lambda: scene.engine.statistics().images_found == 1)
-        is_cancelled = scene.is_dropped
-        scene.is_dropped = lambda: not is_cancelled()
+        is_cancelled = scene.is_abandoned
+        scene.is_abandoned = lambda: not is_cancelled()
         yield scene
 
 
@@ -110,9 +111,9 @@ async def waiting(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     toy.on_tokenize = latch = Latch()
     async with _in_state(toy, request, {}) as scene:
         await latch.reached()
-        # Whoever needs no tokeniser overtakes it.
-        somebody_else = scene.engine.generate(list(b"somebody else"), max_tokens=3)
-        await somebody_else.start()
+        # A prompt of tokens needs no tokeniser, so it overtakes.
+        another = scene.engine.generate(list(b"another prompt"), max_tokens=3)
+        await another.start()
         await scene.gate.reached(1)
         latch.open()
         await until(lambda: scene.engine.statistics().generations == 2)
@@ -121,15 +122,15 @@ async def waiting(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def prefilling(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    async with _in_state(toy, request, {}, keeps=N_KEPT, is_broken_off=True) as scene:
+    async with _in_state(toy, request, {}, keeps=N_KEPT, is_aborted=True) as scene:
         await scene.gate.reached(1)
         yield scene
 
 
 @asynccontextmanager
 async def between_chunks(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    """The chunk that runs is small, but nobody else wants it; the next one must not come."""
-    async with _in_state(toy, request, {"batch_size": 8}, keeps=16, is_broken_off=True) as scene:
+    """The chunk that runs is small, but no other request wants it. The next chunk must not run."""
+    async with _in_state(toy, request, {"batch_size": 8}, keeps=16, is_aborted=True) as scene:
         scene.gate.let()
         await scene.gate.reached(2)
         yield scene
@@ -137,7 +138,7 @@ async def between_chunks(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def decoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
+    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_aborted=True) as scene:
         scene.gate.let(5)
         await scene.gate.reached(6)
         yield scene
@@ -145,9 +146,9 @@ async def decoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def holding_back(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
-    """All its text so far may turn out to be the start of a stop string."""
+    """All its text so far may be the start of a stop string."""
     request["stop"] = toy_text(PROMPT, 10) + " and more"
-    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_broken_off=True) as scene:
+    async with _in_state(toy, request, {}, keeps=N_PROMPT - 1, is_aborted=True) as scene:
         scene.gate.let(5)
         await scene.gate.reached(6)
         assert scene.generation.receive_nowait() == []
@@ -157,7 +158,7 @@ async def holding_back(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
 @asynccontextmanager
 async def paused(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     async with _in_state(toy, request, {"max_backlog": 2}, keeps=N_PROMPT - 1) as scene:
-        # Eight tokens are too many to leave unread. A ninth may be on its way by the time that is known.
+        # Eight unread tokens are too many. A ninth may be on its way by then.
         scene.gate.let(8)
         await until(lambda: is_paused(scene.generation))
         scene.gate.let()

@@ -1,4 +1,4 @@
-"""An engine that breaks, in a block that goes on."""
+"""An engine that breaks while its block goes on."""
 
 # ruff: noqa: PT012 - what raises here is the end of a block
 
@@ -18,7 +18,7 @@ import trio
 
 from tests.engine.toys import (
     DEADLINE,
-    PATIENCE,
+    HOLD_SECONDS,
     Gate,
     Latch,
     Projector,
@@ -57,8 +57,9 @@ async def break_it(engine: Engine) -> None:
         await engine.generate("hello").collect()
 
 
-async def test_everybody_is_told_and_the_block_goes_on(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
-    """Running, waiting, half tokenised, wanting one vector or many: with what each had got until then."""
+async def test_every_request_fails_and_the_block_goes_on(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
+    """Requests that run, wait, are being tokenised, or want one embedding or many: each keeps what it had got until
+    then."""
     toy.on_decode = gate = Gate(toy)
     latch = Latch()
     toy.on_tokenize = lambda text: latch() if text == "slow" else None
@@ -111,13 +112,13 @@ async def test_everybody_is_told_and_the_block_goes_on(toy: Toy, caplog: pytest.
     assert record.exc_info is None
 
 
-async def test_whatever_is_asked_of_it_is_refused_at_once(toy: Toy) -> None:
+async def test_a_broken_engine_refuses_everything_at_once(toy: Toy) -> None:
     toy.on_decode = die
     toy.adapters = (AdapterConfig("one"),)
     async with surviving(toy, max_queue=0) as engine:
         await break_it(engine)
         assert (engine.status, str(engine.failure)) == ("broken", REASON)
-        for _ in range(2):  # at first its memory is being freed
+        for _ in range(2):  # the first time, its memory is still being freed
             for use in uses(engine):
                 with pytest.raises(EngineBroken) as caught:
                     await use()
@@ -154,7 +155,7 @@ def uses(engine: Engine) -> list[Callable[[], Awaitable[object]]]:
     ]
 
 
-async def test_a_failure_that_is_no_news_of_the_library_is_logged_with_its_place(
+async def test_a_failure_outside_the_native_library_is_logged_with_a_traceback(
     toy: Toy, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(batch: Batch) -> None:
@@ -168,8 +169,8 @@ async def test_a_failure_that_is_no_news_of_the_library_is_logged_with_its_place
 
 
 @pytest.mark.parametrize("fails", ["loading", "decoding"])
-async def test_what_is_known_of_the_failure_keeps_no_memory(toy: Toy, fails: str) -> None:
-    """A traceback has the variables of its frames, and they may be all that the model still hangs on."""
+async def test_the_kept_failure_keeps_no_memory(toy: Toy, fails: str) -> None:
+    """A traceback refers to the variables of its frames, and they may be the last references to the model."""
     handles: list[weakref.ref[Toy]] = []
 
     def call() -> None:
@@ -197,7 +198,7 @@ async def test_what_is_known_of_the_failure_keeps_no_memory(toy: Toy, fails: str
         await until(lambda: not any(handle() for handle in handles))
 
 
-async def test_another_engine_takes_its_place() -> None:
+async def test_another_engine_can_be_opened_meanwhile() -> None:
     one, other = Toy(), Toy()
     one.on_decode = die
     async with surviving(one) as engine:
@@ -209,7 +210,7 @@ async def test_another_engine_takes_its_place() -> None:
     other.check_closed()
 
 
-async def test_what_the_block_raises_comes_out_as_it_is(toy: Toy) -> None:
+async def test_an_error_of_the_block_comes_out_unchanged(toy: Toy) -> None:
     toy.on_decode = die
     mine = ValueError("mine")
     with pytest.raises(ValueError, match="mine") as caught:
@@ -219,7 +220,7 @@ async def test_what_the_block_raises_comes_out_as_it_is(toy: Toy) -> None:
     assert caught.value is mine
 
 
-async def test_a_reader_that_does_not_catch_it(toy: Toy) -> None:
+async def test_a_reader_that_does_not_catch_the_error_ends_the_block(toy: Toy) -> None:
     toy.on_decode = die
     with pytest.raises(EngineBroken) as caught:
         async with surviving(toy) as engine:
@@ -239,8 +240,8 @@ async def test_a_scope_around_the_block_can_be_cancelled(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["short {}", "long {}" + " " * LONG_TEXT], ids=["short", "long"])
-async def test_texts_that_wait_for_a_tokeniser_are_not_read_any_more(toy: Toy, prompt: str) -> None:
-    """So that the queue before it is told at once, and the memory is free soon."""
+async def test_requests_that_wait_for_a_helper_thread_are_not_tokenised_any_more(toy: Toy, prompt: str) -> None:
+    """So they fail at once, and the memory is free soon."""
     latch = Latch()
     toy.on_decode = gate = Gate(toy)
     toy.on_tokenize = lambda text: latch() if text != "hello" else None
@@ -267,8 +268,8 @@ async def test_texts_that_wait_for_a_tokeniser_are_not_read_any_more(toy: Toy, p
         assert latch.n_arrived == n_at_once
 
 
-async def test_who_waits_for_images(toy: Toy) -> None:
-    """For one that is being encoded, and for those that come after it."""
+async def test_requests_that_wait_for_images_fail(toy: Toy) -> None:
+    """One image is being encoded, the others wait for their turn."""
     toy.projector = Projector()
     toy.projector.on_encode = shutter = Shutter()
     toy.on_decode = die
@@ -289,7 +290,7 @@ async def test_who_waits_for_images(toy: Toy) -> None:
         assert n_told == 20
 
 
-async def test_an_adapter_that_is_loaded_meanwhile(toy: Toy) -> None:
+async def test_an_adapter_that_is_being_loaded_fails(toy: Toy) -> None:
     toy.on_adapter = latch = Latch()
     toy.on_decode = die
 
@@ -307,9 +308,9 @@ async def test_an_adapter_that_is_loaded_meanwhile(toy: Toy) -> None:
         await until(lambda: toy.model.closed)
 
 
-async def test_a_reader_that_is_behind_is_told_after_what_it_has_not_read(toy: Toy) -> None:
+async def test_a_slow_reader_gets_its_unread_events_before_the_error(toy: Toy) -> None:
     (prompt,) = prompts(1, 400)
-    toy.on_decode = lambda batch: time.sleep(0.001)  # so that it is not at its end before it is paused
+    toy.on_decode = lambda batch: time.sleep(0.001)  # so that the text does not end before the pause
     async with surviving(toy, max_backlog=4) as engine:
         generation = engine.generate(prompt)
         await generation.start()
@@ -325,17 +326,17 @@ async def test_a_reader_that_is_behind_is_told_after_what_it_has_not_read(toy: T
         generation.close()
 
 
-async def test_a_device_that_keeps_its_memory_holds_nobody_up(
+async def test_a_device_that_does_not_release_its_memory_is_not_waited_for(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither the event loop nor the end of the block: it is given a moment, and then left to itself."""
+    """It holds up neither the event loop nor the end of the block, beyond a short wait."""
     monkeypatch.setattr(lifecycle, "FREE_SECONDS", 0.05)
     closing, answers = threading.Event(), threading.Event()
     original = ToyContext.close
 
     def close(context: ToyContext) -> None:
         closing.set()
-        assert answers.wait(PATIENCE)
+        assert answers.wait(HOLD_SECONDS)
         original(context)
 
     monkeypatch.setattr(ToyContext, "close", close)
@@ -350,7 +351,7 @@ async def test_a_device_that_keeps_its_memory_holds_nobody_up(
         await until(lambda: toy.model.n_closed == 1)
 
 
-async def test_it_never_breaks_while_all_is_well(toy: Toy) -> None:
+async def test_a_healthy_engine_does_not_break(toy: Toy) -> None:
     async with surviving(toy) as engine:
         assert await engine.generate("hello", max_tokens=30).collect() == toy_text("hello", 30)
         assert np.shape(await engine.embed(["hello"])) == (1, 8)

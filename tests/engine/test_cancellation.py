@@ -1,5 +1,5 @@
-"""Letting go of a request, whatever it is doing: its slot is free by the next step, what was decoded is kept for the
-retry, and nobody else notices."""
+"""Closing a request in any state: its slot is free by the next step, what was decoded is kept for a retry, and other
+requests do not notice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def leave_the_block(scene: Scene) -> None:
 
 
 async def close_it(scene: Scene) -> None:
-    """From another task, while the reader is wherever it is."""
+    """Close it from another task, wherever its reader is."""
     scene.generation.close()
     scene.leave.set()
 
@@ -58,7 +58,7 @@ WAYS = [cancel_the_reader, leave_the_block, close_it, close_it_twice, close_it_w
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("state", STATES)
-async def test_let_go(
+async def test_closing_a_request_in_every_state_and_in_every_way(
     toy: Toy,
     state: State,
     way: Callable[[Scene], Awaitable[None]],
@@ -68,17 +68,17 @@ async def test_let_go(
         n_batches = len(gate.batches)
         await way(scene)
         await trio.testing.wait_all_tasks_blocked()
-        if scene.is_broken_off:
+        if scene.is_aborted:
             await until(lambda: gate.n_aborted == 1)
-        if way is not leave_the_block:  # which it must have entered first
-            assert scene.is_dropped()
+        if way is not leave_the_block:  # the block must be entered first
+            assert scene.is_abandoned()
         scene.release()
         gate.open()
         await engine.wait_ready()
         await until(lambda: all(sampler.closed for sampler in toy.model.samplers))
         await until_idle(engine)
-        assert gate.n_aborted == scene.is_broken_off
-        # Not one more row. What stands at the gate was on its way already.
+        assert gate.n_aborted == scene.is_aborted
+        # Not one more row is decoded. The batch at the gate was on its way already.
         assert uid is None or uid not in toy.uids_run(since=n_batches)
 
         retry = engine.generate(PROMPT, max_tokens=40)
@@ -90,7 +90,7 @@ async def test_let_go(
             await anext(scene.generation)
 
 
-async def test_what_was_decoded_is_kept_for_the_continuation(toy: Toy) -> None:
+async def test_decoded_tokens_are_kept_for_a_continuation(toy: Toy) -> None:
     async with toy.engine(slots=1) as engine:
         text = ""
         async with engine.generate(PROMPT) as generation:
@@ -100,7 +100,7 @@ async def test_what_was_decoded_is_kept_for_the_continuation(toy: Toy) -> None:
         n_held = len(toy.context.held(0))
         assert n_held > N_PROMPT
         longer = toy_text(PROMPT, n_held + 50 - N_PROMPT)
-        # U+FFFD stands for bytes that cannot be given back as text.
+        # U+FFFD stands for bytes that cannot be sent back as text.
         whole = longer.split("\ufffd")[0]
         retry = engine.generate(PROMPT + whole, max_tokens=1)
         await retry.collect()
@@ -109,9 +109,9 @@ async def test_what_was_decoded_is_kept_for_the_continuation(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("n_kept", [0, 1, 3, 4, 30, N_PROMPT, N_PROMPT + 2])
-async def test_breaking_off_a_batch_changes_no_text_of_the_others(toy: Toy, n_kept: int) -> None:
-    """Two decode, one is in the middle of its prompt, and the batch also carries a prompt that is cancelled. Whatever
-    was done when it is broken off, even all of it, the others go on as if nothing had been."""
+async def test_aborting_a_batch_changes_no_text_of_other_requests(toy: Toy, n_kept: int) -> None:
+    """Two requests decode, one is in the middle of its prompt, and the batch also carries a prompt that is
+    cancelled. However many rows were done when the batch is aborted, the others go on as if nothing had happened."""
     gate = Gate(toy, n_kept=n_kept)
     toy.on_decode = gate
     texts: dict[str, str] = {}
@@ -139,7 +139,7 @@ async def test_breaking_off_a_batch_changes_no_text_of_the_others(toy: Toy, n_ke
     assert texts == {prompt: toy_text(prompt, 40) for prompt in (one, other, third)}
 
 
-async def test_close_wakes_the_task_that_reads(toy: Toy) -> None:
+async def test_close_wakes_the_reading_task(toy: Toy) -> None:
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine() as engine:
@@ -158,7 +158,7 @@ async def test_close_wakes_the_task_that_reads(toy: Toy) -> None:
 
 
 async def test_nothing_is_delivered_after_close(toy: Toy) -> None:
-    """Its events are on their way from the decode thread, with those of a neighbour behind them."""
+    """Its events are on their way from the decode thread, and those of a neighbour are behind them."""
     (prompt,) = prompts(1, 20)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -167,7 +167,7 @@ async def test_nothing_is_delivered_after_close(toy: Toy) -> None:
         await generation.start()
         await neighbour.start()
         gate.let(3)
-        # This task does not let trio run, so that nothing can be handed over before the close.
+        # This task does not yield to trio, so nothing can be delivered before the close.
         while len(toy.context.batches) < 4:
             pass
         generation.close()
@@ -198,7 +198,7 @@ async def test_a_scope_cancels_all_its_readers(toy: Toy) -> None:
         assert await engine.generate(PROMPT, max_tokens=30).collect() == toy_text(PROMPT, 30)
 
 
-async def test_making_and_closing_quickly_leaves_nothing(toy: Toy) -> None:
+async def test_starting_and_closing_many_requests_leaves_nothing(toy: Toy) -> None:
     async with toy.engine(slots=2) as engine:
         for n in range(200):
             generation = engine.generate(f"{PROMPT} {n % 7}")
@@ -213,8 +213,8 @@ async def test_making_and_closing_quickly_leaves_nothing(toy: Toy) -> None:
         assert await engine.generate(PROMPT, max_tokens=30).collect() == toy_text(PROMPT, 30)
 
 
-async def test_order_and_text_with_a_reader_in_another_task(toy: Toy) -> None:
-    """Tokens come from a thread in many small lots, and are taken one by one by whoever wants one."""
+async def test_every_event_may_be_read_by_another_task(toy: Toy) -> None:
+    """Tokens come from a thread in small lots, and each is read by a task of its own."""
     (prompt,) = prompts(1, 200)
     text: list[str] = []
 
@@ -235,7 +235,7 @@ async def test_order_and_text_with_a_reader_in_another_task(toy: Toy) -> None:
 # -- embeddings -------------------------------------------------------------------------------------------------------
 
 
-async def test_an_embedding_in_flight(toy: Toy) -> None:
+async def test_cancelling_an_embedding(toy: Toy) -> None:
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=1) as engine, trio.open_nursery() as nursery:
@@ -251,8 +251,8 @@ async def test_an_embedding_in_flight(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("n_texts", [1, 2, 5, 20])
-async def test_a_list_of_embeddings_in_flight(toy: Toy, n_texts: int) -> None:
-    """One runs, some wait, the last are not even asked for."""
+async def test_cancelling_a_list_of_embeddings(toy: Toy, n_texts: int) -> None:
+    """One runs, some wait, the last were not submitted yet."""
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=1) as engine:
@@ -274,8 +274,8 @@ CAPABILITIES: list[dict[str, object]] = [{}, {"can_trim": False}, {"embeds_last_
 
 
 class Storm:
-    """Requests that come and go as a seed says, beside some that stay, in a context that breaks off or refuses batches
-    now and then."""
+    """Requests that come and go as a seed says, beside some that stay. Now and then the context aborts or refuses a
+    batch."""
 
     def __init__(self, toy: Toy, seed: int) -> None:
         toy.capabilities = CAPABILITIES[seed % len(CAPABILITIES)]
@@ -347,7 +347,7 @@ class Storm:
 
 
 @pytest.mark.parametrize("seed", range(16))
-async def test_who_stays_does_not_notice_who_goes(toy: Toy, seed: int) -> None:
+async def test_requests_that_stay_do_not_notice_those_that_go(toy: Toy, seed: int) -> None:
     storm = Storm(toy, seed)
     stays = {prompt: toy_text(prompt, 40) for prompt in prompts(8, 40)}
     async with toy.engine(slots=3, batch_size=32, max_backlog=8, step_target=0.02) as engine:
@@ -356,7 +356,7 @@ async def test_who_stays_does_not_notice_who_goes(toy: Toy, seed: int) -> None:
             for prompt in stays:
                 nursery.start_soon(storm.stay, prompt)
                 for _ in range(8):
-                    # Some start as another one does, so that slots are shared and forked.
+                    # Some begin like another one, so that slots are shared and forked.
                     start = storm.chance.choice([prompt, PROMPT, storm.chance.choice(list(stays))])
                     storm.start_one_that_goes(nursery, f"{start}{storm.chance.choice('xyz')}")
         assert storm.texts == stays

@@ -1,4 +1,4 @@
-"""Conversations: what the template in the model's file makes of them is the prompt."""
+"""Conversations: the chat template in the model's file makes a prompt of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def talking(toy: Toy, template: str = TEMPLATE, **info: object) -> None:
 
 
 def turns(*texts: str) -> list[dict[str, Any]]:
-    """Said in turns by the user and the assistant."""
+    """Messages of the user and the assistant in turns."""
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
@@ -54,7 +54,7 @@ def rendered(messages: Messages) -> str:
 
 
 def with_images(*parts: str | bytes) -> list[dict[str, Any]]:
-    """One message of the user's."""
+    """One message of the user with images among its texts."""
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
     ]
@@ -65,7 +65,7 @@ def with_images(*parts: str | bytes) -> list[dict[str, Any]]:
 
 
 @given(st.lists(st.text(max_size=10), min_size=1, max_size=5))
-async def test_text_is_what_the_model_says_to_the_conversation(texts: list[str]) -> None:
+async def test_text_is_that_of_the_model_for_the_rendered_conversation(texts: list[str]) -> None:
     toy = Toy()
     talking(toy)
     messages = turns(*texts)
@@ -74,7 +74,7 @@ async def test_text_is_what_the_model_says_to_the_conversation(texts: list[str])
     toy.check_closed()
 
 
-async def test_a_conversation_is_a_request_like_others(toy: Toy) -> None:
+async def test_a_conversation_takes_the_options_of_a_request(toy: Toy) -> None:
     talking(toy)
     messages = turns("hello")
     async with toy.engine() as engine:
@@ -89,7 +89,7 @@ async def test_a_conversation_is_a_request_like_others(toy: Toy) -> None:
         assert await engine.generate(request).collect() == toy_text(rendered(messages), 3)
 
 
-async def test_what_the_template_is_given(toy: Toy) -> None:
+async def test_the_variables_that_the_template_gets(toy: Toy) -> None:
     talking(
         toy,
         "{{ tools[0].name }} {{ documents[0].title }} {{ add_generation_prompt }} {{ mood }} {{ bos_token }} "
@@ -111,12 +111,12 @@ async def test_what_the_template_is_given(toy: Toy) -> None:
     assert text in {toy_text(f"hammer a book False good <s> </s> {year} hello", 20) for year in years}
 
 
-async def test_the_next_turn_goes_on_from_what_is_in_the_cache(toy: Toy) -> None:
+async def test_the_next_turn_continues_from_the_prompt_cache(toy: Toy) -> None:
     talking(toy)
     first = turns("hello")
     async with toy.engine() as engine:
         answer = await engine.chat(first, max_tokens=20).collect()
-        whole = answer.split("\ufffd")[0]  # that stands for bytes which cannot be given back as text
+        whole = answer.split("\ufffd")[0]  # U+FFFD stands for bytes that cannot be sent back as text
         second = turns("hello", whole, "and now?")
         generation = engine.chat(second, max_tokens=20)
         assert await generation.collect() == toy_text(rendered(second), 20)
@@ -125,8 +125,8 @@ async def test_the_next_turn_goes_on_from_what_is_in_the_cache(toy: Toy) -> None
 
 
 @pytest.mark.parametrize("begin", ["", "\x02"])
-async def test_it_begins_once(toy: Toy, begin: str) -> None:
-    """Whether the template has the model's first token, or leaves it to the tokeniser; and nothing ends it."""
+async def test_a_conversation_begins_with_bos_exactly_once(toy: Toy, begin: str) -> None:
+    """It does not matter whether the template writes BOS or leaves it to the tokeniser. No token ends the prompt."""
     talking(
         toy, begin + TEMPLATE, token_bos=2, adds_bos=True, bos_text="\x02", eos_text="\x03", token_eos=3, adds_eos=True
     )
@@ -141,7 +141,7 @@ async def test_it_begins_once(toy: Toy, begin: str) -> None:
 @pytest.mark.parametrize(
     "parts", [("look: ", picture(0), "?"), (picture(0), picture(1)), ("this ", picture(0), " or this ", picture(0))]
 )
-async def test_images_stand_where_they_were_said(toy: Toy, parts: tuple[str | bytes, ...]) -> None:
+async def test_images_stand_at_their_place_in_the_message(toy: Toy, parts: tuple[str | bytes, ...]) -> None:
     talking(toy)
     toy.projector = Projector()
     seen: list[str | bytes] = ["<user>", *parts, "</><assistant>"]
@@ -159,7 +159,7 @@ async def test_images_in_several_messages(toy: Toy) -> None:
         assert await engine.chat(messages, max_tokens=20).collect() == toy_text(items_of(toy.projector, seen), 20)
 
 
-async def test_a_conversation_with_an_image_is_let_go(toy: Toy) -> None:
+async def test_a_conversation_with_an_image_can_be_closed(toy: Toy) -> None:
     talking(toy)
     toy.projector, shutter = Projector(), Shutter()
     toy.projector.on_encode = shutter
@@ -172,7 +172,7 @@ async def test_a_conversation_with_an_image_is_let_go(toy: Toy) -> None:
         assert is_idle(engine)
 
 
-async def test_a_conversation_that_is_rendered_while_the_engine_is_leaving(toy: Toy) -> None:
+async def test_a_conversation_that_is_rendered_while_the_engine_closes(toy: Toy) -> None:
     talking(toy)
     latch = Latch()
 
@@ -195,15 +195,15 @@ async def test_a_conversation_that_is_rendered_while_the_engine_is_leaving(toy: 
 
 
 def test_an_image_does_not_make_a_conversation_long() -> None:
-    """It is measured on the event loop, which images must not hold up."""
+    """Its length is measured on the event loop, and images must not hold that up."""
     chat = Chat(messages=tuple(with_images("hello", bytes(20_000_000), " you")))
     assert n_characters(GenerateRequest(prompt=chat)) == len("hello you")
     strange: list[Any] = [{}, {"content": None}, {"content": [1, {"text": b"x"}, {}]}, 1, "text", None]
     assert n_characters(GenerateRequest(prompt=Chat(messages=tuple(strange)))) == 0
 
 
-async def test_a_long_template_does_not_make_short_texts_wait(toy: Toy) -> None:
-    """Two of that kind are as many as are tokenised at once."""
+async def test_long_conversations_do_not_hold_up_short_texts(toy: Toy) -> None:
+    """Two of them would hold both helper threads for short texts."""
     talking(toy, "x" * LONG_TEXT + TEMPLATE)
     latch = Latch()
     toy.on_tokenize = lambda text: latch() if len(text) > LONG_TEXT else None
@@ -265,7 +265,7 @@ async def test_a_wrong_conversation_takes_no_slot(toy: Toy, wrong: str) -> None:
         assert await neighbour.collect() == toy_text(other, 20)
 
 
-async def test_a_picture_that_a_template_shows_twice_is_somewhere_in_the_messages(toy: Toy) -> None:
+async def test_an_image_that_a_template_shows_twice_is_named_by_its_messages(toy: Toy) -> None:
     talking(toy, TEMPLATE + TEMPLATE)
     toy.projector = Projector()
     seen: list[str | bytes] = ["<user>", picture(0), "</><assistant><user>", picture(0), "</><assistant>"]
@@ -280,7 +280,7 @@ async def test_a_picture_that_a_template_shows_twice_is_somewhere_in_the_message
 @pytest.mark.parametrize(
     ("template", "error"), [(None, Unsupported), ("{% for %}", Unsupported), (REFUSING, InvalidRequest)]
 )
-async def test_a_template_that_is_of_no_use(toy: Toy, template: str | None, error: type[RequestError]) -> None:
+async def test_a_model_without_a_usable_template(toy: Toy, template: str | None, error: type[RequestError]) -> None:
     toy.info = {"chat_template": template}
     async with toy.engine() as engine:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""A request with a deadline ends in time, whatever it is doing, with what it has; nobody else notices."""
+"""A request with a deadline ends in time in every state, with the text it has, and other requests do not notice."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ SECONDS = 8.0
 
 @pytest.fixture
 def clock() -> trio.testing.MockClock:
-    """Goes as a real one, for the decode thread is real; and jumps."""
+    """A clock that runs like the real one, because the decode thread is real, and that can jump."""
     return trio.testing.MockClock(rate=1)
 
 
 @pytest.mark.parametrize("state", STATES)
-async def test_in_every_state(toy: Toy, clock: trio.testing.MockClock, state: State) -> None:
+async def test_a_deadline_ends_a_request_in_every_state(toy: Toy, clock: trio.testing.MockClock, state: State) -> None:
     async with state(toy, deadline=SECONDS) as scene:
         engine, gate = scene.engine, scene.gate
         n_batches, uid = len(gate.batches), uid_of(scene.generation)
         clock.jump(SECONDS)
-        if scene.is_broken_off:
+        if scene.is_aborted:
             await until(lambda: gate.n_aborted == 1)
         if state is waiting:
             await until(lambda: dispatcher_of(engine).request_deadlines.moments == {})
-            gate.open()  # it is told between two batches of others
+            gate.open()  # the decode thread reads the mail between two batches of others
         if state is not loading:
             scene.release()
         events = [event async for event in scene.generation]
@@ -59,7 +59,7 @@ async def test_in_every_state(toy: Toy, clock: trio.testing.MockClock, state: St
         assert retry.usage.cached_tokens >= scene.keeps
 
 
-async def test_what_never_ran_has_cost_nothing(toy: Toy, clock: trio.testing.MockClock) -> None:
+async def test_a_request_that_never_ran_has_cost_nothing(toy: Toy, clock: trio.testing.MockClock) -> None:
     async with loading(toy, deadline=SECONDS) as scene:
         clock.jump(SECONDS)
         assert [event async for event in scene.generation] == [Finished("deadline", Usage())]
@@ -73,10 +73,10 @@ async def test_what_never_ran_has_cost_nothing(toy: Toy, clock: trio.testing.Moc
 async def test_the_time_in_the_queue_counts(toy: Toy, clock: trio.testing.MockClock) -> None:
     async with waiting(toy, deadline=SECONDS) as scene:
         clock.jump(SECONDS / 2)
-        scene.gate.let(2)  # the other one's last but one token
+        scene.gate.let(2)  # up to the last but one token of the other request
         await scene.gate.reached(3)
         clock.jump(SECONDS / 2)
-        await trio.testing.wait_all_tasks_blocked()  # so that the mail comes before the slot is free
+        await trio.testing.wait_all_tasks_blocked()  # so that the mail arrives before the slot is free
         scene.gate.open()
         (last,) = [event async for event in scene.generation]
         scene.leave.set()
@@ -84,7 +84,7 @@ async def test_the_time_in_the_queue_counts(toy: Toy, clock: trio.testing.MockCl
         assert (last.reason, last.usage.prompt_tokens) == ("deadline", N_PROMPT)
 
 
-async def test_the_others_do_not_notice(toy: Toy, clock: trio.testing.MockClock) -> None:
+async def test_other_requests_do_not_notice(toy: Toy, clock: trio.testing.MockClock) -> None:
     gate = Gate(toy, n_kept=30)
     toy.on_decode = gate
     (prompt,) = prompts(1, 40)
@@ -104,7 +104,9 @@ async def test_the_others_do_not_notice(toy: Toy, clock: trio.testing.MockClock)
         assert await neighbour.collect() == toy_text(prompt, 40)
 
 
-async def test_an_end_in_time_is_the_end(toy: Toy, clock: trio.testing.MockClock) -> None:
+async def test_a_request_that_ends_before_its_deadline_is_not_ended_again(
+    toy: Toy, clock: trio.testing.MockClock
+) -> None:
     async with toy.engine() as engine:
         generation = engine.generate(PROMPT, max_tokens=5, deadline=SECONDS)
         events: list[Event] = []
@@ -127,10 +129,10 @@ async def test_deadlines_pass_in_order_and_once(autojump_clock: trio.testing.Moc
             deadlines.set(1, start + 30)
             nursery.start_soon(deadlines.watch)
             await trio.testing.wait_all_tasks_blocked()
-            deadlines.set(2, start + 10)  # earlier than the one that is waited for
+            deadlines.set(2, start + 10)  # earlier than the deadline that is waited for
             deadlines.set(3, start + 20)
             deadlines.set(4, start + 20)
-            deadlines.set(3, start + 40)  # changed its mind
+            deadlines.set(3, start + 40)  # replaced
             deadlines.clear(4)
             deadlines.clear(99)
             deadlines.set(5, -math.inf)  # has passed already

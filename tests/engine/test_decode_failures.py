@@ -1,4 +1,4 @@
-"""What a batch that fails means for whom."""
+"""Batches that fail: which requests fail with them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def every(n: int, interruption: Callable[[Batch], Interruption]) -> Callable[[Ba
 
 @pytest.mark.parametrize("outcome", [DecodeOutcome.INVALID, DecodeOutcome.FATAL, DecodeOutcome.NO_KV_SPACE])
 async def test_only_the_culprit_fails(toy: Toy, outcome: DecodeOutcome) -> None:
-    """Every batch with a certain token in it fails, whatever else is in it."""
+    """Every batch with a certain token in it fails."""
 
     def dislike(batch: Batch) -> Interruption | None:
         tainted = any(POISON in chunk.items for chunk in batch.chunks)
@@ -67,14 +67,14 @@ async def test_only_the_culprit_fails(toy: Toy, outcome: DecodeOutcome) -> None:
         assert engine.status == "ready"
 
 
-async def test_a_culprit_in_the_middle_of_its_text(toy: Toy) -> None:
+async def test_the_culprit_keeps_the_text_before_its_failure(toy: Toy) -> None:
     """Its text until then was right, and is not taken back."""
     culprit, *others = prompts(4, 40)
     uids: list[int] = []
 
     def dislike(batch: Batch) -> Interruption | None:
         for chunk in batch.chunks:
-            # What its prompt shares with another may have been found in the cache.
+            # The prefix that its prompt shares with another may have been found in the cache.
             if chunk.stop == len(culprit) and chunk.items == tuple(culprit.encode())[chunk.start :]:
                 uids.append(chunk.uid)
             if chunk.uid in uids and chunk.start > 30:
@@ -92,7 +92,7 @@ async def test_a_culprit_in_the_middle_of_its_text(toy: Toy) -> None:
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 5, 1000])
 @pytest.mark.parametrize("n", [2, 3, 7])
-async def test_batches_that_are_broken_off_change_nothing(toy: Toy, n: int, n_rows: int) -> None:
+async def test_aborted_batches_change_no_text(toy: Toy, n: int, n_rows: int) -> None:
     toy.on_decode = every(n, lambda batch: Interruption(DecodeOutcome.ABORTED, min(n_rows, batch.n_rows)))
     requests = prompts(6, 40)
     async with toy.engine(slots=3, batch_size=16) as engine:
@@ -103,8 +103,8 @@ async def test_batches_that_are_broken_off_change_nothing(toy: Toy, n: int, n_ro
 
 @pytest.mark.parametrize("n", [3, 7])
 @pytest.mark.parametrize("outcome", [DecodeOutcome.NO_KV_SPACE, DecodeOutcome.INVALID])
-async def test_a_failure_that_does_not_come_again_is_nobodys_fault(toy: Toy, n: int, outcome: DecodeOutcome) -> None:
-    """As long as more than one could have been the culprit."""
+async def test_a_failure_that_does_not_come_again_fails_no_request(toy: Toy, n: int, outcome: DecodeOutcome) -> None:
+    """This holds as long as more than one request could have caused it."""
     toy.on_decode = every(n, lambda batch: Interruption(outcome if len(batch.chunks) > 1 else DecodeOutcome.ABORTED))
     requests = prompts(4, 40)
     async with toy.engine(slots=4) as engine:
@@ -113,7 +113,7 @@ async def test_a_failure_that_does_not_come_again_is_nobodys_fault(toy: Toy, n: 
     assert texts == {prompt: toy_text(prompt, 40) for prompt in requests}
 
 
-async def test_a_context_that_fails_every_time_fails_everybody_and_lives(toy: Toy) -> None:
+async def test_a_context_that_always_fails_fails_every_request_and_the_engine_lives(toy: Toy) -> None:
     toy.on_decode = lambda batch: Interruption(DecodeOutcome.FATAL)
     requests = prompts(5, 40)
     async with toy.engine(slots=2) as engine:
@@ -128,9 +128,9 @@ async def test_a_context_that_fails_every_time_fails_everybody_and_lives(toy: To
 
 @pytest.mark.parametrize("can_trim", [True, False], ids=["trims", "recurrent"])
 @pytest.mark.parametrize("n_rows", [0, 3])
-async def test_batches_that_fail_whenever_they_are_shared_end(toy: Toy, can_trim: bool, n_rows: int) -> None:
-    """Each of them runs alone, so nobody is at fault; but recurrent state is lost with every batch that fails, so that
-    prompts of several batches would begin again for ever."""
+async def test_batches_that_fail_only_when_shared_come_to_an_end(toy: Toy, can_trim: bool, n_rows: int) -> None:
+    """Each request runs alone, so none is at fault. But recurrent state is lost with every failed batch, so prompts
+    of several batches would begin again for ever."""
     n_failed = 0
 
     def fail_if_shared(batch: Batch) -> Interruption | None:

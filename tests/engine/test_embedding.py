@@ -18,7 +18,7 @@ from trio_runner.request import EmbedRequest, Priority
 from trio_runner.testing import N_EMBD, Interruption, toy_text, toy_vector
 
 
-async def test_one_row_for_each_text(toy: Toy) -> None:
+async def test_embed_gives_one_row_per_text(toy: Toy) -> None:
     texts = ["one", "two", "three"]
     async with toy.engine() as engine:
         vectors = await engine.embed(texts)
@@ -28,7 +28,7 @@ async def test_one_row_for_each_text(toy: Toy) -> None:
         np.testing.assert_array_equal(vector, toy_vector(list(text.encode())))
 
 
-async def test_normalised(toy: Toy) -> None:
+async def test_normalised_embeddings(toy: Toy) -> None:
     async with toy.engine() as engine:
         plain, unit = await engine.embed(["one"]), await engine.embed(["one"], normalize=True)
     assert unit.dtype == np.float32
@@ -36,7 +36,7 @@ async def test_normalised(toy: Toy) -> None:
     np.testing.assert_allclose(unit, plain / np.linalg.norm(plain), rtol=1e-6)
 
 
-async def test_no_text(toy: Toy) -> None:
+async def test_no_texts_give_no_rows(toy: Toy) -> None:
     async with toy.engine(wait=False) as engine:
         vectors = await engine.embed([])
     assert vectors.shape == (0, N_EMBD)
@@ -53,7 +53,7 @@ async def test_many_texts_over_few_slots(toy: Toy, slots: int, max_queue: int | 
         assert engine.statistics().generations == 0
 
 
-async def test_one_request(toy: Toy) -> None:
+async def test_one_embedding_request(toy: Toy) -> None:
     async with toy.engine() as engine:
         embedded = await engine.embed_request(EmbedRequest(content="hello"))
         unit = await engine.embed_request(EmbedRequest(content=tuple(b"hello"), normalize=True))
@@ -66,8 +66,8 @@ async def test_one_request(toy: Toy) -> None:
     assert embedded.usage.completion_tokens == 0
 
 
-async def test_among_generations(toy: Toy) -> None:
-    """One batch is either about tokens or about vectors; both get their turn."""
+async def test_embeddings_and_generations_take_turns(toy: Toy) -> None:
+    """A batch is either for tokens or for embeddings."""
     texts: dict[str, str] = {}
     requests = prompts(6, 60)
 
@@ -84,7 +84,7 @@ async def test_among_generations(toy: Toy) -> None:
     assert {batch.kind.embedding for batch in toy.context.batches} == {False, True}
 
 
-async def test_a_slot_that_made_a_vector_can_generate(toy: Toy) -> None:
+async def test_a_generation_after_an_embedding_of_the_same_text(toy: Toy) -> None:
     async with toy.engine(slots=1) as engine:
         for _ in range(3):
             await engine.embed(["hello"])
@@ -127,7 +127,7 @@ async def test_a_model_that_only_embeds(toy: Toy) -> None:
         np.testing.assert_array_equal(vectors, [toy_vector(list(text)) for text in (b"one", b"two")])
 
 
-async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
+async def test_an_embedding_whose_batch_fails(toy: Toy) -> None:
     def refuse(batch: Batch) -> Interruption | None:
         return Interruption(DecodeOutcome.INVALID) if batch.kind.embedding else None
 
@@ -141,8 +141,8 @@ async def test_a_vector_that_cannot_be_made(toy: Toy) -> None:
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
 
 
-async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
-    """Every slot is taken, the queue is full, and nobody there is about to end."""
+async def test_embeddings_do_not_wait_for_slots(toy: Toy) -> None:
+    """Every slot is taken, the queue is full, and no generation is about to end."""
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(slots=1, max_queue=1, max_backlog=1000) as engine, trio.open_nursery() as nursery:
@@ -161,7 +161,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
 
         nursery.start_soon(embed)
         await until(lambda: engine.statistics().generations == 3)
-        gate.let(2)  # the one that stood at the gate, and the vector's
+        gate.let(2)  # the batch at the gate, and that of the embedding
         await until(lambda: bool(vectors))
         np.testing.assert_array_equal(vectors[0].vector, toy_vector(list(b"hello")))
         assert [batch.kind.embedding for batch in gate.batches[:5]] == [False] * 4 + [True]
@@ -172,7 +172,7 @@ async def test_no_vector_waits_for_a_slot(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("n_lanes", [2, 7])
-async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None:
+async def test_embeddings_have_a_queue_of_their_own(toy: Toy, n_lanes: int) -> None:
     toy.capabilities = {"n_embed_slots": n_lanes}
     gate = Gate(toy)
     toy.on_decode = gate
@@ -189,7 +189,7 @@ async def test_vectors_have_a_bound_of_their_own(toy: Toy, n_lanes: int) -> None
         assert await generation.collect() == toy_text("hello", 20)
 
 
-async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> None:
+async def test_rows_before_the_last_one_share_the_batches_of_tokens(toy: Toy) -> None:
     toy.capabilities = {"embeds_last_row": True}
     (prompt,) = prompts(1, 60)
     texts = [f"a text of some length, number {n}" for n in range(6)]
@@ -200,7 +200,7 @@ async def test_vectors_of_the_last_row_share_the_batches_of_tokens(toy: Toy) -> 
     assert max(batch.n_rows for batch in toy.context.batches if batch.kind.embedding) <= 2
 
 
-async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:
+async def test_embeddings_push_nothing_out_of_the_prompt_cache(toy: Toy) -> None:
     (prompt,) = prompts(1, 30)
     async with toy.engine(slots=1) as engine:
         await engine.generate(prompt, max_tokens=30).collect()
@@ -214,7 +214,7 @@ async def test_vectors_push_nothing_out_of_the_cache(toy: Toy) -> None:
 # -- a part of a vector, of a part of a text --------------------------------------------------------------------------
 
 
-async def test_the_first_elements_are_normalised_by_themselves(toy: Toy) -> None:
+async def test_dimensions_are_cut_before_normalising(toy: Toy) -> None:
     whole = toy_vector(list(b"hello"))
     async with toy.engine() as engine:
         np.testing.assert_array_equal(await engine.embed(["hello"], dimensions=3), [whole[:3]])
@@ -227,7 +227,7 @@ async def test_the_first_elements_are_normalised_by_themselves(toy: Toy) -> None
 
 
 @pytest.mark.parametrize("dimensions", [0, -1, N_EMBD + 1, 2**40, True])
-async def test_no_vector_has_so_many_elements(toy: Toy, dimensions: int) -> None:
+async def test_dimensions_out_of_range_are_refused(toy: Toy, dimensions: int) -> None:
     async with toy.engine() as engine:
         with pytest.raises(InvalidRequest) as caught:
             await engine.embed(["hello"], dimensions=dimensions)
@@ -237,8 +237,8 @@ async def test_no_vector_has_so_many_elements(toy: Toy, dimensions: int) -> None
 
 @pytest.mark.parametrize("special", SPECIALS)
 @pytest.mark.parametrize("n_ctx", [3, 16, 40])
-async def test_a_text_that_is_too_long_loses_its_end(toy: Toy, special: str, n_ctx: int) -> None:
-    """But not what the model has there."""
+async def test_truncation_cuts_the_end_of_a_text(toy: Toy, special: str, n_ctx: int) -> None:
+    """Special tokens at the end stay."""
     toy.info = SPECIALS[special]
     text = b"0123456789abcdefghijklmnopqrstuv"
     n_around = len(around(b"", special))
@@ -246,7 +246,7 @@ async def test_a_text_that_is_too_long_loses_its_end(toy: Toy, special: str, n_c
         for n in (1, n_ctx - n_around, n_ctx - n_around + 1, len(text)):
             expected = toy_vector(around(text[: min(n, n_ctx - n_around)], special))
             np.testing.assert_array_equal(await engine.embed([text[:n].decode()], truncate=True), [expected])
-        # Tokens are taken as they are: their end is their caller's.
+        # Tokens are taken as they are, without special tokens at their end.
         embedded = await engine.embed_request(EmbedRequest(content=tuple(text), truncate=True))
         np.testing.assert_array_equal(embedded.vector, toy_vector(list(text[:n_ctx])))
         assert embedded.usage.prompt_tokens == min(n_ctx, len(text))

@@ -1,4 +1,5 @@
-"""A model with an encoder: it reads the whole prompt at once, and the text begins with a token of its own."""
+"""A model with an encoder and a decoder: the encoder reads the whole prompt at once, and the text begins with a
+token of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.core.world import alone
+from tests.core.oracle import alone
 from tests.engine.toys import Gate, Toy, prompts, until_idle
 from trio_runner.config import AdapterConfig
 from trio_runner.core.sequence import SequenceSpec
@@ -28,7 +29,7 @@ def said(prompt: str, n_tokens: int = 20, *, adapters: ToyAdapters = (), end: by
 
 
 async def read_all(engine: Engine, requests: list[str], n_tokens: int, **options: Any) -> None:
-    """Each at the same time; the texts are checked."""
+    """Read all requests at the same time, and check the texts."""
 
     async def read(prompt: str) -> None:
         text = await engine.generate(prompt, max_tokens=n_tokens, **options).collect()
@@ -40,14 +41,14 @@ async def read_all(engine: Engine, requests: list[str], n_tokens: int, **options
 
 
 @pytest.mark.parametrize("prompt", ["a", "hello", "a prompt that is a bit longer", "été"])
-async def test_text_is_what_the_model_says_to_what_it_has_read(toy: Toy, prompt: str) -> None:
+async def test_text_is_that_of_the_model_for_the_prompt_it_read(toy: Toy, prompt: str) -> None:
     reading(toy)
     async with toy.engine() as engine:
         for given in (prompt, list(prompt.encode()), [prompt]):
             assert await engine.generate(given, max_tokens=20).collect() == said(prompt)
 
 
-async def test_what_ends_a_prompt_is_read_as_well(toy: Toy) -> None:
+async def test_the_encoder_reads_the_token_that_ends_a_prompt(toy: Toy) -> None:
     reading(toy)
     toy.info = {"token_eos": 3, "adds_eos": True}
     async with toy.engine() as engine:
@@ -55,7 +56,7 @@ async def test_what_ends_a_prompt_is_read_as_well(toy: Toy) -> None:
             assert await engine.generate(prompt, max_tokens=20).collect() == said("hello", end=b"\3")
 
 
-async def test_every_token_counts(toy: Toy) -> None:
+async def test_usage_counts_tokens_of_the_encoder_and_the_decoder(toy: Toy) -> None:
     """Of those that are read, and of those that are said."""
     reading(toy)
     async with toy.engine() as engine:
@@ -67,8 +68,8 @@ async def test_every_token_counts(toy: Toy) -> None:
     assert sum(batch.n_rows for batch in toy.context.batches) == 3
 
 
-async def test_what_another_has_read_is_of_no_use(toy: Toy) -> None:
-    """Though all texts begin with the same token."""
+async def test_nothing_is_reused_from_another_prompt(toy: Toy) -> None:
+    """All texts begin with the same token, but it depends on the prompt that the encoder read."""
     reading(toy)
     async with toy.engine(slots=1) as engine:
         for prompt in ("hello", "help", "hello", "hello"):
@@ -79,15 +80,15 @@ async def test_what_another_has_read_is_of_no_use(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
-async def test_no_more_at_once_than_fit_into_the_encoder(toy: Toy, slots: int) -> None:
-    """The toy sees to it."""
+async def test_only_so_many_requests_run_as_fit_into_the_encoder(toy: Toy, slots: int) -> None:
+    """The toy checks it."""
     reading(toy)
     async with toy.engine(slots=slots, batch_size=32) as engine:
         await read_all(engine, [f"{prompt * n}"[:32] for n, prompt in enumerate(prompts(12, 40), 1)], 40)
         await until_idle(engine)
 
 
-async def test_who_leaves_makes_room_in_the_encoder(toy: Toy) -> None:
+async def test_closing_a_request_makes_room_in_the_encoder(toy: Toy) -> None:
     reading(toy)
     toy.on_decode = gate = Gate(toy)
     async with toy.engine(slots=4, batch_size=32) as engine:
@@ -102,7 +103,7 @@ async def test_who_leaves_makes_room_in_the_encoder(toy: Toy) -> None:
         assert await second.collect() == said("y" * 20)
 
 
-async def test_a_background_request_reads_again_what_it_needs(toy: Toy) -> None:
+async def test_the_encoder_reads_a_preempted_prompt_again(toy: Toy) -> None:
     reading(toy)
     slow, *quick = prompts(3, 60)
     async with toy.engine(slots=1) as engine:
@@ -114,7 +115,7 @@ async def test_a_background_request_reads_again_what_it_needs(toy: Toy) -> None:
         assert text == said(slow, 60)
 
 
-async def test_with_adapters(toy: Toy) -> None:
+async def test_the_encoder_depends_on_adapters(toy: Toy) -> None:
     reading(toy)
     toy.adapters = (AdapterConfig("/lora/one.gguf"),)
     async with toy.engine(slots=2) as engine, trio.open_nursery() as nursery:
@@ -128,7 +129,7 @@ async def test_with_adapters(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("can_shift", [False, True])
-async def test_a_text_that_is_longer_than_the_context_goes_on_from_its_first_token(toy: Toy, can_shift: bool) -> None:
+async def test_a_context_shift_keeps_the_first_token(toy: Toy, can_shift: bool) -> None:
     reading(toy)
     toy.capabilities["can_shift"] = can_shift
     prompt = next(prompt for prompt in prompts(50, 40) if len(_endless(prompt, 100)) > 50)
@@ -142,7 +143,7 @@ def _endless(prompt: str, n_tokens: int) -> str:
 
 
 async def test_a_prompt_must_fit_into_one_batch(toy: Toy) -> None:
-    """However long the context is."""
+    """The length of the context makes no difference."""
     reading(toy)
     async with toy.engine(batch_size=16, context_length=64) as engine:
         assert await engine.generate("x" * 16, max_tokens=20).collect() == said("x" * 16)
@@ -153,14 +154,14 @@ async def test_a_prompt_must_fit_into_one_batch(toy: Toy) -> None:
         assert text == said("012389abcdefghij")
 
 
-async def test_a_prompt_of_nothing(toy: Toy) -> None:
+async def test_an_empty_prompt_is_refused(toy: Toy) -> None:
     reading(toy)
     async with toy.engine() as engine:
         with pytest.raises(InvalidRequest):
             await engine.generate("").start()
 
 
-async def test_it_makes_no_vectors(toy: Toy) -> None:
+async def test_it_makes_no_embeddings(toy: Toy) -> None:
     reading(toy)
     async with toy.engine() as engine:
         with pytest.raises(Unsupported) as caught:

@@ -1,4 +1,4 @@
-"""What one reader gets."""
+"""What one reader of a generation gets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def finished(events: list[Event]) -> Finished:
 
 
 @pytest.mark.parametrize("prompt", ["a", "hello", "another prompt that is a bit longer", "été"])
-async def test_text_is_what_the_model_says(toy: Toy, prompt: str) -> None:
+async def test_text_is_that_of_the_model(toy: Toy, prompt: str) -> None:
     async with toy.engine() as engine:
         events = await events_of(engine.generate(prompt, max_tokens=40))
     assert text_of(events) == toy_text(prompt, 40)
@@ -56,7 +56,7 @@ async def test_max_tokens_is_exact(toy: Toy, max_tokens: int) -> None:
     assert sum(batch.n_rows for batch in toy.context.batches) == len(prompt) + max_tokens - 1
 
 
-async def test_the_end_token_ends(toy: Toy) -> None:
+async def test_the_end_token_ends_the_text(toy: Toy) -> None:
     prompt = next(f"prompt {i}" for i in range(1000) if toy_continuation(list(f"prompt {i}".encode()), 30)[-1] == END)
     n_tokens = len(toy_continuation(list(prompt.encode()), 30))
     async with toy.engine() as engine:
@@ -67,7 +67,7 @@ async def test_the_end_token_ends(toy: Toy) -> None:
     assert finished(events).usage.completion_tokens == n_tokens
 
 
-async def test_it_stops_before_the_stop_string(toy: Toy) -> None:
+async def test_text_ends_before_a_stop_string(toy: Toy) -> None:
     (prompt,) = prompts(1, 60)
     text = toy_text(prompt, 60)
     stop = text[20:24]
@@ -79,7 +79,7 @@ async def test_it_stops_before_the_stop_string(toy: Toy) -> None:
             assert finished(events).stop == stop
 
 
-async def test_held_back_text_comes_out_at_the_limit(toy: Toy) -> None:
+async def test_text_held_back_for_a_stop_string_comes_out_at_the_limit(toy: Toy) -> None:
     (prompt,) = prompts(1, 30)
     text = toy_text(prompt, 30)
     async with toy.engine() as engine:
@@ -118,13 +118,13 @@ async def test_fields_by_name_reach_the_sampler(toy: Toy) -> None:
 
 
 async def test_sampling_and_its_fields_do_not_mix(toy: Toy) -> None:
-    """One of them would be ignored without a word."""
+    """Otherwise one of them would be ignored silently."""
     async with toy.engine() as engine:
         with pytest.raises(TypeError, match="sampling"):
             engine.generate("hello", sampling=SamplingParams(seed=1), temperature=0.5)
 
 
-async def test_progress(toy: Toy) -> None:
+async def test_progress_counts_decoded_and_cached_tokens(toy: Toy) -> None:
     prompt = "0123456789"
     async with toy.engine(batch_size=4) as engine:
         events = await events_of(engine.generate(prompt, max_tokens=3, progress=True))
@@ -159,7 +159,7 @@ async def test_iteration_needs_no_block(toy: Toy) -> None:
 
 
 async def test_an_event_may_be_awaited_with_a_timeout(toy: Toy) -> None:
-    """Cancelling the wait for one event loses none: the generation belongs to its block, not to one `anext`."""
+    """If the wait for one event is cancelled, no event is lost: only the block closes the generation."""
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine() as engine, engine.generate("hello", max_tokens=20) as generation:
@@ -193,7 +193,7 @@ async def test_starting_twice_is_starting_once(toy: Toy) -> None:
     assert len(toy.model.samplers) == 1
 
 
-async def test_what_comes_after_the_end(toy: Toy) -> None:
+async def test_reading_after_the_end(toy: Toy) -> None:
     async with toy.engine() as engine:
         generation = engine.generate("hello", max_tokens=3)
         async for _ in generation:
@@ -209,7 +209,7 @@ async def test_what_comes_after_the_end(toy: Toy) -> None:
             generation.receive_nowait()
 
 
-async def test_receive_nowait_takes_all_there_is(toy: Toy) -> None:
+async def test_receive_nowait_takes_all_events_that_have_arrived(toy: Toy) -> None:
     async with toy.engine() as engine, engine.generate("hello", max_tokens=20) as generation:
         await until_idle(engine)
         events = generation.receive_nowait()
@@ -265,7 +265,7 @@ async def test_a_wrong_request_takes_no_slot(
         with pytest.raises(error):
             await use(generation)
         assert is_idle(engine)
-        # It is over: reading again neither hangs nor starts it once more.
+        # It has ended: reading again neither hangs nor starts it again.
         with pytest.raises(trio.ClosedResourceError):
             await anext(generation)
         assert is_idle(engine)
@@ -296,7 +296,7 @@ async def test_a_full_context_that_may_not_shift_ends_with_length(toy: Toy) -> N
     async with toy.engine(context_length=32) as engine:
         events = await events_of(engine.generate(prompt, shift=False))
     assert finished(events).reason == "length"
-    # The token sampled last needs no place.
+    # The last sampled token needs no position.
     assert finished(events).usage.completion_tokens == 32 - len(prompt) + 1
     assert text_of(events) == toy_text(prompt, 32 - len(prompt) + 1)
 
@@ -325,7 +325,7 @@ async def test_an_error_in_the_middle_comes_after_the_text_before_it(toy: Toy, a
         assert await engine.generate(prompt, max_tokens=40).collect() == text
 
 
-async def test_facts_and_tokens(toy: Toy) -> None:
+async def test_facts_of_a_ready_engine(toy: Toy) -> None:
     async with toy.engine() as engine:
         assert engine.status == "ready"
         assert engine.progress == 1.0
@@ -337,7 +337,7 @@ async def test_facts_and_tokens(toy: Toy) -> None:
             await engine.detokenize([N_VOCAB])
 
 
-async def test_facts_that_are_not_known_yet(toy: Toy) -> None:
+async def test_facts_of_a_loading_engine_raise(toy: Toy) -> None:
     def wait(report: object, cancelled: Callable[[], bool]) -> None:
         while not cancelled():
             trio.from_thread.run(trio.sleep, 0.001)

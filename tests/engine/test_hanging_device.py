@@ -1,4 +1,4 @@
-"""A device that hangs: the thread that waits for it is left to itself, and the program ends."""
+"""A device that hangs: the thread that waits for it is abandoned, and the program ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.engine.toys import DEADLINE, PATIENCE, Latch, Projector, Toy, picture, until
+from tests.engine.toys import DEADLINE, HOLD_SECONDS, Latch, Projector, Toy, picture, until
 from trio_runner.engine import lifecycle
 from trio_runner.engine.device_threads import DeviceHangs, DeviceThreads
 from trio_runner.engine.engine import Engine
@@ -26,7 +26,7 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hang() -> Iterator[Latch]:
-    """Threads that pass by stand still until the test ends."""
+    """A latch that holds threads until the test ends."""
     latch = Latch()
     yield latch
     latch.open()
@@ -38,7 +38,7 @@ async def read(engine: Engine, prompt: object) -> None:
 
 
 async def test_a_batch_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture) -> None:
-    """What it computes with is kept for as long as it takes, and no longer."""
+    """What it computes with is kept as long as the thread lives, and no longer."""
     toy = Toy()
     toy.on_decode = hang
     with trio.fail_after(DEADLINE):
@@ -55,7 +55,9 @@ async def test_a_batch_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture)
         gc.collect()
         assert context() is not None
         hang.open()
-        await until(lambda: gc.collect() < 0 or context() is None)  # never the former
+        await until(
+            lambda: gc.collect() < 0 or context() is None
+        )  # collects garbage each time; the first part is never true
     assert all(sampler.closed for sampler in samplers)
 
 
@@ -83,7 +85,7 @@ async def test_an_image_that_hangs(hang: Latch, caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("ends", ["before", "while it runs"])
-async def test_patience_ends(hang: Latch, ends: str) -> None:
+async def test_the_wait_for_a_thread_is_bounded(hang: Latch, ends: str) -> None:
     threads = DeviceThreads()
     with trio.fail_after(DEADLINE):
         if ends == "before":
@@ -96,12 +98,12 @@ async def test_patience_ends(hang: Latch, ends: str) -> None:
 
             nursery.start_soon(wait)
             await hang.reached()
-            nursery.cancel_scope.cancel()  # which is no reason to give up
+            nursery.cancel_scope.cancel()  # a cancellation does not abandon the thread
             threads.wait_at_most(0.01)
-            threads.wait_at_most(PATIENCE)  # the first one counts
+            threads.wait_at_most(HOLD_SECONDS)  # only the first call counts
 
 
-async def test_what_ends_in_time_is_heard_of() -> None:
+async def test_a_thread_that_ends_in_time_returns_or_raises() -> None:
     threads, go = DeviceThreads(), threading.Event()
     results: list[object] = []
 
@@ -112,12 +114,12 @@ async def test_what_ends_in_time_is_heard_of() -> None:
             results.append(str(error))
 
     def fail() -> None:
-        assert go.wait(PATIENCE)
+        assert go.wait(HOLD_SECONDS)
         raise ValueError("inside")
 
     with trio.fail_after(DEADLINE), trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run, lambda: go.wait(PATIENCE))
+            nursery.start_soon(run, lambda: go.wait(HOLD_SECONDS))
             nursery.start_soon(run, fail)
             await trio.testing.wait_all_tasks_blocked()
             scope.cancel()

@@ -1,8 +1,13 @@
+"""The mailbox: order, wake-ups and races between two threads.
+
+Three of these tests look at the semaphore or replace it, because a race cannot be provoked from outside.
+"""
+
 from __future__ import annotations
 
 import threading
 
-from tests.engine.toys import PATIENCE
+from tests.engine.toys import HOLD_SECONDS
 from trio_runner.engine.mailbox import Cancel, Close, Mail, Mailbox, Pause, Resume
 
 
@@ -15,7 +20,7 @@ def test_mail_comes_in_the_order_it_was_put() -> None:
     assert mailbox.take() == []
 
 
-def test_one_can_look_without_taking() -> None:
+def test_looking_for_mail_does_not_take_it() -> None:
     mailbox = Mailbox()
     assert not mailbox
     mailbox.put(Cancel(1))
@@ -41,8 +46,8 @@ def test_wake_ups_do_not_pile_up() -> None:
 
 
 def test_no_wake_up_is_lost_between_two_threads() -> None:
-    """Each letter is answered before the next one is sent, so that the reader goes to sleep as often as it can: one
-    lost wake-up and both wait for ever."""
+    """Each letter is answered before the next is sent, so the reader sleeps as often as it can. After one lost
+    wake-up, both would wait for ever."""
     there, back = Mailbox(), Mailbox()
     n_letters = 3000
 
@@ -65,8 +70,8 @@ def test_no_wake_up_is_lost_between_two_threads() -> None:
 
     asker = threading.Thread(target=ask, daemon=True)
     asker.start()
-    asker.join(PATIENCE)
-    answerer.join(PATIENCE)
+    asker.join(HOLD_SECONDS)
+    answerer.join(HOLD_SECONDS)
     assert not asker.is_alive()
     assert received == [Cancel(uid) for uid in range(n_letters)]
 
@@ -89,7 +94,7 @@ def test_two_writers_lose_nothing_and_each_keeps_its_order() -> None:
     reader = threading.Thread(target=read, daemon=True)
     for thread in (reader, *writers):
         thread.start()
-    reader.join(PATIENCE)
+    reader.join(HOLD_SECONDS)
     assert not reader.is_alive()
     assert sorted(received) == list(range(2 * n_letters))
     for first in (0, n_letters):
@@ -105,7 +110,7 @@ def take_in_a_thread(mailbox: Mailbox) -> tuple[threading.Thread, list[Mail]]:
 
 
 def test_mail_whose_wake_up_was_taken_with_the_mail_before_it() -> None:
-    """It is put between the reader's look into the box and its clearing of the wake-ups."""
+    """It is put between the reader's look into the mailbox and its clearing of the wake-ups."""
     mailbox = Mailbox()
 
     class PutInBetween(threading.Semaphore):
@@ -121,17 +126,17 @@ def test_mail_whose_wake_up_was_taken_with_the_mail_before_it() -> None:
     mailbox.put(Cancel(1))
     assert mailbox.take() == [Cancel(1)]
     thread, taken = take_in_a_thread(mailbox)
-    thread.join(PATIENCE)
+    thread.join(HOLD_SECONDS)
     assert taken == [Cancel(2)]
 
 
 def test_mail_that_was_taken_before_its_wake_up_came() -> None:
-    """The reader looked between the two halves of a put: what is left wakes it up for nothing."""
+    """The reader looks between the two halves of a put. The wake-up that follows wakes it for nothing."""
     mailbox = Mailbox()
     mailbox._mail.append(Cancel(1))
     assert mailbox.take() == [Cancel(1)]
     mailbox._arrived.release()
     thread, taken = take_in_a_thread(mailbox)
     mailbox.put(Cancel(2))
-    thread.join(PATIENCE)
+    thread.join(HOLD_SECONDS)
     assert taken == [Cancel(2)]

@@ -1,5 +1,5 @@
-"""Requests of all kinds on one engine, which come, go, pause, fail and run out of time as a seed says: whoever stays
-has exactly the text it has alone."""
+"""Requests of all kinds that come, go, pause, fail and run out of time as a seed says: each that stays has exactly
+the text that it has alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WORLDS: list[tuple[dict[str, object], Projector | None]] = [
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, and what it takes to say what comes of it."""
+    """A request, and what is needed to predict its text."""
 
     request: GenerateRequest
     items: list[Item]
@@ -57,7 +57,7 @@ class Ask:
 
     @property
     def may_fail(self) -> tuple[type[RunnerError], ...]:
-        """Only for what it asks for."""
+        """The errors that this request may raise."""
         errors: list[type[RunnerError]] = []
         if any(choice.name == "guest" for choice in self.adapters):
             errors.append(UnknownAdapter)
@@ -69,7 +69,7 @@ class Ask:
 
 
 class Storm:
-    """`guest` is an adapter that comes and goes, each time another; the other two stay."""
+    """`guest` is an adapter that comes and goes, each time another file. The other two adapters stay."""
 
     def __init__(self, toy: Toy, seed: int) -> None:
         toy.capabilities, projector = WORLDS[seed % len(WORLDS)]
@@ -139,7 +139,7 @@ class Storm:
         except ask.may_fail:
             self.n_failed += 1
             return
-        paths = {info.name: info.path for info in self.engine.adapters}  # what its names mean now
+        paths = {info.name: info.path for info in self.engine.adapters}  # the adapters that the names mean now
         text = ""
         async for event in generation:
             text += event.text
@@ -174,7 +174,7 @@ class Storm:
         self.n_gone += 1
 
     async def be_closed(self, generation: Generation, n_turns: int) -> None:
-        """By somebody else than who reads it."""
+        """Close a generation from another task than the one that reads it."""
         async with trio.open_nursery() as nursery:
 
             async def read() -> None:
@@ -196,7 +196,7 @@ class Storm:
         np.testing.assert_array_equal(embedded.vector, toy_vector(list(text.encode()), cache_key))
 
     async def visit(self, n: int) -> None:
-        """The guest comes, and goes when it has been used a little."""
+        """Load the guest, and unload it a little later."""
         await self.engine.load_adapter(f"/lora/guest{n}.gguf", name="guest")
         for _ in range(self.chance.randrange(200)):
             await trio.lowlevel.checkpoint()
@@ -224,7 +224,7 @@ class Storm:
 
 
 @pytest.mark.parametrize("seed", range(24))
-async def test_every_text_is_what_it_is_alone(toy: Toy, seed: int) -> None:
+async def test_every_text_is_the_same_as_alone(toy: Toy, seed: int) -> None:
     storm = Storm(toy, seed)
     # What an encoder reads must fit into one batch.
     options = {"batch_size": 200 if toy.projector is None else 32, "step_target": 0.02, "image_cache_bytes": 400}

@@ -1,4 +1,4 @@
-"""More requests than slots."""
+"""More requests than slots: who waits, who is refused, and who goes first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trio_runner.testing import toy_text
 
 
 async def read_all(engine: Engine, requests: list[str], n_tokens: int) -> dict[str, str]:
-    """The texts of all, each read by a task of its own."""
+    """The texts of all requests, each read by a task of its own."""
     texts: dict[str, str] = {}
 
     async def read(prompt: str) -> None:
@@ -28,7 +28,7 @@ async def read_all(engine: Engine, requests: list[str], n_tokens: int) -> dict[s
 
 
 @pytest.mark.parametrize(("n_requests", "slots"), [(1, 1), (5, 4), (9, 2), (20, 16)])
-async def test_all_finish_with_the_text_they_have_alone(toy: Toy, n_requests: int, slots: int) -> None:
+async def test_all_requests_finish_with_the_text_that_they_have_alone(toy: Toy, n_requests: int, slots: int) -> None:
     requests = list(prompts(n_requests, 50))
     async with toy.engine(slots=slots) as engine:
         assert await read_all(engine, requests, 50) == {prompt: toy_text(prompt, 50) for prompt in requests}
@@ -37,7 +37,7 @@ async def test_all_finish_with_the_text_they_have_alone(toy: Toy, n_requests: in
 
 
 async def test_the_same_request_many_times(toy: Toy) -> None:
-    """They share what there is to share, and nothing else."""
+    """They share rows of the KV cache, and nothing else."""
     (prompt,) = prompts(1, 30)
     texts: list[str] = []
 
@@ -62,7 +62,7 @@ async def test_first_come_first_served(toy: Toy) -> None:
         gate.open()
         for n, generation in enumerate(generations):
             assert await generation.collect() == toy_text(requests[n], 1 + n % 7)
-    # Two that get their slots at once may stand in their batch in either order.
+    # Two requests that get their slots at once may be in their batch in either order.
     n_first_batch = [
         min(n for n, batch in enumerate(toy.context.batches) if uid in {chunk.uid for chunk in batch.chunks})
         for uid in sorted(set(toy.uids_run()))
@@ -71,7 +71,7 @@ async def test_first_come_first_served(toy: Toy) -> None:
     assert n_first_batch == sorted(n_first_batch)
 
 
-async def test_a_short_one_does_not_wait_for_a_long_one_to_end(toy: Toy) -> None:
+async def test_a_short_request_does_not_wait_for_a_long_one_to_end(toy: Toy) -> None:
     long, short = prompts(2, 300)
     async with toy.engine(slots=2) as engine, engine.generate(long, max_tokens=300) as generation:
         await anext(generation)
@@ -79,7 +79,7 @@ async def test_a_short_one_does_not_wait_for_a_long_one_to_end(toy: Toy) -> None
 
 
 @pytest.mark.parametrize("max_queue", [0, 3])
-async def test_a_full_queue_says_so(toy: Toy, max_queue: int) -> None:
+async def test_a_full_queue_refuses_requests(toy: Toy, max_queue: int) -> None:
     gate = Gate(toy)
     toy.on_decode = gate
     requests = prompts(2 + max_queue, 10)
@@ -92,7 +92,7 @@ async def test_a_full_queue_says_so(toy: Toy, max_queue: int) -> None:
         assert caught.value.retry_after == 1
         assert len(toy.model.samplers) == len(requests)
 
-        # Whoever leaves makes room, even before the decode thread has heard of it.
+        # Closing a request makes room, even before the decode thread knows of it.
         generations[-1].close()
         last = engine.generate("just in time", max_tokens=5)
         await last.start()
@@ -102,8 +102,8 @@ async def test_a_full_queue_says_so(toy: Toy, max_queue: int) -> None:
             assert await generation.collect() == toy_text(prompt, 10)
 
 
-async def test_the_queue_is_full_though_all_came_at_once(toy: Toy) -> None:
-    """They are counted again after their prompts were tokenised: many may have been let in before one was counted."""
+async def test_the_bound_holds_for_requests_that_come_at_once(toy: Toy) -> None:
+    """A request counts before it is tokenised, so no two of them take the same place."""
     gate = Gate(toy)
     toy.on_decode = gate
     n_busy = 0
@@ -150,7 +150,9 @@ async def test_statistics(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "retry_after"), [(None, 1), (0.01, 1), (10, 5), (20, 10), (1000, MAX_RETRY_AFTER)])
-async def test_when_to_try_again(toy: Toy, seconds: float | None, retry_after: float) -> None:
+async def test_retry_after_is_when_a_slot_is_likely_to_be_free(
+    toy: Toy, seconds: float | None, retry_after: float
+) -> None:
     """When one of the two slots is likely to have become free."""
     gate = Gate(toy)
     toy.on_decode = gate
@@ -165,7 +167,7 @@ async def test_when_to_try_again(toy: Toy, seconds: float | None, retry_after: f
 
 
 async def test_the_time_in_a_slot_is_measured(toy: Toy) -> None:
-    """The toy says that a row takes a millisecond; errors and requests without an end say nothing."""
+    """The toy says that a row takes a millisecond. Requests that fail do not count."""
     (prompt,) = prompts(1, 200)
     async with toy.engine() as engine:
         with pytest.raises(InvalidGrammar):
@@ -183,19 +185,19 @@ async def test_the_time_in_a_slot_is_measured(toy: Toy) -> None:
         }
 
 
-async def test_who_waits_to_be_tokenised_has_a_place_in_the_queue(toy: Toy) -> None:
+async def test_a_request_that_waits_for_a_helper_thread_has_a_place_in_the_queue(toy: Toy) -> None:
     toy.on_tokenize = latch = Latch()
     async with toy.engine(slots=1, max_queue=2) as engine, trio.open_nursery() as nursery:
         for prompt in prompts(3, 5):
             nursery.start_soon(engine.generate(prompt, max_tokens=1).collect)
-        await latch.reached(2)  # as many as are tokenised at once
+        await latch.reached(2)  # as many helper threads as there are
         with pytest.raises(EngineBusy):
             await engine.generate("one too many").start()
         latch.open()
     assert len(toy.model.samplers) == 3
 
 
-async def test_samplers_that_take_long_to_make_hold_up_nobody_else(toy: Toy) -> None:
+async def test_samplers_that_take_long_to_make_hold_up_no_other_request(toy: Toy) -> None:
     """llama.cpp compares each DRY breaker with each token of a vocabulary that may be large."""
     latch = Latch()
     toy.info = {"n_vocab": 250_000}
@@ -236,8 +238,8 @@ async def test_a_list_of_texts_waits_for_room_in_the_queue(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("n_at_once", [1, 5])
-async def test_letting_go_does_not_wait_for_the_tokeniser(toy: Toy, n_at_once: int) -> None:
-    """It may even wait for a thread; and what it makes for nobody is freed."""
+async def test_cancelling_a_request_does_not_wait_for_its_helper_thread(toy: Toy, n_at_once: int) -> None:
+    """The request may even wait for a thread. A sampler that is made for nothing is closed."""
     toy.on_tokenize = latch = Latch()
     async with toy.engine(slots=1) as engine:
         async with trio.open_nursery() as nursery:
@@ -273,7 +275,7 @@ async def test_background_requests_leave_half_of_the_queue(toy: Toy) -> None:
             await generation.collect()
 
 
-async def test_a_background_request_gives_its_slot_away_and_goes_on_later(toy: Toy) -> None:
+async def test_a_background_request_gives_up_its_slot_and_goes_on_later(toy: Toy) -> None:
     slow, quick = prompts(2, 100)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -303,7 +305,7 @@ async def test_a_background_request_gives_its_slot_away_and_goes_on_later(toy: T
         assert background.usage.prompt_tokens == len(slow)
 
 
-async def test_a_background_request_that_lost_its_slot_can_be_let_go(toy: Toy) -> None:
+async def test_a_preempted_background_request_can_be_closed(toy: Toy) -> None:
     slow, quick = prompts(2, 100)
     gate = Gate(toy)
     toy.on_decode = gate

@@ -22,7 +22,7 @@ def ranking(toy: Toy, **info: object) -> None:
 
 
 @pytest.mark.parametrize("special", SPECIALS)
-async def test_a_score_is_of_the_query_and_the_document(toy: Toy, special: str) -> None:
+async def test_a_score_is_that_of_the_query_and_the_document(toy: Toy, special: str) -> None:
     ranking(toy, **SPECIALS[special])
     end = [token for token in around(b"", special) if token == 3]
     # A separator ends the query as well, if the model has no other end.
@@ -35,7 +35,7 @@ async def test_a_score_is_of_the_query_and_the_document(toy: Toy, special: str) 
     np.testing.assert_array_equal(scores, expected)
 
 
-async def test_a_model_may_have_words_of_its_own_for_a_pair(toy: Toy) -> None:
+async def test_a_model_may_have_a_template_for_pairs(toy: Toy) -> None:
     ranking(toy, metadata={"tokenizer.chat_template.rerank": "Q: {query} D: {document}."}, token_bos=2, adds_bos=True)
     async with toy.engine() as engine:
         scores = await engine.rerank(QUERY, ["{query}"])
@@ -51,7 +51,7 @@ async def test_many_documents_over_few_slots(toy: Toy) -> None:
     np.testing.assert_array_equal(scores, [toy_vector(list((QUERY + document).encode()))[0] for document in documents])
 
 
-async def test_no_document(toy: Toy) -> None:
+async def test_no_documents_give_no_scores(toy: Toy) -> None:
     ranking(toy)
     async with toy.engine(wait=False) as engine:
         scores = await engine.rerank(QUERY, [])
@@ -61,15 +61,15 @@ async def test_no_document(toy: Toy) -> None:
 
 @pytest.mark.parametrize("special", SPECIALS)
 @pytest.mark.parametrize("document", ["x" * 1000, "é" * 500, "xé" * 200])
-async def test_a_document_that_is_too_long_loses_its_end(toy: Toy, special: str, document: str) -> None:
-    """Never the query, and never what comes after."""
+async def test_truncation_cuts_the_end_of_a_document(toy: Toy, special: str, document: str) -> None:
+    """It cuts neither the query nor the special tokens at the end."""
     ranking(toy, **SPECIALS[special])
     async with toy.engine(batch_size=50) as engine:
         with pytest.raises(PromptTooLong) as caught:
             await engine.rerank(QUERY, ["short", document])
         assert caught.value.param == "documents[1]"
         assert len(await engine.rerank(QUERY, ["short", document], truncate=True)) == 2
-        with pytest.raises(PromptTooLong) as caught:  # there is nothing of a document to lose
+        with pytest.raises(PromptTooLong) as caught:  # nothing of a document is left to cut
             await engine.rerank("q" * 51, [document], truncate=True)
         assert caught.value.param == "query"
     tokens = max((chunk.items for batch in toy.context.batches for chunk in batch.chunks), key=len)
@@ -80,7 +80,7 @@ async def test_a_document_that_is_too_long_loses_its_end(toy: Toy, special: str,
     assert tokens[-1] == 3 or special in ("none", "before", "around")
 
 
-async def test_a_pair_of_nothing(toy: Toy) -> None:
+async def test_an_empty_query_and_an_empty_document_are_refused(toy: Toy) -> None:
     ranking(toy)
     async with toy.engine() as engine:
         with pytest.raises(InvalidRequest):
@@ -89,7 +89,7 @@ async def test_a_pair_of_nothing(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("ranks", [False, True])
-async def test_vectors_and_scores_are_of_different_models(toy: Toy, ranks: bool) -> None:
+async def test_a_model_makes_either_embeddings_or_scores(toy: Toy, ranks: bool) -> None:
     toy.capabilities = {"ranks": ranks}
     async with toy.engine() as engine:
         with pytest.raises(Unsupported) as caught:
@@ -98,7 +98,7 @@ async def test_vectors_and_scores_are_of_different_models(toy: Toy, ranks: bool)
         assert toy.context.batches == []
 
 
-async def test_letting_go_of_scores(toy: Toy) -> None:
+async def test_cancelling_a_reranking(toy: Toy) -> None:
     ranking(toy)
     toy.on_decode = gate = Gate(toy)
     async with toy.engine(slots=1) as engine:
@@ -114,7 +114,7 @@ async def test_letting_go_of_scores(toy: Toy) -> None:
 
 @pytest.mark.parametrize("documents", ["one document", b"one document"])
 async def test_one_document_is_not_a_list_of_documents(toy: Toy, documents: Any) -> None:
-    """Each letter would be scored."""
+    """Otherwise each letter would be scored."""
     ranking(toy)
     async with toy.engine() as engine:
         with pytest.raises(TypeError, match="list of documents"):

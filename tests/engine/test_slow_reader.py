@@ -1,4 +1,4 @@
-"""The reader's pace is the reader's problem, and nobody else's.
+"""A slow reader slows its own generation down, and no other.
 
 The clock is the real one here: trio's mock clock would jump while the decode thread works.
 """
@@ -20,14 +20,14 @@ N_TOKENS = 200
 
 
 async def until_paused(engine: Engine, generation: Generation, gate: Gate) -> None:
-    """The gate keeps the decode thread from running to the end of the text before trio can say stop."""
+    """Wait until the generation is paused. The gate keeps the decode thread from finishing the text before that."""
     gate.let(N_TOKENS // 4)
     await until(lambda: is_paused(generation))
     gate.open()
     await until(lambda: engine.statistics().scheduler.n_paused == 1)
 
 
-async def test_a_slow_reader_is_paused_and_the_others_are_not(toy: Toy) -> None:
+async def test_a_slow_reader_is_paused_and_others_are_not(toy: Toy) -> None:
     slow, *others = prompts(4, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -40,21 +40,21 @@ async def test_a_slow_reader_is_paused_and_the_others_are_not(toy: Toy) -> None:
         assert uid not in toy.uids_run(since=n_batches)
         assert engine.statistics().scheduler.n_paused == 1
         assert engine.statistics().busy == 1
-        # It reads again, and has missed nothing.
+        # It reads on, and has missed nothing.
         assert "".join([event.text async for event in generation]) == toy_text(slow, N_TOKENS)
         assert generation.usage is not None
         assert generation.usage.completion_tokens == N_TOKENS
 
 
 async def test_the_backlog_is_bounded(toy: Toy) -> None:
-    """By what it may be, and what the step that was running then adds."""
+    """Its bound is `max_backlog` and the events of the step that runs meanwhile."""
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(max_backlog=8) as engine, engine.generate(prompt, max_tokens=N_TOKENS) as generation:
         for n in range(1, N_TOKENS):
             await until(lambda n=n: is_paused(generation) or len(gate.batches) >= n)  # type: ignore[misc]
-            # Its events have been handed over before the next batch may go.
+            # Its events are delivered before the next batch may run.
             await trio.testing.wait_all_tasks_blocked()
             if is_paused(generation):
                 break
@@ -68,8 +68,8 @@ async def test_the_backlog_is_bounded(toy: Toy) -> None:
         assert text + "".join([event.text async for event in generation]) == toy_text(prompt, N_TOKENS)
 
 
-async def test_it_goes_on_only_when_most_was_read(toy: Toy) -> None:
-    """Not with every event it takes: that would be one mail for each token."""
+async def test_a_paused_generation_resumes_only_when_most_was_read(toy: Toy) -> None:
+    """Otherwise there would be one mail for each token."""
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -100,7 +100,7 @@ async def test_pausing_all_the_time_loses_nothing(toy: Toy, max_backlog: int) ->
     assert texts == {prompt: toy_text(prompt, N_TOKENS) for prompt in prompts(2, N_TOKENS)}
 
 
-async def test_a_stalled_reader_is_dropped(toy: Toy) -> None:
+async def test_a_generation_with_a_stalled_reader_is_ended(toy: Toy) -> None:
     slow, other = prompts(2, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -109,14 +109,14 @@ async def test_a_stalled_reader_is_dropped(toy: Toy) -> None:
             gate.let(N_TOKENS // 4)
             await until(lambda: engine.statistics().generations == 0)
             gate.open()
-            # The slot is somebody else's now.
+            # Another request has the slot now.
             assert await engine.generate(other, max_tokens=5).collect() == toy_text(other, 5)
             assert toy.model.samplers[0].closed
             text = ""
             with pytest.raises(ReaderStalled):  # noqa: PT012
                 async for event in generation:
                     text += event.text
-            # What had arrived until then was not lost.
+            # No event that had arrived is lost.
             assert len(text) >= 8
             assert toy_text(slow, N_TOKENS).startswith(text)
             with pytest.raises(StopAsyncIteration):
@@ -131,7 +131,7 @@ async def test_each_of_many_stalled_readers_has_its_own_deadline(toy: Toy) -> No
         generations = [engine.generate(prompt) for prompt in prompts(6, N_TOKENS)]
         for generation in generations:
             await generation.start()
-        # Those that waited run when the first are dropped, and are dropped in their turn.
+        # The waiting ones run after the first ones have ended, and end in the same way.
         await until_idle(engine)
         await until(lambda: engine.statistics().generations == 0)
     for generation in generations:
@@ -145,7 +145,7 @@ async def test_each_of_many_stalled_readers_has_its_own_deadline(toy: Toy) -> No
         assert toy_text(prompts(6, N_TOKENS)[generations.index(generation)], 1000).startswith(text)
 
 
-async def test_whoever_reads_again_has_no_deadline_any_more(toy: Toy) -> None:
+async def test_a_reader_that_catches_up_has_no_stall_deadline_any_more(toy: Toy) -> None:
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -157,7 +157,7 @@ async def test_whoever_reads_again_has_no_deadline_any_more(toy: Toy) -> None:
     await until_idle(engine)
 
 
-async def test_every_event_that_a_slow_reader_takes_gives_it_more_time(toy: Toy) -> None:
+async def test_every_event_that_a_slow_reader_takes_extends_its_stall_deadline(toy: Toy) -> None:
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -172,7 +172,7 @@ async def test_every_event_that_a_slow_reader_takes_gives_it_more_time(toy: Toy)
     await until_idle(engine)
 
 
-async def test_a_paused_reader_that_leaves_has_no_deadline_any_more(toy: Toy) -> None:
+async def test_closing_a_paused_generation_clears_its_stall_deadline(toy: Toy) -> None:
     (prompt,) = prompts(1, N_TOKENS)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -183,15 +183,15 @@ async def test_a_paused_reader_that_leaves_has_no_deadline_any_more(toy: Toy) ->
         await until_idle(engine)
 
 
-async def test_an_end_that_comes_while_it_is_paused_is_the_end(toy: Toy) -> None:
-    """The last token was on its way when the reader fell behind: all can be read, and nothing stalls."""
+async def test_a_text_that_ends_while_its_reader_is_paused(toy: Toy) -> None:
+    """The last token was on its way when the reader fell behind. All can be read, and nothing stalls."""
     prompt = next(prompt for prompt in prompts(20, 40) if toy_text(prompt, 6).isascii())
     gate = Gate(toy)
     toy.on_decode = gate
     async with toy.engine(max_backlog=4, stall_timeout=0.05) as engine:
         async with engine.generate(prompt, max_tokens=6) as generation:
             gate.let(5)
-            # Trio does not run meanwhile, so that nobody can be paused before the last token is under way.
+            # This task does not yield to trio, so nothing is paused before the last token is on its way.
             while len(gate.batches) < 6:
                 pass
             await until(lambda: is_paused(generation))

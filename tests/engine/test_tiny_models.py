@@ -1,4 +1,4 @@
-"""The engine over the native library: what the toy promises holds for real memory and real arithmetic."""
+"""The engine over the native library: what the toy promises holds for real memory and real arithmetic too."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def asked(prompt: str, max_tokens: int | None = 40, **fields: object) -> Generat
 
 
 async def alone(engine: Engine, *prompts: str) -> dict[str, str]:
-    """Their texts, one after the other, from nothing."""
+    """The texts of the prompts, one after the other, without the prompt cache."""
     return {prompt: await engine.generate(asked(prompt, cache_prompt=False)).collect() for prompt in prompts}
 
 
 @pytest.mark.parametrize("name", KINDS)
-async def test_a_background_request_goes_on_where_it_was(models: Path, name: str) -> None:
+async def test_a_preempted_request_continues_its_text(models: Path, name: str) -> None:
     slow, *quick = "hello", "the world", "a count", "system and user"
     async with running(models, name, slots=1) as engine:
         texts = await alone(engine, slow, *quick)
@@ -66,7 +66,7 @@ async def test_a_background_request_goes_on_where_it_was(models: Path, name: str
         assert background.usage.completion_tokens == 40
 
 
-async def test_an_embedding_beside_full_slots(models: Path) -> None:
+async def test_embeddings_beside_full_slots(models: Path) -> None:
     async with running(models, "llama", slots=1, max_queue=1) as engine:
         vectors = await engine.embed([PROMPT[:80], "hello"])
         assert not np.allclose(vectors[0], vectors[1])
@@ -105,7 +105,7 @@ async def test_an_encoder_gets_no_more_rows_than_it_was_trained_for(models: Path
 
 
 @pytest.mark.parametrize("name", KINDS)
-async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) -> None:
+async def test_a_deadline_ends_a_text_early(models: Path, name: str) -> None:
     async with running(models, name) as engine:
         whole = (await alone(engine, "hello"))["hello"]
         generation = engine.generate(asked("hello", None, deadline=0.3))
@@ -118,7 +118,7 @@ async def test_a_deadline_leaves_the_start_of_the_text(models: Path, name: str) 
         await until_idle(engine)
 
 
-async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
+async def test_requests_with_a_shared_prefix_decode_it_once(models: Path) -> None:
     async with running(models, "llama", slots=4) as engine:
         prompts = [f"{PROMPT}{word}" for word in ("hello", "world", "count", "system")]
         n_shared_cells = len(await engine.tokenize(PROMPT))
@@ -136,10 +136,10 @@ async def test_whoever_shares_a_prefix_waits_for_it(models: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", KINDS)
-async def test_who_stays_does_not_notice_who_goes(models: Path, name: str, seed: int) -> None:
-    """Three stay, sixty go: in the queue, in the middle of a prompt, while they decode."""
+async def test_requests_that_stay_do_not_notice_those_that_go(models: Path, name: str, seed: int) -> None:
+    """Three stay. Sixty go: in the queue, in the middle of a prompt, or while they decode."""
     chance = random.Random(seed)
-    longest = 60 if name == "gpt2" else 300  # characters, of which its table has places for 96
+    longest = 60 if name == "gpt2" else 300  # characters; the table of positions has 96 entries
     prompts = [PROMPT[: longest // 8 * n] + word for n, word in enumerate(("hello", "world", "count"), 1)]
     texts: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""A toy that counts, waits and fails on command: what the tests of the engine share."""
+"""A toy model that counts, waits and fails on command, for all tests of the engine."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from trio_runner.testing import (
 
 DEADLINE = 20.0
 """Seconds for a whole test."""
-PATIENCE = 10.0
-"""Seconds a thread is held at most: trio cannot cancel it, so it must give up by itself."""
+HOLD_SECONDS = 10.0
+"""Seconds that a thread is held at most. Trio cannot cancel a thread, so it must give up by itself."""
 
 
 class Model(ToyModel):
-    """Around a text it has the special tokens that its info says."""
+    """A toy that has the special tokens of its `info` around a text."""
 
     n_closed = 0
     on_tokenize: Callable[[str], None] | None = None
@@ -92,7 +92,7 @@ class Context(ToyContext):
 
 
 class Projector(ToyProjector):
-    """An image may be cut into tiles, each of as many rows as the whole would have."""
+    """A toy that may divide an image into tiles, each with as many rows as the whole image would have."""
 
     n_closed = 0
 
@@ -113,7 +113,7 @@ class Projector(ToyProjector):
 
 
 class Toy:
-    """A loader that remembers what it loaded. The hooks may be set until then, `context.on_decode` and
+    """A loader that remembers what it loaded. Hooks may be set until it loads; `context.on_decode` and
     `projector.on_encode` at any time."""
 
     model: Model
@@ -155,7 +155,7 @@ class Toy:
                 yield engine
 
     def check_closed(self) -> None:
-        """Whatever was loaded is closed, once, and so are all samplers and adapters."""
+        """Check that everything that was loaded is closed exactly once, samplers and adapters included."""
         if self.n_loaded:
             assert self.n_loaded == 1
             assert self.context.n_closed == 1
@@ -165,29 +165,29 @@ class Toy:
             assert all(adapter.closed for adapter in self.model.adapters)
 
     def uids_run(self, since: int = 0) -> list[int]:
-        """The uid of every chunk that reached the context, beginning with batch number `since`."""
+        """The uid of every chunk that reached the context, from batch number `since` on."""
         return [chunk.uid for batch in self.context.batches[since:] for chunk in batch.chunks]
 
 
 class Turnstile:
-    """Stands threads still, each until it is let through or has given up."""
+    """Stops threads, each until it is let through or gives up."""
 
     def __init__(self) -> None:
         self._passes = threading.Semaphore(0)
         self._is_open = False
 
     def let(self, n: int = 1) -> None:
-        """Let that many through, the one that waits included."""
+        """Let `n` threads through, the one that waits included."""
         self._passes.release(n)
 
     def open(self) -> None:
-        """Let all through from now on."""
+        """Let all threads through from now on."""
         self._is_open = True
         self._passes.release()
 
     def pass_through(self, gave_up: Callable[[], bool]) -> bool:
-        """False if it `gave_up`."""
-        deadline = time.monotonic() + PATIENCE
+        """Wait to be let through. False if `gave_up`."""
+        deadline = time.monotonic() + HOLD_SECONDS
         while not self._is_open and not self._passes.acquire(timeout=0.002):
             if gave_up():
                 return False
@@ -196,13 +196,13 @@ class Turnstile:
 
 
 class Gate(Turnstile):
-    """For `on_decode`: stands the decode thread still before each batch, until it is let through or aborted. Of an
-    aborted batch `n_kept` rows are in the KV cache."""
+    """For `on_decode`: stops the decode thread before each batch, until the batch is let through or aborted. Of an
+    aborted batch, `n_kept` rows are in the KV cache."""
 
     def __init__(self, toy: Toy, *, n_kept: int = 0) -> None:
         super().__init__()
         self.batches: list[Batch] = []
-        """All that have arrived."""
+        """All that have arrived at it, in order."""
         self.n_aborted = 0
         self.n_kept = n_kept
         self._toy = toy
@@ -220,12 +220,12 @@ class Gate(Turnstile):
 
 
 class Shutter(Turnstile):
-    """For `on_encode`: stands the projector still before each image, until it is let through or cancelled."""
+    """For `on_encode`: stops the projector before each image, until the image is let through or cancelled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encodings: list[ToyEncoding] = []
-        """All that have arrived."""
+        """All that have arrived at it, in order."""
 
     def __call__(self, encoding: ToyEncoding) -> None:
         self.encodings.append(encoding)
@@ -236,7 +236,7 @@ class Shutter(Turnstile):
 
 
 class Latch:
-    """For the other hooks: whoever comes waits until `open`."""
+    """For the other hooks: stops threads until `open`."""
 
     def __init__(self) -> None:
         self.n_arrived = 0
@@ -244,9 +244,10 @@ class Latch:
 
     def __call__(self, *_: object) -> None:
         self.n_arrived += 1
-        assert self._opened.wait(PATIENCE), "nobody opened the latch"
+        assert self._opened.wait(HOLD_SECONDS), "nobody opened the latch"
 
     def open(self) -> None:
+        """Let all threads through from now on."""
         self._opened.set()
 
     async def reached(self, n_arrived: int = 1) -> None:
@@ -254,13 +255,13 @@ class Latch:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Threads tell nobody: look again and again. The caller has the deadline."""
+    """Wait for a condition that a thread makes true, by looking again and again. The caller has the deadline."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.001)
 
 
 def is_idle(engine: Engine) -> bool:
-    """No reader, no slot in use, nothing in the queue."""
+    """No request in flight, no slot in use, nothing in the queue."""
     statistics = engine.statistics()
     return statistics.generations == statistics.busy == statistics.waiting == 0
 
@@ -270,7 +271,7 @@ async def until_idle(engine: Engine) -> None:
 
 
 async def open_when_closing(engine: Engine, toy: Toy, latch: Latch) -> None:
-    """Not before the engine waits for whoever stands at `latch`, with everything still there."""
+    """Open the latch once the engine is closing and waits for the thread at the latch, with nothing freed yet."""
     with trio.CancelScope(shield=True):
         await until(lambda: engine.status == "closing")
         await trio.testing.wait_all_tasks_blocked()
@@ -292,14 +293,14 @@ def prompts(count: int, n_tokens: int) -> tuple[str, ...]:
 
 @cache
 def picture(number: int) -> bytes:
-    """An encoded picture of this number, unlike all others."""
+    """An encoded picture. Each number gives another one."""
     file = io.BytesIO()
     Image.new("RGB", (3, 2), (number % 256, number // 256, 7)).save(file, "PNG")
     return file.getvalue()
 
 
 def items_of(projector: ToyProjector, parts: Sequence[str | ImageSource]) -> list[Item]:
-    """What the toy sees of texts and images."""
+    """The items that the toy makes of texts and images."""
     items: list[Item] = []
     for part in parts:
         items += part.encode() if isinstance(part, str) else projector.image(load_pixels(part, param="a picture")).items
@@ -307,7 +308,7 @@ def items_of(projector: ToyProjector, parts: Sequence[str | ImageSource]) -> lis
 
 
 class SlowFile(os.PathLike[str]):
-    """The path of a picture which nobody can read before `latch` is open."""
+    """The path of a picture that cannot be read before `latch` is open."""
 
     def __init__(self, directory: Path, latch: Latch, number: int = 0) -> None:
         self._path = directory / f"{number}.png"

@@ -12,6 +12,6 @@ from tests.tiny_models import tiny_model
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the file of a tiny model by its name."""
+    """Returns the file of a tiny model by its name."""
     directory = tmp_path_factory.mktemp("models")
     return lambda name: tiny_model(name, directory)

@@ -18,7 +18,7 @@ import trio
 
 from tests.cli.programs import ROOT, Program, exchange, program, read_all, request
 from tests.rpc.servers import RpcServer, free_port
-from trio_runner.cli import main
+from trio_runner.cli.main import main
 from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.errors import LoadError
 from trio_runner.llama import backends
@@ -197,7 +197,7 @@ import sys
 from pathlib import Path
 from trio_runner.llama import library
 library.LIBRARY_DIRECTORY = Path(sys.argv.pop(1))
-from trio_runner.cli import main
+from trio_runner.cli.main import main
 sys.exit(main())
 """
 

@@ -1,4 +1,4 @@
-"""A client that says exactly the bytes it is told to, and a server to say them to."""
+"""A client that sends exactly the bytes it is given, and a server for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import trio
 
-from trio_runner.engine.engine import Engine
+from trio_runner.interface import EngineInterface
 from trio_runner.server import serve
 
 DEADLINE = 10.0
@@ -22,7 +22,7 @@ DEADLINE = 10.0
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for what nothing announces; the deadline of `serving` bounds it."""
+    """Wait for a condition that nothing announces. The deadline of `serving` bounds it."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.001)
 
@@ -43,7 +43,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Of a completion that has come to its end."""
+        """The text of a completion that came to its end."""
         assert self.status == 200, self.body
         assert [line["stop"] for line in self.lines] == [False] * (len(self.lines) - 1) + [True]
         assert "error" not in self.lines[-1]
@@ -157,7 +157,7 @@ async def reset(client: Client) -> None:
 
 
 async def half_close(client: Client) -> None:
-    """Not gone, but it looks the same; see rule 3 of connection.py."""
+    """The client still reads, but to the server it looks the same; see rule 3 of connection.py."""
     await client.stream.send_eof()
 
 
@@ -194,7 +194,7 @@ async def serving(engine: object, *, deadline: float = DEADLINE, **options: Any)
     shutdown, stopped = trio.Event(), trio.Event()
 
     async def run(*, task_status: trio.TaskStatus[list[tuple[str, int]]]) -> None:
-        await serve(cast(Engine, engine), port=0, shutdown=shutdown, task_status=task_status, **options)
+        await serve(cast(EngineInterface, engine), port=0, shutdown=shutdown, task_status=task_status, **options)
         stopped.set()
 
     with trio.fail_after(deadline):

@@ -1,4 +1,4 @@
-"""An engine that does what a test tells it to, when it tells it to."""
+"""An engine that does what the test tells it to do, and only then."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ class FakeGeneration:
 
     # What the test uses.
 
+    @property
+    def unread(self) -> list[Event]:
+        """The events that the server has not taken yet."""
+        return self._events
+
     def say(self, *events: Event | str) -> None:
         self._events += [TextPiece(event) if isinstance(event, str) else event for event in events]
         self._arrived.set()
@@ -64,7 +69,7 @@ class FakeGeneration:
 
 
 class FakeEngine:
-    """Ready at once and willing, unless told otherwise; answers come from the test."""
+    """Ready at once, and admits every request unless the test says otherwise. The test writes the answers."""
 
     def __init__(self) -> None:
         self.config = EngineConfig()
@@ -139,7 +144,7 @@ class FakeEngine:
         self.calls.append(name)
         return AdapterInfo(name, "/srv/secret/x.gguf", 1.0)
 
-    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+    async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         self.calls.append((text, add_special, parse_special))
         await self.admit()
         return list(text.encode())
@@ -160,5 +165,5 @@ class FakeEngine:
 
 
 def endless(generation: FakeGeneration) -> None:
-    """Give it more to say than any socket holds."""
+    """Say more than any socket holds."""
     generation.say(*["x" * 50_000] * 400)

@@ -1,3 +1,5 @@
+"""Which requests are let in."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,7 +13,7 @@ def status(access: Access, path: str = "/completion", method: str = "POST", **he
 
 
 @pytest.mark.parametrize("host", [b"localhost", b"LOCALHOST:8080", b"127.0.0.1", b"127.0.0.1:1", b"[::1]", b"[::1]:80"])
-def test_loopback_names_pass(host: bytes) -> None:
+def test_loopback_names_in_host_are_let_in(host: bytes) -> None:
     assert status(Access(), host=host) is None
 
 
@@ -30,24 +32,24 @@ def test_loopback_names_pass(host: bytes) -> None:
         *[b"\xff", b"localhost\x00", b"localhost:", b"[::1", b"user@localhost", b"localhost:x", b"0.0.0.0", b"127.1"],
     ],
 )
-def test_other_names_do_not(host: bytes) -> None:
+def test_other_names_in_host_are_refused(host: bytes) -> None:
     assert status(Access(), host=host) == 403
     assert status(Access(), "/health", "GET", host=host) == 403
     assert status(Access(hosts=None), host=host) is None
 
 
-def test_configured_names_pass() -> None:
+def test_configured_names_in_host_are_let_in() -> None:
     access = Access(hosts=host_names(["My.Box"]))
     assert status(access, host=b"my.box:8080") is None
     assert status(access, host=b"localhost") is None
     assert status(access, host=b"other.box") == 403
 
 
-def test_http_1_0_may_leave_the_host_out() -> None:
+def test_a_request_of_http_1_0_may_have_no_host() -> None:
     assert status(Access()) is None
 
 
-def test_origin() -> None:
+def test_web_pages_need_a_configured_origin() -> None:
     assert status(Access(), origin=b"http://localhost:3000") == 403
     assert status(Access(), origin=b"null") == 403
     assert status(Access(origins=frozenset({"http://localhost:3000"})), origin=b"http://localhost:3000") is None
@@ -65,11 +67,11 @@ def test_origin() -> None:
         (b"", 401),
     ],
 )
-def test_api_key(authorization: bytes, expected: int | None) -> None:
+def test_the_api_key_comes_as_a_bearer_token(authorization: bytes, expected: int | None) -> None:
     assert status(Access(api_key="key"), authorization=authorization) == expected
 
 
-def test_health_needs_no_key() -> None:
+def test_health_and_preflights_need_no_key() -> None:
     access = Access(api_key="key", origins=frozenset({"http://a"}))
     assert status(access, "/health") is None
     assert status(access) == 401

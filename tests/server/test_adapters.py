@@ -1,4 +1,4 @@
-"""/adapters: what clients may load, choose and unload while others are served, and what is none of their business."""
+"""/adapters: what clients may load, choose and unload while others are served, and what they must not learn."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_the_life_of_an_adapter(toy: Toy, tmp_path: Path) -> None:
         assert (await server.ask(post("/adapters", {"file": "other.gguf", "name": "tale"}))).status == 200
 
 
-async def test_a_scale_is_for_those_who_choose_nothing(toy: Toy, tmp_path: Path) -> None:
+async def test_the_scale_of_an_adapter_is_for_requests_that_choose_none(toy: Toy, tmp_path: Path) -> None:
     toy.adapters = (AdapterConfig("/srv/a.gguf", 0.5), AdapterConfig("/srv/b.gguf", 0.0))
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path) as server:
         loaded = await server.ask(post("/adapters", {"file": "x.gguf", "name": "c", "scale": -2}))
@@ -102,10 +102,10 @@ ODD = [
     "x" * 255,
     "\u202e",
 ]
-"""Names of files, all the same."""
+"""Odd, but names of files."""
 
 
-async def test_no_file_outside_the_directory(toy: Toy, tmp_path: Path) -> None:
+async def test_no_file_outside_the_directory_is_loaded(toy: Toy, tmp_path: Path) -> None:
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path) as server:
         client = await server.connect()
         for file in TRICKS:
@@ -119,15 +119,15 @@ async def test_no_file_outside_the_directory(toy: Toy, tmp_path: Path) -> None:
         assert [Path(adapter.path) for adapter in toy.model.adapters] == [tmp_path / file for file in ODD]
 
 
-async def test_a_link_is_the_operators_business(toy: Toy, tmp_path: Path) -> None:
-    """What is in the directory is up to whoever names it."""
+async def test_links_in_the_directory_are_followed(toy: Toy, tmp_path: Path) -> None:
+    """The operator who names the directory decides what is in it."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "link.gguf").symlink_to(tmp_path / "elsewhere.gguf")
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path / "a") as server:
         assert (await server.ask(post("/adapters", {"file": "link.gguf"}))).status == 200
 
 
-async def test_a_file_that_is_no_adapter_is_named_and_its_place_is_not(toy: Toy, tmp_path: Path) -> None:
+async def test_a_file_that_is_no_adapter_is_named_without_its_directory(toy: Toy, tmp_path: Path) -> None:
     directory = tmp_path / "secret"
 
     def refuse(path: str) -> None:
@@ -145,7 +145,7 @@ async def test_a_file_that_is_no_adapter_is_named_and_its_place_is_not(toy: Toy,
         assert (await server.ask(post("/adapters", {"file": "good.gguf", "name": "x"}))).status == 200
 
 
-async def test_names(toy: Toy, tmp_path: Path) -> None:
+async def test_names_of_adapters(toy: Toy, tmp_path: Path) -> None:
     toy.adapters = (AdapterConfig("/srv/a.gguf"),)
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path) as server:
         for name in ("a", "../x", "a/b", " ", "-x", ".x", "é", "a\0", "x" * 65, "x" * 1000):
@@ -160,7 +160,7 @@ async def test_names(toy: Toy, tmp_path: Path) -> None:
         assert await names(server) == ["a", "b", "x" * 64, "0", "a.b-c_D", "c_d"]
 
 
-async def test_only_so_many(toy: Toy, tmp_path: Path) -> None:
+async def test_the_number_of_loaded_adapters_is_bounded(toy: Toy, tmp_path: Path) -> None:
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path) as server:
         client = await server.connect()
         for number in range(MAX_LOADED):
@@ -174,13 +174,13 @@ async def test_only_so_many(toy: Toy, tmp_path: Path) -> None:
 UNKNOWN = ["b", "A", "", " ", "..", "../a", "a/", "\0", "é", "\u202e", "x" * 5000, "a%00"]
 
 
-async def test_unknown_names(toy: Toy, tmp_path: Path) -> None:
+async def test_unknown_names_are_not_found(toy: Toy, tmp_path: Path) -> None:
     toy.adapters = (AdapterConfig("/srv/a.gguf"),)
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path) as server:
         client = await server.connect()
         for name in UNKNOWN:
             answer = await client.ask(delete(name))
-            # What a slash is in is another path; what is left of nothing is one, too.
+            # A name with a slash makes another path, and so does an empty name.
             elsewhere = name == "" or "/" in name
             assert answer.status == 404, name
             assert answer.body == b"404 page not found\n" or (not elsewhere and answer.body.startswith(b"name: "))
@@ -197,7 +197,7 @@ async def test_unknown_names(toy: Toy, tmp_path: Path) -> None:
         assert is_idle(engine)
 
 
-async def test_unloading_takes_nothing_from_who_has_it(toy: Toy, tmp_path: Path) -> None:
+async def test_unloading_an_adapter_takes_nothing_from_a_request_that_uses_it(toy: Toy, tmp_path: Path) -> None:
     gate = toy.on_decode = Gate(toy)
     cache_key = toy_cache_key([(str(tmp_path / "a.gguf"), 1.0)])
     prompt = next(each for each in prompts(50, 60) if END not in toy_continuation([*each.encode()], 60, cache_key))
@@ -210,7 +210,7 @@ async def test_unloading_takes_nothing_from_who_has_it(toy: Toy, tmp_path: Path)
         assert (await server.ask(delete("a"))).status == 200
         assert (await server.ask(delete("a"))).status == 404
         assert (await server.ask(completion("x", {"name": "a"}))).status == 404
-        # The same name may stand for something else by now.
+        # The same name may now mean another adapter.
         assert (await server.ask(post("/adapters", {"file": "b.gguf", "name": "a"}))).status == 200
         assert not toy.model.adapters[0].closed
         gate.open()
@@ -222,11 +222,12 @@ async def test_unloading_takes_nothing_from_who_has_it(toy: Toy, tmp_path: Path)
 
 
 @pytest.mark.parametrize("leave", WAYS)
-async def test_who_leaves_while_it_is_loaded(toy: Toy, tmp_path: Path, leave: Leave) -> None:
-    """It does not stay, and its name is free; nobody else waits meanwhile."""
+async def test_a_client_that_disconnects_while_its_adapter_loads(toy: Toy, tmp_path: Path, leave: Leave) -> None:
+    """The adapter does not stay, and its name is free. Nobody else waits while it loads."""
     latch = Latch()
     toy.on_adapter = latch
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path) as server:
+        n_tasks = trio.lowlevel.current_statistics().tasks_living
         client = await server.connect()
         await client.stream.send_all(post("/adapters", {"file": "a.gguf"}))
         await latch.reached()
@@ -234,7 +235,7 @@ async def test_who_leaves_while_it_is_loaded(toy: Toy, tmp_path: Path, leave: Le
         assert (refusal.status, b"name" in refusal.body) == (400, True)
         assert (await server.ask(completion("x"))).text == toy_text("x", 12)
         await leave(client)
-        await until(lambda: len(engine._adapters._coming) == 0)
+        await until(lambda: trio.lowlevel.current_statistics().tasks_living <= n_tasks)
         latch.open()
         answer = await server.ask(post("/adapters", {"file": "a.gguf"}))
         assert answer.status == 200
@@ -242,8 +243,8 @@ async def test_who_leaves_while_it_is_loaded(toy: Toy, tmp_path: Path, leave: Le
         await until(lambda: sorted(adapter.closed for adapter in toy.model.adapters) == [False, True])
 
 
-async def test_a_crowd_that_loads_and_unloads(toy: Toy, tmp_path: Path) -> None:
-    """Whatever the order, each stream has what it asked for or is told that it is not there."""
+async def test_many_clients_load_use_and_unload_at_once(toy: Toy, tmp_path: Path) -> None:
+    """In any order: each request gets the adapter that it asked for, or learns that there is none."""
     async with toy.engine(slots=2) as engine, serving(engine, adapter_dir=tmp_path, deadline=30) as server:
         n_told = 0
 
@@ -277,7 +278,7 @@ async def test_a_crowd_that_loads_and_unloads(toy: Toy, tmp_path: Path) -> None:
         await until(lambda: all(adapter.closed for adapter in toy.model.adapters))
 
 
-async def test_a_model_that_does_not_load_is_no_fault_of_an_adapter(tmp_path: Path) -> None:
+async def test_a_model_that_does_not_load_is_not_blamed_on_an_adapter(tmp_path: Path) -> None:
     def fail(*_: object) -> None:
         raise LoadError("not a GGUF file", path="model.gguf")
 
@@ -289,7 +290,7 @@ async def test_a_model_that_does_not_load_is_no_fault_of_an_adapter(tmp_path: Pa
             assert (answer.status, answer.body) == (500, b"model.gguf: not a GGUF file\n")
 
 
-async def test_a_key_is_for_adapters_too(toy: Toy, tmp_path: Path) -> None:
+async def test_adapters_need_the_api_key(toy: Toy, tmp_path: Path) -> None:
     async with toy.engine() as engine, serving(engine, adapter_dir=tmp_path, api_key="s3cret") as server:
         for raw in (LIST, post("/adapters", {"file": "a.gguf"}), delete("a")):
             assert (await server.ask(raw)).status == 401

@@ -1,4 +1,4 @@
-"""What one connection may do to the others: nothing."""
+"""What happens on one connection reaches no other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def http2(headers: bytes) -> bytes:
 
 GET, HTTP = b"\x82", b"\x86"
 
-KILLERS = {
+ATTACKS = {
     "websocket, protocol not ASCII": (upgrade(b"Sec-WebSocket-Protocol: \xff\r\n"), 200),
     "websocket, extensions not ASCII": (upgrade(b"Sec-WebSocket-Extensions: \xff\r\n"), 200),
     "websocket and one more byte": (upgrade(trailing=b"x"), 200),
@@ -91,9 +91,9 @@ KILLERS = {
 }
 
 
-@pytest.mark.parametrize("name", KILLERS)
-async def test_one_request_reaches_nobody_else(name: str) -> None:
-    raw, status = KILLERS[name]
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_no_request_disturbs_another_client(name: str) -> None:
+    raw, status = ATTACKS[name]
     engine = FakeEngine()
     async with serving(engine) as server:
         bystander, generation = await streaming(server, engine)
@@ -122,7 +122,7 @@ async def contents(client: Client) -> list[str]:
     return [json.loads(line)["content"] for line in body.splitlines()]
 
 
-async def test_an_exception_ends_one_connection(
+async def test_an_exception_in_the_protocol_ends_one_connection(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     receive = Http1.receive
@@ -148,7 +148,7 @@ async def ending(server: Server, raw: bytes) -> Client:
     return client
 
 
-async def test_an_exception_in_a_handler_is_one_500(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_exception_in_a_handler_is_answered_with_500(caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine()
     engine.refusal = KeyError("secret")
     async with serving(engine) as server:
@@ -180,7 +180,7 @@ async def test_keep_alive_serves_many_requests_on_one_connection() -> None:
         request("GET", "/nowhere", b"", "Connection: close"),
     ],
 )
-async def test_connection_close_closes(raw: bytes) -> None:
+async def test_a_request_for_close_closes_the_connection(raw: bytes) -> None:
     async with serving(FakeEngine()) as server:
         client = await server.connect()
         with trio.fail_after(1):
@@ -211,7 +211,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
             assert len((await client.answer()).json["tokens"]) == i + 1
 
 
-async def test_only_so_many_bytes_may_wait_behind_a_request() -> None:
+async def test_the_bytes_that_wait_behind_a_request_are_bounded() -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         client, generation = await streaming(server, engine)
@@ -221,7 +221,7 @@ async def test_only_so_many_bytes_may_wait_behind_a_request() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET", b"GET /health HTTP/1.1\r\nHost: a\r\nX"])
-async def test_a_head_that_never_ends(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_head_that_never_ends_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_runner.server.connection.HEAD_SECONDS", 0.1)
     async with serving(FakeEngine()) as server:
         client = await server.connect()
@@ -230,7 +230,7 @@ async def test_a_head_that_never_ends(sent: bytes, monkeypatch: pytest.MonkeyPat
         assert await client.closed()
 
 
-async def test_a_trickle_does_not_extend_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_head_that_trickles_in_is_cut_off_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_runner.server.connection.HEAD_SECONDS", 0.3)
     async with serving(FakeEngine()) as server:
         client = await ending(server, b"GET /health HTTP/1.1\r\n")
@@ -244,7 +244,7 @@ async def test_a_trickle_does_not_extend_the_head(monkeypatch: pytest.MonkeyPatc
             await trickle()
 
 
-async def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_runner.server.app.BODY_TIMEOUT", 0.1)
     async with serving(FakeEngine()) as server:
         client = await ending(server, b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
@@ -261,8 +261,8 @@ async def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> 
             assert await client.closed()
 
 
-async def test_a_refused_upload_still_reads_its_refusal() -> None:
-    """The answer comes before the body is through; closing at once would reset the connection and lose it."""
+async def test_a_client_that_uploads_can_read_its_refusal() -> None:
+    """The answer comes before the body has ended. Closing at once would reset the connection and lose the answer."""
     async with serving(FakeEngine()) as server:
         for _ in range(10):
             client = await server.connect()
@@ -271,7 +271,7 @@ async def test_a_refused_upload_still_reads_its_refusal() -> None:
             assert (await client.answer()).status == 404
 
 
-async def test_too_many_connections() -> None:
+async def test_one_connection_too_many_is_answered_with_503() -> None:
     engine = FakeEngine()
     async with serving(engine, max_connections=3) as server:
         clients = [(await streaming(server, engine))[0] for _ in range(3)]
@@ -285,7 +285,7 @@ async def test_too_many_connections() -> None:
 
 
 async def test_idle_connections_make_room() -> None:
-    """Whoever has been idle longest goes first; who is served, or has begun to ask, stays."""
+    """The connection that has been idle longest is closed first. One that serves a request, or has begun one, stays."""
     engine = FakeEngine()
     async with serving(engine, max_connections=5) as server:
         busy, generation = await streaming(server, engine)
@@ -306,9 +306,9 @@ async def test_idle_connections_make_room() -> None:
         assert await contents(busy) == ["first", ""]
 
 
-async def test_an_idle_connection_that_just_asked_stays() -> None:
+async def test_an_idle_connection_that_has_just_asked_stays() -> None:
     async with serving(FakeEngine(), max_connections=2) as server:
-        for _ in range(10):  # who of the two is looked at first, the server does not decide
+        for _ in range(10):  # which of the two the event loop looks at first is random
             idle = [await server.connect() for _ in range(2)]
             for client in idle:
                 assert (await client.ask(HEALTH)).status == 200
@@ -323,7 +323,7 @@ async def test_an_idle_connection_that_just_asked_stays() -> None:
                     pass
 
 
-async def test_a_client_that_does_not_read_is_dropped() -> None:
+async def test_a_client_that_does_not_read_is_disconnected() -> None:
     engine = FakeEngine()
     engine.config = EngineConfig(stall_timeout=0.2)
     async with serving(engine) as server:
@@ -347,8 +347,8 @@ async def test_a_slow_reader_gets_everything() -> None:
         assert sum(map(len, await contents(client))) == 50_000 * 100
 
 
-async def test_a_reader_that_gets_on_is_not_dropped_however_slow() -> None:
-    """One chunk takes it three times as long as it may leave the socket full."""
+async def test_a_slow_client_that_reads_on_is_not_disconnected() -> None:
+    """Reading one chunk takes it three times as long as it may leave the socket full."""
     engine = FakeEngine()
     engine.config = EngineConfig(stall_timeout=0.3)
     async with serving(engine) as server:

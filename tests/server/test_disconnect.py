@@ -1,4 +1,4 @@
-"""A client that leaves is noticed, in every phase and in every way of leaving."""
+"""A client that disconnects is noticed, in every phase and in every way of disconnecting."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def tasks_return_to(n_tasks: int) -> None:
 
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("phase", WITHOUT_REQUEST)
-async def test_before_there_is_a_request(phase: str, leave: Leave) -> None:
+async def test_before_the_request_is_complete(phase: str, leave: Leave) -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         n_tasks = trio.lowlevel.current_statistics().tasks_living
@@ -85,7 +85,7 @@ async def test_while_waiting_for_the_model_or_a_slot(what: str, trailing: str, l
 @pytest.mark.parametrize("leave", WAYS)
 @pytest.mark.parametrize("trailing", TRAILING)
 @pytest.mark.parametrize("spoken", [False, True], ids=["prefill", "decode"])
-async def test_in_the_answer(spoken: bool, trailing: str, leave: Leave) -> None:
+async def test_during_the_answer(spoken: bool, trailing: str, leave: Leave) -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         n_tasks = trio.lowlevel.current_statistics().tasks_living
@@ -103,8 +103,8 @@ async def test_in_the_answer(spoken: bool, trailing: str, leave: Leave) -> None:
 
 
 @pytest.mark.parametrize("leave", WAYS)
-async def test_while_the_answer_is_stuck(leave: Leave) -> None:
-    """The socket is full, so the server waits in a send."""
+async def test_while_the_server_waits_to_send(leave: Leave) -> None:
+    """The socket is full."""
     engine = FakeEngine()
     async with serving(engine) as server:
         n_tasks = trio.lowlevel.current_statistics().tasks_living
@@ -119,7 +119,7 @@ async def test_while_the_answer_is_stuck(leave: Leave) -> None:
             await tasks_return_to(n_tasks)
 
 
-async def test_a_hundred_at_once() -> None:
+async def test_a_hundred_clients_at_once() -> None:
     engine = FakeEngine()
     async with serving(engine, deadline=30) as server:
         n_tasks = trio.lowlevel.current_statistics().tasks_living

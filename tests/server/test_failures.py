@@ -1,4 +1,4 @@
-"""What clients see of a device that fails, over a toy model whose every wrong cache entry would be a wrong word."""
+"""What clients see when a device fails. In the toy model, every wrong cache entry would be a wrong word."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def completion(prompt: str) -> bytes:
 
 
 async def ask_all(server: Server, *requests: bytes) -> list[Answer]:
-    """All at once; the answers in the order of the requests."""
+    """Send all requests at once. Returns the answers in their order."""
     answers: dict[bytes, Answer] = {}
 
     async def ask(raw: bytes) -> None:
@@ -43,8 +43,8 @@ async def ask_all(server: Server, *requests: bytes) -> list[Answer]:
 
 
 @pytest.mark.parametrize("n_rows", [0, 4])
-async def test_a_batch_that_the_device_cannot_run_ends_the_request_it_was_too_much_for(toy: Toy, n_rows: int) -> None:
-    """Alone or in company. The others do not notice, and what comes after finds slots and a prompt cache in order."""
+async def test_a_batch_that_fails_ends_only_the_request_that_is_too_large(toy: Toy, n_rows: int) -> None:
+    """Alone or beside others, which do not notice. Later requests find the slots and the prompt cache in order."""
 
     def run_out(batch: Batch) -> Interruption | None:
         too_much = any(ord("!") in chunk.items for chunk in batch.chunks)
@@ -71,8 +71,8 @@ async def test_a_batch_that_the_device_cannot_run_ends_the_request_it_was_too_mu
         assert engine.statistics().generations == engine.statistics().busy == 0
 
 
-async def test_a_device_that_fails_for_a_while(toy: Toy) -> None:
-    """In the middle of every text: each request is told, once, and the same requests succeed afterwards."""
+async def test_requests_succeed_after_a_device_that_failed_for_a_while(toy: Toy) -> None:
+    """Each request is told once, in the middle of its text. The same requests succeed afterwards."""
     texts = prompts(3, 40)
     gate = Gate(toy)
     toy.on_decode = gate
@@ -122,8 +122,8 @@ async def surviving(
         yield server, engine
 
 
-async def test_everybody_hears_of_a_device_that_vanishes(toy: Toy) -> None:
-    """Three that stream, one that waits, some who want vectors; all of them at once."""
+async def test_every_client_is_told_when_a_device_vanishes(toy: Toy) -> None:
+    """Three streams, one request that waits, and some embeddings, all at once."""
     toy.on_decode = gate = Gate(toy)
     texts = prompts(4, 60)
     async with surviving(toy, slots=3) as (server, engine):
@@ -157,7 +157,7 @@ async def test_everybody_hears_of_a_device_that_vanishes(toy: Toy) -> None:
         assert [(answer.status, answer.body) for answer in vectors] == [(503, TEXT.encode() + b"\n")] * 2
 
 
-async def test_every_path_says_so_from_then_on(toy: Toy, tmp_path: Path) -> None:
+async def test_every_path_tells_of_a_device_that_has_vanished(toy: Toy, tmp_path: Path) -> None:
     toy.on_decode = vanish
     toy.adapters = (AdapterConfig(str(tmp_path / "one")),)
     async with surviving(toy, tmp_path, max_queue=0) as (server, _):
@@ -190,7 +190,7 @@ async def test_every_path_says_so_from_then_on(toy: Toy, tmp_path: Path) -> None
             await until(lambda: toy.model.closed)
 
 
-async def test_it_stops_as_any_other(toy: Toy) -> None:
+async def test_a_server_with_a_broken_engine_stops_in_order(toy: Toy) -> None:
     toy.on_decode = vanish
     async with surviving(toy) as (server, _):
         await server.ask(post("/completion", {"prompt": "x"}))
@@ -202,7 +202,7 @@ async def test_it_stops_as_any_other(toy: Toy) -> None:
             assert await idle.closed()
 
 
-async def test_nobody_measures_it(toy: Toy) -> None:
+async def test_the_bench_refuses_a_server_with_a_broken_engine(toy: Toy) -> None:
     toy.on_decode = vanish
     async with surviving(toy) as (server, _):
         await server.ask(post("/completion", {"prompt": "x"}))

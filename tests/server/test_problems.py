@@ -1,9 +1,11 @@
+"""What each error is to a client."""
+
 from __future__ import annotations
 
 import pytest
 
 from trio_runner import errors
-from trio_runner.server.problems import problem
+from trio_runner.server.problems import plain_text, problem
 
 EXPECTED = {
     errors.RunnerError("x"): 500,
@@ -44,11 +46,13 @@ def test_status_text_and_headers(error: errors.RunnerError, status: int) -> None
         assert error.param in answer.text
 
 
-def test_what_is_not_ours_stays_here() -> None:
+def test_the_text_of_an_unexpected_error_is_not_sent() -> None:
     assert (problem(KeyError("secret")).status, problem(KeyError("secret")).text) == (500, "internal error")
 
 
 def test_the_body_is_one_line() -> None:
-    answer = problem(errors.InvalidRequest("a\r\nb", param="c"))
-    assert answer.body == b"c: a b\n"
-    assert answer.all_headers["X-Content-Type-Options"] == "nosniff"
+    answer = plain_text(problem(errors.InvalidRequest("a\r\nb", param="c")))
+    assert (answer.status, answer.body) == (400, b"c: a b\n")
+    assert answer.headers == {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
+    busy = plain_text(problem(errors.EngineBusy(retry_after=1.5)))
+    assert busy.headers["Retry-After"] == "2"

@@ -1,4 +1,4 @@
-"""Start and stop."""
+"""Starting and stopping the server."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import trio
 from tests.server.client import DEADLINE, post, request, serving, until
 from tests.server.fake_engine import DONE, FakeEngine, endless
 from trio_runner.config import EngineConfig
-from trio_runner.engine.engine import Engine
+from trio_runner.interface import EngineInterface
 from trio_runner.server import serve
 from trio_runner.server.listener import addresses, close_all, is_loopback, open_listeners
 
 
 async def refuse(**options: Any) -> None:
     with trio.fail_after(DEADLINE):
-        await serve(cast(Engine, FakeEngine()), port=0, **options)
+        await serve(cast(EngineInterface, FakeEngine()), port=0, **options)
 
 
-async def test_other_machines_need_a_key() -> None:
+async def test_an_address_that_other_machines_reach_needs_a_key() -> None:
     for host in ("0.0.0.0", "::"):
         with pytest.raises(ValueError, match="set an API key"):
             await refuse(host=host)
@@ -32,7 +32,7 @@ async def test_other_machines_need_a_key() -> None:
             await refuse(host=host, api_key="")
 
 
-async def test_other_machines_with_a_key() -> None:
+async def test_other_machines_are_served_if_they_have_the_key() -> None:
     async with serving(FakeEngine(), host="0.0.0.0", api_key="k") as server:
         for host in ("any.name", "", "192.0.2.1"):
             tokenize = request("POST", "/tokenize", b'{"content":"a"}', "Authorization: Bearer k", host=host)
@@ -44,10 +44,10 @@ async def test_other_machines_with_a_key() -> None:
 async def test_a_port_in_use_is_named() -> None:
     async with serving(FakeEngine()) as server:
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {server.port}"):
-            await serve(cast(Engine, FakeEngine()), port=server.port)
+            await serve(cast(EngineInterface, FakeEngine()), port=server.port)
 
 
-async def test_every_address_of_a_name() -> None:
+async def test_a_name_is_listened_on_at_all_its_addresses() -> None:
     listeners = await open_listeners("localhost", 0)
     try:
         assert all(map(is_loopback, listeners))
@@ -56,7 +56,7 @@ async def test_every_address_of_a_name() -> None:
         close_all(listeners)
 
 
-async def test_given_listeners() -> None:
+async def test_listeners_of_the_caller_are_used_and_closed() -> None:
     [listener] = await open_listeners("127.0.0.1", 0)
     async with serving(FakeEngine(), listeners=[listener]) as server:
         assert server.port == listener.getsockname()[1]
@@ -65,7 +65,7 @@ async def test_given_listeners() -> None:
         assert listener.fileno() == -1
 
 
-async def test_running_out_of_descriptors_passes() -> None:
+async def test_accepting_goes_on_after_running_out_of_descriptors() -> None:
     class Exhausted(socket.socket):
         n_failures = 3
 
@@ -107,7 +107,7 @@ async def test_running_answers_finish_while_health_answers() -> None:
             await server.connect()
 
 
-async def test_what_does_not_finish_is_told_why() -> None:
+async def test_an_answer_that_does_not_finish_says_why() -> None:
     engine = FakeEngine()
     async with serving(engine, drain_timeout=0.1) as server:
         client = await server.connect()
@@ -123,7 +123,7 @@ async def test_what_does_not_finish_is_told_why() -> None:
             await server.stopped.wait()
 
 
-async def test_a_stalled_reader_does_not_hold_the_server() -> None:
+async def test_a_client_that_does_not_read_does_not_delay_the_end() -> None:
     engine = FakeEngine()
     engine.config = EngineConfig(stall_timeout=math.inf)
     async with serving(engine, drain_timeout=0.1) as server:
@@ -140,7 +140,7 @@ async def test_a_stalled_reader_does_not_hold_the_server() -> None:
         await generation.closed.wait()
 
 
-async def test_half_requests_do_not_hold_the_server() -> None:
+async def test_half_a_request_does_not_delay_the_end() -> None:
     async with serving(FakeEngine(), drain_timeout=0.1) as server:
         for raw in (b"", b"GET /hea", b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
             client = await server.connect()
@@ -155,7 +155,7 @@ async def test_cancelling_stops_at_once() -> None:
     engine = FakeEngine()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            run = partial(serve, cast(Engine, engine), port=0)
+            run = partial(serve, cast(EngineInterface, engine), port=0)
             [(host, port)] = await nursery.start(run)
             stream = await trio.open_tcp_stream(host, port)
             await stream.send_all(post("/completion", {"prompt": "x"}))

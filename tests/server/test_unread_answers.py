@@ -14,11 +14,12 @@ import trio.testing
 
 from tests.server.client import Client, Leave, fin, half_close, request
 from tests.server.fake_engine import FakeEngine
-from trio_runner.engine.engine import Engine
+from trio_runner.interface import EngineInterface
 from trio_runner.server import create_app
 from trio_runner.server.access import Access
-from trio_runner.server.asgi import Application, Receive, Send, answer
+from trio_runner.server.asgi import Application, Receive, Send, send_answer
 from trio_runner.server.connection import Connection, Service
+from trio_runner.server.problems import Answer
 
 CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 200
 UPLOAD = b"POST /completion HTTP/1.1\r\nHost: localhost\r\n" + CHUNKS
@@ -46,7 +47,7 @@ async def connected(app: Application) -> AsyncIterator[Client]:
 
 
 def guarded() -> Application:
-    app = create_app(cast(Engine, FakeEngine()), access=Access(api_key="secret"))
+    app = create_app(cast(EngineInterface, FakeEngine()), access=Access(api_key="secret"))
     return cast(Application, app)
 
 
@@ -90,7 +91,7 @@ async def test_an_application_that_never_reads_does_not_hide_a_disconnect(n_byte
 
     async def never_read(scope: dict[str, Any], receive: Receive, send: Send) -> None:
         calls.append(scope)
-        await answer(send, 200, {}, b"x" * n_bytes)
+        await send_answer(send, Answer(200, {}, b"x" * n_bytes))
 
     async with connected(never_read) as client:
         await client.stream.send_all(UPLOAD)
@@ -111,7 +112,7 @@ async def test_an_application_that_waits_reads_all_that_has_come() -> None:
             messages.append(await receive())
             if not messages[-1].get("more_body", False):
                 break
-        await answer(send, 200, {}, b"read")
+        await send_answer(send, Answer(200, {}, b"read"))
         messages.append(await receive())
 
     async with connected(read_later) as client:
@@ -133,7 +134,7 @@ async def test_a_body_that_no_application_reads_is_bounded(monkeypatch: pytest.M
 
     async def wait_for_ever(scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
-            await answer(send, 200, {}, b"x" * 1_000_000)
+            await send_answer(send, Answer(200, {}, b"x" * 1_000_000))
         finally:
             gone.append(scope)
 

@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeAlias
 import h11
 import trio
 
-from trio_runner.bench.dialects import Ask, Choice, Dialect, Message, Total
+from trio_runner.bench.dialects import Choice, Dialect, Message, Request, Total
 
-Farewell: TypeAlias = Literal["fin", "reset"]
+Ending: TypeAlias = Literal["fin", "reset"]
 
 _RECEIVE_SIZE = 1 << 16
 
@@ -143,7 +143,7 @@ class Connection:
             parts.append(part[1])
         return b"".join(parts)
 
-    def leave(self, how: Farewell = "fin") -> float:
+    def disconnect(self, how: Ending = "fin") -> float:
         """Disconnect as a client does, with a FIN or a RST packet. Returns the moment."""
         if how == "reset":
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -203,8 +203,8 @@ async def fetch(connection: Connection, method: str, path: str, fields: Mapping[
 class Stream:
     """A completion that is being read: what has arrived so far, and when."""
 
-    def __init__(self, connection: Connection, dialect: Dialect, ask: Ask) -> None:
-        self.asked = 0.0
+    def __init__(self, connection: Connection, dialect: Dialect, request: Request) -> None:
+        self.sent = 0.0
         """The moment just before the request was sent."""
         self.ended: float | None = None
         """The moment at which the answer ended."""
@@ -215,7 +215,7 @@ class Stream:
         self.total: Total | None = None
         self._connection = connection
         self._dialect = dialect
-        self._ask = ask
+        self._request = request
         self._decoder = dialect.decoder()
         self._answered = False
 
@@ -239,7 +239,7 @@ class Stream:
     @property
     def ttft(self) -> float:
         """Seconds from the request to the first piece. Raises `CutShort` if there is none."""
-        return self.first - self.asked
+        return self.first - self.sent
 
     @property
     def tokens_per_piece(self) -> float:
@@ -250,8 +250,8 @@ class Stream:
 
     async def send(self) -> None:
         """Send the request."""
-        request = self._connection.encode("POST", self._dialect.path, self._dialect.body(self._ask))
-        self.asked = time.perf_counter()
+        request = self._connection.encode("POST", self._dialect.path, self._dialect.body(self._request))
+        self.sent = time.perf_counter()
         await self._connection.send(request)
 
     async def step(self) -> bool:
@@ -285,9 +285,9 @@ class Stream:
             raise CutShort("the answer is empty")
         return self
 
-    def leave(self, how: Farewell = "fin") -> float:
+    def disconnect(self, how: Ending = "fin") -> float:
         """Disconnect with a FIN or a RST packet. Returns the moment."""
-        return self._connection.leave(how)
+        return self._connection.disconnect(how)
 
     def _take(self, moment: float, messages: list[Message]) -> None:
         for message in messages:
@@ -302,11 +302,11 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def asking(
-    address: Address, dialect: Dialect, ask: Ask, *, receive_buffer: int | None = None
+async def requesting(
+    address: Address, dialect: Dialect, request: Request, *, receive_buffer: int | None = None
 ) -> AsyncIterator[Stream]:
     """A completion on a connection of its own: requested when the block begins, abandoned when the block ends."""
     with await Connection.open(address, receive_buffer=receive_buffer) as connection:
-        stream = Stream(connection, dialect, ask)
+        stream = Stream(connection, dialect, request)
         await stream.send()
         yield stream

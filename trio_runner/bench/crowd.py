@@ -49,9 +49,9 @@ async def slow_reader(turn: Turn) -> Measured:
     stretches: dict[str, list[tuple[float, float]]] = {company: [] for company in companies}
     order = turn.random.sample(list(companies), 3)
     for company in order + order[::-1]:  # so that a machine that becomes slower slows all three alike
-        asks = [await turn.ask(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
+        requests = [await turn.request(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
         async with companies[company]():
-            stretches[company].append(together(await complete_all(server, asks)))
+            stretches[company].append(together(await complete_all(server, requests)))
         await server.quiet()
     rates = {
         company: sum(n_tokens for n_tokens, _ in pooled) / sum(seconds for _, seconds in pooled)
@@ -70,13 +70,13 @@ async def _deaf(turn: Turn, measured: Measured) -> AsyncIterator[None]:
     """A client that never reads. When the block begins, the server has noticed it, if it does so at all."""
     server, load = turn.server, turn.load
     before = None if server.pid is None else holdings(server.pid)
-    ask = await turn.ask(N_SHORT, load.unread + 2 * load.stretch)
-    async with server.asking(ask, receive_buffer=SMALL_BUFFER), watching(server) as watch:
+    request = await turn.request(N_SHORT, load.unread + 2 * load.stretch)
+    async with server.requesting(request, receive_buffer=SMALL_BUFFER), watching(server) as watch:
         tells, paused = await watch.look() is not None, False
         async with trio.open_nursery() as nursery:
 
             async def accompany() -> None:  # while this one reads its tokens, the other is sent as many
-                await server.complete(await turn.ask(N_SHORT, load.unread))
+                await server.complete(await turn.request(N_SHORT, load.unread))
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(accompany)
@@ -136,7 +136,7 @@ async def _embed(turn: Turn, beside: Sequence[Stream] = ()) -> list[float]:
 async def overload(turn: Turn) -> Measured:
     """Far more requests at once than slots: whether each is answered, and how fast /health answers meanwhile."""
     measured, server = Measured(), turn.server
-    asks = [await turn.ask(N_SHORT, N_ANSWER) for _ in range(turn.load.clients)]
+    requests = [await turn.request(N_SHORT, N_ANSWER) for _ in range(turn.load.clients)]
     results: Counter[str] = Counter()
     first: list[float] = []
 
@@ -153,9 +153,9 @@ async def overload(turn: Turn) -> Measured:
 
     with ExitStack() as connections:
         streams = []
-        for ask in asks:  # all connect before the first one sends, so that the requests come at once
+        for request in requests:  # all connect before the first one sends, so that the requests come at once
             connection = connections.enter_context(await Connection.open(server.address))
-            streams.append(Stream(connection, server.dialect, ask))
+            streams.append(Stream(connection, server.dialect, request))
         over = threading.Event()
         async with trio.open_nursery() as nursery:
             poll = HealthPoll(server.address)
@@ -168,7 +168,7 @@ async def overload(turn: Turn) -> Measured:
             finally:
                 over.set()
             ended = time.perf_counter()
-    measured.add(Metric("requests at once", ""), len(asks))
+    measured.add(Metric("requests at once", ""), len(requests))
     measured.add(Metric("answered", ""), len(first))
     measured.add(Metric("503 with Retry-After", ""), results.pop("503", 0))
     measured.add(Metric("anything else", ""), sum(results.values()))
@@ -204,9 +204,9 @@ class HealthPoll:
                 await trio.sleep(max(due - time.perf_counter(), 0))
                 if over.is_set():
                     break
-                nursery.start_soon(self._ask, due)
+                nursery.start_soon(self._request, due)
 
-    async def _ask(self, due: float) -> None:
+    async def _request(self, due: float) -> None:
         with trio.move_on_after(HEALTH_TIMEOUT) as timeout:
             try:
                 with await Connection.open(self._address) as connection:

@@ -17,7 +17,7 @@ DialectName: TypeAlias = Literal["runner", "llama", "openai"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class Request:
     """A request for a greedy completion that does not end before `max_tokens`, if the dialect can express that."""
 
     prompt: str
@@ -110,7 +110,7 @@ class Dialect(ABC):
         self.model = model
 
     @abstractmethod
-    def body(self, ask: Ask) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
         """The JSON fields of a request to `path`."""
 
     @abstractmethod
@@ -132,15 +132,15 @@ class Runner(Dialect):
     name = "runner"
     path = "/completion"
 
-    def body(self, ask: Ask) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
         return {
-            "prompt": ask.prompt,
-            "n_predict": ask.max_tokens,
+            "prompt": request.prompt,
+            "n_predict": request.max_tokens,
             "temperature": 0,
             "repeat_penalty": 1,
-            "cache_prompt": ask.reuse,
+            "cache_prompt": request.reuse,
             "logit_bias": [[token, False] for token in self.forbidden],
-            **({"logprobs": ask.n_top} if ask.n_top else {}),
+            **({"logprobs": request.n_top} if request.n_top else {}),
         }
 
     def message(self, fields: Mapping[str, Any]) -> Message:
@@ -161,19 +161,19 @@ class Llama(Dialect):
     name = "llama"
     path = "/completion"
 
-    def body(self, ask: Ask) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
         return {
-            "prompt": ask.prompt,
-            "n_predict": ask.max_tokens,
+            "prompt": request.prompt,
+            "n_predict": request.max_tokens,
             "temperature": 0,
             # The cheapest greedy chain of samplers: the default one sorts 40 candidates first.
             "samplers": ["top_k"],
             "top_k": 1,
             "repeat_penalty": 1,
             "ignore_eos": True,
-            "cache_prompt": ask.reuse,
-            "stream": ask.stream,
-            **({"n_probs": ask.n_top} if ask.n_top else {}),
+            "cache_prompt": request.reuse,
+            "stream": request.stream,
+            **({"n_probs": request.n_top} if request.n_top else {}),
         }
 
     def message(self, fields: Mapping[str, Any]) -> Message:
@@ -190,17 +190,17 @@ class OpenAI(Dialect):
     path = "/v1/completions"
     embedding_path = "/v1/embeddings"
 
-    def body(self, ask: Ask) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
         return {
             "model": self.model,
-            "prompt": ask.prompt,
-            "max_tokens": ask.max_tokens,
+            "prompt": request.prompt,
+            "max_tokens": request.max_tokens,
             "temperature": 0,
-            "stream": ask.stream,
+            "stream": request.stream,
             "ignore_eos": True,
-            "cache_prompt": ask.reuse,  # a field of llama-server, which others ignore
-            **({"stream_options": {"include_usage": True}} if ask.stream else {}),
-            **({"logprobs": ask.n_top} if ask.n_top else {}),
+            "cache_prompt": request.reuse,  # a field of llama-server, which others ignore
+            **({"stream_options": {"include_usage": True}} if request.stream else {}),
+            **({"logprobs": request.n_top} if request.n_top else {}),
         }
 
     def message(self, fields: Mapping[str, Any]) -> Message:

@@ -14,8 +14,8 @@ from typing import Final, TypeAlias
 
 import trio
 
-from trio_runner.bench.client import Connection, CutShort, Farewell, Refused, Stream
-from trio_runner.bench.dialects import Ask
+from trio_runner.bench.client import Connection, CutShort, Ending, Refused, Stream
+from trio_runner.bench.dialects import Request
 from trio_runner.bench.figures import Measured, Metric
 from trio_runner.bench.processes import Holdings, holdings
 from trio_runner.bench.scenarios import MS, N_SHORT, Turn, first_token, running
@@ -33,14 +33,14 @@ N_STORM_PIECES: Final = 4
 """Pieces of text after which one of many clients disconnects, at most."""
 N_QUEUED: Final = 3
 """Clients that disconnect beside survivors, in addition to those that have a slot."""
-PATIENCE: Final = 20.0
+CLIENT_SECONDS: Final = 20.0
 """Seconds after which a client of the storm gives up."""
 SETTLE_SECONDS: Final = 12.0
 """Seconds without a change after which a process has settled. trio keeps idle threads for 10 seconds."""
 SMALL_BUFFER: Final = 4096
 """Bytes of the receive buffer of a client that does not read."""
 
-Leave: TypeAlias = Callable[[Turn], Awaitable[float]]
+Disconnect: TypeAlias = Callable[[Turn], Awaitable[float]]
 """Brings a client into some state, disconnects it, and returns the moment of that."""
 
 
@@ -49,43 +49,43 @@ Leave: TypeAlias = Callable[[Turn], Awaitable[float]]
 
 async def cancel_prefill(turn: Turn) -> Measured:
     """A client disconnects at a random moment of a long prefill."""
-    alone = await first_token(turn.server, await turn.ask(turn.load.long_prompt, 1))
+    alone = await first_token(turn.server, await turn.request(turn.load.long_prompt, 1))
 
-    async def leave(turn: Turn) -> float:
-        ask = await turn.ask(turn.load.long_prompt, turn.load.endless)
-        async with turn.server.asking(ask) as victim:
+    async def disconnect(turn: Turn) -> float:
+        request = await turn.request(turn.load.long_prompt, turn.load.endless)
+        async with turn.server.requesting(request) as victim:
             await trio.sleep(alone * turn.random.uniform(0.1, 0.8))
-            return victim.leave()
+            return victim.disconnect()
 
-    return await _cancelled(turn, leave)
+    return await _cancelled(turn, disconnect)
 
 
 async def cancel_decode(turn: Turn) -> Measured:
     """A client disconnects between two tokens."""
 
-    async def leave(turn: Turn) -> float:
-        ask = await turn.ask(N_SHORT, turn.load.endless)
-        async with turn.server.asking(ask) as victim:
+    async def disconnect(turn: Turn) -> float:
+        request = await turn.request(N_SHORT, turn.load.endless)
+        async with turn.server.requesting(request) as victim:
             await victim.read(N_VICTIM_PIECES + turn.random.randrange(N_VICTIM_PIECES))
-            return victim.leave()
+            return victim.disconnect()
 
-    return await _cancelled(turn, leave)
+    return await _cancelled(turn, disconnect)
 
 
 async def cancel_unread(turn: Turn) -> Measured:
     """A client disconnects while it waits for the whole answer, or has read nothing if every answer is a stream."""
-    alone = await first_token(turn.server, await turn.ask(N_SHORT, 1))
+    alone = await first_token(turn.server, await turn.request(N_SHORT, 1))
 
-    async def leave(turn: Turn) -> float:
-        ask = await turn.ask(N_SHORT, turn.load.endless, stream=False)
-        async with turn.server.asking(ask) as victim:
+    async def disconnect(turn: Turn) -> float:
+        request = await turn.request(N_SHORT, turn.load.endless, stream=False)
+        async with turn.server.requesting(request) as victim:
             await trio.sleep(alone + turn.random.uniform(0.1, 0.5))
-            return victim.leave()
+            return victim.disconnect()
 
-    return await _cancelled(turn, leave)
+    return await _cancelled(turn, disconnect)
 
 
-async def _cancelled(turn: Turn, leave: Leave) -> Measured:
+async def _cancelled(turn: Turn, disconnect: Disconnect) -> Measured:
     """Measure how soon a slot is free while streams use all others. The reference is the same with an idle slot."""
     measured, server = Measured(), turn.server
     n_others = server.slots - 1
@@ -93,17 +93,17 @@ async def _cancelled(turn: Turn, leave: Leave) -> Measured:
         idle = await _idle(turn)
         if await watch.look() is not None:
             for _ in range(N_VICTIMS):
-                left = await leave(turn)
-                gone = await watch.until(lambda statistics: statistics["running"] <= n_others)
-                measured.add(Metric("until its slot is free", "ms"), (gone - left) * MS)
-        ask = await turn.ask(N_SHORT, 1)
-        left = await leave(turn)
-        successor = await server.complete(ask)
+                disconnected = await disconnect(turn)
+                free = await watch.until(lambda statistics: statistics["running"] <= n_others)
+                measured.add(Metric("until its slot is free", "ms"), (free - disconnected) * MS)
+        request = await turn.request(N_SHORT, 1)
+        disconnected = await disconnect(turn)
+        successor = await server.complete(request)
         if any(stream.total is not None for stream in others):
             measured.note("the streams beside ended before the next request had its first token")
         else:
             idle += await _idle(turn)
-        _add_successor(measured, successor.first - left, idle)
+        _add_successor(measured, successor.first - disconnected, idle)
     if n_others:
         measured.note(f"{n_others} streams run beside, also for the reference of the idle server")
     return measured
@@ -117,47 +117,47 @@ def _add_successor(measured: Measured, seconds: float, idle: Sequence[float]) ->
 async def cancel_queued(turn: Turn) -> Measured:
     """A client disconnects while it waits behind running streams; the next comes when one of them has ended."""
     measured, server = Measured(), turn.server
-    victim_ask = await turn.ask(turn.load.long_prompt, turn.load.endless)
+    victim_request = await turn.request(turn.load.long_prompt, turn.load.endless)
     async with watching(server) as watch:
         if await watch.look() is not None:
             async with running(turn, server.slots):
                 for _ in range(N_VICTIMS):
-                    async with server.asking(victim_ask) as victim:
+                    async with server.requesting(victim_request) as victim:
                         await watch.until(lambda statistics: statistics["waiting"] >= 1)
                         await trio.sleep(turn.random.uniform(0, 0.1))
-                        left = victim.leave()
+                        disconnected = victim.disconnect()
                         # `waiting` is counted once in a step; `generations`, which the queue's bound counts, is exact.
-                        gone = await watch.until(lambda statistics: statistics["generations"] <= server.slots)
-                        measured.add(Metric("until it has left the queue", "ms"), (gone - left) * MS)
+                        free = await watch.until(lambda statistics: statistics["generations"] <= server.slots)
+                        measured.add(Metric("until it has left the queue", "ms"), (free - disconnected) * MS)
                         await watch.until(lambda statistics: not statistics["waiting"])
     await server.quiet()
     async with running(turn, server.slots - 1):
         idle = await _idle(turn)
-        ask = await turn.ask(N_SHORT, 1)
-        async with server.asking(await turn.ask(N_SHORT, turn.load.tokens)) as before:
+        request = await turn.request(N_SHORT, 1)
+        async with server.requesting(await turn.request(N_SHORT, turn.load.tokens)) as before:
             await before.read(1)
-            async with server.asking(victim_ask) as victim:
+            async with server.requesting(victim_request) as victim:
                 await before.read(turn.load.tokens // 4)
-                victim.leave()
+                victim.disconnect()
             await before.finish()
         free = time.perf_counter()
-        successor = await server.complete(ask)
+        successor = await server.complete(request)
         idle += await _idle(turn)
         _add_successor(measured, successor.first - free, idle)
     return measured
 
 
 async def retry(turn: Turn) -> Measured:
-    """A client disconnects at a random moment of a long prefill and asks again with the same prompt."""
+    """A client disconnects at a random moment of a long prefill and comes again with the same prompt."""
     measured, server, n_prompt = Measured(), turn.server, turn.load.long_prompt
-    alone = await first_token(server, await turn.ask(n_prompt, 1))
-    ask = await turn.ask(n_prompt, 1, reuse=True)
+    alone = await first_token(server, await turn.request(n_prompt, 1))
+    request = await turn.request(n_prompt, 1, reuse=True)
     share = turn.random.uniform(0.2, 0.8)
-    async with server.asking(ask) as victim:
+    async with server.requesting(request) as victim:
         await trio.sleep(alone * share)
-        victim.leave()
+        victim.disconnect()
     await server.quiet()
-    again = await server.complete(ask)
+    again = await server.complete(request)
     measured.add(Metric("its first token", "ms"), again.ttft * MS)
     measured.add(Metric("its first token / an idle server's for a new prompt", "x"), again.ttft / alone)
     measured.add(Metric("missing, by the clock", "tokens"), n_prompt * (1 - share))
@@ -171,7 +171,7 @@ async def retry(turn: Turn) -> Measured:
 
 async def _idle(turn: Turn) -> list[float]:
     """Seconds to the first tokens of `N_IDLE` short requests, one after the other."""
-    return [await first_token(turn.server, await turn.ask(N_SHORT, 1)) for _ in range(N_IDLE)]
+    return [await first_token(turn.server, await turn.request(N_SHORT, 1)) for _ in range(N_IDLE)]
 
 
 # ---- many clients ----------------------------------------------------------------------------------------------------
@@ -181,19 +181,19 @@ async def storm(turn: Turn) -> Measured:
     """Clients connect and disconnect at random moments: what the server still holds when all of them are gone."""
     measured, server, n_clients = Measured(), turn.server, turn.load.storm
     pool, delay = await _leaving(turn)
-    weather = _Storm(server, turn.random, pool, delay)
-    await weather.run(2 * turn.load.crowd, turn.load.crowd)  # the server now has all that it creates once and keeps
+    clients = _Clients(server, turn.random, pool, delay)
+    await clients.run(2 * turn.load.crowd, turn.load.crowd)  # the server now has all that it creates once and keeps
     await server.quiet()
     before = await settled(server)
-    weather.answers.clear()
+    clients.answers.clear()
     started = time.perf_counter()
-    await weather.run(n_clients // 2, turn.load.crowd)
+    await clients.run(n_clients // 2, turn.load.crowd)
     halfway = None if server.pid is None else holdings(server.pid)
-    await weather.run(n_clients - n_clients // 2, turn.load.crowd)
+    await clients.run(n_clients - n_clients // 2, turn.load.crowd)
     ended = time.perf_counter()
     measured.add(Metric("connections", ""), n_clients)
     measured.add(Metric("time for all of them", "s"), ended - started)
-    measured.note("of the clients, " + ", ".join(f"{n:,} x {what}" for what, n in sorted(weather.answers.items())))
+    measured.note("of the clients, " + ", ".join(f"{n:,} x {what}" for what, n in sorted(clients.answers.items())))
     try:
         await server.quiet()
         measured.add(Metric("until the server is quiet again", "ms"), (time.perf_counter() - ended) * MS)
@@ -209,18 +209,18 @@ async def storm(turn: Turn) -> Measured:
         measured.add(Metric("descriptors more than before", ""), after.descriptors - before.descriptors)
         measured.add(Metric("memory more than before", "MiB"), after.memory - before.memory)
         measured.add(Metric("memory more than halfway", "MiB"), after.memory - halfway.memory)
-    with trio.move_on_after(PATIENCE) as patience:
+    with trio.move_on_after(CLIENT_SECONDS) as timeout:
         seconds = await first_token(server, replace(pool[0], max_tokens=1))
         measured.add(Metric("first token afterwards", "ms"), seconds * MS)
-    if patience.cancelled_caught:
-        measured.note(f"no first token within {PATIENCE:g} s afterwards")
+    if timeout.cancelled_caught:
+        measured.note(f"no first token within {CLIENT_SECONDS:g} s afterwards")
     return measured
 
 
-async def _leaving(turn: Turn) -> tuple[list[Ask], float]:
+async def _leaving(turn: Turn) -> tuple[list[Request], float]:
     """The requests of many clients that disconnect, and the seconds after which they do so, at most."""
     n_long = turn.load.long_prompt
-    pool = [await turn.ask(n, turn.load.endless) for n in (N_SHORT, max(n_long // 4, 1), n_long)]
+    pool = [await turn.request(n, turn.load.endless) for n in (N_SHORT, max(n_long // 4, 1), n_long)]
     return pool, min(await first_token(turn.server, replace(pool[-1], max_tokens=1)), MAX_DELAY)
 
 
@@ -241,10 +241,10 @@ async def settled(server: Server) -> Holdings | None:
     return held
 
 
-class _Storm:
-    """Clients that connect and disconnect, several at a time."""
+class _Clients:
+    """The clients of a storm, which connect and disconnect, several at a time."""
 
-    def __init__(self, server: Server, random: Random, pool: Sequence[Ask], delay: float) -> None:
+    def __init__(self, server: Server, random: Random, pool: Sequence[Request], delay: float) -> None:
         self.answers: Counter[str] = Counter()
         """Clients by what happened to them: the moment at which they disconnected, or the answer they got instead."""
         self._server = server
@@ -255,11 +255,11 @@ class _Storm:
 
     async def run(self, n_rounds: int, n_at_once: int) -> None:
         """Let `n_rounds` clients come and go, `n_at_once` at a time."""
-        left = itertools.repeat(None, n_rounds)
+        remaining = itertools.repeat(None, n_rounds)
 
         async def client() -> None:
-            for _ in left:
-                with trio.move_on_after(PATIENCE) as patience:
+            for _ in remaining:
+                with trio.move_on_after(CLIENT_SECONDS) as timeout:
                     point = self._random.choice(self._points)
                     try:
                         await point(self._random.choice(("fin", "reset")))
@@ -268,60 +268,60 @@ class _Storm:
                         self.answers[str(refusal.status)] += 1
                     except (CutShort, OSError, trio.BrokenResourceError) as error:
                         self.answers[type(error).__name__] += 1
-                if patience.cancelled_caught:
-                    self.answers[f"nothing for {PATIENCE:g} s"] += 1
+                if timeout.cancelled_caught:
+                    self.answers[f"nothing for {CLIENT_SECONDS:g} s"] += 1
 
         async with trio.open_nursery() as nursery:
             for _ in range(n_at_once):
                 nursery.start_soon(client)
 
-    async def _half_a_head(self, how: Farewell) -> None:
+    async def _half_a_head(self, how: Ending) -> None:
         await self._partial(how, lambda head, body: head[: self._random.randrange(len(head))])
 
-    async def _half_a_body(self, how: Farewell) -> None:
+    async def _half_a_body(self, how: Ending) -> None:
         await self._partial(how, lambda head, body: head + body[: self._random.randrange(len(body))])
 
-    async def _partial(self, how: Farewell, cut: Callable[[bytes, bytes], bytes]) -> None:
+    async def _partial(self, how: Ending, cut: Callable[[bytes, bytes], bytes]) -> None:
         dialect = self._server.dialect
         with await Connection.open(self._server.address) as connection:
             whole = connection.encode("POST", dialect.path, dialect.body(self._random.choice(self._pool)))
             head, mark, body = whole.partition(b"\r\n\r\n")
             await connection.send(cut(head + mark, body))
             await trio.sleep(self._random.uniform(0, 0.02))
-            connection.leave(how)
+            connection.disconnect(how)
 
-    async def _unanswered(self, how: Farewell) -> None:
+    async def _unanswered(self, how: Ending) -> None:
         """While it is queued or in its prefill."""
-        async with self._server.asking(self._random.choice(self._pool)) as stream:
+        async with self._server.requesting(self._random.choice(self._pool)) as stream:
             await trio.sleep(self._random.uniform(0, self._delay))
-            stream.leave(how)
+            stream.disconnect(how)
 
-    async def _mid_stream(self, how: Farewell) -> None:
-        async with self._server.asking(self._pool[0]) as stream:
+    async def _mid_stream(self, how: Ending) -> None:
+        async with self._server.requesting(self._pool[0]) as stream:
             await stream.read(1 + self._random.randrange(N_STORM_PIECES))
-            stream.leave(how)
+            stream.disconnect(how)
 
-    async def _never_reading(self, how: Farewell) -> None:
-        async with self._server.asking(self._pool[0], receive_buffer=SMALL_BUFFER) as stream:
+    async def _never_reading(self, how: Ending) -> None:
+        async with self._server.requesting(self._pool[0], receive_buffer=SMALL_BUFFER) as stream:
             await trio.sleep(self._random.uniform(0, self._delay))
-            stream.leave(how)
+            stream.disconnect(how)
 
 
 async def survivors(turn: Turn) -> Measured:
     """Greedy streams beside clients that connect and disconnect: whether any of their texts changes."""
     measured, server = Measured(), turn.server
     n_survivors = turn.beside(1)
-    asks = [await turn.ask(N_SHORT * (1 + index), turn.load.tokens) for index in range(n_survivors)]
-    undisturbed = [await server.complete(replace(ask, n_top=2)) for ask in asks]
+    requests = [await turn.request(N_SHORT * (1 + index), turn.load.tokens) for index in range(n_survivors)]
+    undisturbed = [await server.complete(replace(request, n_top=2)) for request in requests]
     pool, delay = await _leaving(turn)
-    left = itertools.repeat(None, turn.load.cancellations)
+    remaining = itertools.repeat(None, turn.load.cancellations)
     in_flight: list[Stream] = []  # in the order in which they came
     phases = Counter({"queued": 0, "in its prefill": 0, "decoding": 0})
     texts: list[tuple[int, str]] = []
 
     @asynccontextmanager
-    async def asking(ask: Ask) -> AsyncIterator[Stream]:
-        async with server.asking(ask) as stream:
+    async def requesting(request: Request) -> AsyncIterator[Stream]:
+        async with server.requesting(request) as stream:
             in_flight.append(stream)
             try:
                 yield stream
@@ -329,17 +329,17 @@ async def survivors(turn: Turn) -> Measured:
                 in_flight.remove(stream)
 
     async def come_and_go() -> None:
-        for _ in left:
-            async with asking(turn.random.choice([pool[0], *pool])) as victim:  # short prompts reach decoding
+        for _ in remaining:
+            async with requesting(turn.random.choice([pool[0], *pool])) as victim:  # short prompts reach decoding
                 with trio.move_on_after(turn.random.uniform(0, delay)):
                     await victim.finish()
                 has_slot = in_flight.index(victim) < server.slots
                 phases["decoding" if victim.pieces else "in its prefill" if has_slot else "queued"] += 1
-                victim.leave()
+                victim.disconnect()
 
     async def survive(index: int, over: trio.Event) -> None:
         while not over.is_set():
-            async with asking(asks[index]) as stream:
+            async with requesting(requests[index]) as stream:
                 await stream.finish()
             texts.append((index, stream.text))
 

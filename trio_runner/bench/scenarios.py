@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 import trio
 
 from trio_runner.bench.client import CutShort, Stream
-from trio_runner.bench.dialects import Ask
+from trio_runner.bench.dialects import Request
 from trio_runner.bench.figures import Measured
 from trio_runner.bench.prompts import Prompts
 from trio_runner.bench.server import Server, Unavailable
@@ -64,12 +64,12 @@ class Turn:
     random: Random
     prompts: Prompts
 
-    async def ask(
+    async def request(
         self, n_prompt: int, max_tokens: int, *, reuse: bool = False, stream: bool = True, n_top: int = 0
-    ) -> Ask:
+    ) -> Request:
         """A request for a completion of a new prompt of `n_prompt` tokens."""
         prompt = await self.prompts.make(n_prompt)
-        return Ask(prompt=prompt, max_tokens=max_tokens, reuse=reuse, stream=stream, n_top=n_top)
+        return Request(prompt=prompt, max_tokens=max_tokens, reuse=reuse, stream=stream, n_top=n_top)
 
     def beside(self, n_others: int) -> int:
         """How many streams can run beside `n_others` more. Raises `Unavailable` if none can."""
@@ -83,30 +83,30 @@ Scenario: TypeAlias = Callable[[Turn], Awaitable[Measured]]
 """Measures something on the server of a turn. Raises `Unavailable` if the server cannot do it."""
 
 
-async def first_token(server: Server, ask: Ask) -> float:
-    """Seconds to the first token of a request. `ask` should end after this token."""
-    return (await server.complete(ask)).ttft
+async def first_token(server: Server, request: Request) -> float:
+    """Seconds to the first token of `request`, which should end after it."""
+    return (await server.complete(request)).ttft
 
 
-async def complete_all(server: Server, asks: Sequence[Ask]) -> list[Stream]:
-    """Complete all requests at the same time. Returns their streams in the order of `asks`."""
+async def complete_all(server: Server, requests: Sequence[Request]) -> list[Stream]:
+    """Complete all requests at the same time. Returns their streams in the order of `requests`."""
     streams: dict[int, Stream] = {}
 
-    async def complete(index: int, ask: Ask) -> None:
-        streams[index] = await server.complete(ask)
+    async def complete(index: int, request: Request) -> None:
+        streams[index] = await server.complete(request)
 
     async with trio.open_nursery() as nursery:
-        for index, ask in enumerate(asks):
-            nursery.start_soon(complete, index, ask)
-    return [streams[index] for index in range(len(asks))]
+        for index, request in enumerate(requests):
+            nursery.start_soon(complete, index, request)
+    return [streams[index] for index in range(len(requests))]
 
 
 @asynccontextmanager
 async def running(turn: Turn, n_streams: int, *, max_tokens: int | None = None) -> AsyncIterator[list[Stream]]:
     """Yield streams that have begun. They are read in the background until the block ends."""
-    asks = [await turn.ask(N_SHORT, max_tokens or turn.load.endless) for _ in range(n_streams)]
+    requests = [await turn.request(N_SHORT, max_tokens or turn.load.endless) for _ in range(n_streams)]
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-        streams = [await stack.enter_async_context(turn.server.asking(ask)) for ask in asks]
+        streams = [await stack.enter_async_context(turn.server.requesting(request)) for request in requests]
         for stream in streams:
             nursery.start_soon(stream.finish)
         await grown(streams, 1)

@@ -1,4 +1,4 @@
-"""A server that is measured: what it is, how to ask it, and what it reports about itself."""
+"""A server that is measured: what it is, how to send it requests, and what it reports about itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import trio
 
-from trio_runner.bench.client import Address, Connection, CutShort, Refused, Stream, asking, fetch
-from trio_runner.bench.dialects import DIALECTS, Ask, Dialect, DialectName, Runner
+from trio_runner.bench.client import Address, Connection, CutShort, Refused, Stream, fetch, requesting
+from trio_runner.bench.dialects import DIALECTS, Dialect, DialectName, Request, Runner
 from trio_runner.bench.processes import listener
 from trio_runner.errors import RunnerError
 
@@ -62,13 +62,13 @@ class Server:
     tokenizes: bool = True
     """Whether the server has /tokenize."""
 
-    def asking(self, ask: Ask, *, receive_buffer: int | None = None) -> AbstractAsyncContextManager[Stream]:
-        """A completion that is requested when the block begins and abandoned when it ends. See `client.asking`."""
-        return asking(self.address, self.dialect, ask, receive_buffer=receive_buffer)
+    def requesting(self, request: Request, *, receive_buffer: int | None = None) -> AbstractAsyncContextManager[Stream]:
+        """A completion that is requested when the block begins and abandoned when it ends. See `client.requesting`."""
+        return requesting(self.address, self.dialect, request, receive_buffer=receive_buffer)
 
-    async def complete(self, ask: Ask) -> Stream:
+    async def complete(self, request: Request) -> Stream:
         """Return the whole answer. Raises `Refused`, `CutShort` and OSError."""
-        async with self.asking(ask) as stream:
+        async with self.requesting(request) as stream:
             return await stream.finish()
 
     async def get(self, path: str) -> Any:
@@ -103,7 +103,7 @@ class Server:
             # The server does not tell. But when every slot has completed a request, nothing from before is left.
             async with trio.open_nursery() as nursery:
                 for _ in range(self.slots):
-                    nursery.start_soon(self.complete, Ask(prompt=" the", max_tokens=1))
+                    nursery.start_soon(self.complete, Request(prompt=" the", max_tokens=1))
             return
         raise Overdue(f"still busy after {QUIET_SECONDS:g} s")
 
@@ -264,10 +264,10 @@ async def _wait_ready(server: Server) -> None:
     raise Unavailable(f"{server.url}: not ready within {READY_SECONDS:g} s")
 
 
-async def _try(ask: Callable[..., Any], *arguments: object) -> Any:
+async def _try(call: Callable[..., Any], *arguments: object) -> Any:
     """Return the answer, or None if the server refused or sent no JSON."""
     try:
-        return await ask(*arguments)
+        return await call(*arguments)
     except (Refused, CutShort, ValueError):
         return None
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import mean
 
 from trio_runner.bench.client import CutShort, Stream
-from trio_runner.bench.dialects import Ask
+from trio_runner.bench.dialects import Request
 from trio_runner.bench.figures import Measured, Metric, figures
 from trio_runner.bench.scenarios import MS, N_SHORT, Turn, complete_all, first_token, grown, running
 
@@ -24,8 +24,8 @@ async def throughput(turn: Turn) -> Measured:
         if n_streams > turn.server.slots:
             measured.note(f"no {n_streams} streams: slots are {turn.server.slots}")
             continue
-        asks = [await turn.ask(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
-        streams = await complete_all(turn.server, asks)
+        requests = [await turn.request(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
+        streams = await complete_all(turn.server, requests)
         _add_rate(measured, f"{n_streams} streams" if n_streams > 1 else "1 stream", streams)
     return measured
 
@@ -34,11 +34,11 @@ async def ttft(turn: Turn) -> Measured:
     """Time to the first token on an idle server, for new prompts and for one that it has just answered."""
     measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
     for n_prompt in (N_SHORT, n_long):
-        seconds = await first_token(server, await turn.ask(n_prompt, 1))
+        seconds = await first_token(server, await turn.request(n_prompt, 1))
         measured.add(Metric(f"cold, {n_prompt:,} tokens", "ms"), seconds * MS)
-    ask = await turn.ask(n_long, 1, reuse=True)
-    await server.complete(ask)
-    measured.add(Metric(f"warm, {n_long:,} tokens", "ms"), await first_token(server, ask) * MS)
+    request = await turn.request(n_long, 1, reuse=True)
+    await server.complete(request)
+    measured.add(Metric(f"warm, {n_long:,} tokens", "ms"), await first_token(server, request) * MS)
     return measured
 
 
@@ -47,8 +47,8 @@ async def shared_prefix(turn: Turn) -> Measured:
     measured, n_prefix = Measured(), turn.load.prefix
     prefix = await turn.prompts.make(n_prefix)
     prompts = [await turn.prompts.make(n_prefix + N_SUFFIX, prefix=prefix) for _ in range(N_CLIENTS)]
-    asks = [Ask(prompt=prompt, max_tokens=turn.load.tokens, reuse=True) for prompt in prompts]
-    streams = await complete_all(turn.server, asks)
+    requests = [Request(prompt=prompt, max_tokens=turn.load.tokens, reuse=True) for prompt in prompts]
+    streams = await complete_all(turn.server, requests)
     title = f"{N_CLIENTS} clients, {n_prefix:,} of {n_prefix + N_SUFFIX:,} tokens shared"
     measured.add(Metric(title, "ms"), *(stream.ttft * MS for stream in streams))
     _add_rate(measured, f"{N_CLIENTS} streams over it", streams)
@@ -65,16 +65,16 @@ async def gaps(turn: Turn) -> Measured:
     measured, server, n_long = Measured(), turn.server, turn.load.long_prompt
     n_streams = turn.beside(1)
     # The references are measured before and after: the machine's speed drifts, and longer streams are slower.
-    idle = [await first_token(server, await turn.ask(n_long, 1))]
-    ask = await turn.ask(n_long, 1)
+    idle = [await first_token(server, await turn.request(n_long, 1))]
+    request = await turn.request(n_long, 1)
     async with running(turn, n_streams) as streams:
         undisturbed = await _undisturbed(streams, 2 * turn.load.tokens)
-        long = await server.complete(ask)
+        long = await server.complete(request)
         await grown(streams, 1)
-        beside = list(_gaps(streams, long.asked, long.first))
+        beside = list(_gaps(streams, long.sent, long.first))
         undisturbed += await _undisturbed(streams, 2 * turn.load.tokens)
     await server.quiet()
-    idle.append(await first_token(server, await turn.ask(n_long, 1)))
+    idle.append(await first_token(server, await turn.request(n_long, 1)))
     calm = f"{n_streams} streams"
     measured.add(Metric(f"{calm}, undisturbed", "ms"), *(gap * MS for gap in undisturbed))
     measured.add(Metric(f"{calm}, beside a prompt of {n_long:,}", "ms"), *(gap * MS for gap in beside))

@@ -73,7 +73,7 @@ class ChatTemplate:
 
         The text contains BOS if the template writes it, so tokenise it without adding another. Special tokens in the
         text are to be parsed. The text of a message is not distinguished from the template's own, as in every similar
-        program, so a message that contains `<|im_end|>` can speak for somebody else. A caller that does not trust its
+        program, so a message that contains `<|im_end|>` can speak as another role. A caller that does not trust its
         messages must remove such texts first.
 
         Raises `InvalidRequest` with `messages[i].field` for a conversation that is malformed or that the template

@@ -33,11 +33,6 @@ class AdapterTable:
     def __len__(self) -> int:
         return len(self._by_name)
 
-    @property
-    def reserved(self) -> frozenset[str]:
-        """The names of adapters that are being loaded."""
-        return frozenset(self._coming)
-
     def infos(self) -> tuple[AdapterInfo, ...]:
         """The adapters, in the order in which they were added."""
         return tuple(info for _, _, info in self._by_name.values())

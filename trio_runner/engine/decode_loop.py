@@ -7,6 +7,7 @@ It alone owns the context, the samplers in use and the scheduler. The trio threa
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,9 +22,9 @@ from trio_runner.info import SchedulerStatistics
 logger = logging.getLogger("trio_runner.engine")
 
 MIN_ROWS_TO_ABORT = 16
-"""A batch that others want is aborted only if the cancelled sequence has at least so many rows in it, and at least as
-many as all others together: the rows of the others must run again. A single row, of a sequence that decodes, costs its
-neighbours next to nothing, but a prompt costs them much."""
+"""Rows that a cancelled sequence must have in a batch that others want, for the batch to be aborted. It must also have
+at least as many rows as all others together, because their rows must run again. The single row of a sequence that
+decodes costs its neighbours next to nothing; a prompt costs them much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class DecodeLoop:
         self._running: _RunningBatch | None = None
         self._may_abort_for_one = True
         self._closing = False
+        self._checks = os.environ.get("TRIO_RUNNER_CHECK") == "1"
 
     def abort_for(self, uid: int) -> None:
         """Abort the running batch if no other sequence wants it, or if enough of its rows are those of `uid`, which is
@@ -104,6 +106,8 @@ class DecodeLoop:
                 self.statistics = self._scheduler.statistics()
                 if step is not None:
                     self._run(step)
+                if self._checks:
+                    self._scheduler.check_integrity()
         finally:
             self.refuse_mail()
             for sampler in self._samplers.values():

@@ -4,8 +4,9 @@ Rule 1: closing is synchronous. `close` awaits nothing, takes no lock and starts
 block and under cancellation.
 Rule 2: only a block closes a generation by itself. Without a block, a reader may give up on one event, for example by a
 deadline, and go on with the next one. The garbage collector closes nothing either: it runs at any time and on any
-thread, differently in every interpreter, and a program that starts a generation and reads it later would lose it. What
-nobody reads ends soon anyway: it is paused after `max_backlog` events and ended after `stall_timeout` seconds.
+thread, differently in every interpreter, and a program that starts a generation and reads it later would lose it. A
+generation that is not read ends anyway: it is paused after `max_backlog` events, and ended `stall_timeout` seconds
+later.
 Rule 3: the reader's pace is the reader's problem. Events are queued here without waiting. A reader that falls too far
 behind has its own sequence paused, and no other.
 """
@@ -33,8 +34,8 @@ class Generation:
     `RunnerError` that ended the request, if one did.
 
     Use the block, or call `close` in a `finally` clause. A loop that is left or cancelled without either closes
-    nothing: the request keeps its slot until its text ends, or until nobody has read `max_backlog` events for
-    `stall_timeout` seconds. This is so under trio, and under asyncio or another host too.
+    nothing: the request keeps its slot until its text ends, or until `max_backlog` events have been left
+    unread for `stall_timeout` seconds. This is so under trio, and under asyncio or another host too.
     """
 
     usage: Usage | None = None

@@ -1,7 +1,7 @@
 """From a request to a sequence: tokenise, fit into the context, compile the sampler.
 
 All of it happens on a helper thread before the request takes a slot. So whatever is wrong with a request is found here,
-and costs nobody else anything.
+and costs other requests nothing.
 """
 
 from __future__ import annotations

@@ -32,10 +32,12 @@ _TURNED: Final = frozenset({"mm.input_projection.weight"})
 _TWO_FRAMES: Final = frozenset(
     {"qwen2vl_merger", "qwen2.5vl_merger", "qwen2.5o", "qwen3vl_merger", "ling3vl", "exaone4_5", "glm4v", "glm5v"}
 )
+"""Kinds that have patches of a second frame, for videos."""
 _WITH_POSITIONS: Final = frozenset(
     {*_LOOK_UP, "lfm2", "phi4", "kimivl", "kimik25", "paddleocr", "muse-glimmer", "ling3vl", "gemma4v"}
     | {"gemma4uv", "hunyuanvl", "deepseekocr"}
 )
+"""Kinds that use the table of positions without checking that it exists."""
 _SQUARE: Final = frozenset(
     {*_LOOK_UP, "gemma3", "gemma3nv", "idefics3", "internvl", "nemotron_v2_vl", "llama4"}
     | {"cogvlm", "janus_pro", "step3vl"}
@@ -48,8 +50,11 @@ _OF_CONVOLUTIONS: Final = {
     ".attn.query.proj.weight": tuple(f".attn.{part}.proj.weight" for part in ("key", "value", "output")),
 }
 _APART: Final = frozenset({*_LLAVA, "minicpmv4_6", "granite4_vision"})
+"""Kinds whose queries, keys and values have matrices of their own, even if the file has fused ones."""
 _APART_WITH_BIAS: Final = frozenset({"qwen2vl_merger", "qwen2.5vl_merger", "qwen2.5o", "youtuvl"})
+"""Kinds that have such matrices with biases."""
 _FUSED_WITH_BIAS: Final = frozenset({"qwen3vl_merger", "cogvlm", "exaone4_5", "mimovl"})
+"""Kinds that have one matrix for queries, keys and values, with a bias."""
 _RESAMPLER_GRID: Final = 70
 """Rows and columns of the table of positions that resamplers use for images of any size."""
 

@@ -124,7 +124,7 @@ class Encoding:
         an image that the projector cannot take, and `EngineClosed` soon after `cancel` was called.
         """
         pixels, ffi = self._pixels, self._ffi
-        self._check_wanted()
+        self._raise_if_cancelled()
         out = ffi.new("trio_media **")
         data = ffi.from_buffer("uint8_t[]", pixels.data)
         code = self._lib.trio_media_open(self._handle, data, len(pixels.data), pixels.width, pixels.height, out)
@@ -135,7 +135,7 @@ class Encoding:
         check("trio_media_open", code)
         self._media = ffi.gc(out[0], self._lib.trio_media_free)
         try:
-            self._check_wanted()  # a cancel() before this moment did not know the media yet
+            self._raise_if_cancelled()  # a cancel() before this moment did not know the media yet
             return self._encode_all()
         finally:
             self._media = None  # freed with the last reference
@@ -179,7 +179,7 @@ class Encoding:
         check(function, getattr(self._lib, function)(self._media, index, buffer, n))
         return values
 
-    def _check_wanted(self) -> None:
+    def _raise_if_cancelled(self) -> None:
         if self._cancelled:
             raise EngineClosed("encoding was cancelled")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,9 @@ from trio_runner.core.ports import EncodedMedia
 from trio_runner.core.prompt import Media, MediaRow
 from trio_runner.llama.library import native
 
-
-class OutputRow(NamedTuple):
-    """The row of a batch that holds the output of `chunk`: its last row."""
-
-    chunk: Chunk
-    row: int
+OutputRow: TypeAlias = tuple[Chunk, int]
+"""A chunk with output, and the row of the batch that is its last. A plain tuple: every token of every stream takes one,
+and a named one takes several times as long to make."""
 
 
 class StepInput:
@@ -110,5 +107,5 @@ class StepInput:
                 row = stop
             if chunk.output and n_items:
                 flags[row - 1] = 1
-                outputs.append(OutputRow(chunk, row - 1))
+                outputs.append((chunk, row - 1))
         return row, outputs

@@ -1,4 +1,4 @@
-"""HTTP over an engine. The only room that imports Quart and Hypercorn."""
+"""HTTP for an engine. The only room that imports Quart, Hypercorn and h11."""
 
 from __future__ import annotations
 

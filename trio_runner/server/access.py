@@ -1,7 +1,7 @@
-"""Who may talk to us. Pure.
+"""Which requests are let in. Pure.
 
-A web page in the user's own browser can reach a loopback port, so an address proves nothing. Three guards, each on what
-a browser cannot forge:
+A web page in the user's own browser can reach a loopback port, so an address proves nothing. There are three guards,
+each on something that a web page cannot forge:
 
 - Host must name a loopback address or a configured host, or a page could rebind its own name to 127.0.0.1.
 - Origin, which browsers send with every cross-site POST, must be configured; no Origin means no browser.
@@ -25,14 +25,14 @@ _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """The guards. `hosts` None lets any Host pass, for servers that are meant to be reached by other names."""
+    """The guards. With `hosts` None any Host is let in, for servers that are reached by names of their own."""
 
     api_key: str | None = None
     hosts: frozenset[str] | None = LOOPBACK_HOSTS
     origins: frozenset[str] = frozenset()
 
     def refusal(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Problem | None:
-        """Why a request with these headers (names in lower case) goes no further, or None."""
+        """Why a request with these headers (names in lower case) is refused; None if it is let in."""
         if not self._host_allowed(headers.get(b"host")):
             return Problem(403, "this server does not answer to the name in the Host header")
         origin = headers.get(b"origin")
@@ -46,11 +46,11 @@ class Access:
         return origin.decode("latin-1").lower() in self.origins
 
     def is_preflight(self, method: str, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether a browser asks if it may send the real request; it never sends the key along."""
+        """Whether a browser asks if it may send the real request. It never sends the API key with this question."""
         return method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers
 
     def _host_allowed(self, host: bytes | None) -> bool:
-        if self.hosts is None or host is None:  # only HTTP/1.0 may leave it out, and browsers do not speak that
+        if self.hosts is None or host is None:  # only HTTP/1.0 may leave it out, and no browser speaks that
             return True
         match = _HOST.fullmatch(host.decode("latin-1").lower())
         return match is not None and match["name"] in self.hosts
@@ -59,11 +59,11 @@ class Access:
         if self.api_key is None:
             return True
         scheme, _, token = (authorization or b"").partition(b" ")
-        # Digests, because compare_digest tells the lengths of what it compares.
+        # Digests, because the time of compare_digest tells the lengths of what it compares.
         given, wanted = sha256(token.strip()).digest(), sha256(self.api_key.encode()).digest()
         return scheme.lower() == b"bearer" and hmac.compare_digest(given, wanted)
 
 
 def host_names(extra: Iterable[str]) -> frozenset[str]:
-    """The loopback names and `extra`, in the form that `Access.hosts` wants."""
+    """The loopback names and `extra`, as `Access.hosts` needs them."""
     return LOOPBACK_HOSTS | {name.lower() for name in extra}

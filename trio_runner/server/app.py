@@ -1,25 +1,24 @@
-"""The ASGI application: settings, guards, ownership, and what errors look like."""
+"""The ASGI application: its settings, the dialects it speaks, and what errors look like."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from trio_runner.errors import RunnerError
+from trio_runner.interface import EngineInterface
 from trio_runner.server.access import Access
-from trio_runner.server.asgi import Application, Receive, Send, answer
+from trio_runner.server.dialects import DIALECTS, Dialect
+from trio_runner.server.dialects.dialect import RouteContext, response
+from trio_runner.server.gate import Gate
+from trio_runner.server.helper_threads import HelperThreads
 from trio_runner.server.intake import Intake
-from trio_runner.server.problems import Problem, problem
-from trio_runner.server.routes import OWNED, add_routes, problem_response
-
-if TYPE_CHECKING:
-    from trio_runner.engine.engine import Engine
-    from trio_runner.engine.generation import Generation
+from trio_runner.server.problems import Answer, Problem, Wording, problem
 
 log = logging.getLogger(__name__)
 
@@ -30,24 +29,42 @@ BODY_TIMEOUT = 30.0
 
 
 def create_app(
-    engine: Engine,
+    engine: EngineInterface,
     *,
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     adapter_dir: Path | None = None,
+    dialects: Sequence[Dialect] = DIALECTS,
 ) -> QuartTrio:
     """An application that serves `engine`, which may still be loading. It needs no lifespan and starts no task.
-    Clients may load the adapters in `adapter_dir`."""
+
+    Clients may load the adapters in `adapter_dir`. The last of `dialects` gets the paths that belong to none.
+    """
     app = QuartTrio("trio_runner.server", static_folder=None)
     app.config.update(
         RESPONSE_TIMEOUT=None,  # Quart's default cuts every stream after a minute, without a word
         BODY_TIMEOUT=BODY_TIMEOUT,
         MAX_CONTENT_LENGTH=max_body_bytes,
     )
-    add_routes(app, engine, adapter_dir)
+
+    def word(path: str, problem: Problem) -> Answer:
+        speaker = next((dialect for dialect in dialects if dialect.speaks_at(path)), dialects[-1])
+        return speaker.word(problem)
+
+    context = RouteContext(engine, HelperThreads(), adapter_dir)
+    for dialect in dialects:
+        dialect.add_routes(app, context)
+    _handle_errors(app, word, max_body_bytes)
+    app.asgi_app = Gate(Intake(app.asgi_app, word), access or Access(), word)  # type: ignore[method-assign,assignment]
+    return app
+
+
+def _handle_errors(app: QuartTrio, word: Wording, max_body_bytes: int) -> None:
+    def respond(problem: Problem) -> Response:
+        return response(word(request.path, problem))
 
     async def on_runner_error(error: RunnerError) -> Response:
-        return problem_response(problem(error))
+        return respond(problem(error))
 
     async def on_http_error(error: HTTPException) -> Response:
         text = {
@@ -57,69 +74,16 @@ def create_app(
             413: f"the body is larger than {max_body_bytes} bytes",
         }.get(error.code or 500, error.name)
         headers = {"Allow": _allowed(error)} if isinstance(error, MethodNotAllowed) else {}
-        return problem_response(Problem(error.code or 500, text, headers))
+        return respond(Problem(error.code or 500, text, headers))
 
     async def on_any_error(error: Exception) -> Response:
         log.error("a request failed", exc_info=error)
-        return problem_response(problem(error))
+        return respond(problem(error))
 
     app.register_error_handler(RunnerError, on_runner_error)
     app.register_error_handler(HTTPException, on_http_error)
     app.register_error_handler(Exception, on_any_error)
-    app.asgi_app = Gate(Intake(app.asgi_app), access or Access())  # type: ignore[method-assign,assignment]
-    return app
 
 
 def _allowed(error: MethodNotAllowed) -> str:
     return ", ".join(sorted(set(error.valid_methods or ()) & {"GET", "POST", "DELETE"}))
-
-
-class Gate:
-    """ASGI middleware around everything: lets in whom `access` allows, and closes what a request leaves behind.
-
-    Closing here and not in the handler or the body: a body that was never iterated never runs its own clean-up, and a
-    handler is over before its body starts.
-    """
-
-    def __init__(self, app: Application, access: Access) -> None:
-        self._app = app
-        self._access = access
-
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        refusal = self._access.refusal(scope["method"], scope["path"], headers)
-        if refusal is not None:
-            return await answer(send, refusal.status, refusal.all_headers, refusal.body)
-        origin = headers.get(b"origin")
-        if origin is not None:
-            send = _with_cors(send, origin)
-            if self._access.is_preflight(scope["method"], headers):
-                return await answer(send, 204, _PREFLIGHT, b"")
-        owned: list[Generation] = []
-        scope[OWNED] = owned
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            for generation in owned:
-                generation.close()
-
-
-_PREFLIGHT = {
-    "Access-Control-Allow-Methods": "DELETE, GET, POST",
-    "Access-Control-Allow-Headers": "authorization, content-type",
-    "Access-Control-Max-Age": "600",
-}
-
-
-def _with_cors(send: Send, origin: bytes) -> Send:
-    """`send` that also tells the browser that pages of `origin` may read the answer."""
-
-    async def send_with_cors(message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            added = [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
-            message = {**message, "headers": [*message["headers"], *added]}
-        await send(message)
-
-    return send_with_cors

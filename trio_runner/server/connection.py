@@ -1,4 +1,4 @@
-"""One client: its socket, its deadlines, and the wall around its failures.
+"""One client: its socket and its deadlines. Its failures stay here.
 
 Rule 1: nothing that happens on one connection reaches another, or the accept loop.
 Rule 2: every wait for the client has a deadline, except the wait for it to disconnect while it is being served.

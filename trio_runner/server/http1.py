@@ -15,7 +15,7 @@ import h11
 import trio
 
 from trio_runner.server.exchange import Exchange, SendEvent
-from trio_runner.server.problems import Problem
+from trio_runner.server.problems import Problem, plain_text
 
 MAX_HEAD_BYTES = 1 << 16
 MAX_WAITING_BYTES = 1 << 16
@@ -154,8 +154,9 @@ class Http1:
     async def _refuse(self, problem: Problem, *, head: bool = False) -> None:
         """Answer what is not a request we serve, unless an answer is under way, and close."""
         if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = b"" if head else problem.body
-            headers = {**problem.all_headers, "Content-Length": str(len(body)), "Connection": "close"}
+            answer = plain_text(problem)
+            body = b"" if head else answer.body
+            headers = {**answer.headers, "Content-Length": str(len(body)), "Connection": "close"}
             response = h11.Response(status_code=problem.status, headers=list(headers.items()))
             self._transport.write_now(b"".join(map(self._encode, (response, h11.Data(data=body), h11.EndOfMessage()))))
         await self._finish()

@@ -1,20 +1,22 @@
-"""What all clients together may have sent us: each body is bounded, and there are some hundred connections."""
+"""How many bytes all clients together may have sent: each body is bounded, but there are hundreds of connections."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from trio_runner.server.asgi import Application, Receive, Send, answer
+from trio_runner.server.asgi import Application, Receive, Send, send_answer
+from trio_runner.server.problems import Problem, Wording
 
 MAX_BYTES = 256 << 20
-"""Of the bodies of all requests that are being sent or answered, for a prompt is kept until its answer is complete."""
+"""Bytes of the bodies of all requests that are being read or answered. A prompt stays until its answer is complete."""
 
 
 class Intake:
-    """ASGI middleware that ends the request whose body there is no room for; the others do not notice."""
+    """ASGI middleware that ends a request when there is no room for its body. The others do not notice."""
 
-    def __init__(self, app: Application) -> None:
+    def __init__(self, app: Application, word: Wording) -> None:
         self._app = app
+        self._word = word
         self._n_bytes = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -42,5 +44,5 @@ class Intake:
         finally:
             self._n_bytes -= n_bytes
         if is_full and not is_answered:
-            headers = {"Content-Type": "text/plain; charset=utf-8", "Retry-After": "1"}
-            await answer(send, 503, headers, b"too many requests with large bodies\n")
+            problem = Problem(503, "too many requests with large bodies", {"Retry-After": "1"})
+            await send_answer(send, self._word(scope["path"], problem))

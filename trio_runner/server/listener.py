@@ -1,6 +1,7 @@
-"""Listening sockets and the accept loop.
+"""Listening sockets and the loop that accepts connections.
 
-Plain non-blocking sockets and not trio's: a connection writes to its socket without waiting whenever it can.
+The sockets are plain non-blocking ones and not trio's, because a connection writes to its socket without a checkpoint
+whenever the socket has room.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ ACCEPTED_AT_ONCE = 64
 """Connections accepted in one turn of the event loop. With one for each turn, five hundred clients that connect at once
 make the next one wait for five hundred turns."""
 SEND_BUFFER_BYTES = 1 << 15
-"""Left to itself, Linux takes four megabytes of an answer that nobody reads: thirty thousand tokens, all of them
-computed for nothing."""
+"""Bytes that the kernel may buffer for one connection. By default Linux takes four megabytes of an answer that nobody
+reads: thirty thousand tokens, all of them computed for nothing."""
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 async def open_listeners(host: str, port: int) -> list[socket.socket]:
-    """Listen on every address of `host`; port 0 chooses one for all. Raises OSError that names the address."""
+    """Listen on every address of `host`; port 0 chooses one port for all. Raises OSError, which names the address."""
     found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     listeners: list[socket.socket] = []
     try:
@@ -44,7 +45,7 @@ async def open_listeners(host: str, port: int) -> list[socket.socket]:
 def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "posix":  # on Windows it would let another process take the port over
+        if os.name == "posix":  # on Windows it lets another process take over the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -61,7 +62,7 @@ def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
 
 
 def addresses(listeners: Sequence[socket.socket]) -> list[tuple[str, int]]:
-    """The (host, port) of each."""
+    """The (host, port) of each listener."""
     return [listener.getsockname()[:2] for listener in listeners]
 
 
@@ -99,8 +100,8 @@ def _accept_one(listener: socket.socket, handle: Callable[[socket.socket], None]
 
 
 def _tune(sock: socket.socket) -> None:
-    """No delay for small chunks; a client that does not read is noticed after some hundred tokens, and one whose
-    machine has vanished after half a minute."""
+    """Send small chunks at once, buffer a few hundred tokens for a client that does not read, and notice within half a
+    minute that the machine of a client has vanished."""
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

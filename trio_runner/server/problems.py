@@ -1,13 +1,15 @@
 """What HTTP says when something went wrong. Pure.
 
-Every error becomes a status, a text for people, and headers. The status comes from the class of the error; the text of
-a caller's mistake always names the field.
+Every error becomes a `Problem`: a status, a text for people, and headers. The status comes from the class of the error;
+the text of a caller's mistake always names the field. A dialect makes an `Answer` of it, in its own words.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from trio_runner.errors import EngineBusy, RequestError, RunnerError
 
@@ -20,18 +22,28 @@ class Problem:
     text: str
     headers: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def body(self) -> bytes:
-        """The text as one line, as Go's `http.Error` sends it."""
-        return self.text.encode("utf-8", errors="replace") + b"\n"
 
-    @property
-    def all_headers(self) -> dict[str, str]:
-        return {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff", **self.headers}
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer; `headers` are without its length."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+Wording: TypeAlias = Callable[[str, Problem], Answer]
+"""(path of the request, problem) -> the answer, in the words of the dialect that the path belongs to."""
+
+
+def plain_text(problem: Problem) -> Answer:
+    """The text as one line, as Go's `http.Error` sends it."""
+    headers = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff", **problem.headers}
+    return Answer(problem.status, headers, problem.text.encode("utf-8", errors="replace") + b"\n")
 
 
 def problem(error: Exception) -> Problem:
-    """What `error` is to the client. What is not a `RunnerError` is our own fault, and its text stays here."""
+    """What `error` is to the client. If it is not a `RunnerError`, the fault is ours, and its text stays here."""
     if not isinstance(error, RunnerError):
         return Problem(500, "internal error")
     headers = {}

@@ -6,23 +6,21 @@ import contextlib
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
+from trio_runner.interface import EngineInterface
 from trio_runner.server.access import Access, host_names
 from trio_runner.server.app import MAX_BODY_BYTES, create_app
 from trio_runner.server.asgi import Application
 from trio_runner.server.connection import MAKES_ROOM, Connection, Service
+from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
-
-if TYPE_CHECKING:
-    from trio_runner.engine.engine import Engine
 
 MAX_CONNECTIONS = 512
 KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 1.0
-"""For answers that are complete, when the server stops, to reach clients that read."""
+"""Seconds in which complete answers may still reach their clients when the server stops."""
 
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 21\r\n"
@@ -31,7 +29,7 @@ _FULL = (
 
 
 async def serve(
-    engine: Engine,
+    engine: EngineInterface,
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
@@ -41,19 +39,22 @@ async def serve(
     allowed_origins: Iterable[str] = (),
     adapter_dir: Path | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    dialects: Sequence[Dialect] = DIALECTS,
     shutdown: trio.Event | None = None,
     drain_timeout: float = 5.0,
     max_connections: int = MAX_CONNECTIONS,
     task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `engine`, which may still be loading, until `shutdown` is set; started with the (host, port) bound.
+    """Serve `engine`, which may still be loading, until `shutdown` is set. When it listens, `task_status` is given the
+    (host, port) of each listener.
 
-    On shutdown the engine is drained while /health still answers; then nothing new is accepted, and what cannot be
-    written within a second is dropped. So it returns within `drain_timeout` and little more, whatever clients do.
-    Cancel it to stop at once. Closes `listeners`, given or not.
+    On shutdown the engine is drained, while /health still answers. Then no more connections are accepted, and what
+    cannot be written within a second is dropped. So this returns soon after `drain_timeout`, whatever clients do.
+    Cancel it to stop at once. It closes `listeners` in any case.
 
-    A client that takes nothing of its answer for as long as the engine's `stall_timeout` is dropped. Beyond
-    `max_connections`, the one that has been idle longest is closed for each that comes; if none is, the answer is 503.
+    A client that takes nothing of its answer for the engine's `stall_timeout` is disconnected. When `max_connections`
+    are open and another client connects, a connection that serves no request is closed for it, the one that has been
+    idle longest first. If all of them serve requests, the new client is answered with 503.
 
     Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
     """
@@ -69,7 +70,9 @@ async def serve(
             hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
             origins=frozenset(origin.lower() for origin in allowed_origins),
         )
-        app = create_app(engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir)
+        app = create_app(
+            engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir, dialects=dialects
+        )
         server = _Server(app, engine.config.stall_timeout, max_connections)
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
@@ -128,7 +131,7 @@ class _Server:
             self._open.discard(connection)
 
     async def _turn_away(self, sock: socket.socket) -> None:
-        """Say why, and wait a moment for the client to hang up, so that it reads the answer."""
+        """Answer 503, and wait a moment for the client to close, so that it reads the answer."""
         self._turned_away += 1
         try:
             with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(OSError):

@@ -1,0 +1,148 @@
+"""Serves one model over HTTP, from the first signal to the end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import trio
+
+from trio_runner.cli.running import ListenError, die_of_next_signal
+from trio_runner.config import EngineConfig, ModelConfig
+from trio_runner.errors import EngineClosed
+from trio_runner.front_door import open_engine
+from trio_runner.server.app import MAX_BODY_BYTES, MAX_BODY_BYTES_WITH_IMAGES
+from trio_runner.server.serve import serve
+
+if TYPE_CHECKING:
+    from trio_runner.core.ports import Loader
+    from trio_runner.interface import EngineInterface
+
+    Address: TypeAlias = tuple[str, int]
+    TaskStatus: TypeAlias = trio.TaskStatus[list[Address]]
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL = 0.001
+"""Seconds after which the decode thread gives the interpreter to the event loop. Python's own 5 ms add up: with dozens
+of streams, the event loop falls behind a step that takes 2 ms."""
+CLOSING_GRACE = 5.0
+"""Seconds after the drain in which connections and the decode thread may end by themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """Where to serve, to whom, and for how long."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    """0 lets the system choose. The log says which port it chose."""
+    drain_timeout: float = 10.0
+    """Seconds that running requests may take after the first signal."""
+    api_key: str | None = None
+    """What clients must send as a bearer token; None means no key."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names in the Host header besides those of this machine."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages that may call the server."""
+    adapter_dir: Path | None = None
+    """Clients may load the adapters in this directory."""
+    max_body_bytes: int = MAX_BODY_BYTES
+    """Bytes that the body of a request may have."""
+    parent: int | None = None
+    """Process that started this one: when it is gone, the server ends at once."""
+
+
+def max_body_bytes(model: ModelConfig) -> int:
+    """Bytes that the body of a request may have: more if the model takes images."""
+    return MAX_BODY_BYTES if model.projector is None else MAX_BODY_BYTES_WITH_IMAGES
+
+
+async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, service: ServiceConfig) -> None:
+    """Serve until SIGINT or SIGTERM. Then drain and return. A second signal returns without draining.
+
+    HTTP answers from the start, while the model is still loading. It also answers after the decode thread has died:
+    /health and every request then say so, and the process goes on until a signal ends it, with exit code 0.
+
+    Raises `ListenError`. Raises, inside an exception group, `LoadError` if the model does not load, or `EngineBroken`
+    if loading fails otherwise.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    # What is imported stays. To look through it again took every full garbage collection 20 ms, for all threads.
+    gc.freeze()
+    shutdown = trio.Event()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as root:
+            root.start_soon(_shut_down_on_signal, signals, shutdown, service.drain_timeout, root.cancel_scope)
+            if service.parent is not None:
+                root.start_soon(_cancel_without_parent, service.parent, root.cancel_scope)
+            async with (
+                open_engine(model, engine_config, wait=False, cancel_when_broken=False) as engine,
+                trio.open_nursery() as nursery,
+            ):
+                for host, port in await _start_serving(engine, service, shutdown, nursery):
+                    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+                with suppress(EngineClosed):  # a signal came while the model was loading
+                    await engine.wait_ready()
+                    logger.info("model loaded: %s", engine.info.description)
+            root.cancel_scope.cancel()
+
+
+async def _start_serving(
+    engine: EngineInterface, service: ServiceConfig, shutdown: trio.Event, nursery: trio.Nursery
+) -> list[Address]:
+    """Serve in `nursery`, and cancel it after the shutdown. Returns the addresses that the server listens on. Raises
+    `ListenError`."""
+
+    async def serve_to_the_end(*, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        await serve(
+            engine,
+            host=service.host,
+            port=service.port,
+            shutdown=shutdown,
+            drain_timeout=service.drain_timeout,
+            adapter_dir=service.adapter_dir,
+            max_body_bytes=service.max_body_bytes,
+            api_key=service.api_key,
+            allowed_hosts=service.allowed_hosts,
+            allowed_origins=service.allowed_origins,
+            task_status=task_status,
+        )
+        nursery.cancel_scope.cancel()
+
+    try:
+        addresses: list[Address] = await nursery.start(serve_to_the_end)
+    except OSError as error:
+        where = f"{service.host}:{service.port}"
+        raise ListenError(f"cannot listen on {where}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ListenError(str(error)) from error
+    return addresses
+
+
+async def _shut_down_on_signal(
+    signals: AsyncIterator[int], shutdown: trio.Event, drain_timeout: float, everything: trio.CancelScope
+) -> None:
+    number = await anext(signals)
+    logger.info("%s: no new requests; running ones have %g s", signal.Signals(number).name, drain_timeout)
+    shutdown.set()
+    with trio.move_on_after(drain_timeout + CLOSING_GRACE):
+        await anext(signals)
+    logger.warning("stopping at once")
+    die_of_next_signal()
+    everything.cancel()
+
+
+async def _cancel_without_parent(parent: int, everything: trio.CancelScope) -> None:
+    while os.getppid() == parent:  # noqa: ASYNC110  # the system reports nothing, so ask it every second
+        await trio.sleep(1)
+    logger.warning("the process that started this one is gone")
+    everything.cancel()

@@ -1,0 +1,239 @@
+"""JSON that clients send, for every dialect: bytes -> an object, and the checks of its fields. Pure.
+
+Rules of the wire, from Go's encoding/json, which accepts what stricter readers accept and more:
+Rule 1: only the first JSON value of a body is read; what follows it is ignored.
+Rule 2: names of fields match in any case, unknown ones are ignored, null leaves the default, the last duplicate wins.
+Rule 3: an integer is written as one (1.0 and 1e3 are not), and true is not 1.
+
+Rule 2 holds for the fields of requests and for objects that a check takes apart with `fold`. Other objects keep their
+names and nulls: a JSON schema, for example, is data and not a request.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+
+from trio_runner.errors import InvalidRequest
+from trio_runner.parameters import Kind, parameters_of
+from trio_runner.request import MAX_TEXT_BYTES
+
+MAX_VALUES = 1 << 16
+"""Lists, objects and strings in one body. The parser is one call into C, in which no other thread may run: it makes
+three million of each in a second. Numbers do not count: they are made one by one in Python, which lets others run."""
+
+BASE64_PIECE = 1 << 20
+"""Characters that are decoded in one call, a multiple of four, for the same reason."""
+
+Check: TypeAlias = Callable[[str, Any], Any]
+"""(name of the field, its JSON value) -> the value to use. Raises `InvalidRequest`, which names the field."""
+Fields: TypeAlias = Mapping[str, Check]
+"""The fields of a request, by name in lower case. They are checked in this order."""
+
+
+class Object(dict[str, Any]):
+    """A JSON object that remembers all its names and values in their order, duplicates included."""
+
+    __slots__ = ("pairs",)
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
+# --- Bodies ----------------------------------------------------------------------------------------------------------
+
+
+def read_fields(body: bytes, fields: Fields, *, refusal: str) -> dict[str, Any]:
+    """The known fields of the object that `body` starts with, each checked. Raises `InvalidRequest`: `refusal` if there
+    is no object, where {} stands for the reason, and otherwise what the check of a field raises."""
+    try:
+        value = decode(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(refusal.format(error)) from None
+    if value is None:
+        return {}
+    if not isinstance(value, Object):
+        raise InvalidRequest(refusal.format("the body must be a JSON object"))
+    given = fold(value)
+    return {name: check(name, given[name]) for name, check in fields.items() if name in given}
+
+
+def decode(body: bytes) -> Any:
+    """The JSON value that `body` starts with. Raises ValueError or RecursionError if there is none, and
+    `InvalidRequest` if it has more than `MAX_VALUES` values."""
+    if len(body) > MAX_VALUES and (n_values := _n_values(body)) > MAX_VALUES:
+        raise InvalidRequest(
+            f"the body has {n_values} lists, objects and strings, but at most {MAX_VALUES} are allowed"
+        )
+    text = body.decode("utf-8", errors="replace")
+    space = _SPACE.match(text)
+    value, _ = _DECODER.raw_decode(text, space.end() if space else 0)
+    return value
+
+
+def fold(value: Object) -> dict[str, Any]:
+    """The names of an object in lower case and their values, without nulls; the last duplicate wins."""
+    return {name.casefold(): value for name, value in value.pairs if value is not None}
+
+
+def _n_values(body: bytes) -> int:
+    """How many lists, objects and strings begin in `body`. Brackets in a string are text, however many."""
+    data = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
+    quotes = data == ord('"')
+    opening = (data == ord("[")) | (data == ord("{"))
+    in_text = np.logical_xor.accumulate(quotes)
+    return int(np.count_nonzero(opening & ~in_text) + np.count_nonzero(quotes & in_text))
+
+
+def _parse_int(digits: str) -> int | float:
+    """Longer ones are out of every range anyway, and Python's own limit on digits would hide which field it was."""
+    return int(digits) if len(digits) <= 20 else float(digits)
+
+
+def _parse_float(digits: str) -> float:
+    """`float` itself would make a list of millions of numbers in one call; see `MAX_VALUES`."""
+    return float(digits)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=_parse_int, parse_float=_parse_float, parse_constant=_refuse_constant, object_pairs_hook=Object
+)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+_KINDS = {
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    list: "a list",
+    Object: "an object",
+    type(None): "null",
+}
+
+
+def wrong(name: str, wanted: str, value: object) -> NoReturn:
+    """Raise `InvalidRequest`: the field should be `wanted` and is something else."""
+    raise InvalidRequest(f"{name} must be {wanted}, not {_KINDS[type(value)]}", param=name)
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        wrong(name, "a string", value)
+    try:
+        n_bytes = len(value.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} contains half of a surrogate pair, which is no character", param=name) from None
+    if n_bytes > MAX_TEXT_BYTES:
+        raise InvalidRequest(f"{name} has {n_bytes} bytes, but at most {MAX_TEXT_BYTES} are allowed", param=name)
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    if type(value) is not int:
+        wrong(name, "an integer", value)
+    if not -(2**63) <= value < 2**63:
+        raise InvalidRequest(f"{name} must fit in 64 bits", param=name)
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        wrong(name, "a number", value)
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        wrong(name, "true or false", value)
+    return value
+
+
+def list_of(check: Check, what: str) -> Check:
+    """The check of a list whose items pass `check`; `what` names them in the plural."""
+
+    def check_list(name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            wrong(name, f"a list of {what}", value)
+        return tuple(check(name, item) for item in value)
+
+    return check_list
+
+
+def texts(name: str, value: Any, max_items: int) -> tuple[str, ...]:
+    """A list of at most `max_items` texts. A complaint names the item."""
+    if not isinstance(value, list):
+        wrong(name, "a list of strings", value)
+    if len(value) > max_items:
+        raise InvalidRequest(f"{name} has {len(value)} texts, but at most {max_items} are allowed", param=name)
+    return tuple(text(f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
+def tokens(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        wrong(name, "a list of integers", value)
+    for token in value:  # of which there may be millions
+        if type(token) is not int:
+            wrong(name, "an integer", token)
+        if not 0 <= token < 2**31:
+            raise InvalidRequest(f"{name} must be between 0 and 2147483647", param=name)
+    return tuple(value)
+
+
+def base64_bytes(name: str, value: str) -> bytes:
+    """The bytes that `value` encodes in base64, perhaps with line breaks."""
+    value = value.replace("\r", "").replace("\n", "")
+    try:
+        pieces = [
+            base64.b64decode(value[start : start + BASE64_PIECE], validate=True)
+            for start in range(0, len(value), BASE64_PIECE)
+        ]
+    except ValueError:
+        raise InvalidRequest(f"{name} must be base64", param=name) from None
+    return b"".join(pieces)
+
+
+# --- Checks from the tables of parameters ----------------------------------------------------------------------------
+
+
+def _token_biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Both [[token, bias], ...] and {"token": bias, ...}; a bias of false forbids the token."""
+    if isinstance(value, Object):
+        pairs = fold(value).items()
+        value = [[int(token) if re.fullmatch("[0-9]{1,10}", token) else token, bias] for token, bias in pairs]
+    if not isinstance(value, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in value):
+        wrong(name, "a list of [token, bias] or an object", value)
+    return tuple((integer(name, token), -math.inf if bias is False else number(name, bias)) for token, bias in value)
+
+
+_CHECKS: dict[Kind, Check] = {
+    "number": number,
+    "integer": integer,
+    "boolean": boolean,
+    "text": text,
+    "choice": text,
+}
+_CHECKS_OF_OTHERS: dict[str, Check] = {
+    "logit_bias": _token_biases,
+    "dry_sequence_breakers": list_of(text, "strings"),
+}
+"""Checks of parameters that have a type of their own."""
+
+
+def fields_of(table: type[Any], *names: str) -> dict[str, Check]:
+    """Checks of the JSON types of a dataclass's parameters: of `names`, or of all. The dataclass checks the ranges."""
+    parameters = parameters_of(table)
+    return {name: _CHECKS_OF_OTHERS.get(name) or _CHECKS[parameters[name].kind] for name in (names or parameters)}

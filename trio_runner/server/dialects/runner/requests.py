@@ -1,0 +1,239 @@
+"""Requests in the dialect of Ollama's Go runner: bytes of a body -> request values. Pure.
+
+Every function raises `RequestError`, which names the field at fault.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trio_runner.errors import InvalidImage, InvalidRequest
+from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.parameters import integer_complaint
+from trio_runner.request import (
+    MAX_ADAPTER_SCALE,
+    MAX_DOCUMENTS,
+    MAX_IMAGES,
+    AdapterChoice,
+    EmbedRequest,
+    GenerateRequest,
+    RerankRequest,
+)
+from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
+from trio_runner.server.dialects import json_in
+from trio_runner.server.dialects.json_in import Fields, Object, fields_of, fold, list_of, read_fields, wrong
+
+NO_SEQUENCE = "Failed to create new sequence: "
+"""How the original begins the refusal of a request that it could read."""
+
+MAX_FILE_NAME_BYTES = 255
+"""What file systems allow."""
+
+_IMAGE_NAME = re.compile(r"\[img-([0-9]{1,10})\]")
+
+
+# --- Fields ----------------------------------------------------------------------------------------------------------
+
+
+def _go_text(name: str, value: Any) -> str:
+    return "" if value is None else json_in.text(name, value)  # null in a list is Go's zero value
+
+
+def _image(name: str, value: Any) -> tuple[int, bytes]:
+    if not isinstance(value, Object):
+        wrong(name, "an object", value)
+    given = fold(value)
+    image_id, data = json_in.integer(f"{name}.id", given.get("id", 0)), given.get("data", "")
+    complaint = integer_complaint(f"{name}.id", image_id, 0, 2**31 - 1)
+    if complaint is not None:  # said here, as an image that the prompt does not name gets no further
+        raise InvalidRequest(complaint, param=f"{name}.id")
+    if not isinstance(data, str):
+        wrong(f"{name}.data", "a string", data)
+    if not data:
+        raise InvalidImage(f"{name}.data is empty", param=f"{name}.data")
+    if len(data) > MAX_IMAGE_BYTES * 3 // 2:  # with line breaks
+        raise InvalidImage(f"{name}.data has more than {MAX_IMAGE_BYTES} bytes", param=f"{name}.data")
+    return image_id, json_in.base64_bytes(f"{name}.data", data)
+
+
+def _images(name: str, value: Any) -> tuple[tuple[int, bytes], ...]:
+    if not isinstance(value, list):
+        wrong(name, "a list of objects", value)
+    if len(value) > MAX_IMAGES:
+        raise InvalidRequest(f"{name} has {len(value)} images, but at most {MAX_IMAGES} are allowed", param=name)
+    return tuple(_image(f"{name}[{index}]", item) for index, item in enumerate(value))
+
+
+def _adapter(name: str, value: Any) -> AdapterChoice:
+    if not isinstance(value, Object):
+        wrong(name, "a list of objects", value)
+    given = fold(value)
+    if "name" not in given:
+        raise InvalidRequest(f"{name} must have a name", param=name)
+    return AdapterChoice(
+        json_in.text(f"{name}.name", given["name"]), json_in.number(f"{name}.scale", given.get("scale", 1.0))
+    )
+
+
+def _alternatives(name: str, value: Any) -> int:
+    count = json_in.integer(name, value)
+    if count > MAX_LOGPROBS:
+        raise InvalidRequest(f"{name} must be at most {MAX_LOGPROBS}, not {count}", param=name)
+    return max(count, -1)
+
+
+def _documents(name: str, value: Any) -> tuple[str, ...]:
+    return json_in.texts(name, value, MAX_DOCUMENTS)
+
+
+def _text_or_texts(name: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return json_in.text(name, value)
+    if not isinstance(value, list):
+        wrong(name, "a string or a list of strings", value)
+    return _documents(name, value)
+
+
+_SAMPLING = fields_of(SamplingParams)
+
+_LOAD_OPTIONS: Fields = {
+    **dict.fromkeys(["num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"], json_in.integer),
+    **dict.fromkeys(["low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock"], json_in.boolean),
+}
+"""Sent with every request, but settled when the model was loaded: checked and ignored."""
+
+COMPLETION: Fields = {
+    "prompt": json_in.text,
+    "image_data": _images,
+    "adapters": list_of(_adapter, "objects"),
+    "n_predict": json_in.integer,
+    "n_keep": json_in.integer,
+    "stop": list_of(_go_text, "strings"),
+    **fields_of(GenerateRequest, "cache_prompt", "shift", "truncate", "priority", "deadline"),
+    "n_probs": _alternatives,
+    **_SAMPLING,
+    "logprobs": _alternatives,
+    **_LOAD_OPTIONS,
+}
+EMBEDDING: Fields = {
+    "content": _text_or_texts,
+    "cache_prompt": json_in.boolean,
+    **fields_of(EmbedRequest, "normalize", "truncate", "dimensions"),
+    "adapters": list_of(_adapter, "objects"),
+}
+RERANK: Fields = {
+    "query": json_in.text,
+    "documents": _documents,
+    "top_n": json_in.integer,
+    **fields_of(RerankRequest, "truncate"),
+    "adapters": list_of(_adapter, "objects"),
+}
+ADAPTER: Fields = {"file": json_in.text, "name": json_in.text, "scale": json_in.number}
+TOKENIZE: Fields = {"content": json_in.text, "add_special": json_in.boolean, "parse_special": json_in.boolean}
+DETOKENIZE: Fields = {"tokens": json_in.tokens}
+
+
+# --- Requests --------------------------------------------------------------------------------------------------------
+
+
+def completion(body: bytes) -> GenerateRequest:
+    """The request in the body of POST /completion.
+
+    An image that the prompt does not name is left out, as in the original: its server sends all images of a
+    conversation, and a raw prompt or a suffix may name none of them.
+    """
+    given = read_fields(body, COMPLETION, refusal="Bad request")
+    if not given.get("prompt"):
+        raise InvalidRequest(f"{NO_SEQUENCE}no input provided: prompt is empty", param="prompt")
+    named = {int(number) for number in _IMAGE_NAME.findall(given["prompt"])}
+    n_predict = given.get("n_predict", -1)
+    return GenerateRequest(
+        prompt=given["prompt"],
+        image_data=tuple(pair for pair in given.get("image_data", ()) if pair[0] in named),
+        adapters=given.get("adapters"),
+        max_tokens=min(n_predict, 2**31 - 1) if n_predict > 0 else None,
+        stop=given.get("stop", ()),
+        sampling=_sampling(given),
+        cache_prompt=given.get("cache_prompt", False),
+        n_keep=max(-1, min(given.get("n_keep", 4), 2**31 - 1)),
+        shift=given.get("shift", True),
+        truncate=given.get("truncate", True),
+        priority=given.get("priority", "interactive"),
+        deadline=given.get("deadline"),
+    )
+
+
+def _sampling(given: Mapping[str, Any]) -> SamplingParams:
+    params = {name: given[name] for name in _SAMPLING if name in given}
+    params["seed"] = params.get("seed", -1) & 0xFFFFFFFF
+    if params.get("repeat_last_n", 0) < 0:
+        params["repeat_last_n"] = 64
+    if "logprobs" not in given and given.get("n_probs", 0) > 0:
+        params["logprobs"] = given["n_probs"]
+    return SamplingParams(**params)
+
+
+def embedding(body: bytes) -> EmbedRequest | tuple[EmbedRequest, ...]:
+    """The request in the body of POST /embedding; several if its content is a list."""
+    given = read_fields(body, EMBEDDING, refusal="bad request: {}")
+    content = given.get("content")
+    if not content:
+        raise InvalidRequest(f"{NO_SEQUENCE}no input provided: content is empty", param="content")
+
+    def request(text: str) -> EmbedRequest:
+        return EmbedRequest(
+            content=text,
+            normalize=given.get("normalize", False),
+            truncate=given.get("truncate", False),
+            dimensions=given.get("dimensions"),
+            adapters=given.get("adapters"),
+        )
+
+    return request(content) if isinstance(content, str) else tuple(map(request, content))
+
+
+def rerank(body: bytes) -> tuple[RerankRequest, int | None]:
+    """The request in the body of POST /rerank, and how many of the best documents to return; None for all."""
+    given = read_fields(body, RERANK, refusal="bad request: {}")
+    for name in ("query", "documents"):
+        if not given.get(name):
+            raise InvalidRequest(f"{name} is missing or empty", param=name)
+    top_n: int | None = given.get("top_n")
+    if top_n is not None and top_n < 1:
+        raise InvalidRequest(f"top_n must be 1 or more, not {top_n}", param="top_n")
+    request = RerankRequest(
+        query=given["query"],
+        documents=given["documents"],
+        truncate=given.get("truncate", False),
+        adapters=given.get("adapters"),
+    )
+    return request, top_n
+
+
+def adapter(body: bytes) -> tuple[str, str | None, float]:
+    """(file, name, scale) of POST /adapters."""
+    given = read_fields(body, ADAPTER, refusal="bad request: {}")
+    file = given.get("file", "")
+    # The name of a file in one directory, and never a path: clients must not learn which files this machine has.
+    if not 0 < len(file.encode()) <= MAX_FILE_NAME_BYTES or file.startswith(".") or set(file) & set("/\\\0"):
+        raise InvalidRequest("file must be the name of a file in the directory of adapters", param="file")
+    scale = given.get("scale", 0.0)
+    if abs(scale) > MAX_ADAPTER_SCALE:
+        raise InvalidRequest(
+            f"scale must be between {-MAX_ADAPTER_SCALE:g} and {MAX_ADAPTER_SCALE:g}, not {scale}", param="scale"
+        )
+    return file, given.get("name"), scale
+
+
+def tokenize(body: bytes) -> tuple[str, bool, bool]:
+    """(text, add_special, parse_special) of POST /tokenize."""
+    given = read_fields(body, TOKENIZE, refusal="bad request: {}")
+    return given.get("content", ""), given.get("add_special", False), given.get("parse_special", True)
+
+
+def detokenize(body: bytes) -> tuple[int, ...]:
+    """The tokens of POST /detokenize."""
+    tokens: tuple[int, ...] = read_fields(body, DETOKENIZE, refusal="bad request: {}").get("tokens", ())
+    return tokens
