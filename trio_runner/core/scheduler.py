@@ -76,8 +76,8 @@ class Scheduler:
         pace: Pace | None = None,
         min_follow: int = MIN_FOLLOW,
     ) -> None:
-        """`step_target`: see `EngineConfig.step_target`. `pace` replaces the one that is made from it. `min_follow`:
-        tokens that another sequence must save a prompt to be worth waiting for."""
+        """`step_target`: see `EngineConfig.step_target`. `pace` replaces the one made from it. `min_follow`: see
+        `MIN_FOLLOW`."""
         self._capabilities = capabilities
         self._waiting: dict[int, Sequence] = {}
         self._running: dict[int, Sequence] = {}  # in the order in which they got their slots
@@ -302,7 +302,9 @@ class Scheduler:
         n_decoding = sum(sequence.decoding for sequence in ready)
         n_prompting = sum(not all(sequence.decoding for sequence in sequences) for sequences in by_kind.values())
         asked = (next_chunk(sequence, self._capabilities) for sequence in by_kind[kind])
-        prompt_rows = self._prompt_rows(kind, n_decoding, n_prompting)
+        prompt_rows = self._capabilities.max_rows
+        if n_decoding or not kind.embedding:
+            prompt_rows = self._pace.prompt_rows(n_decoding, n_kinds=n_prompting, short=self._n_short_steps > 0)
         chunks = plan_batch(asked, max_rows=self._faults.max_rows, prompt_rows=prompt_rows)
         first_embed_slot = self._capabilities.first_embed_slot
         n_rows = sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot)
@@ -320,17 +322,6 @@ class Scheduler:
         ]
         ready.sort(key=lambda sequence: sequence.last_turn)
         return self._faults.choose(ready)
-
-    def _prompt_rows(self, kind: BatchKind, n_decoding: int, n_prompting: int) -> int:
-        """Rows of prompts for a batch of this `kind`, while `n_decoding` streams wait for it. `n_prompting` kinds have
-        prompts."""
-        if kind.embedding and not n_decoding:
-            return self._capabilities.max_rows
-        prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
-        if n_decoding and n_prompting > 1:
-            # Between two tokens of a stream comes a batch of each kind: those that have prompts share the time.
-            return max(prompt_rows // n_prompting, 1)
-        return prompt_rows
 
     # -- results ------------------------------------------------------------------------------------------------------
 
