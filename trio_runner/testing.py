@@ -267,8 +267,8 @@ class ToyContext:
         self._cells: list[list[_Cell]] = [[] for _ in range(capabilities.first_embed_slot + capabilities.n_embed_slots)]
 
     def held(self, slot: int) -> list[Item]:
-        """The tokens and rows that `slot` holds. Raises AssertionError unless they are at positions 0, 1, 2, ... or, for
-        images, where these must be, and were all made with the same adapters."""
+        """The tokens and rows that `slot` holds. Raises AssertionError unless they are at the positions where they must
+        be, without holes, and were all made with the same adapters."""
         cells = self._cells[slot]
         items = [cell.item for cell in cells]
         assert [cell.position for cell in cells] == _positions(items, 0), "positions have a hole or a double"
