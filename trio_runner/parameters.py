@@ -32,7 +32,7 @@ class Option:
     """
 
     flags: tuple[str, ...] = ()
-    """All spellings of the option; () means the plain one."""
+    """All spellings of the option, a long one first; () means the plain one."""
     metavar: str | None = None
     """What stands for the value in `--help`."""
     parse: Callable[[str], Any] | None = None

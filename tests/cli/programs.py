@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,10 @@ import trio
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 60
-"""Seconds; generous, because the machines that run tests are busy."""
+"""Seconds that a program may take. Generous, because the machines that run tests are busy."""
+
+SLOW = {"TOY_ENDLESS": "1", "TOY_STEP": "0.01"}
+"""Environment of a toy that never ends a text, and takes its time."""
 
 TOY = """
 import os, sys, time
@@ -71,7 +75,7 @@ class Program:
         self.output = b""
 
     async def logged(self, text: str) -> str:
-        """The rest of the line on stderr that `text` appears in, once it does."""
+        """Wait for a line on stderr with `text` in it. Returns the rest of the line."""
         assert self.process.stderr is not None
         while True:
             _, found, rest = self.log.partition(text)
@@ -86,7 +90,7 @@ class Program:
         return int((await self.logged("listening on http://127.0.0.1:")).strip('"'))
 
     async def printed(self, n_bytes: int) -> None:
-        """Wait for so much of stdout."""
+        """Wait until that many bytes of stdout have arrived."""
         assert self.process.stdout is not None
         while len(self.output) < n_bytes:
             data = await self.process.stdout.receive_some()
@@ -94,7 +98,7 @@ class Program:
             self.output += data
 
     async def ended(self) -> int:
-        """The exit code, once both outputs are read to their ends."""
+        """Read both outputs to their ends. Returns the exit code."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         async with trio.open_nursery() as nursery:
@@ -119,7 +123,7 @@ class Program:
 async def program(
     *arguments: str, toy: bool = True, stdin: bytes = b"", environment: Mapping[str, str] = MappingProxyType({})
 ) -> AsyncIterator[Program]:
-    """Start trio-runner; kill it at the end of the block if it still runs."""
+    """Start trio-runner. Kill it at the end of the block if it still runs."""
     command = [sys.executable, *(["-c", TOY] if toy else ["-m", "trio_runner"]), *arguments]
     own = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default", **environment}
     process = await trio.lowlevel.open_process(
@@ -141,7 +145,7 @@ async def program(
 
 
 async def request(port: int, path: str, body: object = None) -> trio.SocketStream:
-    """A connection on which a request has been sent; the server will close it after the response."""
+    """Send a request. Returns the connection, which the server closes after the response."""
     stream = await trio.open_tcp_stream("127.0.0.1", port)
     data = b"" if body is None else json.dumps(body).encode()
     head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
@@ -152,10 +156,15 @@ async def request(port: int, path: str, body: object = None) -> trio.SocketStrea
 
 
 async def read_all(stream: trio.SocketStream) -> str:
-    """What is left of the response, head and chunk framing included."""
+    """The rest of the response, head and chunk framing included."""
     async with stream:
         return b"".join([data async for data in stream]).decode()
 
 
 async def exchange(port: int, path: str, body: object = None) -> str:
     return await read_all(await request(port, path, body))
+
+
+def texts(response: str) -> str:
+    """The text of all lines of a /completion response."""
+    return "".join(json.loads(line)["content"] for line in re.findall(r"^\{.*\}$", response, re.MULTILINE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
@@ -27,7 +28,7 @@ def test_the_defaults_are_the_originals() -> None:
     )
 
 
-def test_everything_a_server_of_that_era_sends() -> None:
+def test_every_flag_of_an_old_server_arrives() -> None:
     command = "--model m.gguf --ctx-size 8192 --batch-size 512 --embedding --log-disable --n-gpu-layers 33 --verbose"
     command += " --main-gpu 1 --lora a.gguf --threads 8 --memory-f32 --flash-attn --no-mmap --mlock --numa distribute"
     command += " --parallel 4 --tensor-split 3,1 --multiuser-cache --port 43210 --mmproj p.gguf"
@@ -54,17 +55,29 @@ def test_everything_a_server_of_that_era_sends() -> None:
     )
 
 
-def test_an_adapter_forces_reading_the_model() -> None:
+def test_every_flag_sets_a_field_or_is_known_to_set_none() -> None:
+    without = set()
+    for flag in dropin.FLAGS.flags:
+        assert isinstance(flag, dropin.DropinFlag)
+        for setting in flag.settings:
+            assert setting.field in {field.name for field in dataclasses.fields(setting.config)}
+        if not flag.settings:
+            without.add(flag.name)
+    read_elsewhere, ignored = {"verbose", "requirements"}, {"embedding", "log-disable", "memory-f32", "numa"}
+    assert without == read_elsewhere | ignored | {"multiuser-cache"}
+
+
+def test_an_adapter_turns_mmap_off() -> None:
     assert read("-model", "m").model.mmap
     assert not read("-model", "m", "-lora", "a").model.mmap
 
 
-def test_context_is_divided_among_the_slots() -> None:
+def test_the_context_is_divided_among_the_slots() -> None:
     assert read("-model", "m", "-ctx-size", "1000", "-parallel", "3").engine.context_length == 333
 
 
 @pytest.mark.parametrize(("flags", "limit"), [([], 8 << 20), (["-mmproj", ""], 8 << 20), (["-mmproj", "p"], 64 << 20)])
-def test_a_request_may_be_larger_where_it_may_have_images(
+def test_bodies_may_be_larger_if_the_model_takes_images(
     flags: list[str], limit: int, monkeypatch: pytest.MonkeyPatch, restored_logging: None
 ) -> None:
     limits = []
@@ -81,7 +94,7 @@ def test_a_request_may_be_larger_where_it_may_have_images(
     ("text", "split"),
     [("", ()), ("1", (1.0,)), ("1,x,2", (1.0, 0.0, 2.0)), ("nan,inf,-1,1e999", (0.0,) * 4), (",", (0.0, 0.0))],
 )
-def test_tensor_split(text: str, split: tuple[float, ...]) -> None:
+def test_the_tensor_split_is_read(text: str, split: tuple[float, ...]) -> None:
     assert dropin.read_tensor_split(text) == split
     assert all(math.isfinite(share) for share in split)
 
@@ -97,7 +110,7 @@ def test_tensor_split(text: str, split: tuple[float, ...]) -> None:
         (("-model", "m", "-batch-size", "0"), "batch_size must be"),
     ],
 )
-def test_values_that_cannot_be_had(
+def test_values_that_no_engine_can_have_are_refused(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], restored_logging: None
 ) -> None:
     with pytest.raises((ValueError, LoadError), match=message):
@@ -120,7 +133,7 @@ def test_values_that_cannot_be_had(
         (["--port", "x"], 2, 'invalid value "x" for flag -port: parse error'),
     ],
 )
-def test_the_first_dash_chooses_the_mode(
+def test_a_dash_at_the_start_chooses_the_dropin_mode(
     arguments: list[str], code: int, first_line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == code
@@ -130,13 +143,13 @@ def test_the_first_dash_chooses_the_mode(
     assert "  -ctx-size int\n" in err
 
 
-def test_cpu_features() -> None:
+def test_the_features_of_the_cpu_are_read() -> None:
     line = "CPU : SSE3 = 1 | SSSE3 = 1 | AVX512 = 0 | AVX = 1 | REPACK = 1 | "
     assert dropin.cpu_features(line) == "sse3,ssse3,avx"
     assert dropin.cpu_features("") == ""
 
 
-def test_log_lines_are_those_of_slog() -> None:
+def test_log_lines_have_the_format_of_slog() -> None:
     record = logging.LogRecord("x", logging.WARNING, "/a/b.py", 7, "say %s", ('"hi"\n',), None)
     line = SlogFormatter().format(record)
     assert line.startswith("time=2")

@@ -18,7 +18,7 @@ from trio_runner.parameters import Option, number, other, parameters_of
 from trio_runner.sampling import SamplingParams
 
 
-def test_defaults_are_those_of_the_configuration(call: Call) -> None:
+def test_the_defaults_are_those_of_the_configuration(call: Call) -> None:
     assert main(["serve"]) == 0
     assert call.model == ModelConfig(path="/fetched/SmolLM2-135M-Instruct")
     assert call.engine == EngineConfig()
@@ -89,7 +89,7 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
         ("-ngl 0", 0, None),
     ],
 )
-def test_what_goes_to_devices(
+def test_layers_and_devices_arrive(
     options: str, layers: int | Literal["auto"], devices: tuple[str, ...] | None, call: Call
 ) -> None:
     assert main(["serve", *options.split()]) == 0
@@ -195,7 +195,7 @@ def test_a_wrong_command_line_is_a_usage_error(command: str, call: Call, capsys:
 
 @pytest.mark.parametrize("path", ["a.gguf", "a.gguf:0.25", "C:a.gguf", "C:\\a.gguf", "a=1", "a=b=", "dir=1/é", "=2"])
 @pytest.mark.parametrize(("text", "scale"), [("0.25", 0.25), ("-1", -1.0), ("+2e-1", 0.2), ("0", 0.0)])
-def test_adapters(path: str, text: str, scale: float) -> None:
+def test_adapters_are_read(path: str, text: str, scale: float) -> None:
     assert read_adapter(path) == AdapterConfig(path, 1.0)
     assert read_scaled_adapter(f"{path}={text}") == AdapterConfig(path, scale)
 
@@ -262,7 +262,8 @@ def test_the_help_of_an_option_is_the_text_of_its_entry(capsys: pytest.CaptureFi
     ("arguments", "message"),
     [
         (["--warmth", "3"], "Invalid value for '--warmth': it must be between 0 and 2, not 3.0"),
-        (["--warmth", "x"], "Invalid value for '--warmth': 'x' is not a valid float."),
+        (["--warmth", "x"], "Invalid value for '--warmth': 'x' is not a number"),
+        (["--top-k", "1.5"], "Invalid value for '--top-k': '1.5' is not an integer"),
         (["--delay", "0"], "Invalid value for '--delay': it must be between 1 and 60000 milliseconds, not 0.0"),
         (["--grey", "x"], "Invalid value for '--grey': invalid literal for int() with base 10: 'x'"),
         (["--hidden", "1"], "No such option"),

@@ -1,4 +1,4 @@
-"""The whole program over the native library and tiny real models."""
+"""The whole program, with the native library and tiny models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-async def test_run(models: Path) -> None:
+async def test_run_prints_the_text(models: Path) -> None:
     chain = str(tiny_model("chain", models))
     async with program("run", "hello", "-m", chain, "--temperature", "0", *ONE_THREAD, toy=False) as runner:
         assert await runner.ended() == 0
@@ -27,7 +27,7 @@ async def test_run(models: Path) -> None:
         assert not runner.log
 
 
-async def test_run_is_interrupted(models: Path) -> None:
+async def test_run_can_be_interrupted(models: Path) -> None:
     llama = str(tiny_model("llama", models))
     async with program("run", "hello", "-m", llama, "--shift", *ONE_THREAD, toy=False) as runner:
         await runner.printed(20)
@@ -36,7 +36,7 @@ async def test_run_is_interrupted(models: Path) -> None:
         assert "Traceback" not in runner.log
 
 
-async def test_an_adapter_changes_what_is_said(models: Path) -> None:
+async def test_an_adapter_changes_the_text(models: Path) -> None:
     command = ["run", "hello world", "-m", str(tiny_model("llama", models)), "--temperature", "0", "-n", "16"]
     lora = str(tiny_model("lora", models))
     said = []
@@ -47,7 +47,7 @@ async def test_an_adapter_changes_what_is_said(models: Path) -> None:
     assert said[0] == said[1] != said[2]
 
 
-async def test_serve(models: Path) -> None:
+async def test_serve_completes_a_prompt(models: Path) -> None:
     arguments = ["serve", "--model", str(tiny_model("chain", models)), "--port", "0", "--slots", "2", *ONE_THREAD]
     async with program(*arguments, toy=False) as runner:
         port = await runner.listening()
@@ -60,7 +60,7 @@ async def test_serve(models: Path) -> None:
         assert "Traceback" not in runner.log
 
 
-async def test_dropin_drains(models: Path) -> None:
+async def test_the_dropin_drains(models: Path) -> None:
     flags = f"-model {tiny_model('llama', models)} -ctx-size 512 -parallel 2 -threads 1 -flash-attn -embedding -port 0"
     async with program(*flags.split(), toy=False) as runner:
         port = await runner.listening()
@@ -76,7 +76,7 @@ async def test_dropin_drains(models: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"), [(["run", "x", "-m"], "error: "), (["-model"], "error: error loading model ")]
 )
-async def test_a_file_that_is_no_model(arguments: list[str], line: str, tmp_path: Path) -> None:
+async def test_a_file_that_is_no_model_is_refused(arguments: list[str], line: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
     async with program(*arguments, str(path), toy=False) as runner:
@@ -85,7 +85,7 @@ async def test_a_file_that_is_no_model(arguments: list[str], line: str, tmp_path
         assert "Traceback" not in runner.log
 
 
-async def test_embed(models: Path) -> None:
+async def test_embed_prints_embeddings(models: Path) -> None:
     bert = str(tiny_model("bert", models))
     async with program("embed", "one", "two", "one", "-m", bert, *ONE_THREAD, toy=False) as runner:
         assert await runner.ended() == 0, runner.log
@@ -95,7 +95,7 @@ async def test_embed(models: Path) -> None:
     assert one != pytest.approx(two, abs=1e-3)
 
 
-async def test_info(models: Path) -> None:
+async def test_info_prints_facts(models: Path) -> None:
     llama = str(tiny_model("llama", models))
     async with program("info", "--json", "-m", llama, toy=False) as runner:
         assert await runner.ended() == 0, runner.log
@@ -112,7 +112,7 @@ async def test_info(models: Path) -> None:
         assert f"  {name:<{width}} {value}" in lines
 
 
-async def test_requirements() -> None:
+async def test_requirements_are_one_line_of_json() -> None:
     async with program("--requirements", toy=False) as runner:
         assert await runner.ended() == 0
         assert runner.output.endswith(b"}\n")
@@ -121,7 +121,7 @@ async def test_requirements() -> None:
     assert all(isinstance(value, str) and value for value in facts.values())
 
 
-async def test_bench_beside_a_bare_loop(models: Path) -> None:
+async def test_bench_compares_with_a_bare_loop(models: Path) -> None:
     options = ["--bare", "--slots", "2", "--repeat", "1", "--prompt-tokens", "40", "-n", "4", "--context-length", "64"]
     async with program("bench", "-m", str(tiny_model("llama", models)), *options, *ONE_THREAD, toy=False) as runner:
         assert await runner.ended() == 0, runner.log
@@ -131,7 +131,7 @@ async def test_bench_beside_a_bare_loop(models: Path) -> None:
         assert all(float(figure) > 0 for row in rows for figure in row[20:].split())
 
 
-async def test_bench_of_more_than_fits(models: Path) -> None:
+async def test_bench_refuses_a_prompt_that_does_not_fit(models: Path) -> None:
     options = ["--bare", "--prompt-tokens", "100", "--context-length", "64"]
     async with program("bench", "-m", str(tiny_model("llama", models)), *options, *ONE_THREAD, toy=False) as runner:
         assert await runner.ended() == 1

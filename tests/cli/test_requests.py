@@ -14,7 +14,7 @@ from trio_runner.request import Chat, GenerateRequest
 from trio_runner.sampling import SamplingParams
 
 
-def test_requests(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_of_run(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[GenerateRequest] = []
 
     def make_request(*arguments: object) -> GenerateRequest:
@@ -38,7 +38,7 @@ def test_requests(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_prompts() -> None:
+def test_the_prompt_of_run() -> None:
     a, b = Path("a.png"), Path("b.png")
     assert make_prompt("hello", (), False) == "hello"
     assert make_prompt("hello", (a, b), False) == (a, b, "hello")

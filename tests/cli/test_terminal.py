@@ -38,7 +38,7 @@ async def test_text_reaches_a_file_whole(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "one twö"
 
 
-async def test_a_full_pipe_can_be_left() -> None:
+async def test_writing_to_a_full_pipe_can_be_cancelled() -> None:
     read_end, write_end = os.pipe()
     try:
         with trio.move_on_after(0.05) as scope:
@@ -49,7 +49,7 @@ async def test_a_full_pipe_can_be_left() -> None:
         os.close(write_end)
 
 
-async def test_a_reader_that_has_gone() -> None:
+async def test_a_closed_pipe_raises_broken_pipe_error() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:

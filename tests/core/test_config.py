@@ -73,7 +73,7 @@ def test_model_config_names_the_bad_field(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
-def test_adapter_scale(scale: float) -> None:
+def test_an_adapter_needs_a_path_and_a_finite_scale(scale: float) -> None:
     with pytest.raises(ValueError, match=r"lora\.gguf"):
         AdapterConfig("lora.gguf", scale)
     with pytest.raises(ValueError, match="path"):
@@ -99,7 +99,7 @@ def test_an_adapter_is_named_after_its_file(path: str, name: str) -> None:
 
 
 @given(st.text(min_size=1))
-def test_every_adapter_has_a_name_that_stands_in_urls(path: str) -> None:
+def test_every_adapter_gets_a_name_that_fits_into_urls(path: str) -> None:
     name = AdapterConfig(path).name
     check_adapter_name(name)
     assert quote(name, safe="") == name
@@ -108,7 +108,7 @@ def test_every_adapter_has_a_name_that_stands_in_urls(path: str) -> None:
 @pytest.mark.parametrize(
     "name", [".", "..", "../x", "a/b", "a b", "-a", ".a", "_a", "é", "a\n", "a\0", "a" * (MAX_ADAPTER_NAME + 1)]
 )
-def test_names_that_no_adapter_has(name: str) -> None:
+def test_names_that_no_adapter_can_have_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         AdapterConfig("a.gguf", name=name)
 
@@ -130,11 +130,11 @@ def test_names_that_no_adapter_has(name: str) -> None:
         stall_timeout=st.floats(min_value=0, exclude_min=True, allow_nan=False),
     )
 )
-def test_whatever_is_in_range_is_taken(config: EngineConfig) -> None:
+def test_every_value_in_range_is_accepted(config: EngineConfig) -> None:
     hash(config)
 
 
-def test_all_slots_together_have_a_bound() -> None:
+def test_the_context_of_all_slots_together_is_bounded() -> None:
     EngineConfig(slots=31, context_length=2**26)
     with pytest.raises(ValueError, match="slots and context_length"):
         EngineConfig(slots=32, context_length=2**26)

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import click
 
 from trio_runner.cli.fetch import fetch_model
 from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.models import DEFAULT_MODEL
-from trio_runner.parameters import Option, Parameter, parameters_of
+from trio_runner.parameters import Kind, Option, Parameter, parameters_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # ---- one option from one entry ---------------------------------------------------------------------------------------
-
-
-def _type_of(parameter: Parameter) -> tuple[click.ParamType[Any], str]:
-    """(what reads a value of its kind, what stands for the value in `--help`)."""
-    match parameter.kind:
-        case "integer":
-            return click.INT, "INTEGER"
-        case "number":
-            return click.FLOAT, "FLOAT"
-        case "choice":
-            return click.Choice(parameter.choices), f"[{'|'.join(parameter.choices)}]"
-    return click.STRING, "TEXT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,65 +30,78 @@ class Given:
     value: Any
 
 
-class _ValueType(click.ParamType[Given]):
-    """Reads and checks a value of a parameter."""
-
-    name = "value"
-
-    def __init__(self, parameter: Parameter, option: Option) -> None:
-        self._parse = option.parse
-        self._scale = option.scale
-        self._type, metavar = _type_of(parameter)
-        unit = option.unit or parameter.unit
-        self.metavar = option.metavar or unit.upper() or metavar
-        # The range is checked in the unit of the command line, because that is what the user reads in the message.
-        low, high = parameter.low / option.scale, parameter.high / option.scale
-        self._shown = dataclasses.replace(parameter, name="it", low=low, high=high, unit=unit)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Given:
-        if isinstance(value, Given):
-            return value
-        if self._parse is not None:
-            try:
-                return Given(value, self._parse(value))
-            except ValueError as error:
-                self.fail(str(error), param, ctx)
-        read: Any = self._type.convert(value, param, ctx)
-        if (complaint := self._shown.complaint(read)) is not None:
-            self.fail(complaint, param, ctx)
-        return Given(str(value), read if self._scale == 1 else read * self._scale)
+_METAVARS: Final[Mapping[Kind, str]] = {"integer": "INTEGER", "number": "FLOAT"}
 
 
-class TableOption(click.Option):
-    """The option of a command for a parameter of a table."""
+class TableOption:
+    """The option of a command for a parameter of a table. `default` is what the help says."""
 
     def __init__(self, name: str, parameter: Parameter, option: Option, default: str) -> None:
+        self.name = name
         self.parameter = parameter
-        plain = f"--{parameter.name.replace('_', '-')}"
-        flags = list(option.flags or (plain,))
+        self.is_repeated = option.repeated
+        self._option = option
+        self._default = default
+        flags = option.flags or (f"--{parameter.name.replace('_', '-')}",)
+        self._on_flags = [*flags]
+        self._off_flag = f"--no-{flags[0].removeprefix('--')}"
+
+    def decorate(self, function: Callable[P, R]) -> Callable[P, R]:
+        """`function`, a command, with this option."""
+        parameter, option = self.parameter, self._option
         help = option.doc or parameter.doc
+        if parameter.kind == "boolean" and parameter.default:
+            flags = f"{self._on_flags[0]}/{self._off_flag}"
+            help += f"  [default: {self._on_flags[0].removeprefix('--')}]"
+            return click.option(flags, self.name, default=True, help=help)(function)
         if parameter.kind == "boolean":
-            if parameter.default:
-                default, flags = flags[0].removeprefix("--"), [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
-            note = f"  [default: {default}]" if parameter.default else ""
-            super().__init__([*flags, name], is_flag=True, default=parameter.default, help=help + note)
-        else:
-            note = "" if option.repeated else f"  [default: {default}]"
-            kind = _ValueType(parameter, option)
-            super().__init__(
-                [*flags, name], type=kind, metavar=kind.metavar, multiple=option.repeated, help=help + note
-            )
+            return click.option(*self._on_flags, self.name, is_flag=True, help=help)(function)
+        if not option.repeated:
+            help += f"  [default: {self._default}]"
+        unit = option.unit or parameter.unit
+        choices = f"[{'|'.join(parameter.choices)}]" if parameter.choices else ""
+        metavar = option.metavar or unit.upper() or choices or _METAVARS.get(parameter.kind, "TEXT")
+        return click.option(
+            *self._on_flags, self.name, type=self._read, metavar=metavar, multiple=option.repeated, help=help
+        )(function)
+
+    def _read(self, text: str) -> Given:
+        """The value of the parameter. Raises `click.BadParameter`."""
+        try:
+            return Given(text, self._value(text))
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+
+    def _value(self, text: str) -> Any:
+        """The value of the parameter. Raises ValueError, whose message is for the user."""
+        parameter, option = self.parameter, self._option
+        if option.parse is not None:
+            return option.parse(text)
+        # The range is checked in the units of the command line, because the message is about what the user wrote.
+        low, high, unit = parameter.low / option.scale, parameter.high / option.scale, option.unit or parameter.unit
+        shown = dataclasses.replace(parameter, name="it", low=low, high=high, unit=unit)
+        value: Any = text
+        if parameter.kind in ("integer", "number"):
+            try:
+                value = int(text) if parameter.kind == "integer" else float(text)
+            except ValueError:
+                raise ValueError(
+                    f"{text!r} is not {'an integer' if parameter.kind == 'integer' else 'a number'}"
+                ) from None
+        if (complaint := shown.complaint(value)) is not None:
+            raise ValueError(complaint)
+        return value if option.scale == 1 else value * option.scale
 
     def chosen(self, value: Any) -> tuple[Any, list[str]]:
-        """(what the user gave, the same as arguments) from what click parsed; the arguments are empty if it is the
-        default."""
+        """(value of the parameter, arguments that say the same) from what click passes to the command. There are no
+        arguments if the user gave nothing."""
         if isinstance(value, bool):
-            flags = self.opts if value else self.secondary_opts
-            return value, flags[:1] if value != self.parameter.default else []
-        given = () if value is None else value if isinstance(value, tuple) else (value,)
-        arguments = [f"{self.opts[0]}={one.text}" for one in given]
+            return value, [] if value == self.parameter.default else [self._on_flags[0] if value else self._off_flag]
+        given: Sequence[Given] = () if value is None else value if isinstance(value, tuple) else (value,)
         values = tuple(one.value for one in given)
-        return values if self.multiple else next(iter(values), None), arguments
+        return values if self.is_repeated else next(iter(values), None), [
+            f"{self._on_flags[0]}={one.text}" for one in given
+        ]
 
 
 # ---- all options of a table ------------------------------------------------------------------------------------------
@@ -139,19 +140,21 @@ class TableOptions:
         default = str(self._defaults.get(parameter.name, parameter.default_words))
         return TableOption(name, parameter, option, default)
 
-    def __iter__(self) -> Iterator[TableOption]:
-        return iter(self._options)
+    def decorate(self, function: Callable[P, R]) -> Callable[P, R]:
+        """`function`, a command, with these options."""
+        for option in reversed(self._options):  # the help lists them in the opposite order
+            function = option.decorate(function)
+        return function
 
     def take(self, kwargs: dict[str, Any]) -> Chosen:
         """What the user chose, and `defaults`. Removes it from the keyword arguments of the command."""
         values, arguments = dict(self._defaults), []
         for option in self._options:
-            assert option.name is not None
             value, words = option.chosen(kwargs.pop(option.name))
             arguments += words
             if words:
                 name = option.parameter.name
-                values[name] = (*values.get(name, ()), *value) if option.multiple else value
+                values[name] = (*values.get(name, ()), *value) if option.is_repeated else value
         return Chosen(values, arguments)
 
 
@@ -167,16 +170,9 @@ def table_options(
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
             return function(options.take(kwargs).values, *args, **kwargs)
 
-        return _with(command, options)
+        return options.decorate(command)
 
     return decorate
-
-
-def _with(command: Callable[P, R], options: Sequence[click.Option] | TableOptions) -> Callable[P, R]:
-    # This is where click's own decorators keep the options of a function, the last one first.
-    kept = command.__dict__.setdefault("__click_params__", [])
-    kept.extend(reversed(list(options)))
-    return command
 
 
 # ---- the options of every command with a model -----------------------------------------------------------------------
@@ -243,12 +239,12 @@ def engine_options(
             )
             return function(options, *args, **kwargs)
 
-        default = DEFAULT_MODEL.name
-        first = [
-            click.Option(["--model", "-m"], default=default, show_default=True, help="Model to load."),
-            click.Option(["--offline"], is_flag=True, help="Never fetch anything."),
-        ]
-        last = [click.Option(["--verbose", "-v"], count=True, help="Log more. -vv logs everything.")]
-        return _with(command, [*first, *of_model, *of_engine, *last])
+        name = DEFAULT_MODEL.name
+        decorated: Callable[P, R] = click.option("--verbose", "-v", count=True, help="Log more. -vv logs everything.")(
+            command
+        )
+        decorated = of_model.decorate(of_engine.decorate(decorated))
+        decorated = click.option("--offline", is_flag=True, help="Never fetch anything.")(decorated)
+        return click.option("--model", "-m", default=name, show_default=True, help="Model to load.")(decorated)
 
     return decorate
