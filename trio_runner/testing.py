@@ -269,6 +269,11 @@ class ToyContext:
         assert len({cell.cache_key for cell in cells}) <= 1, "what one slot holds was made with different adapters"
         return items
 
+    def shared_rows(self, slot: int, other: int) -> list[int]:
+        """The rows of `slot` that are the same cells as rows of the slot `other`."""
+        cells = {id(cell) for cell in self._cells[other]}
+        return [row for row, cell in enumerate(self._cells[slot]) if id(cell) in cells]
+
     def length(self, slot: int) -> int:
         return self._cells[slot][-1].position + 1 if self._cells[slot] else 0
 

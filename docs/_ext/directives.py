@@ -35,7 +35,7 @@ _CODE = re.compile(r"`([^`]*)`")
 class TableDirective(Directive):
     """Puts the table that `make` returns where the directive stands."""
 
-    option_spec = {"beside": directives.unchanged, "part": directives.unchanged}  # noqa: RUF012 - Sphinx wants a dict here
+    option_spec = dict.fromkeys(("beside", "common", "part"), directives.unchanged)
     optional_arguments = 1
     make: Callable[..., tables.Table]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,7 +20,9 @@ from trio_runner.cli.main import cli
 from trio_runner.parameters import Parameter, parameters_of
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams
-from trio_runner.server import runner_api
+from trio_runner.server.dialects import json_in
+from trio_runner.server.dialects.json_in import Check, Fields
+from trio_runner.server.dialects.runner import requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +180,15 @@ TOKENIZE: Final[Mapping[str, Field]] = {
 }
 DETOKENIZE: Final[Mapping[str, Field]] = {"tokens": Field("list of integers", "`[]`", "The tokens.")}
 
-_BODIES: Final[Mapping[str, tuple[Iterable[str], Mapping[str, Field], tuple[type[Any], ...]]]] = {
-    "completion": (runner_api._COMPLETION, COMPLETION, (SamplingParams, GenerateRequest)),
-    "embedding": (runner_api._EMBEDDING, EMBEDDING, (EmbedRequest,)),
-    "rerank": (runner_api._RERANK, RERANK, (RerankRequest,)),
-    "adapters": (runner_api._ADAPTER, ADAPTER, ()),
-    "tokenize": (runner_api._TOKENIZE, TOKENIZE, ()),
-    "detokenize": (runner_api._DETOKENIZE, DETOKENIZE, ()),
+_CHECKED_AS: Final[Mapping[Check, str]] = {json_in.integer: "integer", json_in.boolean: "boolean"}
+
+_BODIES: Final[Mapping[str, tuple[Fields, Mapping[str, Field], tuple[type[Any], ...]]]] = {
+    "completion": (requests.COMPLETION, COMPLETION, (SamplingParams, GenerateRequest)),
+    "embedding": (requests.EMBEDDING, EMBEDDING, (EmbedRequest,)),
+    "rerank": (requests.RERANK, RERANK, (RerankRequest,)),
+    "adapters": (requests.ADAPTER, ADAPTER, ()),
+    "tokenize": (requests.TOKENIZE, TOKENIZE, ()),
+    "detokenize": (requests.DETOKENIZE, DETOKENIZE, ()),
 }
 
 
@@ -194,16 +198,15 @@ def wire_fields(endpoint: str, *, part: str = "") -> Table:
     `part` of them: "sampling" parameters, those that are "ignored", or "request", all others.
     Raises KeyError for a field that the code reads and nothing here describes, and ValueError for the opposite.
     """
-    names, described, classes = _BODIES[endpoint]
-    names = list(names)
-    if unknown := set(described) - set(names):
+    fields, described, classes = _BODIES[endpoint]
+    if unknown := set(described) - set(fields):
         raise ValueError(f"the code reads no field {', '.join(sorted(unknown))} at /{endpoint}")
     known: dict[str, Parameter] = {}
     for cls in classes:
         known.update(parameters_of(cls))
     rows = [
-        _wire_row(name, described.get(name, Field()), known.get(name))
-        for name in names
+        _wire_row(name, described.get(name, Field()), known.get(name), _CHECKED_AS.get(check, ""))
+        for name, check in fields.items()
         if part in ("", _part_of(name, described))
     ]
     return Table(("field", "type", "default", "meaning"), tuple(rows), (20, 15, 20, 45))
@@ -215,10 +218,10 @@ def _part_of(name: str, described: Mapping[str, Field]) -> str:
     return "sampling" if name in (*parameters_of(SamplingParams), "n_probs") else "request"
 
 
-def _wire_row(name: str, field: Field, parameter: Parameter | None) -> tuple[str, str, str, str]:
+def _wire_row(name: str, field: Field, parameter: Parameter | None, checked_as: str) -> tuple[str, str, str, str]:
     if parameter is None and not field.text:
         raise KeyError(f"nothing describes the field {name}")
-    kind = field.type or (_TYPES.get(parameter.kind, "") if parameter is not None else "integer or boolean")
+    kind = field.type or (_TYPES.get(parameter.kind, "") if parameter is not None else checked_as)
     kind = "string" if kind == "text" else kind
     default = field.default or (_default(parameter, json=True) if parameter is not None else "")
     text = field.text or (_with_range(parameter) if parameter is not None else "")
@@ -237,13 +240,17 @@ def commands() -> Table:
     return Table(("command", "what it does"), tuple(rows), (25, 75))
 
 
-def command_options(name: str, *, beside: str | None = None) -> Table:
-    """The options of a command; with `beside`, only those that this other command does not have."""
-    others = set() if beside is None else {parameter.name for parameter in cli.commands[beside].params}
+def command_options(name: str, *, beside: str = "", common: str = "") -> Table:
+    """The options of a command: all of them, or only those that the command `beside` does not have, or only those that
+    the command `common` has too."""
+    own = {parameter.name for parameter in cli.commands[name].params}
+    if beside or common:
+        others = {parameter.name for parameter in cli.commands[beside or common].params}
+        own = own & others if common else own - others
     context = click.Context(cli.commands[name])
     rows = []
     for parameter in cli.commands[name].params:
-        if not isinstance(parameter, click.Option) or parameter.hidden or parameter.name in others:
+        if not isinstance(parameter, click.Option) or parameter.hidden or parameter.name not in own:
             continue
         record = parameter.get_help_record(context)
         assert record is not None
@@ -273,7 +280,7 @@ BOUNDS: Final = (
     ("Bytes of a body", "trio_runner.server.app.MAX_BODY_BYTES", "bytes", "413"),
     ("Bytes of a body, with a projector", "trio_runner.server.app.MAX_BODY_BYTES_WITH_IMAGES", "bytes", "413"),
     ("Bytes of the bodies of all requests together", "trio_runner.server.intake.MAX_BYTES", "bytes", "503"),
-    ("Lists, objects and strings in one body", "trio_runner.server.runner_api.MAX_VALUES", "", "400"),
+    ("Lists, objects and strings in one body", "trio_runner.server.dialects.json_in.MAX_VALUES", "", "400"),
     ("Bytes of a prompt or text", "trio_runner.request.MAX_TEXT_BYTES", "bytes", "400"),
     ("Images of one prompt", "trio_runner.request.MAX_IMAGES", "", "400"),
     ("Bytes of one image file", "trio_runner.image_source.MAX_IMAGE_BYTES", "bytes", "400"),

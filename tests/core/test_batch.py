@@ -1,24 +1,27 @@
+"""How the rows of one batch are shared out."""
+
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_runner.core.batch import Batch, BatchKind, Chunk, Wanting, plan_batch
+from trio_runner.core.batch import Batch, BatchKind, Chunk, plan_batch
 from trio_runner.core.prompt import Media, MediaRow
 
 
 @st.composite
-def wantings(draw: st.DrawFn) -> list[Wanting]:
+def requests(draw: st.DrawFn) -> list[Chunk]:
+    """Chunks that ask for rows, of sequences that decode and of prompts."""
     decoding = draw(st.lists(st.booleans(), max_size=8))
     return [
-        Wanting(
+        Chunk(
             uid=100 + i,
             slot=i,
             start=draw(st.integers(0, 50)),
-            pending=[0] if decodes else list(range(draw(st.integers(1, 12)))),
-            decoding=decodes,
+            items=(0,) if decodes else tuple(range(draw(st.integers(1, 12)))),
             output=decodes or draw(st.booleans()),
             encoder_tokens=draw(st.sampled_from([(), (1, 2)])),
+            decoding=decodes,
         )
         for i, decodes in enumerate(decoding)
     ]
@@ -28,50 +31,54 @@ def rows(chunks: tuple[Chunk, ...]) -> dict[int, int]:
     return {chunk.uid: len(chunk.items) for chunk in chunks}
 
 
-@given(wantings(), st.integers(1, 20), st.integers(1, 20))
-def test_plan(wanting: list[Wanting], max_rows: int, prompt_rows: int) -> None:
-    before = [(want, list(want.pending)) for want in wanting]
-    chunks = plan_batch(iter(wanting), max_rows=max_rows, prompt_rows=prompt_rows)
-    assert [(want, list(want.pending)) for want in wanting] == before, "what it was given was changed"
-    by_uid = {want.uid: want for want in wanting}
+@given(requests(), st.integers(1, 20), st.integers(1, 20))
+def test_a_batch_is_filled_and_not_overfilled(asked: list[Chunk], max_rows: int, prompt_rows: int) -> None:
+    chunks = plan_batch(iter(asked), max_rows=max_rows, prompt_rows=prompt_rows)
+    by_uid = {chunk.uid: chunk for chunk in asked}
     assert len(rows(chunks)) == len(chunks), "two chunks of one sequence"
-    # No row too many, none wasted while somebody whose turn it is wants it.
-    in_turn = wanting[:max_rows]
-    n_decoding = sum(want.decoding for want in in_turn)
-    n_prompts = sum(len(want.pending) for want in in_turn if not want.decoding)
+    # No row too many, and none wasted while a sequence whose turn it is could use it.
+    in_turn = asked[:max_rows]
+    n_decoding = sum(chunk.decoding for chunk in in_turn)
+    n_prompts = sum(len(chunk.items) for chunk in in_turn if not chunk.decoding)
     assert Batch(chunks).n_rows == n_decoding + min(max_rows - n_decoding, prompt_rows, n_prompts)
     for chunk in chunks:
-        want = by_uid[chunk.uid]
+        wanted = by_uid[chunk.uid]
         assert chunk.items
-        assert (chunk.slot, chunk.start, chunk.position) == (want.slot, want.start, want.start)
-        assert chunk.encoder_tokens == want.encoder_tokens
-        assert chunk.items == tuple(want.pending[: len(chunk.items)])
-        assert chunk.stop == want.start + len(chunk.items)
-        assert chunk.output == (want.output and len(chunk.items) == len(want.pending))
+        assert (chunk.slot, chunk.start, chunk.position) == (wanted.slot, wanted.start, wanted.start)
+        assert chunk.encoder_tokens == wanted.encoder_tokens
+        assert chunk.items == wanted.items[: len(chunk.items)]
+        assert chunk.stop == wanted.start + len(chunk.items)
+        assert chunk.output == (wanted.output and len(chunk.items) == len(wanted.items))
+        assert chunk.decoding == wanted.decoding
 
 
-@given(wantings(), st.integers(1, 20), st.integers(1, 20))
-def test_who_decodes_comes_first_and_each_prompt_gets_its_share(
-    wanting: list[Wanting], max_rows: int, prompt_rows: int
+@given(requests(), st.integers(1, 20), st.integers(1, 20))
+def test_sequences_that_decode_come_first_and_each_prompt_gets_its_share(
+    asked: list[Chunk], max_rows: int, prompt_rows: int
 ) -> None:
-    chunks = plan_batch(wanting, max_rows=max_rows, prompt_rows=prompt_rows)
+    chunks = plan_batch(asked, max_rows=max_rows, prompt_rows=prompt_rows)
     got = rows(chunks)
-    in_turn = wanting[:max_rows]
-    decoding = [want.uid for want in in_turn if want.decoding]
+    in_turn = asked[:max_rows]
+    decoding = [chunk.uid for chunk in in_turn if chunk.decoding]
     remain = min(max_rows - len(decoding), prompt_rows)
-    prefilling = [want for want in in_turn if not want.decoding][:remain]
-    # Nobody is left out while the rows suffice, and then whose turn is last.
-    assert [chunk.uid for chunk in chunks] == decoding + [want.uid for want in prefilling]
+    prefilling = [chunk for chunk in in_turn if not chunk.decoding][:remain]
+    # None is left out while the rows suffice, and then those whose turn is last.
+    assert [chunk.uid for chunk in chunks] == decoding + [chunk.uid for chunk in prefilling]
     assert all(got[uid] == 1 for uid in decoding)
-    # Whoever did not get all it wants got as much as anybody else, give or take the row that cannot be split.
-    most = max((got[want.uid] for want in prefilling), default=0)
-    assert all(got[want.uid] >= min(len(want.pending), most - 1) for want in prefilling)
+    # A prompt that did not get all that it asked for got as much as any other, but for the row that cannot be split.
+    most = max((got[chunk.uid] for chunk in prefilling), default=0)
+    assert all(got[chunk.uid] >= min(len(chunk.items), most - 1) for chunk in prefilling)
+
+
+def prompt(uid: int, n_rows: int, *, whole: bool = False) -> Chunk:
+    return Chunk(uid, uid, 0, (0,) * n_rows, output=True, whole=whole)
 
 
 def shares(*lengths: int, max_rows: int = 512, prompt_rows: int = 512, n_decoding: int = 0) -> list[int]:
-    wanting = [Wanting(i, i, 0, [0] * n, decoding=False) for i, n in enumerate(lengths)]
-    wanting += [Wanting(100 + i, 100 + i, 7, [0], decoding=True) for i in range(n_decoding)]
-    got = rows(plan_batch(wanting, max_rows=max_rows, prompt_rows=prompt_rows))
+    """The rows that prompts of these lengths get, beside sequences that decode."""
+    asked = [prompt(i, n) for i, n in enumerate(lengths)]
+    asked += [Chunk(100 + i, 100 + i, 7, (0,), output=True, decoding=True) for i in range(n_decoding)]
+    got = rows(plan_batch(asked, max_rows=max_rows, prompt_rows=prompt_rows))
     assert all(got[100 + i] == 1 for i in range(n_decoding))
     return [got.get(i, 0) for i in range(len(lengths))]
 
@@ -85,21 +92,21 @@ def test_shares() -> None:
     assert shares(100, 100, max_rows=9) == [5, 4]
 
 
-def test_prompts_have_so_many_rows_and_no_more() -> None:
+def test_prompts_get_no_more_rows_than_prompts_may_have() -> None:
     assert shares(5000, prompt_rows=40) == [40]
     assert shares(5000, prompt_rows=40, n_decoding=3) == [40]
     assert shares(5000, max_rows=40, prompt_rows=40, n_decoding=3) == [37]
     assert shares(5000, 5000, 1, prompt_rows=41) == [20, 20, 1]
-    # Fewer rows than prompts: those whose turn it is.
+    # With fewer rows than prompts, those whose turn it is get one.
     assert shares(9, 9, 9, 9, 9, prompt_rows=2, n_decoding=1) == [1, 1, 0, 0, 0]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(12, 20), st.integers(1, 20))
-def test_what_cannot_be_divided_is_not(lengths: list[int], max_rows: int, prompt_rows: int) -> None:
-    wanting = [Wanting(i, i, 0, [0] * n, decoding=False, whole=True) for i, n in enumerate(lengths)]
-    got = rows(plan_batch(wanting, max_rows=max_rows, prompt_rows=prompt_rows))
+def test_a_chunk_that_stays_whole_is_not_divided(lengths: list[int], max_rows: int, prompt_rows: int) -> None:
+    asked = [prompt(i, n, whole=True) for i, n in enumerate(lengths)]
+    got = rows(plan_batch(asked, max_rows=max_rows, prompt_rows=prompt_rows))
     assert all(n_rows == lengths[uid] for uid, n_rows in got.items())
-    assert 0 in got, "who comes first does not get on"
+    assert 0 in got, "the first one does not get on"
     assert sum(got.values()) <= max(min(max_rows, prompt_rows), lengths[0])
     room = min(max_rows, prompt_rows) - sum(got.values())
     assert all(n > room for uid, n in enumerate(lengths) if uid not in got), "one more would have fitted"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.world import first_stop, whole_text
+from tests.core.oracle import first_stop, whole_text
 from trio_runner.core.batch import Sampled
 from trio_runner.core.sequence import GeneratedText, SequenceSpec, finish_reason
 from trio_runner.events import SampledToken, TextPiece

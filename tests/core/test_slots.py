@@ -1,7 +1,10 @@
+"""Which slot a prompt takes, and by which edits: a pool against an oracle that predicts both."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +16,10 @@ from trio_runner.core.prompt import Item
 from trio_runner.core.shift import shift_ops
 from trio_runner.core.slots import Slot, SlotPool
 from trio_runner.info import Capabilities
-from trio_runner.testing import ToyContext, _Cell
+from trio_runner.testing import ToyContext
 
 
-def make_limits(n_slots: int = 2, *, n_spare_slots: int = 0, can_trim: bool = True) -> Capabilities:
+def make_capabilities(n_slots: int = 2, *, n_spare_slots: int = 0, can_trim: bool = True) -> Capabilities:
     return Capabilities(
         n_slots=n_slots,
         n_spare_slots=n_spare_slots,
@@ -57,7 +60,7 @@ class PoolWorld:
         return n_kept if usable else 0
 
     def predict(self, prompt: list[int], reuse: bool) -> tuple[int, int] | None:
-        """(the slot taken, how many positions it starts with)"""
+        """(the slot that is taken, how many positions it starts with)"""
         slots = range(self.capabilities.first_embed_slot)
         free = [slot for slot in slots if not self.lanes[slot].busy]
         if len(slots) - len(free) == self.capabilities.n_slots:
@@ -104,7 +107,7 @@ class PoolWorld:
             assert self.context.apply(op)
 
     def extend(self, slot: Slot, tokens: list[int]) -> None:
-        """As a follower does; `tokens` goes on from what the slot holds."""
+        """Do what a follower does. `tokens` goes on from what the slot holds."""
         wanted = [*slot.items, *tokens]
         others = [other for other in range(self.capabilities.first_embed_slot) if other != slot.id]
         longest = max((min(naive_prefix(self.context.held(n), wanted), len(wanted) - 1) for n in others), default=0)
@@ -117,14 +120,14 @@ class PoolWorld:
         self.check()
 
     def slide(self, slot: Slot, n_keep: int, n_discard: int) -> None:
-        """As a context shift does, or else nothing: another slot in use has the same cells."""
+        """Do what a context shift does, or nothing if another slot in use has the same cells."""
         n_held = len(slot.items)
         if n_keep + n_discard > n_held:
             return
         others = {other.id: self.context.held(other.id) for other in self.pool.slots if other is not slot}
         ops = self.pool.unshare(slot, n_keep + n_discard)
-        cells = self.context._cells
-        sharing = {other for other in others if shares(cells[slot.id][n_keep + n_discard :], cells[other])}
+        first = n_keep + n_discard
+        sharing = {other for other in others if max(self.context.shared_rows(slot.id, other), default=-1) >= first}
         if ops is None:
             in_use = [other for other in others if self.lanes[other].busy]
             assert any(self.may_share(slot.id, other, n_keep + n_discard) for other in in_use)
@@ -143,7 +146,7 @@ class PoolWorld:
             assert self.context.held(other) in (tokens, tokens[: n_keep + n_discard])
 
     def may_share(self, slot: int, other: int, start: int) -> bool:
-        """What they hold is the same beyond `start`: without it no cell there can be one."""
+        """Whether they hold the same beyond `start`, without which they share no cell there."""
         return naive_prefix(self.context.held(slot), self.context.held(other)) > start
 
     def decode(self, slot: Slot, tokens: list[int]) -> None:
@@ -169,26 +172,96 @@ class PoolWorld:
             # Every cell that really is shared lies below n_shared_cells.
             for other in self.pool.slots:
                 if other is not slot:
-                    cells = {id(cell) for cell in self.context._cells[other.id]}
-                    shared = [n for n, cell in enumerate(self.context._cells[slot.id], start=1) if id(cell) in cells]
-                    assert max(shared, default=0) <= slot.n_shared_cells <= len(slot.items)
+                    shared = self.context.shared_rows(slot.id, other.id)
+                    assert max(shared, default=-1) < slot.n_shared_cells or not shared
+                    assert slot.n_shared_cells <= len(slot.items)
         assert self.pool.n_busy == sum(lane.busy for lane in self.lanes)
 
 
-def shares(some: list[_Cell], others: list[_Cell]) -> bool:
-    return not {id(cell) for cell in some}.isdisjoint(id(cell) for cell in others)
+@dataclass(frozen=True)
+class Acquire:
+    prompt: list[int]
+    reuse: bool
 
 
+@dataclass(frozen=True)
+class Release:
+    """Give a slot back. `number` names one of those in use, here and below, modulo how many there are."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decode tokens after what a slot holds."""
+
+    number: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Extend:
+    """Take over from other slots what continues a slot by these tokens."""
+
+    number: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Slide:
+    """Shift the context of a slot."""
+
+    number: int
+    n_keep: int
+    n_discard: int
+
+
+@dataclass(frozen=True)
+class TrimMove:
+    number: int
+    start: int
+
+
+Move: TypeAlias = Acquire | Release | Decode | Extend | Slide | TrimMove
+
+NUMBER = st.integers(0, 4)
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=10)
-MOVE = st.one_of(
-    st.tuples(st.just("acquire"), PROMPT, st.sampled_from([True, True, True, False])),
-    st.tuples(st.just("acquire"), PROMPT, st.just(True)),
-    st.tuples(st.just("release"), st.integers(0, 4), st.none()),
-    st.tuples(st.just("go on"), st.integers(0, 4), PROMPT),
-    st.tuples(st.just("extend"), st.integers(0, 4), PROMPT),
-    st.tuples(st.just("slide"), st.integers(0, 4), st.tuples(st.integers(0, 6), st.integers(1, 6))),
-    st.tuples(st.just("trim"), st.integers(0, 4), st.integers(0, 10)),
+MOVE: st.SearchStrategy[Move] = st.one_of(
+    st.builds(Acquire, PROMPT, st.sampled_from([True, True, True, False])),
+    st.builds(Acquire, PROMPT, st.just(True)),
+    st.builds(Release, NUMBER),
+    st.builds(Decode, NUMBER, PROMPT),
+    st.builds(Extend, NUMBER, PROMPT),
+    st.builds(Slide, NUMBER, st.integers(0, 6), st.integers(1, 6)),
+    st.builds(TrimMove, NUMBER, st.integers(0, 10)),
 )
+
+
+def play(world: PoolWorld, move: Move, busy: list[Slot]) -> None:
+    """Make one move. `busy` has the slots in use, and is changed."""
+    if isinstance(move, Acquire):
+        slot = world.acquire(move.prompt, move.reuse)
+        if slot is not None:
+            # Sometimes only part of the prompt is decoded before the sequence is cancelled.
+            rest = move.prompt[len(slot.items) :]
+            world.decode(slot, rest[: max(1, len(rest) - move.prompt[-1])])
+            busy.append(slot)
+        return
+    if not busy:
+        return
+    slot, can_trim = busy[move.number % len(busy)], world.capabilities.can_trim
+    match move:
+        case Release():
+            busy.remove(slot)
+            world.release(slot)
+        case Decode(tokens=tokens) if len(slot.items) + len(tokens) <= world.capabilities.n_ctx:
+            world.decode(slot, tokens)
+        case Extend(tokens=tokens) if can_trim:
+            world.extend(slot, tokens)
+        case Slide(n_keep=n_keep, n_discard=n_discard) if can_trim:
+            world.slide(slot, n_keep, n_discard)
+        case TrimMove(start=start) if can_trim or start == 0:
+            assert world.context.apply(slot.trim(min(start, len(slot.items))))
 
 
 @settings(max_examples=300)
@@ -196,37 +269,12 @@ MOVE = st.one_of(
     st.integers(1, 4), st.integers(0, 3), st.sampled_from([True, True, False]), st.lists(MOVE, min_size=15, max_size=50)
 )
 def test_the_right_slot_with_the_right_edits(
-    n_slots: int, n_spare_slots: int, can_trim: bool, moves: list[tuple[str, object, object]]
+    n_slots: int, n_spare_slots: int, can_trim: bool, moves: list[Move]
 ) -> None:
-    world = PoolWorld(make_limits(n_slots, n_spare_slots=n_spare_slots, can_trim=can_trim))
+    world = PoolWorld(make_capabilities(n_slots, n_spare_slots=n_spare_slots, can_trim=can_trim))
     busy: list[Slot] = []
     for move in moves:
-        chosen = busy[move[1] % len(busy)] if isinstance(move[1], int) and busy else None
-        match move:
-            case ("acquire", list(prompt), bool(reuse)):
-                slot = world.acquire(prompt, reuse)
-                if slot is not None:
-                    # Sometimes only part of the prompt is decoded before the sequence is cancelled.
-                    rest = prompt[len(slot.items) :]
-                    world.decode(slot, rest[: max(1, len(rest) - prompt[-1])])
-                    busy.append(slot)
-            case _ if chosen is None:
-                pass
-            case ("release", _, _):
-                busy.remove(chosen)
-                world.release(chosen)
-            case ("go on", _, list(tokens)):
-                if len(chosen.items) + len(tokens) <= 64:
-                    world.decode(chosen, tokens)
-            case ("extend", _, list(tokens)):
-                if can_trim:
-                    world.extend(chosen, tokens)
-            case ("slide", _, (int(n_keep), int(n_discard))):
-                if can_trim:
-                    world.slide(chosen, n_keep, n_discard)
-            case ("trim", _, int(start)):
-                if can_trim or start == 0:
-                    assert world.context.apply(chosen.trim(min(start, len(chosen.items))))
+        play(world, move, busy)
         world.check()
 
 
@@ -240,8 +288,8 @@ def test_the_right_slot_with_the_right_edits(
         (False, 50, [64, 0, 0]),
     ],
 )
-def test_what_is_not_in_use_makes_room_the_oldest_first(can_trim: bool, n_rows: int, left: list[int]) -> None:
-    pool = SlotPool(make_limits(2, n_spare_slots=1, can_trim=can_trim))
+def test_slots_that_are_not_in_use_make_room_the_oldest_first(can_trim: bool, n_rows: int, left: list[int]) -> None:
+    pool = SlotPool(make_capabilities(2, n_spare_slots=1, can_trim=can_trim))
     for slot, n_held, last_used in zip(pool.slots, (64, 40, 24), (1, 2, 3), strict=True):
         slot.items, slot.last_used = list(range(n_held)), last_used
     pool.slots[0].busy = True  # however old
@@ -267,7 +315,7 @@ def test_embeddings_share_the_rows_of_one_batch(n_lanes: int, max_rows: int, mov
                 taken[slot.id] = n_tokens
         elif taken:
             slot = pool[sorted(taken)[n % len(taken)]]
-            # What was decoded of it, if anything, is no prompt of anybody.
+            # What was decoded of it, if anything, is of no use to other prompts.
             slot.items += [1] * (n % (taken.pop(slot.id) + 1))
             expected = [Trim(slot.id, 0)] if slot.items else []
             assert pool.release(slot) == expected
@@ -278,7 +326,7 @@ def test_embeddings_share_the_rows_of_one_batch(n_lanes: int, max_rows: int, mov
 
 def filled(contents: list[list[int]], *, can_trim: bool = True) -> PoolWorld:
     """A pool whose slots were used in this order."""
-    world = PoolWorld(make_limits(len(contents), can_trim=can_trim))
+    world = PoolWorld(make_capabilities(len(contents), can_trim=can_trim))
     slots = [world.acquire([*tokens, 0], False) for tokens in contents]
     for slot, tokens in zip(slots, contents, strict=True):
         assert slot is not None
@@ -297,9 +345,9 @@ def filled(contents: list[list[int]], *, can_trim: bool = True) -> PoolWorld:
         pytest.param([[1], [1, 2, 3]], [1, 2, 3, 4], 1, [], id="the longest of two that match"),
         pytest.param([[9], [8], [1, 2, 3]], [1, 2, 5, 6], 2, [Trim(2, 2)], id="a cut that forgets no more than others"),
         pytest.param(
-            [[9], [8], [1, 2, 3, 4]], [1, 2, 5, 6], 0, [Trim(0, 0), Copy(2, 0, 2)], id="a fork that forgets less"
+            [[9], [8], [1, 2, 3, 4]], [1, 2, 5, 6], 0, [Trim(0, 0), Copy(2, 0, 2)], id="a copy, which forgets less"
         ),
-        pytest.param([[], [1, 2, 3]], [1, 2, 5, 6], 0, [Copy(1, 0, 2)], id="a fork into an empty slot"),
+        pytest.param([[], [1, 2, 3]], [1, 2, 5, 6], 0, [Copy(1, 0, 2)], id="a copy into an empty slot"),
         pytest.param([[9, 9], [8]], [1, 2], 0, [Trim(0, 0)], id="nothing matches: the one left unused for longest"),
         pytest.param([[1, 2], [1, 2]], [1, 2, 3], 0, [], id="the same twice: the one left unused for longest"),
     ],
@@ -318,7 +366,7 @@ def test_which_slot(
         assert acquired[0].items == []
 
 
-def test_a_fork_from_a_slot_in_use() -> None:
+def test_a_prefix_is_copied_from_a_slot_in_use() -> None:
     world = filled([[9], [1, 2, 3]])
     assert world.acquire([1, 2, 3, 4], True) is world.pool.slots[1]
     acquired = world.pool.acquire([1, 2, 3, 5], reuse=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.world import first_stop
+from tests.core.oracle import first_stop
 from trio_runner.core.stop import StopMatcher
 
 TEXT = st.text("ab", max_size=24) | st.text("abé\U0001f600 ", max_size=24)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core.world import starts_character, whole_text
+from tests.core.oracle import starts_character, whole_text
 from trio_runner.core.utf8 import Utf8Assembler
 
 # Bytes at the edges of table 3-7, so that sequences that are nearly right are common.

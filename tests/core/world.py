@@ -1,119 +1,86 @@
-"""A scheduler and a toy context without an engine, and what one sequence alone must produce."""
+"""A scheduler and a toy context without an engine, for tests of the scheduler.
+
+A `World` does what the decode loop does, in one thread and without clocks, and writes down all that happens. A test
+submits requests, makes steps, and looks at what readers were told:
+
+    world = make_world(n_slots=2)
+    first = world.submit(prompt=(A, B), max_tokens=5)       # returns the uid: 0, 1, 2, ...
+    world.step()                                            # one batch
+    world.step(Interruption(DecodeOutcome.ABORTED, 1))      # one batch that is aborted after its first row
+    world.run()                                             # until nothing is left to do
+    assert world.outcome(first) == world.alone(first)       # the same text as alone
+
+The toy's next token depends on every item that the KV cache really holds for a sequence, so that every mistake of the
+scheduler makes another text than `alone` (tests/core/oracle.py). After each move the world also checks what must always
+hold (tests/core/invariants.py, and `Scheduler.check_integrity`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count
+from typing import Any, Required, TypedDict, Unpack
 
 import numpy as np
 
-from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
+from tests.core import invariants
+from tests.core.oracle import Alone, alone
+from trio_runner.core.batch import AdapterSet, Batch, DecodeOutcome, StepResult
+from trio_runner.core.following import MIN_FOLLOW
 from trio_runner.core.memory import MemoryOp
+from trio_runner.core.pace import Pace
 from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
-from trio_runner.core.prompt import Item, Media, MediaRow, common_prefix, cut_after, cut_before
+from trio_runner.core.prompt import Item, Media, MediaRow, cut_before
 from trio_runner.core.scheduler import Scheduler
 from trio_runner.core.sequence import SequenceSpec
+from trio_runner.core.snapshot import SchedulerState
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.info import Capabilities
 from trio_runner.sampling import SamplingParams
-from trio_runner.testing import END, N_EMBD, Interruption, ToyAdapter, ToyContext, ToySampler, toy_cache_key, toy_next
+from trio_runner.testing import N_EMBD, Interruption, ToyAdapter, ToyContext, ToySampler
 
-# --- the oracle ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What a sequence must produce whatever happens to others."""
-
-    text: str
-    reason: str
-    stop: str | None
-    n_sampled: int
+A, B, C = 97, 98, 99
+"""Tokens of prompts."""
 
 
-def alone(spec: SequenceSpec, n_ctx: int) -> Alone:
-    """Recompute everything from the list of items, one token after the other, with nothing cached."""
-    held = list(spec.prompt)
-    cache_key = cache_key_of(spec)
-    data = b""
-    for n_sampled in count(1):
-        token = toy_next(held, cache_key)
-        if token == END:
-            return Alone(whole_text(data), "stop", None, n_sampled)
-        data += bytes([token])
-        found = first_stop(whole_text(data), spec.stop)
-        if found is not None:
-            text, stop = found
-            return Alone(text, "stop", stop, n_sampled)
-        if n_sampled == spec.max_tokens:
-            return Alone(whole_text(data), "length", None, n_sampled)
-        if len(held) == n_ctx:
-            if not spec.shift:
-                return Alone(whole_text(data), "length", None, n_sampled)
-            discardable = n_ctx - spec.n_keep
-            held = held[: spec.n_keep] + held[cut_after(held, spec.n_keep + max(discardable // 2, 1)) :]
-        held.append(token)
-    raise AssertionError("unreachable")
+class Fields(TypedDict, total=False):
+    """The fields of a SequenceSpec, without its uid."""
 
-
-def cache_key_of(spec: SequenceSpec) -> str:
-    return toy_cache_key([(str(uid), scale) for uid, scale in spec.adapters], spec.encoder_tokens)
-
-
-def rows_of(media: Media) -> tuple[Item, ...]:
-    return tuple(MediaRow(media, row) for row in range(media.n_rows))
-
-
-def whole_text(data: bytes) -> str:
-    """`data` as text, without half a character at its end."""
-    for n_missing in range(4):
-        tail = data[len(data) - n_missing :]
-        if starts_character(tail):
-            return data[: len(data) - n_missing].decode(errors="replace")
-    return data.decode(errors="replace")
-
-
-def starts_character(tail: bytes) -> bool:
-    """Whether `tail` is the start of a character and not a whole one: table 3-7 of the Unicode standard."""
-    seconds = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}
-    lead = tail[0] if tail else 0
-    length = 2 if 0xC2 <= lead <= 0xDF else 3 if 0xE0 <= lead <= 0xEF else 4 if 0xF0 <= lead <= 0xF4 else 0
-    if not len(tail) < length:
-        return False
-    low, high = seconds.get(lead, (0x80, 0xBF))
-    return all(a <= byte <= b for byte, (a, b) in zip(tail[1:], [(low, high), (0x80, 0xBF)], strict=False))
-
-
-def first_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str] | None:
-    """(the text before it, the stop string that ends first, the longest on a tie), by looking everywhere."""
-    for end in range(1, len(text) + 1):
-        here = [stop for stop in stops if stop and text[:end].endswith(stop)]
-        if here:
-            longest = max(here, key=len)
-            return text[: end - len(longest)], longest
-    return None
-
-
-# --- the driver ------------------------------------------------------------------------------------------------------
+    prompt: Required[tuple[Item, ...]]
+    encoder_tokens: tuple[int, ...]
+    adapters: AdapterSet
+    n_keep: int
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    cache_prompt: bool
+    shift: bool
+    embedding: bool
+    background: bool
+    progress: bool
+    logprobs: bool
 
 
 @dataclass
 class World:
-    """Carries steps out as the decode loop does, and checks after each what must always hold.
-
-    `uid` 0 and up in the order of submission. `poison`: batches with this uid never succeed. `slowness`: how many
-    milliseconds a row takes.
-    """
+    """See above. All sets and keys are of uids."""
 
     capabilities: Capabilities
     slowness: float = 1.0
+    """Milliseconds that one row of a batch takes."""
+    min_follow: int = MIN_FOLLOW
+    pace: Pace | None = None
+    """Used by the scheduler instead of its own."""
     poison: dict[int, DecodeOutcome] = field(default_factory=dict)
+    """What becomes of every batch with rows of this sequence."""
     on_batch: Callable[[Batch], None] | None = None
+    """Called before each batch is decoded."""
     specs: dict[int, SequenceSpec] = field(default_factory=dict)
+    """All requests that were submitted."""
     events: dict[int, list[Event | Embedded]] = field(default_factory=dict)
+    """What readers were told."""
     cancelled: set[int] = field(default_factory=set)
     expired: set[int] = field(default_factory=set)
+    paused: set[int] = field(default_factory=set)
     may_fail: set[int] = field(default_factory=set)
     """Sequences that were alone in a batch that failed."""
     preempted: set[int] = field(default_factory=set)
@@ -121,26 +88,34 @@ class World:
     overtaken: set[int] = field(default_factory=set)
     """Sequences that were paused while they waited: others may go before them."""
     n_prefilled: dict[int, int] = field(default_factory=dict)
-    """Prompt rows that were decoded, by uid."""
+    """Rows of prompts that were decoded."""
+    n_passed_over: dict[int, int] = field(default_factory=dict)
+    """Batches since a sequence that needs rows had some."""
+    ops: list[MemoryOp] = field(default_factory=list)
+    """All edits of the KV cache so far."""
+    numbers: set[int] = field(default_factory=set)
+    """The numbers of all batches so far."""
     n_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.capabilities)
+        self.scheduler = Scheduler(self.capabilities, pace=self.pace, min_follow=self.min_follow)
         self.context = ToyContext(self.capabilities, on_decode=lambda batch: self._interruption)
         self.samplers: dict[int, Sampler] = {}
         self.media: dict[Media, EncodedMedia] = {}
         self.adapters: dict[int, Adapter] = {}
-        self.ops: list[MemoryOp] = []
-        self.paused: set[int] = set()
         self.sampled: set[int] = set()
-        self.numbers: set[int] = set()
-        self.n_passed_over: dict[int, int] = {}
         self._interruption: Interruption | None = None
 
-    def submit(self, sampling: SamplingParams | None = None, **fields: object) -> int:
+    # -- moves --------------------------------------------------------------------------------------------------------
+
+    def submit(self, sampling: SamplingParams | None = None, **fields: Unpack[Fields]) -> int:
+        """Returns the uid."""
+        return self.add(SequenceSpec(uid=0, **fields), sampling)
+
+    def add(self, spec: SequenceSpec, sampling: SamplingParams | None = None) -> int:
+        """Submit this request under the next uid, which is returned."""
         uid = len(self.specs)
-        spec = SequenceSpec(uid=uid, **fields)  # type: ignore[arg-type]
-        self.specs[uid] = spec
+        spec = self.specs[uid] = replace(spec, uid=uid)
         self.events[uid] = []
         self.n_prefilled[uid] = 0
         self.samplers[uid] = ToySampler(sampling or SamplingParams())
@@ -150,16 +125,19 @@ class World:
         for adapter, _ in spec.adapters:
             self.adapters[adapter] = ToyAdapter(str(adapter))
         self.scheduler.submit(spec)
+        self.scheduler.check_integrity()
         return uid
 
     def cancel(self, uid: int) -> None:
         if not self.finished(uid):
             self.cancelled.add(uid)
         self.scheduler.cancel(uid)
+        self.scheduler.check_integrity()
 
     def expire(self, uid: int) -> None:
         is_live = uid in self.running or uid in self.waiting
         emissions = self.scheduler.expire(uid)
+        self.scheduler.check_integrity()
         assert bool(emissions) == is_live
         for told, event in emissions:
             assert told == uid
@@ -176,41 +154,56 @@ class World:
         if uid in self.waiting:
             self.overtaken.add(uid)
         self.scheduler.pause(uid)
+        self.scheduler.check_integrity()
 
     def resume(self, uid: int) -> None:
         self.paused.discard(uid)
         self.scheduler.resume(uid)
+        self.scheduler.check_integrity()
 
     def step(self, interruption: Interruption | None = None, *, discard: bool = False) -> bool:
-        """One step; False when there is nothing to do. `discard`: throw the batch away after the edits, as when mail
-        has come."""
-        ran, held = set(self.running), self._held_for_prompts()
+        """One step. False when there is nothing to do. `discard`: throw the batch away after the edits, as the decode
+        loop does when mail has come."""
+        before = self.state
         step = self.scheduler.next_step()
-        self.preempted |= ran - set(self.running)
-        self.check_admission(ran, held)
-        self.check_following()
+        self.scheduler.check_integrity()
+        after = self.state
+        self.preempted |= before.running.keys() - after.running.keys()
+        self.overtaken |= after.waiting.keys() & self.paused
+        invariants.check_admission(self, before, after)
+        invariants.check_following(self, after)
+        invariants.check_waiting(self, after)
         if step is None:
-            self.check_held()
-            self.check_waiting()
-            assert not set(self.running) - self.paused, "somebody could go on"
+            invariants.check_held(self, after)
+            assert not after.running.keys() - self.paused, "a sequence could go on"
             return False
         self.n_steps += 1
         assert step.memory_ops or step.batch.chunks, "an empty step"
+        if not self._apply(step.memory_ops):
+            return True
+        invariants.check_held(self, after)
+        invariants.check_batch(self, after, step.batch)
+        if step.batch.chunks and not discard:
+            self._decode(step.batch, interruption)
+            self.scheduler.check_integrity()
+        return True
+
+    def run(self, max_steps: int | None = None) -> None:
+        """Until nothing is left to do."""
+        most = self.n_steps + (self._step_bound() if max_steps is None else max_steps)
+        while self.step():
+            assert self.n_steps <= most, "no end in sight"
+
+    def _apply(self, ops: tuple[MemoryOp, ...]) -> bool:
+        """False: a trim was refused, and the batch must be planned again."""
         trims_held = True
-        for op in step.memory_ops:
+        for op in ops:
             self.ops.append(op)
             if not self.context.apply(op):
                 self.scheduler.trim_failed(op)
+                self.scheduler.check_integrity()
                 trims_held = False
-        if not trims_held:
-            return True
-        self.check_held()
-        self.check_waiting()
-        self.check_batch(step.batch)
-        if discard or not step.batch.chunks:
-            return True
-        self._decode(step.batch, interruption)
-        return True
+        return trims_held
 
     def _decode(self, batch: Batch, interruption: Interruption | None) -> None:
         uids = [chunk.uid for chunk in batch.chunks]
@@ -220,7 +213,7 @@ class World:
                 interruption = Interruption(outcome, 3 if outcome is DecodeOutcome.FATAL else 0)
         if interruption is not None and len(uids) == 1 and interruption.outcome is not DecodeOutcome.ABORTED:
             self.may_fail.update(uids)
-        self.check_nobody_is_passed_over(batch, failed=interruption is not None)
+        invariants.check_nobody_is_passed_over(self, batch, failed=interruption is not None)
         if self.on_batch is not None:
             self.on_batch(batch)
         self._interruption = interruption
@@ -240,7 +233,7 @@ class World:
         for chunk in batch.chunks:
             n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
-                # What a batch that was broken off has left counts, except a last row whose logits are lost.
+                # What an aborted batch has left counts, except a last row whose logits are lost.
                 n_rows = max(len(self.context.held(chunk.slot)) - chunk.start, 0)
                 n_rows = cut_before(chunk.items, n_rows - (chunk.output and n_rows == len(chunk.items)))
                 if needs_all_rows or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
@@ -250,28 +243,29 @@ class World:
             if chunk.output and result.outcome is DecodeOutcome.OK:
                 self.sampled.add(chunk.uid)
 
-    def run(self, max_steps: int | None = None) -> None:
-        """Until nothing is left to do."""
-        most = self.n_steps + (self.step_bound() if max_steps is None else max_steps)
-        while self.step():
-            assert self.n_steps <= most, "no end in sight"
-
-    def step_bound(self) -> int:
+    def _step_bound(self) -> int:
         """Steps that all sequences take one row after the other, even if each token shifts and decodes all again."""
         n_ctx = self.capabilities.n_ctx
         live = [spec for uid, spec in self.specs.items() if not self.finished(uid)]
         lengths = [0 if spec.embedding else alone(spec, n_ctx).n_sampled for spec in live]
         return 100 + 2 * sum(n_ctx + n_sampled * n_ctx for n_sampled in lengths)
 
+    # -- what came of it ----------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> SchedulerState:
+        return self.scheduler.state()
+
     @property
     def running(self) -> list[int]:
-        return list(self.scheduler._running)
+        return list(self.state.running)
 
     @property
     def waiting(self) -> list[int]:
-        return list(self.scheduler._waiting)
+        return list(self.state.waiting)
 
     def finished(self, uid: int) -> bool:
+        """Whether its reader was told the last event."""
         return bool(self.events[uid]) and isinstance(self.events[uid][-1], (Finished, Embedded))
 
     def last(self, uid: int) -> Finished:
@@ -283,11 +277,12 @@ class World:
         return "".join(event.text for event in self.events[uid] if isinstance(event, TextPiece))
 
     def outcome(self, uid: int) -> Alone:
+        """What it produced."""
         last = self.last(uid)
         return Alone(self.text(uid), last.reason, last.stop, last.usage.completion_tokens)
 
     def alone(self, uid: int) -> Alone:
-        """What it says alone; up to where its deadline came, if it did."""
+        """What it must produce: what it would have produced alone, up to its deadline if that has passed."""
         spec, n_ctx = self.specs[uid], self.capabilities.n_ctx
         if uid not in self.expired:
             return alone(spec, n_ctx)
@@ -298,116 +293,20 @@ class World:
         assert said.n_sampled == n_sampled, "its text had ended before its deadline"
         return replace(said, reason="deadline" if said.reason == "length" else said.reason)
 
-    # -- what must always hold ----------------------------------------------------------------------------------------
 
-    def check_held(self) -> None:
-        """Rule 1, once all edits are done."""
-        pool = self.scheduler._pool
-        for slot in (*pool.slots, *pool.embed_slots):
-            assert slot.items == self.context.held(slot.id), f"slot {slot.id} is not what the KV cache holds"
+def make_world(n_slots: int = 2, *, n_ctx: int = 32, max_rows: int = 8, slowness: float = 1.0, **fields: Any) -> World:
+    """A small world. `fields` are further fields of its Capabilities."""
+    return World(Capabilities(n_slots=n_slots, n_ctx=n_ctx, max_rows=max_rows, **fields), slowness)
 
-    def check_waiting(self) -> None:
-        """First come, first served, interactive ones first; and nobody waits without need."""
-        waiting = set(self.waiting)
-        self.overtaken |= waiting & self.paused
-        for embedding in (True, False):
-            ahead = {uid for uid in waiting - self.paused if self.takes_embed_slot(uid) == embedding}
-            running = {uid for uid in self.running if self.takes_embed_slot(uid) == embedding}
-            for uid in ahead - self.overtaken:
-                rivals = {other for other in running if self.specs[other].background == self.specs[uid].background}
-                assert max(rivals, default=-1) < uid, "somebody jumped the queue"
-            if not ahead:
-                continue
-            first = min(ahead, key=self._rank)
-            if embedding:
-                n_reserved = sum(len(self.specs[uid].prompt) for uid in running)
-                has_room = n_reserved + len(self.specs[first].prompt) <= self.capabilities.max_rows
-                assert len(running) == self.capabilities.n_embed_slots or not has_room, (
-                    "an embedding waits without need"
-                )
-            elif not self.scheduler._crowded:
-                n_reserved = sum(len(self.specs[uid].encoder_tokens) for uid in running)
-                has_room = n_reserved + len(self.specs[first].encoder_tokens) <= self.capabilities.max_rows
-                assert len(running) == self.capabilities.n_slots or not has_room, "a slot is free while somebody waits"
-                is_outranked = any(self.specs[uid].background for uid in running)
-                assert self.specs[first].background or not is_outranked, "an interactive one waits for a background one"
 
-    def takes_embed_slot(self, uid: int) -> bool:
-        """A text that is longer than a batch, if its last row is its embedding, takes a slot like a generation."""
-        spec, capabilities = self.specs[uid], self.capabilities
-        return spec.embedding and not (capabilities.embeds_last_row and len(spec.prompt) > capabilities.max_rows)
-
-    def _rank(self, uid: int) -> tuple[bool, int]:
-        return self.specs[uid].background, uid
-
-    def _held_for_prompts(self) -> list[tuple[Hashable, list[Item]]]:
-        return [(slot.cache_key, list(slot.items)) for slot in self.scheduler._pool.slots]
-
-    def check_admission(self, ran: set[int], held: list[tuple[Hashable, list[Item]]]) -> None:
-        """Who got a slot, if nobody else did in the same step, goes on from the longest prefix that anybody held."""
-        started = [self.scheduler._running[uid] for uid in self.running if uid not in ran]
-        assert all(sequence.spec.uid not in self.paused for sequence in started), "a slot for a paused sequence"
-        started = [sequence for sequence in started if not sequence.spec.embedding]
-        if len(started) != 1 or not self.capabilities.can_trim:
-            return
-        sequence = started[0]
-        if sequence.spec.cache_prompt and sequence.leader is None and not sequence.prompt_done:
-            prompt, cache_key = sequence.spec.prompt, sequence.spec.cache_key
-            longest = max((common_prefix(items, prompt) for other, items in held if other == cache_key), default=0)
-            longest = cut_before(prompt, min(longest, len(prompt) - 1))
-            assert len(sequence.slot.items) >= longest, "a prefix was not used"
-
-    def check_following(self) -> None:
-        """Who waits for another's prefix waits for somebody who gets on."""
-        running = self.scheduler._running
-        for sequence in running.values():
-            followed = [sequence]
-            while sequence.spec.uid not in self.paused and (leader := followed[-1].leader) is not None:
-                assert running.get(leader.spec.uid) is leader, "it waits for somebody who has left"
-                assert leader.spec.uid not in self.paused, "it waits for somebody who is paused"
-                assert leader not in followed, "they wait for each other"
-                items = followed[-1].items
-                n_common = cut_before(items, min(common_prefix(leader.items, items), len(items) - 1))
-                assert leader.spec.cache_key == followed[-1].spec.cache_key, "what it waits for is of no use to it"
-                assert len(leader.slot.items) < n_common, "it waits for what is there"
-                followed.append(leader)
-
-    def check_nobody_is_passed_over(self, batch: Batch, *, failed: bool) -> None:
-        served = {chunk.uid for chunk in batch.chunks}
-        most = 4 * (self.capabilities.n_slots + self.capabilities.n_embed_slots)
-        for uid, sequence in self.scheduler._running.items():
-            if uid in served or uid in self.paused or sequence.leader is not None:
-                self.n_passed_over[uid] = 0
-            elif not failed:
-                self.n_passed_over[uid] = self.n_passed_over.get(uid, 0) + 1
-                assert self.n_passed_over[uid] <= most, "somebody starves"
-
-    def check_batch(self, batch: Batch) -> None:
-        assert batch.n_rows <= self.capabilities.max_rows
-        if batch.chunks:
-            assert batch.number not in self.numbers, "two batches of the same number"
-            self.numbers.add(batch.number)
-        for chunk in batch.chunks:
-            assert chunk.items, "a chunk without rows"
-            assert chunk.uid in self.running
-            assert chunk.uid not in self.paused, "rows for a paused sequence"
-            if not self.specs[chunk.uid].embedding or not self.capabilities.embeds_last_row:
-                assert self.specs[chunk.uid].embedding == batch.kind.embedding
-            elif batch.kind.embedding:
-                assert len(chunk.items) == 1, "rows of an embedding that tokens could have been beside"
-
-    def check_idle(self) -> None:
-        """All is done: every slot is free and nobody is remembered."""
-        assert not self.running
-        assert not self.scheduler._waiting
-        assert not self.scheduler._crowded
-        pool = self.scheduler._pool
-        assert pool.n_busy == 0
-        assert not pool._reserved
-        assert not any(slot.items for slot in pool.embed_slots)
-        statistics = self.scheduler.statistics()
-        n_held = sum(len(self.context.held(slot)) for slot in range(self.capabilities.first_embed_slot))
-        assert (statistics.n_waiting, statistics.n_running, statistics.n_paused) == (0, 0, 0)
-        assert statistics.n_preempted == 0
-        assert statistics.n_cached_tokens == n_held
-        assert statistics.n_prompt_rows == sum(self.n_prefilled.values())
+def endless(n: int, *, shift: bool = True, at_least: int = 60) -> tuple[int, ...]:
+    """The n-th prompt after which the toy goes on for at least so many tokens. Prompts have 6 tokens, and all begin
+    with the same 4."""
+    found = -1
+    for number in range(10_000):
+        prompt = (A, B, A, B, A + number % 8, A + number // 8 % 8)
+        spec = SequenceSpec(uid=0, prompt=prompt, max_tokens=at_least, n_keep=2, shift=shift)
+        found += alone(spec, 16).n_sampled == at_least
+        if found == n:
+            return prompt
+    raise AssertionError("no such prompt")

@@ -15,7 +15,7 @@ from trio_runner.info import Capabilities, EngineStatistics, ModelInfo, Schedule
 from trio_runner.parameters import parameters_of
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams
-from trio_runner.server import runner_api
+from trio_runner.server.dialects.runner import responses
 
 HTTP = read(ROOT / "docs" / "http.md")
 
@@ -55,12 +55,12 @@ def test_the_page_shows_each_table_of_fields() -> None:
 
 def test_statistics_are_those_of_the_server() -> None:
     statistics = EngineStatistics("ready", 4, 0, SchedulerStatistics())
-    assert first_cells("GET /statistics") == set(json.loads(runner_api.statistics_line(statistics)))
+    assert first_cells("GET /statistics") == set(json.loads(responses.statistics_line(statistics)))
 
 
 def test_props_are_those_of_the_server() -> None:
     info = ModelInfo(name="", architecture="", description="", n_vocab=1, n_ctx_train=1, n_embd=1)
-    answer = json.loads(runner_api.props_line(info, Capabilities(n_slots=1, n_ctx=1, max_rows=1), None))
+    answer = json.loads(responses.props_line(info, Capabilities(n_slots=1, n_ctx=1, max_rows=1), None))
     assert {name.partition(".")[0] for name in first_cells("GET /props")} == {*answer, "placement"}
 
 

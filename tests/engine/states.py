@@ -33,10 +33,11 @@ class Scene:
     gate: Gate
     keeps: int = 0
     is_aborted: bool = False
+    """Whether closing it aborts a batch."""
     release: Callable[[], None] = lambda: None
     """Release what holds it, if that is not the gate."""
-    is_dropped: Callable[[], bool] = lambda: True
-    """Whether nothing is computed in vain after it was closed."""
+    is_abandoned: Callable[[], bool] = lambda: True
+    """Whether whatever was computed for it alone has been cancelled."""
     reader: trio.CancelScope = field(default_factory=trio.CancelScope)
     leave: trio.Event = field(default_factory=trio.Event)
 
@@ -90,7 +91,7 @@ async def encoding(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     toy.projector.on_encode = shutter
     async with _in_state(toy, request, {}, [PROMPT, picture(0)], release=shutter.open) as scene:
         await shutter.reached()
-        scene.is_dropped = shutter.encodings[0].cancelled.is_set
+        scene.is_abandoned = shutter.encodings[0].cancelled.is_set
         yield scene
 
 
@@ -100,8 +101,8 @@ async def encoding_for_two(toy: Toy, **request: Any) -> AsyncIterator[Scene]:
     async with encoding(toy, **request) as scene, trio.open_nursery() as nursery:
         nursery.start_soon(scene.engine.generate([picture(0)], max_tokens=1).start)
         await until(lambda: scene.engine.statistics().images_found == 1)
-        is_cancelled = scene.is_dropped
-        scene.is_dropped = lambda: not is_cancelled()
+        is_cancelled = scene.is_abandoned
+        scene.is_abandoned = lambda: not is_cancelled()
         yield scene
 
 

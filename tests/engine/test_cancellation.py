@@ -71,7 +71,7 @@ async def test_closing_a_request_in_every_state_and_in_every_way(
         if scene.is_aborted:
             await until(lambda: gate.n_aborted == 1)
         if way is not leave_the_block:  # the block must be entered first
-            assert scene.is_dropped()
+            assert scene.is_abandoned()
         scene.release()
         gate.open()
         await engine.wait_ready()

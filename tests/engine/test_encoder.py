@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.core.world import alone
+from tests.core.oracle import alone
 from tests.engine.toys import Gate, Toy, prompts, until_idle
 from trio_runner.config import AdapterConfig
 from trio_runner.core.sequence import SequenceSpec

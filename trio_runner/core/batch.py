@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, NamedTuple, TypeAlias
@@ -12,7 +12,7 @@ from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.events import TokenInfo
 
 AdapterSet: TypeAlias = tuple[tuple[int, float], ...]
-"""(uid of an adapter, scale), in the order of the uids, no scale 0: what is added to the model's weights."""
+"""(uid of an adapter, scale), in the order of the uids, without scale 0: what is added to the model's weights."""
 
 
 class BatchKind(NamedTuple):
@@ -39,39 +39,53 @@ PLAIN_TOKENS: Final = BatchKind()
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows of one sequence, all of them tokens, or all of one image: `items` follow the `start` rows that
-    `slot` holds, at positions `position`, `position` + 1, ... or where the image says.
+    """Consecutive rows of one sequence: all of them tokens, or all of them rows of one image.
 
-    With `output`, the last row's logits are computed and sampled (or the sequence's vector, in an embeddings batch).
+    The `items` follow the `start` rows that `slot` holds. They go to the positions `position`, `position` + 1, ... or,
+    if they are rows of an image, to the positions that the image prescribes.
+
+    Before `plan_batch`, a chunk asks for rows: it has all items that could go into one batch. After it, a chunk has the
+    items that it was given.
     """
 
-    # A tuple, like Wanting: every token of every stream takes one of each, and frozen dataclasses take five times as
-    # long to make.
+    # A tuple: every token of every stream takes one, and a frozen dataclass takes five times as long to make.
 
     uid: int
     slot: int
     start: int
     items: tuple[Item, ...]
     output: bool
+    """The last row is sampled or, in a batch that computes embeddings, gives the embedding of the sequence."""
     offset: int = 0
-    """From `start` to `position`: below 0 where rows before it share positions."""
+    """From `start` to `position`; below 0 where earlier rows share positions."""
     encoder_tokens: tuple[int, ...] = ()
-    """What the encoder has read, if the model has one."""
+    """The tokens that the encoder has read, if the model has an encoder."""
+    decoding: bool = False
+    """The prompt is done, and the one item is the token that was sampled last."""
+    whole: bool = False
+    """All items go into one batch, or none."""
 
     @property
     def position(self) -> int:
+        """Position of the first row."""
         return self.start + self.offset
 
     @property
     def stop(self) -> int:
-        """How many rows the slot holds then."""
+        """How many rows the slot holds afterwards."""
         return self.start + len(self.items)
 
     @property
     def media(self) -> Media | None:
-        """The image that the rows are of; None for tokens."""
+        """The image that the rows belong to; None for tokens."""
         first = self.items[0] if self.items else None
         return first.media if isinstance(first, MediaRow) else None
+
+    def first(self, n_rows: int) -> Chunk:
+        """The first `n_rows` rows. Without the last row there is no output."""
+        if n_rows == len(self.items):
+            return self
+        return self._replace(items=self.items[:n_rows], output=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +95,7 @@ class Batch:
     chunks: tuple[Chunk, ...]
     kind: BatchKind = PLAIN_TOKENS
     number: int = 0
-    """Names the batch to those who abort it. No two batches of a context have the same number, except empty ones."""
+    """Names the batch when it is to be aborted. No two batches of a context have the same number, except empty ones."""
 
     @property
     def n_rows(self) -> int:
@@ -90,20 +104,20 @@ class Batch:
 
 
 class DecodeOutcome(enum.Enum):
-    """What became of a batch. After OK every row is in the KV cache; NO_KV_SPACE and INVALID changed nothing."""
+    """What became of a batch. After OK all rows are in the KV cache. NO_KV_SPACE and INVALID changed nothing."""
 
     OK = "ok"
     NO_KV_SPACE = "no space in the KV cache"
     ABORTED = "aborted"
-    """Micro-batches that were finished are in the KV cache; `Context.length` tells which rows."""
+    """The micro-batches that were finished are in the KV cache. `Context.length` tells which rows these are."""
     INVALID = "the batch was refused"
     FATAL = "the backend failed"
-    """As ABORTED, and the same batch is not worth trying again."""
+    """The KV cache is as after ABORTED, and to try the same batch again is pointless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token sampled for a chunk. `error` instead: this sequence cannot go on, the others can."""
+    """The token sampled for a chunk. With `error` there is none: this sequence cannot go on, the others can."""
 
     token: int = -1
     piece: bytes = b""
@@ -130,54 +144,37 @@ class StepResult:
     message: str = ""
 
 
-class Wanting(NamedTuple):
-    """A sequence that could use rows: `pending` items to go to `slot` after the `start` rows that it holds."""
+def plan_batch(asked: Iterable[Chunk], *, max_rows: int, prompt_rows: int) -> tuple[Chunk, ...]:
+    """Fill one batch of at most `max_rows` rows, of which at most `prompt_rows` are rows of prompts.
 
-    uid: int
-    slot: int
-    start: int
-    pending: Sequence[Item]
-    decoding: bool
-    """The prompt is done: the one pending token is the one sampled last."""
-    output: bool = True
-    """The last pending row is to be sampled."""
-    whole: bool = False
-    """All of `pending` in one batch, or nothing."""
-    offset: int = 0
-    encoder_tokens: tuple[int, ...] = ()
+    `asked` has one chunk for each sequence, with all rows that it could use, in the order in which the sequences are
+    served. What is returned has the same chunks, or the first rows of them; those that get no row are left out.
 
+    1. Sequences that decode come first, with one row each. So the prompt of another sequence delays their next token by
+       no more than this one step.
+    2. Then come the chunks that stay whole, as long as there is room for them, and the first of them in any case.
+    3. The rows that are left are dealt to the other prompts in equal shares, in the order given. What a short prompt
+       does not need of its share goes to the others.
 
-def plan_batch(wanting: Iterable[Wanting], *, max_rows: int, prompt_rows: int) -> tuple[Chunk, ...]:
-    """Fill one batch of at most `max_rows` rows, `prompt_rows` of them for prompts.
-
-    Sequences that decode come first, one row each, so that no prompt of another delays their next token by more than
-    this one step. What cannot be divided comes next, as long as there is room, and the first of it in any case. What is
-    left is dealt to the other prompts in equal shares, in the order given; what a short prompt leaves of its share goes
-    to the others. Where sequences outnumber rows the first ones get a row each: whoever gives the order in turns
-    starves nobody. `wanting` is not mutated.
+    Where there are more sequences than rows, the first ones get a row each. A caller that gives the order in turns
+    starves nobody.
     """
-    decoding: list[Wanting] = []
-    prefilling: list[Wanting] = []
-    for want in islice(wanting, max_rows):
-        (decoding if want.decoding else prefilling).append(want)
+    decoding: list[Chunk] = []
+    prefilling: list[Chunk] = []
+    for chunk in islice(asked, max_rows):
+        (decoding if chunk.decoding else prefilling).append(chunk)
+    if not prefilling:
+        return tuple(decoding)
     remain = min(max_rows - len(decoding), prompt_rows)
     shares: dict[int, int] = {}
-    for want in prefilling:
-        if want.whole and (len(want.pending) <= remain or not shares):
-            shares[want.uid] = len(want.pending)
-            remain = max(remain - len(want.pending), 0)
-    divisible = [want for want in prefilling if not want.whole][:remain]
-    # Shortest first, so that one pass settles what each leaves over; the batch itself keeps the given order.
-    for n_served, want in enumerate(sorted(divisible, key=lambda want: len(want.pending))):
-        share = min(len(want.pending), -(-remain // (len(divisible) - n_served)))
-        shares[want.uid] = share
+    for chunk in prefilling:
+        if chunk.whole and (len(chunk.items) <= remain or not shares):
+            shares[chunk.uid] = len(chunk.items)
+            remain = max(remain - len(chunk.items), 0)
+    divisible = [chunk for chunk in prefilling if not chunk.whole][:remain]
+    # Shortest first, so that one pass settles what each leaves to the others; the batch itself keeps the given order.
+    for n_served, chunk in enumerate(sorted(divisible, key=lambda chunk: len(chunk.items))):
+        share = min(len(chunk.items), -(-remain // (len(divisible) - n_served)))
+        shares[chunk.uid] = share
         remain -= share
-    chunks = [_chunk(want, 1) for want in decoding]
-    chunks += [_chunk(want, shares[want.uid]) for want in prefilling if want.uid in shares]
-    return tuple(chunks)
-
-
-def _chunk(want: Wanting, n_rows: int) -> Chunk:
-    items = tuple(want.pending[:n_rows])
-    output = want.output and n_rows == len(want.pending)
-    return Chunk(want.uid, want.slot, want.start, items, output, want.offset, want.encoder_tokens)
+    return (*decoding, *(chunk.first(shares[chunk.uid]) for chunk in prefilling if chunk.uid in shares))

@@ -1,450 +1,351 @@
 """Who runs next: sequences in, steps out, results in, events out.
 
-The scheduler never sees a context. `next_step` returns a value; whoever has a context carries it out in this order:
+The scheduler never sees a context. `next_step` returns a value, and the caller, who has a context, carries it out in
+this order:
 
     step = scheduler.next_step()
     for op in step.memory_ops:      context.apply(op); after a False: scheduler.trim_failed(op), and start over
     result = context.decode(step.batch, ...)
     events = scheduler.commit(step.batch, result)
 
-A sequence waits, runs in a slot, and ends. Running, it is given rows in every batch, except while its reader is behind
-(paused), while another one decodes the start of the same prompt (it follows), or while work of another kind has its
-turn. A background sequence may be put back to wait, with all it has, when an interactive one needs its slot.
+A sequence waits, runs in a slot, and ends. While it runs it is given rows in every batch, except while its reader is
+behind (it is paused), while another sequence decodes the start of the same prompt (it follows that one), or while rows
+of another kind have their turn. A background sequence is preempted when an interactive one needs its slot: it waits
+again, with all it has.
 
 Edits count as done once `next_step` returned them. Rows count only once they are committed: a batch may be thrown away
-instead, and planned anew.
+instead, and is then planned again.
 
 Rule 1: `slot.items` is what the KV cache holds once the edits returned so far are done. Nothing else remembers that.
-Rule 2: `slot.items + sequence.pending` is everything the sequence's next token depends on.
+Rule 2: `slot.items + sequence.pending` is everything that the sequence's next token depends on.
 Rule 3: whatever happens to one sequence, the others only ever lose time.
+
+`check_integrity` checks what follows from these rules. Parts of the scheduler have files of their own: `slots` (which
+slot), `cache_edits` (what it holds), `following` (who waits for whose prefix), `turns` (who goes first), `rows` (which
+rows), `pace` (how many rows), `fault_isolation` (who may share a batch after failures).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
-from trio_runner.core.batch import Batch, BatchKind, Chunk, DecodeOutcome, Sampled, StepResult, Wanting, plan_batch
+from trio_runner.core import integrity
+from trio_runner.core.batch import Batch, BatchKind, DecodeOutcome, Sampled, StepResult, plan_batch
+from trio_runner.core.cache_edits import CacheEdits
+from trio_runner.core.fault_isolation import FaultIsolation
+from trio_runner.core.following import MIN_FOLLOW, Following
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
-from trio_runner.core.prompt import Item, MediaRow, common_prefix, cut_after, cut_before
-from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason
-from trio_runner.core.shift import n_discard, shift_ops
+from trio_runner.core.rows import next_chunk, next_kind
+from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason, no_slot, takes_embed_slot
 from trio_runner.core.slots import Slot, SlotPool
+from trio_runner.core.snapshot import SchedulerState, sequence_states, slot_states
+from trio_runner.core.turns import Turns
 from trio_runner.errors import DecodeFailed
 from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
 from trio_runner.info import Capabilities, SchedulerStatistics
 
 Emission: TypeAlias = tuple[int, Event | Embedded]
-"""(uid, what its reader is told)"""
+"""(uid, event for its reader)"""
+
+N_SHORT_STEPS: Final = 10
+"""Steps without streams that are short after one that was aborted. A client that cancelled once will soon do so again,
+as with every key that is pressed, and what was begun is lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Edits of the KV cache, then one batch; either may be empty, not both. `followers` are not in the batch, but wait
-    for what it decodes."""
+    """Edits of the KV cache, then one batch. Either may be empty, but not both."""
 
     memory_ops: tuple[MemoryOp, ...]
     batch: Batch
     followers: tuple[int, ...] = ()
-
-
-MIN_FOLLOW = 32
-"""Tokens that another sequence must spare a prompt to be worth waiting for."""
-MAX_FAILED = 2
-"""Batches that it shares with others may fail, with no culprit found, before a sequence is run alone. Each time it may
-have to start over, and between two of them it may get no more than one batch: it would go on like that for ever."""
-N_SHORT_STEPS = 10
-"""Steps without streams, after one that was broken off, that are short: who has let go once, as with every key that is
-pressed, will soon do so again, and what was begun is lost."""
+    """Uids of sequences that are not in the batch, but wait for what it decodes."""
 
 
 class Scheduler:
     """Continuous batching over the slots of one context. Not thread-safe; knows no clock."""
 
-    def __init__(self, capabilities: Capabilities, step_target: float | None = None) -> None:
-        """`step_target`: see `EngineConfig.step_target`."""
+    def __init__(
+        self,
+        capabilities: Capabilities,
+        step_target: float | None = None,
+        *,
+        pace: Pace | None = None,
+        min_follow: int = MIN_FOLLOW,
+    ) -> None:
+        """`step_target`: see `EngineConfig.step_target`. `pace` replaces the one that is made from it. `min_follow`:
+        tokens that another sequence must save a prompt to be worth waiting for."""
         self._capabilities = capabilities
-        self._pool = SlotPool(capabilities)
-        self._pace = Pace(capabilities.max_rows, step_target)
         self._waiting: dict[int, Sequence] = {}
         self._running: dict[int, Sequence] = {}  # in the order in which they got their slots
-        self._ops: list[MemoryOp] = []
-        self._turn = 0
-        self._kind: BatchKind | None = None  # of the last batch
-        self._kind_turns: dict[BatchKind, int] = {}  # the last batch of each kind that there are rows of
+        self._pool = SlotPool(capabilities)
+        self._cache = CacheEdits(self._pool, capabilities)
+        self._pace = pace or Pace(capabilities.max_rows, step_target)
+        self._turns = Turns()
+        self._faults = FaultIsolation(capabilities.max_rows, self._running)
+        self._following = Following(
+            self._running, self._pool, self._cache.edits, can_trim=capabilities.can_trim, min_follow=min_follow
+        )
+        self._crowded = False  # the KV cache was full: no sequence gets a slot before another one gives one up
         self._n_short_steps = 0
-        # Rows that the next batch may have; fewer only while a batch that failed is being cut down.
-        self._max_rows = capabilities.max_rows
-        self._crowded = False  # the KV cache was full: nobody gets a slot before somebody gives one up
-        self._suspects: list[int] = []
-        self._n_batches = self._n_planned = self._n_aborted = self._n_prompt_rows = self._n_sampled = 0
+        self._n_batches = self._n_planned = self._n_aborted = self._n_sampled = 0
 
     def submit(self, spec: SequenceSpec) -> None:
-        """Queue a sequence. Interactive ones go before background ones, else first come, first served; embeddings
-        have slots of their own. Uids must rise."""
-        self._waiting[spec.uid] = Sequence(spec)
+        """Queue a sequence. Its uid must be higher than all before.
+
+        Interactive sequences go before background ones, and otherwise the first come are the first served. Embeddings
+        have slots of their own, except long texts.
+        """
+        self._waiting[spec.uid] = Sequence(spec, takes_embed_slot(spec, self._capabilities))
 
     def cancel(self, uid: int) -> None:
-        """Forget a sequence, whatever it is doing; nothing more is said about it. Its slot keeps what was decoded,
-        so that the same prompt goes on from there. A uid that is not known (any more) is ignored."""
+        """End a sequence without another event. Its slot keeps what was decoded, so that the same prompt goes on from
+        there. A uid that is not known, or not any more, is ignored."""
         if uid in self._running:
             self._release(self._running[uid])
         elif uid in self._waiting:
-            self._forget_waiting(uid)
+            self._remove_waiting(uid)
 
     def expire(self, uid: int) -> list[Emission]:
-        """End a sequence with what it has: its time is up. A uid that is not known (any more) is ignored."""
+        """End a sequence whose deadline has passed, with the text that it has. A uid that is not known, or not any
+        more, is ignored."""
         sequence = self._running.get(uid) or self._waiting.get(uid)
         if sequence is None:
             return []
         if uid in self._waiting:
-            self._forget_waiting(uid)
+            self._remove_waiting(uid)
         rest = sequence.text.flush()
         return [*([] if rest is None else [(uid, rest)]), self._finish(sequence, "deadline")]
 
     def pause(self, uid: int) -> None:
-        """Give a sequence no more rows; it keeps its slot. A uid that is not known is ignored."""
+        """Give a sequence no more rows. It keeps its slot. A uid that is not known is ignored."""
         self._set_paused(uid, True)
 
     def resume(self, uid: int) -> None:
         """Undo `pause`."""
         self._set_paused(uid, False)
 
-    def _forget_waiting(self, uid: int) -> None:
-        sequence = self._waiting.pop(uid)
-        if sequence.left is not None:
-            sequence.left.parked = False
-
     def _set_paused(self, uid: int, paused: bool) -> None:
         sequence = self._running.get(uid) or self._waiting.get(uid)
         if sequence is not None:
             sequence.paused = paused
 
+    def _remove_waiting(self, uid: int) -> None:
+        del self._waiting[uid]
+        self._pool.unpark(uid)
+        self._faults.forget(uid)
+
     def statistics(self) -> SchedulerStatistics:
+        """How full the scheduler is, and what it has done so far."""
         return SchedulerStatistics(
             n_waiting=len(self._waiting),
             n_running=len(self._running),
             n_paused=sum(sequence.paused for sequence in self._running.values()),
-            n_preempted=sum(sequence.left is not None for sequence in self._waiting.values()),
+            n_preempted=sum(sequence.preempted for sequence in self._waiting.values()),
             n_cached_tokens=sum(len(slot.items) for slot in self._pool.slots),
             n_batches=self._n_batches,
             n_aborted=self._n_aborted,
-            n_prompt_rows=self._n_prompt_rows,
+            n_prompt_rows=self._cache.n_prompt_rows,
             n_sampled=self._n_sampled,
         )
 
+    def state(self) -> SchedulerState:
+        """A copy of what the scheduler knows."""
+        return SchedulerState(
+            slots=slot_states(self._pool.slots),
+            embed_slots=slot_states(self._pool.embed_slots),
+            reserved=dict(self._pool.reserved),
+            running=sequence_states(self._running),
+            waiting=sequence_states(self._waiting),
+            suspects=self._faults.suspects,
+            max_rows=self._faults.max_rows,
+            crowded=self._crowded,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError, which names what is wrong, if the state contradicts itself. Changes nothing."""
+        integrity.check(self.state(), self._capabilities)
+
     def next_step(self) -> Step | None:
-        """What to do next; None when there is nothing to do before something is submitted or resumed."""
+        """What to do next; None when there is nothing to do before a sequence is submitted or resumed."""
         self._admit()
         batch = self._plan()
-        ops, self._ops = tuple(self._ops), []
-        return Step(ops, batch, self._followers(batch)) if ops or batch.chunks else None
+        edits = self._cache.take()
+        return Step(edits, batch, self._following.followers(batch)) if edits or batch.chunks else None
 
     def trim_failed(self, op: MemoryOp) -> None:
-        """This Trim was refused: the slot is emptied instead, and what it should hold is decoded again. The edits
-        of the step that come after the refused one must still be carried out."""
+        """This Trim was refused. Its slot is emptied instead, and what it should hold is decoded again. The edits of
+        the step that come after the refused one must still be carried out."""
         assert isinstance(op, Trim)
         slot = self._pool[op.slot]
         for sequence in self._running.values():
             if sequence.slot is slot:
-                self._start_over(sequence)
+                self._cache.start_over(sequence)
                 return
-        self._ops.append(slot.trim(0))
+        self._cache.empty(slot)
 
     def commit(self, batch: Batch, result: StepResult) -> list[Emission]:
         """Take what came of a batch. The events are in the order in which readers should get them."""
+        self._turns.count(batch, self._running)
         if result.outcome is DecodeOutcome.OK:
             self._n_batches += 1
             self._n_short_steps = max(self._n_short_steps - 1, 0)
-            self._max_rows = self._capabilities.max_rows
-            self._measure(batch, result.seconds)
+            self._faults.succeeded(batch)
+            if not batch.kind.embedding:
+                self._pace.measured(sum(chunk.decoding for chunk in batch.chunks), batch.n_rows, result.seconds)
             return list(self._commit_rows(batch, result))
         if result.outcome in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
-            self._keep_finished_rows(batch, result)
+            for chunk in batch.chunks:
+                if chunk.uid in self._running:
+                    self._cache.keep_finished_rows(self._running[chunk.uid], chunk, batch, result)
         if result.outcome is DecodeOutcome.ABORTED:
             self._n_aborted += 1
             self._n_short_steps = N_SHORT_STEPS
             return []
         if result.outcome is DecodeOutcome.NO_KV_SPACE and self._make_space(batch):
             return []
-        return list(self._fail_or_suspect(batch, result))
+        return self._end_culprit(batch, result) if self._faults.failed(batch) else []
 
-    # -- admission --------------------------------------------------------------------------------------------------
+    # -- admission: from waiting to running and back ------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while (sequence := self._first_waiting(embedding=True)) is not None:
+        while (sequence := self._first_waiting(in_embed_slot=True)) is not None:
             embed_slot = self._pool.acquire_for_embedding(len(sequence.pending), sequence.spec.cache_key)
             if embed_slot is None:
                 break
             self._start(sequence, embed_slot)
-        while not self._crowded and (sequence := self._first_waiting(embedding=False)) is not None:
+        while not self._crowded and (sequence := self._first_waiting(in_embed_slot=False)) is not None:
             acquired = self._acquire(sequence)
             while acquired is None and not sequence.spec.background and self._preempt_background():
                 acquired = self._acquire(sequence)
             if acquired is None:
                 return
-            slot, ops = acquired
-            self._ops += ops
+            slot, edits = acquired
+            self._cache.edits += edits
             self._start(sequence, slot)
             if sequence.spec.cache_prompt:
-                self._follow(sequence)
+                self._following.find(sequence)
 
     def _acquire(self, sequence: Sequence) -> tuple[Slot, list[MemoryOp]] | None:
         spec = sequence.spec
         return self._pool.acquire(
             sequence.pending,
             reuse=spec.cache_prompt,
-            own=sequence.left,
+            uid=spec.uid,
             cache_key=spec.cache_key,
             n_encoder_tokens=len(spec.encoder_tokens),
         )
 
-    def _first_waiting(self, *, embedding: bool) -> Sequence | None:
+    def _first_waiting(self, *, in_embed_slot: bool) -> Sequence | None:
         candidates = (
             (sequence.spec.background, sequence.spec.uid)
             for sequence in self._waiting.values()
-            if self._takes_embed_slot(sequence) == embedding and not sequence.paused
+            if sequence.in_embed_slot == in_embed_slot and not sequence.paused
         )
         first = min(candidates, default=None)
         return None if first is None else self._waiting[first[1]]
 
-    def _takes_embed_slot(self, sequence: Sequence) -> bool:
-        """Whether it runs in a slot for embeddings. Those slots together hold no more rows than one batch. A longer
-        text, whose last row is its embedding, takes a slot like a generation."""
-        spec = sequence.spec
-        return spec.embedding and not (
-            self._capabilities.embeds_last_row and len(spec.prompt) > self._capabilities.max_rows
-        )
-
     def _start(self, sequence: Sequence, slot: Slot) -> None:
         del self._waiting[sequence.spec.uid]
         self._running[sequence.spec.uid] = sequence
-        sequence.slot, sequence.last_turn = slot, self._turn
+        sequence.slot, sequence.last_turn = slot, self._turns.now
         n_held = len(slot.items)
         del sequence.pending[:n_held]
         if not sequence.prompt_done:
-            sequence.n_cached = n_held if sequence.left is None else min(sequence.n_cached, n_held)
+            sequence.n_cached = min(sequence.n_cached, n_held) if sequence.preempted else n_held
 
     def _preempt_background(self) -> bool:
         """Take the slot of the background sequence that came last; False when there is none."""
-        sequences = [sequence for sequence in self._running.values() if not self._takes_embed_slot(sequence)]
-        uids = [sequence.spec.uid for sequence in sequences if sequence.spec.background]
+        running = self._running.values()
+        uids = [one.spec.uid for one in running if one.spec.background and not one.in_embed_slot]
         if uids:
             self._preempt(self._running[max(uids)])
         return bool(uids)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Let a running sequence wait, with all it has; what its slot holds stays as long as nobody takes it."""
+        """Let a running sequence wait, with all it has. What its slot holds stays while other slots are free."""
         if len(sequence.items) > self._capabilities.n_ctx:
-            self._shift(sequence)  # as it would have done in the next step
+            self._cache.shift(sequence)  # as it would have done in the next step
         sequence.pending[:0] = sequence.slot.items
-        sequence.left = sequence.slot
-        sequence.left.parked = True
-        self._leave_slot(sequence)
-        sequence.slot, sequence.leader = Slot(-1), None
+        self._leave_slot(sequence, parked_for=sequence.spec.uid)
+        sequence.slot, sequence.follows, sequence.preempted = no_slot(), None, True
         self._waiting[sequence.spec.uid] = sequence
 
-    def _leave_slot(self, sequence: Sequence) -> None:
-        """Give up the slot. Those who wait for what it holds take over what there is, before somebody else does."""
+    def _release(self, sequence: Sequence) -> None:
+        """The sequence has ended. Give up its slot, if it has one."""
+        if sequence.spec.uid in self._running:
+            self._leave_slot(sequence)
+            self._faults.forget(sequence.spec.uid)
+            self._crowded = self._crowded and sequence.in_embed_slot
+
+    def _leave_slot(self, sequence: Sequence, *, parked_for: int | None = None) -> None:
         del self._running[sequence.spec.uid]
-        self._ops += self._pool.release(sequence.slot)
-        for other in self._running.values():
-            if other.leader is sequence:
-                self._waits_for_leader(other)
+        self._cache.edits += self._pool.release(sequence.slot, parked_for=parked_for)
+        self._following.stopped(sequence)
 
-    def _follow(self, sequence: Sequence) -> None:
-        """Find a running sequence that will soon hold more of the start of this prompt than its own slot does."""
-        items = sequence.items
-        n_best = len(sequence.slot.items) + MIN_FOLLOW - 1
-        for other in self._running.values():
-            if other is sequence:
-                return  # the ones after it may follow it themselves
-            if other.paused or other.spec.embedding or not self._capabilities.can_trim or len(other.pending) == 1:
-                continue
-            if other.spec.cache_key != sequence.spec.cache_key:
-                continue
-            n_common = cut_before(items, min(common_prefix(other.items, items), len(items) - 1))
-            if n_common > n_best:
-                n_best = n_common
-                sequence.leader, sequence.n_follow = other, n_common
-
-    def _followers(self, batch: Batch) -> tuple[int, ...]:
-        decoded = {chunk.uid for chunk in batch.chunks}
-
-        def waits(sequence: Sequence) -> bool:
-            leader = sequence.leader
-            return leader is not None and (leader.spec.uid in decoded or waits(leader))
-
-        return tuple(uid for uid, sequence in self._running.items() if waits(sequence))
-
-    def _waits_for_leader(self, sequence: Sequence) -> bool:
-        leader = sequence.leader
-        if leader is None:
-            return False
-        runs = self._running.get(leader.spec.uid) is leader and not leader.paused
-        if runs and len(leader.slot.items) < sequence.n_follow:
-            return True
-        sequence.leader = None
-        items, n_held = sequence.items, len(sequence.slot.items)
-        self._ops += self._pool.extend(sequence.slot, items)
-        sequence.pending = items[len(sequence.slot.items) :]
-        if not sequence.prompt_done:
-            sequence.n_cached += len(sequence.slot.items) - n_held
-        self._follow(sequence)
-        return sequence.leader is not None
-
-    # -- planning ---------------------------------------------------------------------------------------------------
+    # -- planning -----------------------------------------------------------------------------------------------------
 
     def _plan(self) -> Batch:
-        ready = self._in_turn()
+        ready = self._ready()
         if not ready:
             return Batch(())
         by_kind: dict[BatchKind, list[Sequence]] = {}
         for sequence in ready:
             if len(sequence.slot.items) + len(sequence.pending) > self._capabilities.n_ctx:
-                self._shift(sequence)
-            by_kind.setdefault(self._kind_of(sequence), []).append(sequence)
-        kind = self._kind = self._whose_turn(by_kind)
-        self._n_planned += 1
-        # Who decodes waits for this batch, whether in it or not.
+                self._cache.shift(sequence)
+            by_kind.setdefault(next_kind(sequence, self._capabilities), []).append(sequence)
+        kind = self._turns.next_kind(by_kind)
+        # Every stream waits for this batch, whether it is in it or not.
         n_decoding = sum(sequence.decoding for sequence in ready)
         n_prompting = sum(not all(sequence.decoding for sequence in sequences) for sequences in by_kind.values())
-        chunks = self._plan_rows(kind, by_kind[kind], n_decoding, n_prompting)
-        self._turn += 1
-        self._kind_turns[kind] = self._turn
-        for chunk in chunks:
-            self._running[chunk.uid].last_turn = self._turn
+        asked = (next_chunk(sequence, self._capabilities) for sequence in by_kind[kind])
+        prompt_rows = self._prompt_rows(kind, n_decoding, n_prompting)
+        chunks = plan_batch(asked, max_rows=self._faults.max_rows, prompt_rows=prompt_rows)
+        first_embed_slot = self._capabilities.first_embed_slot
+        n_rows = sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot)
+        self._cache.edits += self._pool.make_room(n_rows)
+        self._n_planned += 1
         return Batch(chunks, kind, self._n_planned)
 
-    def _whose_turn(self, by_kind: dict[BatchKind, list[Sequence]]) -> BatchKind:
-        """The kind whose last batch is longest ago; before the first one, who waited longest for it counts."""
-        last = self._kind_turns
-        self._kind_turns = {
-            kind: last[kind] if kind in last else min(sequence.last_turn for sequence in sequences)
-            for kind, sequences in by_kind.items()
-        }
-        return min(by_kind, key=lambda kind: (self._kind_turns[kind], kind == self._kind))
-
-    def _in_turn(self) -> list[Sequence]:
-        """The sequences that want rows, who waited longest first; one alone while a failure is traced, or if too many
-        of its batches have failed."""
-        self._suspects = [uid for uid in self._suspects if uid in self._running]
-        # A paused one, too, takes what it has waited for: its leader may shift it away later.
+    def _ready(self) -> list[Sequence]:
+        """The sequences that may share the next batch; those that waited longest come first."""
+        # A paused sequence, too, takes over what it waited for: the one it follows may shift it away later.
         ready = [
             sequence
             for sequence in self._running.values()
-            if not self._waits_for_leader(sequence) and not sequence.paused
+            if not (sequence.follows is not None and self._following.still_waits(sequence)) and not sequence.paused
         ]
-        suspects = [sequence for sequence in ready if sequence.spec.uid in self._suspects]
-        if suspects:
-            return suspects[:1]
         ready.sort(key=lambda sequence: sequence.last_turn)
-        if ready and ready[0].n_failed >= MAX_FAILED:
-            return ready[:1]
-        return [sequence for sequence in ready if sequence.n_failed < MAX_FAILED]
+        return self._faults.choose(ready)
 
-    def _wants_vector(self, sequence: Sequence) -> bool:
-        """The next rows of this sequence belong in an embeddings batch."""
-        return sequence.spec.embedding and (not self._capabilities.embeds_last_row or len(sequence.pending) == 1)
-
-    def _kind_of(self, sequence: Sequence) -> BatchKind:
-        """Of the next rows of this sequence."""
-        first = sequence.pending[0]
-        if isinstance(first, MediaRow):
-            return sequence.kind.for_media(first.media)
-        return sequence.kind._replace(embedding=True) if self._wants_vector(sequence) else sequence.kind
-
-    def _plan_rows(
-        self, kind: BatchKind, sequences: list[Sequence], n_decoding: int, n_prompting: int
-    ) -> tuple[Chunk, ...]:
-        prompt_rows = self._capabilities.max_rows
-        if n_decoding or not kind.embedding:
-            prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
+    def _prompt_rows(self, kind: BatchKind, n_decoding: int, n_prompting: int) -> int:
+        """Rows of prompts for a batch of this `kind`, while `n_decoding` streams wait for it. `n_prompting` kinds have
+        prompts."""
+        if kind.embedding and not n_decoding:
+            return self._capabilities.max_rows
+        prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
         if n_decoding and n_prompting > 1:
             # Between two tokens of a stream comes a batch of each kind: those that have prompts share the time.
-            prompt_rows = max(prompt_rows // n_prompting, 1)
-        wanting = map(self._wanting, sequences)
-        chunks = plan_batch(wanting, max_rows=self._max_rows, prompt_rows=prompt_rows)
-        first_embed_slot = self._capabilities.first_embed_slot
-        self._ops += self._pool.make_room(sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot))
-        return chunks
+            return max(prompt_rows // n_prompting, 1)
+        return prompt_rows
 
-    def _wanting(self, sequence: Sequence) -> Wanting:
-        """As many of the next rows as may go into one batch, were there room: tokens up to an image, or one image."""
-        spec, slot, pending = sequence.spec, sequence.slot, sequence.pending
-        start, offset = len(slot.items), -slot.position_lag
-        if sequence.decoding:
-            return Wanting(
-                spec.uid, slot.id, start, pending, decoding=True, offset=offset, encoder_tokens=spec.encoder_tokens
-            )
-        wants_vector = self._wants_vector(sequence)
-        if spec.embedding and not wants_vector:
-            pending = pending[:-1]
-        first = pending[0]
-        if isinstance(first, MediaRow):
-            rows = pending[: first.media.n_rows - first.row]
-        else:
-            rows = list(
-                takewhile(lambda item: not isinstance(item, MediaRow), pending[: self._capabilities.max_rows + 1])
-            )
-        return Wanting(
-            spec.uid,
-            slot.id,
-            start,
-            rows,
-            decoding=False,
-            output=wants_vector or (not spec.embedding and len(rows) == len(pending)),
-            whole=wants_vector or (isinstance(first, MediaRow) and first.media.whole),
-            offset=offset,
-            encoder_tokens=spec.encoder_tokens,
-        )
-
-    def _shift(self, sequence: Sequence) -> None:
-        slot = sequence.slot
-        n_held, n_keep = len(slot.items), sequence.spec.n_keep
-        discard = n_discard(n_held, n_ctx=self._capabilities.n_ctx, n_keep=n_keep)
-        discard = cut_after(slot.items, n_keep + discard) - n_keep  # no half of an image
-        can_slide = self._capabilities.can_shift and self._capabilities.can_trim
-        trims = self._pool.unshare(slot, n_keep + discard) if can_slide else None
-        del slot.items[n_keep : n_keep + discard]
-        if trims is None:
-            self._start_over(sequence)
-        else:
-            self._ops += [*trims, *shift_ops(slot.id, n_held, n_keep=n_keep, discard=discard)]
-            slot.n_shared_cells = min(slot.n_shared_cells, n_keep)
-
-    def _start_over(self, sequence: Sequence) -> None:
-        """Empty the slot and decode again all that it should hold."""
-        if not sequence.prompt_done:
-            sequence.n_cached = 0
-        sequence.pending[:0] = sequence.slot.items
-        self._ops.append(sequence.slot.trim(0))
-
-    # -- results ----------------------------------------------------------------------------------------------------
-
-    def _measure(self, batch: Batch, seconds: float) -> None:
-        if not batch.kind.embedding:
-            sequences = (self._running.get(chunk.uid) for chunk in batch.chunks)
-            n_decoding = sum(sequence is not None and sequence.decoding for sequence in sequences)
-            self._pace.measured(n_decoding, batch.n_rows, seconds)
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def _commit_rows(self, batch: Batch, result: StepResult) -> Iterator[Emission]:
         for chunk in batch.chunks:
-            if chunk.uid in self._suspects:
-                self._suspects.remove(chunk.uid)
             sequence = self._running.get(chunk.uid)
             if sequence is None:
                 continue
-            was_decoding = sequence.prompt_done
-            if was_decoding:
-                sequence.completion_seconds += result.seconds
-            else:
+            was_prompt = not sequence.prompt_done
+            if was_prompt:
                 sequence.prompt_seconds += result.seconds
-            self._hold(sequence, chunk.items)
-            if sequence.spec.progress and not was_decoding:
+            else:
+                sequence.completion_seconds += result.seconds
+            self._cache.hold(sequence, chunk.items)
+            if sequence.spec.progress and was_prompt:
                 n_done = len(sequence.spec.prompt) - len(sequence.pending)
                 yield chunk.uid, PromptProgress(n_done, len(sequence.spec.prompt), sequence.n_cached)
             if not chunk.output:
@@ -458,7 +359,7 @@ class Scheduler:
                 yield from self._take(sequence, result.sampled[chunk.uid])
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Iterator[Emission]:
-        """One sampled token: end token, then stop strings, then the limit, then on."""
+        """Take one sampled token: an end token ends the sequence, then stop strings, then the limit."""
         spec, text = sequence.spec, sequence.text
         if sampled.error is not None:
             yield self._finish(sequence, "error", error=sampled.error)
@@ -474,99 +375,38 @@ class Scheduler:
             return
         if reason == "length" and (rest := text.flush()) is not None:
             yield spec.uid, rest
-        self._forget_cut(sequence)
+        self._cache.trim_cut_text(sequence)
         yield self._finish(sequence, reason)
 
-    def _hold(self, sequence: Sequence, items: tuple[Item, ...]) -> None:
-        """`items`, which were pending, are in the KV cache now."""
-        if self._capabilities.has_memory:
-            sequence.slot.hold(items)
-        if not sequence.prompt_done:
-            self._n_prompt_rows += len(items)
-        del sequence.pending[: len(items)]
-
-    def _forget_cut(self, sequence: Sequence) -> None:
-        """Drop tokens whose text a stop string cut off: the conversation will go on without them. The token sampled
-        last was never decoded."""
-        slot, n_cut = sequence.slot, sequence.text.n_cut() - 1
-        if sequence.text.stop_matched is not None and n_cut > 0 and self._capabilities.can_trim:
-            # After a context shift there may be fewer of them than were sampled.
-            self._ops.append(slot.trim(cut_before(slot.items, max(len(slot.items) - n_cut, 0))))
-
-    def _keep_finished_rows(self, batch: Batch, result: StepResult) -> None:
-        """Whole micro-batches of a batch that was broken off are in the KV cache: keep them, they cost time. A last
-        row that was decoded but not sampled goes again, for its logits are gone."""
-        needs_all_rows = batch.kind.embedding and not self._capabilities.embeds_last_row
-        for chunk in batch.chunks:
-            sequence = self._running.get(chunk.uid)
-            if sequence is None or not self._capabilities.has_memory:
-                continue
-            n_kept = _n_kept(sequence.slot, chunk, result.kept.get(chunk.uid, 0))
-            if needs_all_rows or n_kept is None:
-                self._start_over(sequence)
-                continue
-            n_useful = cut_before(chunk.items, n_kept - (chunk.output and n_kept == len(chunk.items)))
-            if n_useful < n_kept:
-                self._ops.append(Trim(chunk.slot, chunk.position + n_useful))
-            self._hold(sequence, chunk.items[:n_useful])
-
     def _make_space(self, batch: Batch) -> bool:
-        """The KV cache is full, which slots of fixed size should prevent: give up what idle slots hold; then let one
-        sequence wait until another one ends; then try with fewer rows. False when none of it is left."""
+        """The KV cache is full, which slots of fixed size should prevent. Give up what idle slots hold; if there is
+        nothing, let one sequence wait until another one ends; if there is only one, try with fewer rows. False when
+        nothing of this is left."""
         idle = [slot for slot in self._pool.slots if not slot.busy and slot.items]
-        self._ops += [slot.trim(0) for slot in idle]
+        for slot in idle:
+            self._cache.empty(slot)
         if idle:
             return True
-        generating = [sequence for sequence in self._running.values() if not self._takes_embed_slot(sequence)]
+        generating = [sequence for sequence in self._running.values() if not sequence.in_embed_slot]
         if len(generating) > 1:
             victim = max(generating, key=lambda sequence: (sequence.spec.background, sequence.spec.uid))
             slot = victim.slot
             self._preempt(victim)
-            self._ops.append(slot.trim(0))
+            self._cache.empty(slot)
             self._crowded = True
             return True
-        # Whoever is in this batch, one by one: that others find space, with another kind of rows, says nothing.
-        self._suspects = [chunk.uid for chunk in batch.chunks]
-        self._max_rows //= 2
-        if self._max_rows:
-            return True
-        self._max_rows = self._capabilities.max_rows
-        return False
+        return self._faults.found_no_space(batch)
 
-    def _fail_or_suspect(self, batch: Batch, result: StepResult) -> Iterator[Emission]:
-        """A batch of one sequence has found the culprit; the sequences of a larger one are tried one by one."""
-        if len(batch.chunks) > 1:
-            self._suspects = [chunk.uid for chunk in batch.chunks]
-            for uid in self._suspects:
-                if uid in self._running:
-                    self._running[uid].n_failed += 1
-            return
-        for chunk in batch.chunks:
-            if (sequence := self._running.get(chunk.uid)) is not None:
-                for other in self._running.values():
-                    other.n_failed = 0  # that explains it
-                error = DecodeFailed(result.message or result.outcome.value)
-                self._ops.append(sequence.slot.trim(0))
-                yield self._finish(sequence, "error", error=error)
+    def _end_culprit(self, batch: Batch, result: StepResult) -> list[Emission]:
+        """End the one sequence of a batch that failed, and empty its slot, which may hold anything now."""
+        sequence = self._running.get(batch.chunks[0].uid)
+        if sequence is None:
+            return []
+        self._cache.empty(sequence.slot)
+        return [self._finish(sequence, "error", error=DecodeFailed(result.message or result.outcome.value))]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> Emission:
         tokens = sequence.text.take_tokens()
         finished = Finished(reason, sequence.usage, sequence.text.stop_matched, error, tokens)
         self._release(sequence)
         return sequence.spec.uid, finished
-
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.spec.uid in self._running:
-            self._leave_slot(sequence)
-            self._crowded = self._crowded and self._takes_embed_slot(sequence)
-
-
-def _n_kept(slot: Slot, chunk: Chunk, length: int) -> int | None:
-    """How many rows of a chunk that `slot` did not hold before are in the KV cache, which has `length` positions of it
-    now; None: not even those that it held."""
-    if length == slot.length:
-        return 0
-    if chunk.media is not None and chunk.media.shares_positions:
-        return len(chunk.items) if length > chunk.position else None
-    n_kept = length - chunk.position
-    return n_kept if 0 <= n_kept <= len(chunk.items) else None

@@ -11,6 +11,7 @@ from trio_runner.core.slots import Slot
 from trio_runner.core.stop import StopMatcher
 from trio_runner.core.utf8 import Utf8Assembler
 from trio_runner.events import FinishReason, SampledToken, TextPiece, Usage
+from trio_runner.info import Capabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +21,7 @@ class SequenceSpec:
     uid: int
     prompt: tuple[Item, ...]
     encoder_tokens: tuple[int, ...] = ()
-    """What the encoder reads, if the model has one."""
+    """The tokens that the encoder reads, if the model has an encoder."""
     adapters: AdapterSet = ()
     n_keep: int = 0
     max_tokens: int | None = None
@@ -28,44 +29,54 @@ class SequenceSpec:
     cache_prompt: bool = True
     shift: bool = True
     embedding: bool = False
-    """Wanted is the vector of the prompt, not a continuation."""
+    """The request is for the embedding of the prompt, not for a continuation."""
     background: bool = False
-    """Others go first, and may take its slot for a while."""
+    """Interactive sequences go first, and may take its slot for a while."""
     progress: bool = False
     logprobs: bool = False
 
     @property
     def cache_key(self) -> Hashable:
-        """What the KV cache of its rows depends on besides the rows before them."""
+        """What its rows in the KV cache depend on besides the rows before them."""
         return (self.adapters, self.encoder_tokens) if self.adapters or self.encoder_tokens else None
 
 
-def _no_slot() -> Slot:
+def takes_embed_slot(spec: SequenceSpec, capabilities: Capabilities) -> bool:
+    """Whether the sequence runs in a slot for embeddings. Those slots together hold no more rows than one batch. A
+    longer text, if its last row gives its embedding, takes a slot like a generation."""
+    return spec.embedding and not (capabilities.embeds_last_row and len(spec.prompt) > capabilities.max_rows)
+
+
+def no_slot() -> Slot:
+    """What a sequence that waits has instead of a slot."""
     return Slot(-1)
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The scheduler's side of a request. `slot` holds what is in the KV cache, `pending` what is to go there next; all
-    of it, while the sequence waits for a slot."""
+    """The scheduler's side of a request. `slot` holds what is in the KV cache, and `pending` what is to go there next.
+    While the sequence waits for a slot, all of it is pending."""
 
     spec: SequenceSpec
+    in_embed_slot: bool = False
+    """It runs in a slot for embeddings; see `takes_embed_slot`."""
     pending: list[Item] = field(init=False)
     kind: BatchKind = field(init=False)
-    """Of its tokens, but for those whose vector is wanted."""
-    slot: Slot = field(default_factory=_no_slot)
+    """The kind of batch for its tokens, except for those that give its embedding."""
+    slot: Slot = field(default_factory=no_slot)
     n_cached: int = 0
-    left: Slot | None = None
-    """The one that it last gave up, if it had one before."""
+    """Items of the prompt that were found in the KV cache."""
+    preempted: bool = False
+    """It had a slot before and had to give it up."""
     prompt_done: bool = False
+    """At least one token was sampled."""
     paused: bool = False
-    leader: Sequence | None = None
-    """Another sequence that is decoding the start of the same prompt: this one waits for it to reach `n_follow`."""
-    n_follow: int = 0
+    follows: Sequence | None = None
+    """A sequence that decodes the start of the same prompt. This one waits until that one's slot holds `n_awaited`
+    items."""
+    n_awaited: int = 0
     last_turn: int = 0
-    """The step that last had rows of this sequence."""
-    n_failed: int = 0
-    """Batches with rows of this sequence and of others that failed, since a culprit was found."""
+    """The turn in which it last had rows in a batch, or got its slot."""
     prompt_seconds: float = 0.0
     completion_seconds: float = 0.0
     text: GeneratedText = field(init=False)
@@ -77,16 +88,17 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """The prompt is done and one sampled token waits to be decoded: the cheap, steady state."""
+        """Whether the prompt is done and one sampled token waits to be decoded: the cheap, steady state."""
         return self.prompt_done and len(self.pending) == 1
 
     @property
     def items(self) -> list[Item]:
-        """Everything that the next token depends on, in its cache_key."""
+        """Everything that the next token depends on, besides the cache key."""
         return self.slot.items + self.pending
 
     @property
     def usage(self) -> Usage:
+        """What the request cost so far."""
         return Usage(
             prompt_tokens=len(self.spec.prompt) + len(self.spec.encoder_tokens),
             cached_tokens=self.n_cached,
@@ -101,7 +113,7 @@ class GeneratedText:
 
     def __init__(self, stops: tuple[str, ...], *, keep_tokens: bool = False) -> None:
         self.n_tokens = 0
-        """Sampled so far, an end token included."""
+        """Tokens sampled so far, an end token included."""
         self._utf8 = Utf8Assembler()
         self._stop = StopMatcher(stops)
         self._keep_tokens = keep_tokens
@@ -109,15 +121,16 @@ class GeneratedText:
         self._n_emitted = 0
         self._n_assembled = 0
         self._ends: list[int] = []
-        # Where the text of each token ended: only needed where a stop string can cut it.
+        # Where the text of each token ended; needed only where a stop string can cut it.
         self._track_ends = any(stops)
 
     @property
     def stop_matched(self) -> str | None:
+        """The stop string that was found."""
         return self._stop.matched
 
     def push(self, sampled: Sampled) -> TextPiece | None:
-        """Take one token; the piece that became certain, if any."""
+        """Take one token. Returns the text that became certain, if any."""
         self._count(sampled)
         text = self._utf8.push(sampled.piece)
         self._n_assembled += len(text)
@@ -126,16 +139,16 @@ class GeneratedText:
         return self._emit(self._stop.push(text))
 
     def end(self, sampled: Sampled) -> TextPiece | None:
-        """Take the end token, which has no text; what was held back is certain now."""
+        """Take the end token, which has no text. Returns what was held back."""
         self._count(sampled)
         return self.flush()
 
     def flush(self) -> TextPiece | None:
-        """No more tokens: what was held back is certain, half a character is dropped."""
+        """Take no more tokens. Returns what was held back; half a character is dropped."""
         return self._emit(self._stop.push(self._utf8.flush()) + self._stop.flush())
 
     def take_tokens(self) -> tuple[SampledToken, ...]:
-        """The tokens not reported yet, if they are kept at all."""
+        """The tokens that were not reported yet; empty unless they are kept."""
         tokens, self._tokens = tuple(self._tokens), []
         return tokens
 

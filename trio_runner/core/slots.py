@@ -6,7 +6,7 @@ that slot, or in another one that shares those positions, which costs no memory 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trio_runner.core.memory import Copy, MemoryOp, Trim
@@ -16,22 +16,23 @@ from trio_runner.info import Capabilities
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One lane. `items` is what its part of the KV cache really holds, row by row."""
+    """One lane of the KV cache. `items` is what it really holds, row by row."""
 
     id: int
     items: list[Item] = field(default_factory=list)
     cache_key: Hashable = None
-    """What else that depends on, such as adapters: of use only to who has the same."""
+    """What the rows depend on besides the items, such as adapters. Only prompts with the same key can reuse them."""
     position_lag: int = 0
-    """So many positions fewer than rows it takes, as rows of an image may share one."""
+    """How many positions fewer than rows the slot takes: rows of an image may share positions."""
     n_shared_cells: int = 0
-    """Rows below this may be the same cells as another slot's, since a copy: renumbering them here would
-    renumber them there. Never too low, sometimes too high, as it is not told when the other slot lets go."""
+    """Rows below this may be the same cells as those of another slot, since a copy: to renumber them here is to
+    renumber them there. Never too low; sometimes too high, for a slot is not told when the other one is trimmed."""
     busy: bool = False
-    parked: bool = False
-    """Whoever used it waits to go on from there: others take what else there is."""
+    """A running sequence has it."""
+    parked_for: int | None = None
+    """The uid of a waiting sequence that left it and wants to go on from it. Others take other slots while they can."""
     last_used: int = 0
-    """Tick of the pool when it was last taken or released; 0 never."""
+    """Tick of the pool when it was last taken or released; 0 means never."""
 
     @property
     def position(self) -> int:
@@ -40,14 +41,15 @@ class Slot:
 
     @property
     def length(self) -> int:
-        """As `Context.length` tells it: one more than the last position. Of rows that share one, it is their first."""
+        """What `Context.length` tells: one more than the last position. Rows that share positions count as at their
+        first one."""
         last = self.items[-1] if self.items else None
         if isinstance(last, MediaRow) and last.media.shares_positions:
             return self.position - last.media.n_positions + 1
         return self.position
 
     def hold(self, items: Sequence[Item]) -> None:
-        """These rows have been decoded."""
+        """Note that these rows have been decoded."""
         self.items += items
         self.position_lag += len(items) - n_positions(items)
 
@@ -68,7 +70,7 @@ class SlotPool:
         self.slots = tuple(Slot(slot_id) for slot_id in range(first))
         self.embed_slots = tuple(Slot(slot_id) for slot_id in range(first, first + capabilities.n_embed_slots))
         self._capabilities = capabilities
-        self._reserved: dict[int, int] = {}  # rows that a slot in use may hold which must go into one batch with others
+        self._reserved: dict[int, int] = {}
         self._tick = 0
 
     def __getitem__(self, slot_id: int) -> Slot:
@@ -76,47 +78,82 @@ class SlotPool:
 
     @property
     def n_busy(self) -> int:
+        """Slots in use, those for embeddings included."""
         return sum(slot.busy for slot in (*self.slots, *self.embed_slots))
+
+    @property
+    def reserved(self) -> Mapping[int, int]:
+        """Rows that sequences in slots need at once, in one batch, by slot: texts to embed, and encoder tokens."""
+        return self._reserved
 
     def acquire(
         self,
         items: Sequence[Item],
         *,
         reuse: bool,
-        own: Slot | None = None,
+        uid: int | None = None,
         cache_key: Hashable = None,
         n_encoder_tokens: int = 0,
     ) -> tuple[Slot, list[MemoryOp]] | None:
-        """Take a free slot for `items`; None when as many as may be are in use, or the encoder has no room left for
-        `n_encoder_tokens` tokens. Without `reuse` it starts empty, or with what is still in `own`.
+        """Take a free slot for `items` of the sequence `uid`. Returns the slot and edits of the KV cache.
 
-        Carrying out the returned edits makes the KV cache hold `slot.items`, which is now a proper prefix of
-        `items`: the last one is always left to decode, for without it there are no logits to sample from.
+        None while as many slots as may be are in use, or while the encoder has no room for `n_encoder_tokens` tokens.
 
-        The longest prefix that any slot holds, in use or not, is kept. A free slot that holds it is taken itself if
-        that forgets no more than giving up the slot left unused for longest would; else the latter forks the prefix.
-        Where that is a parked one of somebody else, all others are in use or parked too.
+        The edits make the KV cache hold `slot.items`, which is now a proper prefix of `items`: the last item is always
+        left to decode, for without it there are no logits to sample from. Without `reuse` the slot starts empty, or
+        with what is in the slot that is parked for `uid`. No slot is parked for `uid` afterwards.
+
+        The longest prefix that any slot holds, in use or not, is kept. A free slot that holds it is taken itself,
+        unless that forgets more than giving up the slot that was unused for longest. In that case the latter copies
+        the prefix. A slot that is parked for another sequence is taken only when no other one is free.
         """
         free = sorted((slot for slot in self.slots if not slot.busy), key=_worth)
         if len(self.slots) - len(free) == self._capabilities.n_slots or not self._has_room(n_encoder_tokens):
             return None
+        own = self._parked_for(uid)
         n_kept = {slot: self._n_reusable(slot, items, cache_key) if reuse or slot is own else 0 for slot in self.slots}
         slot = oldest = free[0]
         source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
-        if n_kept[source] > 0 and not source.busy and (source is own or not source.parked):
+        if n_kept[source] > 0 and not source.busy and (source is own or source.parked_for is None):
             n_lost, n_lost_oldest = (len(slot.items) - n_kept[slot] for slot in (source, oldest))
             if n_lost <= n_lost_oldest:
                 slot = source
         ops: list[MemoryOp] = []
         if n_kept[slot] < n_kept[source]:
-            ops += self._fork(source, slot, n_kept[source])
+            ops += self._copy(source, slot, n_kept[source])
         elif n_kept[slot] < len(slot.items):
             ops.append(slot.trim(n_kept[slot]))
-        slot.busy, slot.parked, slot.cache_key = True, False, cache_key
+        if own is not None:
+            own.parked_for = None
+        slot.busy, slot.parked_for, slot.cache_key = True, None, cache_key
         if n_encoder_tokens:
             self._reserved[slot.id] = n_encoder_tokens
         self._touch(slot)
         return slot, ops
+
+    def acquire_for_embedding(self, n_tokens: int, cache_key: Hashable = None) -> Slot | None:
+        """Take a slot for the embedding of a text; None while no slot is free, or its rows have no room in a batch."""
+        free = [slot for slot in self.embed_slots if not slot.busy]
+        if not free or not self._has_room(n_tokens):
+            return None
+        self._reserved[free[0].id] = n_tokens
+        free[0].busy, free[0].cache_key = True, cache_key
+        return free[0]
+
+    def release(self, slot: Slot, *, parked_for: int | None = None) -> list[MemoryOp]:
+        """Give a slot back. What it holds stays, for the next prompt that starts the same way, and for the sequence
+        `parked_for` first of all. Embeddings, and rows that depend on encoder tokens, are removed."""
+        slot.busy, slot.parked_for = False, parked_for
+        self._touch(slot)
+        if self._reserved.pop(slot.id, None) is None or not slot.items:
+            return []
+        return [slot.trim(0)]
+
+    def unpark(self, uid: int) -> None:
+        """This sequence waits for no slot any more."""
+        own = self._parked_for(uid)
+        if own is not None:
+            own.parked_for = None
 
     def extend(self, slot: Slot, items: Sequence[Item]) -> list[MemoryOp]:
         """Let a slot in use, which holds a prefix of `items`, hold the longest one that any other slot has now."""
@@ -125,11 +162,11 @@ class SlotPool:
             key=lambda pair: pair[0],
             default=(0, slot),
         )
-        return self._fork(source, slot, n_kept) if n_kept > len(slot.items) else []
+        return self._copy(source, slot, n_kept) if n_kept > len(slot.items) else []
 
     def make_room(self, n_rows: int) -> list[MemoryOp]:
-        """Edits after which `n_rows` more rows fit: what was left unused for longest goes, its end first. Slots in
-        use are never touched."""
+        """Edits after which `n_rows` more rows fit. Slots in use are never touched. The slots that were unused for
+        longest give up rows first, from their ends."""
         n_excess = (
             sum(len(slot.items) for slot in self.slots) + n_rows - self._capabilities.n_slots * self._capabilities.n_ctx
         )
@@ -142,27 +179,9 @@ class SlotPool:
                 ops.append(slot.trim(start))
         return ops
 
-    def acquire_for_embedding(self, n_tokens: int, cache_key: Hashable = None) -> Slot | None:
-        """Take a slot for the embedding of a text; None while there is no slot, or no room, left."""
-        free = [slot for slot in self.embed_slots if not slot.busy]
-        if not free or not self._has_room(n_tokens):
-            return None
-        self._reserved[free[0].id] = n_tokens
-        free[0].busy, free[0].cache_key = True, cache_key
-        return free[0]
-
-    def release(self, slot: Slot) -> list[MemoryOp]:
-        """Give a slot back. What it holds stays, for the next prompt that starts the same way; except what was held
-        for an embedding, or on the cache_key of what the encoder has read."""
-        slot.busy = False
-        self._touch(slot)
-        if self._reserved.pop(slot.id, None) is None or not slot.items:
-            return []
-        return [slot.trim(0)]
-
     def unshare(self, slot: Slot, start: int) -> list[MemoryOp] | None:
-        """Edits after which no other slot shares rows of `slot` from `start` on: slots that are free give them
-        up. None, and nothing changed, when a slot in use shares them."""
+        """Edits after which no other slot shares rows of `slot` from `start` on: free slots give them up. None, and
+        nothing changed, when a slot in use shares them."""
         sharing = [
             other
             for other in self.slots
@@ -175,9 +194,12 @@ class SlotPool:
             return None
         return [other.trim(start) for other in sharing]
 
+    def _parked_for(self, uid: int | None) -> Slot | None:
+        return next((slot for slot in self.slots if slot.parked_for == uid), None) if uid is not None else None
+
     def _n_reusable(self, slot: Slot, items: Sequence[Item], cache_key: Hashable) -> int:
-        """Recurrent state cannot go back to an earlier position, nor be copied in part: it can be used whole, in its
-        own slot, or not at all."""
+        """How many of `items` the slot has to offer. Recurrent state cannot go back to an earlier position, nor be
+        copied in part: it is used whole, in its own slot, or not at all."""
         if slot.cache_key != cache_key:
             return 0
         n_kept = cut_before(items, min(common_prefix(slot.items, items), len(items) - 1))
@@ -185,7 +207,7 @@ class SlotPool:
             return n_kept
         return n_kept if not slot.busy and n_kept == len(slot.items) else 0
 
-    def _fork(self, source: Slot, target: Slot, n_rows: int) -> list[MemoryOp]:
+    def _copy(self, source: Slot, target: Slot, n_rows: int) -> list[MemoryOp]:
         ops: list[MemoryOp] = [target.trim(0)] if target.items else []
         target.hold(source.items[:n_rows])
         ops.append(Copy(source.id, target.id, target.position))
@@ -202,5 +224,5 @@ class SlotPool:
 
 
 def _worth(slot: Slot) -> tuple[bool, int]:
-    """What is kept rather than something else."""
-    return slot.parked, slot.last_used
+    """Sorts the slots by what is given up first."""
+    return slot.parked_for is not None, slot.last_used

@@ -7,6 +7,7 @@ It alone owns the context, the samplers in use and the scheduler. The trio threa
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class DecodeLoop:
         self._running: _RunningBatch | None = None
         self._may_abort_for_one = True
         self._closing = False
+        self._checks = os.environ.get("TRIO_RUNNER_CHECK") == "1"
 
     def abort_for(self, uid: int) -> None:
         """Abort the running batch if no other sequence wants it, or if enough of its rows are those of `uid`, which is
@@ -104,6 +106,8 @@ class DecodeLoop:
                 self.statistics = self._scheduler.statistics()
                 if step is not None:
                     self._run(step)
+                if self._checks:
+                    self._scheduler.check_integrity()
         finally:
             self.refuse_mail()
             for sampler in self._samplers.values():
