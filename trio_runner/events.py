@@ -1,4 +1,4 @@
-"""What a generation says while it runs: values that cross from the decode thread to the reader."""
+"""What a reader is told while a generation runs: values that cross from the decode thread to the reader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FinishReason: TypeAlias = Literal["stop", "length", "deadline", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """One token and the natural logarithm of its probability before any sampler touched it."""
+    """One token, and the natural logarithm of its probability before any sampler changed it."""
 
     token: int
     piece: bytes
@@ -19,28 +19,28 @@ class TokenInfo:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken(TokenInfo):
-    """A token that was chosen, with the most probable alternatives at that place, most probable first."""
+    """A token that was sampled. `top` has the most probable tokens at that place, most probable first."""
 
     top: tuple[TokenInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a generation cost. Seconds count only the steps that carried rows of this sequence, not the waiting."""
+    """What a request cost. Seconds count only steps with rows of this request, not the time that it waited."""
 
     prompt_tokens: int = 0
     """Tokens of the prompt after truncation, those found in the prompt cache included."""
     cached_tokens: int = 0
-    """Of those, tokens that were not decoded again."""
+    """Tokens of the prompt that were found in the prompt cache, and not decoded again."""
     completion_tokens: int = 0
-    """Sampled tokens, the one that ended the generation included."""
+    """Tokens that were sampled, the one that ended the generation included."""
     prompt_seconds: float = 0.0
     completion_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """`n_decoded` of the prompt's `n_prompt` tokens are in the KV cache, the `n_cached` found there included."""
+    """`n_decoded` of the prompt's `n_prompt` tokens are in the KV cache. `n_cached` of them were found there."""
 
     n_decoded: int
     n_prompt: int
@@ -50,27 +50,27 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """More text; never empty, never half a character. `tokens` only when log-probabilities were asked for."""
+    """More text: never empty, and never half a character."""
 
     text: str
     tokens: tuple[SampledToken, ...] = ()
+    """The tokens that made it; empty unless the request asks for log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every generation that was not closed by its reader.
-
-    `reason` is "stop" (end token or stop string), "length" (max_tokens, or a full context that may not shift),
-    "deadline" (the request's own has passed), or "error", in which case `error` says why and iteration raises it.
-    `stop` is the stop string that matched.
-    """
+    """The last event of every generation that its reader did not close."""
 
     reason: FinishReason
+    """"stop": an end token or a stop string. "length": `max_tokens` is reached, or the context is full and may not
+    shift. "deadline": the deadline of the request has passed. "error": see `error`, which iteration raises."""
     usage: Usage
     stop: str | None = None
+    """The stop string that was found."""
     error: Exception | None = None
     tokens: tuple[SampledToken, ...] = ()
-    """Chosen tokens that no TextPiece reported, such as the end token; only when log-probabilities were asked for."""
+    """Sampled tokens that no TextPiece reported, such as the end token; empty unless the request asks for
+    log-probabilities."""
     text: Literal[""] = ""
 
 
@@ -79,7 +79,8 @@ Event: TypeAlias = PromptProgress | TextPiece | Finished
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The vector of one embedding request; `vector` is whatever the context returned, copied."""
+    """The result of an embedding request."""
 
     vector: object
+    """A NumPy array of float32, shape (`Capabilities.embedding_size`,), or shorter if the request asks for that."""
     usage: Usage

@@ -3,12 +3,14 @@
     async with trio_runner.open_engine(ToyLoader(), slots=2) as engine:
         ...
 
-The next token of a sequence is a hash of everything its slot holds and of where, and of the adapters that it was made
-with: one stale, missing, misplaced or foreign entry of the KV cache gives another text. `toy_text` says what the right
-one is. What llama.cpp would answer with an abort or with silent rubbish is an AssertionError here.
+The next token of a sequence is a hash of everything that its slot holds, and of the adapters that it was made with. So
+one stale, missing, misplaced or foreign entry of the KV cache gives another text; `toy_text` tells the right one. Where
+llama.cpp would abort or silently compute rubbish, the toy raises AssertionError.
 
-Images are a few rows each, of a model that sees colours only by their digest (`ToyProjector`); adapters are known by
-the paths they are loaded from.
+An image is a few rows that depend only on the digest of its pixels (`ToyProjector`). Adapters are known by the paths
+that they are loaded from.
+
+The file is longer than others, so that all of the toy is in one place.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ ToyAdapters: TypeAlias = Sequence[tuple[str, float]]
 
 
 def toy_cache_key(adapters: ToyAdapters = (), encoder_tokens: Sequence[int] = ()) -> str:
-    """What the toy makes of its adapters and of what an encoder has read; "" of neither."""
+    """What the next token depends on besides the items: adapters, and what an encoder has read. "" for neither."""
     return f"{sorted(adapters)}{list(encoder_tokens)}" if adapters or encoder_tokens else ""
 
 
@@ -66,7 +68,7 @@ def _named(item: Item) -> str:
 
 
 def toy_next(items: Sequence[Item], cache_key: str = "") -> int:
-    """The token that follows `items`, the first ones of a slot, on `toy_cache_key`."""
+    """The token that follows `items`, all that a slot holds. `cache_key` is made by `toy_cache_key`."""
     digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=4).digest()
     number = int.from_bytes(digest, "big")
     return END if number % 61 == 0 else _ALPHABET[number % len(_ALPHABET)]
@@ -82,7 +84,7 @@ def toy_continuation(prompt: Sequence[Item], n_tokens: int, cache_key: str = "")
 
 
 def toy_text(prompt: str | Sequence[Item], n_tokens: int, cache_key: str = "") -> str:
-    """The text the toy generates after `prompt`, at most `n_tokens` tokens of it, in an endless context."""
+    """The text that the toy generates after `prompt` in an endless context, with at most `n_tokens` tokens."""
     items: Sequence[Item] = list(prompt.encode()) if isinstance(prompt, str) else prompt
     tokens = toy_continuation(items, n_tokens, cache_key)
     return _whole_characters(bytes(token for token in tokens if token != END))
@@ -94,7 +96,7 @@ def _whole_characters(data: bytes) -> str:
 
 
 class ToySampler:
-    """Takes what the toy model says. A grammar, if any, is a string of the characters it allows."""
+    """Takes the token that the toy gives. A grammar is a string of the characters that it allows; "" allows all."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
@@ -105,7 +107,7 @@ class ToySampler:
 
 
 class ToyAdapter:
-    """Loaded from a path that does not exist: one that names nothing good ("bad" in it) is refused."""
+    """Loaded from a path that need not exist. A path with "bad" in it is refused with a LoadError."""
 
     def __init__(self, path: str) -> None:
         if "bad" in path:
@@ -118,7 +120,7 @@ class ToyAdapter:
 
 
 class ToyEncoding:
-    """Calls `on_encode(encoding)`, which may wait for `cancelled`, and then is quick."""
+    """One image being encoded. Calls the projector's `on_encode`, which may wait for `cancelled`; the rest is quick."""
 
     def __init__(self, projector: ToyProjector, pixels: Pixels) -> None:
         self.pixels = pixels
@@ -141,9 +143,11 @@ class ToyEncoding:
 
 
 class ToyProjector:
-    """Puts an image between tokens of its own: `<`, as many rows as the digest of its pixels says, `>`.
+    """Makes the items `<`, 2 to 6 rows, `>` of an image. The digest of its pixels decides how many rows.
 
-    `shares_positions` and `causal` are those of the `Media` that it makes."""
+    `shares_positions` and `causal` are those of the `Media` that it makes. `on_encode(encoding)` is called for each
+    image.
+    """
 
     def __init__(self, *, shares_positions: bool = False, causal: bool = True) -> None:
         self.shares_positions, self.causal = shares_positions, causal
@@ -222,7 +226,7 @@ class _Cell:
 
 
 def _positions(items: Sequence[Item], start: int) -> list[int]:
-    """Of consecutive `items`, the first of them at `start`."""
+    """The positions of consecutive `items`, of which the first is at `start`."""
     positions = []
     for item in items:
         positions.append(start)
@@ -235,20 +239,22 @@ def _positions(items: Sequence[Item], start: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """What a hook of `ToyContext` makes of a batch: an outcome, after the first `n_rows` rows were done, and why."""
+    """What a hook of `ToyContext` makes of a batch: its outcome, after the first `n_rows` rows were decoded."""
 
     outcome: DecodeOutcome
     n_rows: int = 0
     message: str = ""
 
 
-_BROKEN_OFF = frozenset({DecodeOutcome.ABORTED, DecodeOutcome.FATAL})
+_KEEPS_ROWS = frozenset({DecodeOutcome.ABORTED, DecodeOutcome.FATAL})
 
 
 class ToyContext:
-    """A KV cache of lists. `on_decode`, called before each batch, may wait, raise, or return an Interruption. A batch
-    whose number is, or meanwhile becomes, `aborted_number` is broken off before its first row, unless the hook knows
-    better."""
+    """A KV cache of lists.
+
+    `on_decode` is called before each batch. It may wait, raise, or return an Interruption. If it returns None, a batch
+    whose number is `aborted_number` by then is aborted before its first row.
+    """
 
     def __init__(
         self, capabilities: Capabilities, *, on_decode: Callable[[Batch], Interruption | None] | None = None
@@ -261,12 +267,12 @@ class ToyContext:
         self._cells: list[list[_Cell]] = [[] for _ in range(capabilities.first_embed_slot + capabilities.n_embed_slots)]
 
     def held(self, slot: int) -> list[Item]:
-        """The tokens and rows that `slot` holds. Raises AssertionError unless they are at positions 0, 1, 2, ..., or
-        where an image has them, and were all made with the same adapters."""
+        """The tokens and rows that `slot` holds. Raises AssertionError unless they are at the positions where they must
+        be, without holes, and were all made with the same adapters."""
         cells = self._cells[slot]
         items = [cell.item for cell in cells]
         assert [cell.position for cell in cells] == _positions(items, 0), "positions have a hole or a double"
-        assert len({cell.cache_key for cell in cells}) <= 1, "what one slot holds was made with different adapters"
+        assert len({cell.cache_key for cell in cells}) <= 1, "the rows of one slot were made with different adapters"
         return items
 
     def shared_rows(self, slot: int, other: int) -> list[int]:
@@ -288,9 +294,9 @@ class ToyContext:
                 self._cells[slot] = kept
             case Copy(source, target, end):
                 assert not self._cells[target], "the target of a copy must be empty"
-                assert end <= len(self._cells[source]), "a copy of what is not there"
+                assert end <= len(self._cells[source]), "a copy of more than the source holds"
                 assert max(source, target) < self.capabilities.first_embed_slot, (
-                    "nothing is shared with a lane for embeddings"
+                    "nothing is shared with a slot for embeddings"
                 )
                 self._cells[target] = [cell for cell in self._cells[source] if cell.position < end]
             case Slide(slot, start, end, delta):
@@ -315,10 +321,10 @@ class ToyContext:
             assert batch.kind.of_media == (media_of_chunk is not None), "rows of another kind than the batch"
             assert media_of_chunk is None or batch.kind.causal == media_of_chunk.causal
         for chunk in batch.chunks:
-            self._check_lane(chunk, batch.kind.embedding)
+            self._check_slot(chunk, batch.kind.embedding)
             self._check_rows(chunk, media)
         assert sum(len(chunk.encoder_tokens) for chunk in batch.chunks) <= self.capabilities.max_rows, (
-            "too much to read at once"
+            "too much for the encoder to read at once"
         )
         self.batches.append(batch)
         interruption = self.on_decode(batch) if self.on_decode else None
@@ -344,16 +350,16 @@ class ToyContext:
     def close(self) -> None:
         self.closed = True
 
-    def _check_lane(self, chunk: Chunk, embeddings: bool) -> None:
+    def _check_slot(self, chunk: Chunk, embeddings: bool) -> None:
         if chunk.slot >= self.capabilities.first_embed_slot:
-            assert embeddings == chunk.output, "a lane for embeddings makes vectors only, and only in their batches"
+            assert embeddings == chunk.output, "the last row of a text, and no other, gives its embedding"
         if embeddings:
-            assert chunk.output, "a batch of embeddings ends each of its texts"
-            assert self.capabilities.embeds_last_row or chunk.start == 0, "all rows of a text make its vector"
+            assert chunk.output, "a batch of embeddings has the last row of each of its texts"
+            assert self.capabilities.embeds_last_row or chunk.start == 0, "all rows of a text make its embedding"
 
     def _check_rows(self, chunk: Chunk, media: Mapping[Media, EncodedMedia]) -> None:
         assert bool(chunk.encoder_tokens) == (self.capabilities.decoder_start is not None), (
-            "an encoder has something to read, or none"
+            "a model has encoder tokens if and only if it has an encoder"
         )
         if chunk.media is None:
             assert all(isinstance(item, int) for item in chunk.items), "tokens and rows of images in one chunk"
@@ -363,7 +369,7 @@ class ToyContext:
         assert numbers == list(range(numbers[0], numbers[0] + len(chunk.items))), "rows of two images in one chunk"
         assert media[chunk.media].rows.shape == (chunk.media.n_rows, N_EMBD)
         if chunk.media.whole:
-            assert len(rows) == chunk.media.n_rows, "a part of an image that stays whole"
+            assert len(rows) == chunk.media.n_rows, "part of an image that must stay whole"
 
     def _interrupt(self, batch: Batch, interruption: Interruption, named: ToyAdapters) -> StepResult:
         n_rows = interruption.n_rows
@@ -373,8 +379,8 @@ class ToyContext:
                 n_done = 0
             self._hold(chunk, n_done, toy_cache_key(named, chunk.encoder_tokens))
             n_rows -= len(chunk.items)
-            if interruption.outcome in _BROKEN_OFF and not self.capabilities.can_trim:
-                self._cells[chunk.slot] = []  # recurrent state that was caught half-way is worth nothing
+            if interruption.outcome in _KEEPS_ROWS and not self.capabilities.can_trim:
+                self._cells[chunk.slot] = []  # recurrent state that was caught half-way is lost
         kept = {chunk.uid: self.length(chunk.slot) for chunk in batch.chunks}
         return StepResult(interruption.outcome, {}, {}, kept, message=interruption.message)
 
@@ -390,7 +396,7 @@ class ToyContext:
         ]
         first = self.capabilities.first_embed_slot
         n_embedding = sum(map(len, self._cells[first:]))
-        assert n_embedding <= self.capabilities.max_rows, "the lanes for embeddings are full"
+        assert n_embedding <= self.capabilities.max_rows, "the slots for embeddings are full"
         n_cells = len({id(cell) for cells in self._cells[:first] for cell in cells})
         assert n_cells <= self.capabilities.n_slots * self.capabilities.n_ctx, "the KV cache is full"
         return self.held(chunk.slot)
@@ -417,7 +423,7 @@ def _path(adapter: Adapter) -> str:
 
 
 def toy_vector(items: Sequence[Item], cache_key: str = "") -> NDArray[np.float32]:
-    """The vector of a prompt, shape (8,)."""
+    """The embedding of a prompt, shape (8,)."""
     digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=N_EMBD).digest()
     return np.frombuffer(digest, np.uint8).astype(np.float32)
 
@@ -426,8 +432,10 @@ def toy_vector(items: Sequence[Item], cache_key: str = "") -> NDArray[np.float32
 class ToyLoader:
     """Loads a toy model.
 
-    `capabilities` replaces fields of the `Capabilities` that follow from the engine's configuration. `on_load` may wait
-    or raise. `projector`, if any, and `adapters` are loaded too. `model` and `context` are what was loaded last."""
+    `capabilities` replaces fields of the `Capabilities` that follow from the engine's configuration. `on_load`, called
+    with `progress` and `cancelled`, may wait or raise. `on_decode` is the hook of the context. `projector`, if any, and
+    `adapters` are loaded too. `model` and `context` are those that were loaded last.
+    """
 
     capabilities: Mapping[str, object] = field(default_factory=dict)
     on_load: Callable[[Callable[[float], None], Callable[[], bool]], None] | None = None

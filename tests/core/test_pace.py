@@ -1,4 +1,4 @@
-"""Steps of bounded time, on machines that exist only here."""
+"""Steps of bounded time, on simulated machines."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trio_runner.core.pace import LONE_STEPS, LONGEST_STEP, MIN_ROWS, SHORT_STEP
 
 @dataclass
 class Machine:
-    """Batches take `base` seconds and `row` more for each row; all of it more as contexts grow longer."""
+    """A batch takes `base` seconds, and `row` more for each row. All of it grows with the contexts."""
 
     base: float
     row: float
     growth: float = 0.0
-    """By what part of it a step takes longer for each thousand rows of its prompt so far; prompts have 4,000."""
+    """The part of its time that each thousand rows of its prompt so far add to a step. Prompts have 4,000 rows."""
     noise: float = 0.0
     max_rows: int = 512
     n_done: int = 0
@@ -36,7 +36,7 @@ class Machine:
         return seconds
 
     def prefill(self, pace: Pace, n_decoding: int, n_steps: int) -> list[tuple[float, int]]:
-        """(seconds, rows of prompts) of steps that also carry as many rows of prompts as they may."""
+        """(seconds, rows of prompts) of steps with as many rows of prompts as they may have."""
         steps = []
         for _ in range(n_steps):
             n_rows = pace.prompt_rows(n_decoding)
@@ -45,7 +45,7 @@ class Machine:
         return steps
 
     def gap(self, n_decoding: int) -> float:
-        """What a step beside so many streams should take: never less than a few rows do."""
+        """Seconds that a step beside so many streams should take: never less than a few rows take."""
         wanted = max(SHORTEST_GAP, STREAM_GAP * self.seconds(n_decoding))
         return max(wanted, self.seconds(n_decoding + MIN_ROWS))
 
@@ -64,15 +64,17 @@ def machines(draw: st.DrawFn) -> Machine:
 
 
 NEW_PROMPT = 0.65
-"""What part of its time the first step of a prompt may take, which is quicker than the end of the one before it."""
+"""The part of its time that the first step of a prompt takes at least, after the slow end of another prompt."""
 SETTLED = 6
-"""Batches after which the time of a step is as it should be."""
+"""Batches after which the time of a step is right."""
 
 
 @settings(max_examples=200)
 @given(machines(), st.integers(1, 16), st.integers(1, 16), st.booleans())
-def test_streams_wait_only_so_long_for_a_prompt(machine: Machine, n_before: int, n_now: int, was_lone: bool) -> None:
-    """Whatever ran before: a different number of streams, or a prompt alone."""
+def test_streams_wait_no_longer_for_a_prompt_than_they_may(
+    machine: Machine, n_before: int, n_now: int, was_lone: bool
+) -> None:
+    """Whatever ran before: another number of streams, or a prompt alone."""
     pace = Pace(machine.max_rows)
     if was_lone:
         machine.prefill(pace, 0, 5)
@@ -101,14 +103,14 @@ def test_a_prompt_gets_all_the_time_that_streams_can_spare(machine: Machine, n_s
 
 @settings(max_examples=200)
 @given(machines())
-def test_a_step_without_streams_is_bounded_too(machine: Machine) -> None:
+def test_the_time_of_a_step_without_streams_is_bounded(machine: Machine) -> None:
     pace = Pace(machine.max_rows)
     steps = machine.prefill(pace, 0, 40)
     longest = max(LONGEST_STEP, machine.seconds(MIN_ROWS))
     # One such step may be half a prompt, and the next one at once a fifth slower.
     assert all(seconds <= 1.35 * longest for seconds, _ in steps[SETTLED:])
     assert all(n_rows == machine.max_rows or seconds >= NEW_PROMPT * LONGEST_STEP for seconds, n_rows in steps[15:])
-    # After a step that was broken off, one that cannot be.
+    # After an abort, or where a step cannot be aborted.
     n_rows = pace.prompt_rows(0, short=True)
     assert machine.seconds(n_rows) <= max(1.2 * SHORT_STEP + machine.base * 3, machine.seconds(MIN_ROWS))
 
@@ -123,7 +125,7 @@ def test_a_model_that_is_slow_to_read_gets_longer_steps_without_streams() -> Non
 
 @settings(max_examples=100)
 @given(machines(), st.integers(0, 8), st.sampled_from([20, 100, 1000]), st.integers(0, 12))
-def test_one_step_that_was_held_up_is_soon_forgotten(machine: Machine, n_streams: int, slower: int, when: int) -> None:
+def test_one_slow_step_is_soon_forgotten(machine: Machine, n_streams: int, slower: int, when: int) -> None:
     machine.growth = machine.noise = 0.0
     pace = Pace(machine.max_rows)
     for _ in range(5):
@@ -142,7 +144,7 @@ def test_one_step_that_was_held_up_is_soon_forgotten(machine: Machine, n_streams
 
 
 @given(machines(), st.integers(1, 8))
-def test_streams_do_not_pay_for_a_first_token_that_was_held_up(machine: Machine, n_streams: int) -> None:
+def test_one_slow_first_token_does_not_slow_streams_down(machine: Machine, n_streams: int) -> None:
     machine.growth = machine.noise = 0.0
     pace = Pace(machine.max_rows)
     pace.measured(n_streams, n_streams, 20 * machine.seconds(n_streams))
@@ -154,7 +156,7 @@ def test_streams_do_not_pay_for_a_first_token_that_was_held_up(machine: Machine,
 
 @given(machines(), st.integers(0, 8))
 def test_a_short_prompt_tells_little_about_a_long_one(machine: Machine, n_streams: int) -> None:
-    """Most of its time is spent on what does not depend on the rows."""
+    """Most of its time does not depend on the rows."""
     machine.growth = machine.noise = 0.0
     pace = Pace(machine.max_rows)
     for _ in range(5):
@@ -168,7 +170,9 @@ def test_a_short_prompt_tells_little_about_a_long_one(machine: Machine, n_stream
 
 
 @given(machines(), st.integers(1, 8), st.floats(0.01, 1.0))
-def test_the_time_that_was_asked_for(machine: Machine, n_streams: int, step_target: float) -> None:
+def test_a_step_takes_the_time_that_the_configuration_sets(
+    machine: Machine, n_streams: int, step_target: float
+) -> None:
     pace = Pace(machine.max_rows, step_target)
     for _ in range(5):
         machine.run(pace, n_streams)
@@ -179,9 +183,7 @@ def test_the_time_that_was_asked_for(machine: Machine, n_streams: int, step_targ
 
 
 @given(machines(), st.integers(0, 8), st.booleans())
-def test_a_step_that_was_held_up_changes_the_next_one_little(
-    machine: Machine, n_streams: int, beside_a_prompt: bool
-) -> None:
+def test_one_slow_step_changes_the_next_one_little(machine: Machine, n_streams: int, beside_a_prompt: bool) -> None:
     machine.growth = machine.noise = 0.0
     pace = Pace(machine.max_rows)
     for _ in range(5):
@@ -195,7 +197,7 @@ def test_a_step_that_was_held_up_changes_the_next_one_little(
 
 
 @given(machines(), st.integers(1, 8))
-def test_with_and_without_streams_are_learned_apart(machine: Machine, n_streams: int) -> None:
+def test_steps_with_and_without_streams_are_learned_apart(machine: Machine, n_streams: int) -> None:
     machine.growth = machine.noise = 0.0
     pace = Pace(machine.max_rows)
     for _ in range(5):
@@ -208,8 +210,8 @@ def test_with_and_without_streams_are_learned_apart(machine: Machine, n_streams:
 
 
 @given(machines())
-def test_fewer_streams_than_were_ever_measured(machine: Machine) -> None:
-    """Then what many of them took tells at least how long one takes in proportion."""
+def test_fewer_streams_than_any_that_were_measured(machine: Machine) -> None:
+    """The time of many streams tells at least how long one takes in proportion."""
     machine.growth = machine.noise = 0.0
     pace = Pace(machine.max_rows)
     for _ in range(5):
@@ -219,7 +221,7 @@ def test_fewer_streams_than_were_ever_measured(machine: Machine) -> None:
     assert all(n_rows == machine.max_rows or seconds >= 0.75 * shortest for seconds, n_rows in steps[20:])
 
 
-def test_nothing_is_known_at_first() -> None:
+def test_the_first_step_has_a_fixed_number_of_rows() -> None:
     assert Pace(512).prompt_rows(0) == Pace(512).prompt_rows(3) == 64
     assert Pace(16).prompt_rows(0) == 16
     unknown = Pace(512)

@@ -1,4 +1,4 @@
-"""Which devices a model is given, and how many of its layers."""
+"""Which devices a model gets, and for how many of its layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: tuple[DeviceKind, ...] = ("CPU", "GPU", "integrated GPU", "accelerator", 
 
 @st.composite
 def machines(draw: st.DrawFn) -> list[Device]:
-    """The devices of a machine: numbered, each with a name of its own, some of them found by two backends."""
+    """The devices of a machine, each with a number and a name of its own. Some were found by two backends."""
     found = draw(
         st.lists(st.tuples(st.sampled_from(KINDS), st.booleans(), st.sampled_from(["", "a", "b"])), max_size=7)
     )
@@ -45,11 +45,11 @@ def test_without_names_all_gpus_are_chosen(devices: list[Device], remote: list[i
     numbers = [device.number for device in chosen]
     assert len(set(numbers)) == len(numbers)
     assert set(chosen) <= set(able(devices))
-    # Of other machines, what was asked for, all of that, and in that order.
+    # Of the devices of other machines, all that were asked for, in that order.
     by_number = {device.number: device for device in able(devices) if device.is_remote}
     lent = [by_number[number] for number in remote if number in by_number]
     assert [device for device in chosen if device.is_remote] == lent
-    # Then those of this one: GPUs, or else integrated ones; each piece of hardware once.
+    # Then the GPUs of this machine, or else the integrated ones; each piece of hardware once.
     local = [device for device in able(devices) if not device.is_remote]
     kinds = {device.kind for device in local}
     here = chosen[len(lent) :]
@@ -75,7 +75,7 @@ def test_unknown_names_are_refused_in_one_line(devices: list[Device], name: str)
     with pytest.raises(ValueError, match=f"there is no device '{name}'") as refused:
         choose_devices(devices, [name], ())
     assert "\n" not in str(refused.value)
-    for other in devices:  # it says what there is
+    for other in devices:  # it names the devices that there are
         assert (other.name in str(refused.value)) == (other in able(devices))
 
 
@@ -117,7 +117,7 @@ def test_every_device_must_have_room(
     assert fits(memory, devices, extra) == all(has_room)
 
 
-def test_who_says_nothing_of_its_memory_has_room() -> None:
+def test_a_device_that_does_not_report_its_memory_has_room() -> None:
     assert room(device(free=0, total=0)) is None
     assert fits([MemoryUse(0, 2**50, 0, 0)], [device(free=0, total=0)], {0: 2**50})
 
@@ -141,8 +141,8 @@ def test_the_most_layers_that_fit_are_found(n_layers: int, n_fitting: int) -> No
 
 
 @given(st.lists(st.booleans(), max_size=64))
-def test_what_was_found_has_been_tried(answers: list[bool]) -> None:
-    """Even where memory does not grow with the layers."""
+def test_the_number_that_was_found_has_been_tried(answers: list[bool]) -> None:
+    """Even if the memory does not grow with the layers."""
     tried: dict[int, bool] = {}
 
     def try_layers(n: int) -> bool:
@@ -162,7 +162,7 @@ def test_steps_go_down_to_the_cpu(n_layers: int) -> None:
     assert len(steps) <= 40
 
 
-def test_what_is_used_of_a_device() -> None:
+def test_what_a_model_uses_of_a_device() -> None:
     memory = (MemoryUse(None, 1, 2, 3), MemoryUse(4, 10, 20, 30))
     placement = Placement(3, 2, (device(4),), memory)
     assert placement.used(4).total == 60

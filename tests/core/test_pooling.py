@@ -1,3 +1,5 @@
+"""Embeddings are scaled to length 1."""
+
 from __future__ import annotations
 
 import numpy as np

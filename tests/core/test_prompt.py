@@ -1,3 +1,5 @@
+"""Prompts as lists of items, and how a long one is made to fit."""
+
 from __future__ import annotations
 
 import pytest

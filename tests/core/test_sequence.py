@@ -1,3 +1,5 @@
+"""The text of one sequence, and why it ends."""
+
 from __future__ import annotations
 
 import pytest
@@ -28,7 +30,7 @@ def test_each_token_is_reported_once_and_in_order(pieces: list[bytes], stops: tu
         n_pushed += 1
         if text.stop_matched is not None:
             break
-        # Text is out with the token that made it certain or sooner, and never before any of its tokens.
+        # Text is emitted with the token that made it certain, and never before any of its own tokens.
         so_far = "".join(piece.text for piece in out if piece is not None)
         n_reported = sum(len(piece.tokens) for piece in out if piece is not None)
         assert whole_text(b"".join(pieces[:n_reported])).startswith(so_far)
@@ -70,7 +72,7 @@ def test_without_logprobs_no_token_is_kept() -> None:
         ([b"x", b"", b"y"], "y", 1),
     ],
 )
-def test_tokens_that_a_stop_string_cut_off(pieces: list[bytes], stop: str, n_cut: int) -> None:
+def test_how_many_tokens_a_stop_string_cuts_off(pieces: list[bytes], stop: str, n_cut: int) -> None:
     text = GeneratedText((stop,))
     for n, piece in enumerate(pieces):
         text.push(sample(n, piece))
@@ -91,7 +93,7 @@ def test_tokens_that_a_stop_string_cut_off(pieces: list[bytes], stop: str, n_cut
         (b"", True, None, "stop"),
     ],
 )
-def test_why_it_ends(piece: bytes, is_end: bool, max_tokens: int | None, reason: str | None) -> None:
+def test_why_a_sequence_ends(piece: bytes, is_end: bool, max_tokens: int | None, reason: str | None) -> None:
     spec = SequenceSpec(uid=0, prompt=(1,), max_tokens=max_tokens, stop=("b",))
     text = GeneratedText(spec.stop)
     sampled = sample(0, piece, is_end=is_end)

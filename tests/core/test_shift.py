@@ -1,3 +1,5 @@
+"""Context shift: how much is discarded, and by which edits."""
+
 from __future__ import annotations
 
 from hypothesis import given
@@ -10,7 +12,7 @@ from trio_runner.testing import ToyContext
 
 
 @given(st.integers(1, 60), st.data())
-def test_a_full_slot_gets_half_of_what_may_go(n_ctx: int, data: st.DataObject) -> None:
+def test_a_full_slot_discards_half_of_what_it_may(n_ctx: int, data: st.DataObject) -> None:
     n_keep = data.draw(st.integers(0, n_ctx - 1))
     discard = n_discard(n_ctx, n_ctx=n_ctx, n_keep=n_keep)
     assert discard == max((n_ctx - n_keep) // 2, 1)
@@ -18,7 +20,7 @@ def test_a_full_slot_gets_half_of_what_may_go(n_ctx: int, data: st.DataObject) -
 
 
 @given(st.integers(1, 60), st.data())
-def test_a_slot_with_room_loses_only_what_is_missing(n_ctx: int, data: st.DataObject) -> None:
+def test_a_slot_with_room_discards_only_what_is_missing(n_ctx: int, data: st.DataObject) -> None:
     n_keep = data.draw(st.integers(0, n_ctx - 1))
     n_held = data.draw(st.integers(0, n_ctx))
     discard = n_discard(n_held, n_ctx=n_ctx, n_keep=n_keep)

@@ -35,7 +35,7 @@ def naive_prefix(a: Sequence[Item], b: Sequence[Item]) -> int:
 
 
 @dataclass
-class Lane:
+class SlotRecord:
     """What the oracle knows of a slot, besides what the context holds."""
 
     busy: bool = False
@@ -49,28 +49,28 @@ class PoolWorld:
         self.capabilities = capabilities
         self.pool = SlotPool(capabilities)
         self.context = ToyContext(capabilities)
-        self.lanes = [Lane() for _ in range(capabilities.first_embed_slot)]
+        self.records = [SlotRecord() for _ in range(capabilities.first_embed_slot)]
         self.now = 0
 
     def reusable(self, slot: int, prompt: list[int]) -> int:
         """How much of `prompt`, but its last item, could be taken from what `slot` holds."""
         held = self.context.held(slot)
         n_kept = min(naive_prefix(held, prompt), len(prompt) - 1)
-        usable = self.capabilities.can_trim or (n_kept == len(held) and not self.lanes[slot].busy)
+        usable = self.capabilities.can_trim or (n_kept == len(held) and not self.records[slot].busy)
         return n_kept if usable else 0
 
     def predict(self, prompt: list[int], reuse: bool) -> tuple[int, int] | None:
         """(the slot that is taken, how many positions it starts with)"""
         slots = range(self.capabilities.first_embed_slot)
-        free = [slot for slot in slots if not self.lanes[slot].busy]
+        free = [slot for slot in slots if not self.records[slot].busy]
         if len(slots) - len(free) == self.capabilities.n_slots:
             return None
-        oldest = min(free, key=lambda slot: (self.lanes[slot].last_used, slot))
+        oldest = min(free, key=lambda slot: (self.records[slot].last_used, slot))
         kept = [self.reusable(slot, prompt) if reuse else 0 for slot in slots]
         most = max(kept)
         holding = [slot for slot in free if kept[slot] == most]
         if most and holding:
-            first = min(holding, key=lambda slot: self.lanes[slot].last_used)
+            first = min(holding, key=lambda slot: self.records[slot].last_used)
             n_lost, n_lost_oldest = (len(self.context.held(slot)) - kept[slot] for slot in (first, oldest))
             if n_lost <= n_lost_oldest:
                 return first, most
@@ -129,14 +129,14 @@ class PoolWorld:
         first = n_keep + n_discard
         sharing = {other for other in others if max(self.context.shared_rows(slot.id, other), default=-1) >= first}
         if ops is None:
-            in_use = [other for other in others if self.lanes[other].busy]
+            in_use = [other for other in others if self.records[other].busy]
             assert any(self.may_share(slot.id, other, n_keep + n_discard) for other in in_use)
             assert {other: self.pool.slots[other].items for other in others} == others
             return
-        assert not any(self.lanes[other].busy for other in sharing)
+        assert not any(self.records[other].busy for other in sharing)
         for op in ops:
             assert isinstance(op, Trim)
-            assert not self.lanes[op.slot].busy
+            assert not self.records[op.slot].busy
             assert (op.start, op.end) == (n_keep + n_discard, None)
         del slot.items[n_keep : n_keep + n_discard]
         for op in (*ops, *shift_ops(slot.id, n_held, n_keep=n_keep, discard=n_discard)):
@@ -152,7 +152,7 @@ class PoolWorld:
     def decode(self, slot: Slot, tokens: list[int]) -> None:
         for op in self.pool.make_room(len(tokens)):
             assert isinstance(op, Trim)
-            assert not self.lanes[op.slot].busy
+            assert not self.records[op.slot].busy
             assert self.context.apply(op)
         self.context.decode(Batch((Chunk(0, slot.id, len(slot.items), tuple(tokens), output=False),)), {})
         slot.items += tokens
@@ -163,19 +163,19 @@ class PoolWorld:
 
     def touch(self, slot: Slot, *, busy: bool) -> None:
         self.now += 1
-        self.lanes[slot.id] = Lane(busy, self.now)
+        self.records[slot.id] = SlotRecord(busy, self.now)
 
     def check(self) -> None:
         for slot in self.pool.slots:
             assert slot.items == self.context.held(slot.id)
-            assert slot.busy == self.lanes[slot.id].busy
+            assert slot.busy == self.records[slot.id].busy
             # Every cell that really is shared lies below n_shared_cells.
             for other in self.pool.slots:
                 if other is not slot:
                     shared = self.context.shared_rows(slot.id, other.id)
                     assert max(shared, default=-1) < slot.n_shared_cells or not shared
                     assert slot.n_shared_cells <= len(slot.items)
-        assert self.pool.n_busy == sum(lane.busy for lane in self.lanes)
+        assert self.pool.n_busy == sum(record.busy for record in self.records)
 
 
 @dataclass(frozen=True)
@@ -299,16 +299,16 @@ def test_slots_that_are_not_in_use_make_room_the_oldest_first(can_trim: bool, n_
 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=30))
-def test_embeddings_share_the_rows_of_one_batch(n_lanes: int, max_rows: int, moves: list[tuple[bool, int]]) -> None:
-    pool = SlotPool(Capabilities(n_slots=2, n_ctx=64, max_rows=max_rows, n_embed_slots=n_lanes))
+def test_embeddings_share_the_rows_of_one_batch(n_slots: int, max_rows: int, moves: list[tuple[bool, int]]) -> None:
+    pool = SlotPool(Capabilities(n_slots=2, n_ctx=64, max_rows=max_rows, n_embed_slots=n_slots))
     taken: dict[int, int] = {}
     for arrives, n in moves:
         if arrives:
             n_tokens = 1 + n % max_rows
             slot = pool.acquire_for_embedding(n_tokens)
-            assert (slot is None) == (len(taken) == n_lanes or sum(taken.values()) + n_tokens > max_rows)
+            assert (slot is None) == (len(taken) == n_slots or sum(taken.values()) + n_tokens > max_rows)
             if slot is not None:
-                assert slot.id in range(2, 2 + n_lanes)
+                assert slot.id in range(2, 2 + n_slots)
                 assert slot.id not in taken
                 assert pool[slot.id] is slot
                 assert slot.items == []

@@ -1,3 +1,5 @@
+"""Stop strings, against a search that looks everywhere."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -34,13 +36,13 @@ def expected(stops: list[str], text: str) -> tuple[str, str | None]:
 
 
 @given(STOPS, TEXT, CUTS)
-def test_however_the_text_is_cut(stops: list[str], text: str, cuts: list[int]) -> None:
+def test_the_match_does_not_depend_on_how_the_text_is_cut(stops: list[str], text: str, cuts: list[int]) -> None:
     assert run(stops, pieces_of(text, cuts)) == expected(stops, text)
     assert run(stops, list(text)) == expected(stops, text)
 
 
 @given(STOPS, TEXT)
-def test_holds_back_just_what_may_still_be_a_stop_string(stops: list[str], text: str) -> None:
+def test_only_text_that_may_still_be_a_stop_string_is_held_back(stops: list[str], text: str) -> None:
     matcher = StopMatcher(stops)
     out = ""
     for n_seen, char in enumerate(text, start=1):

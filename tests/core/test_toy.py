@@ -1,4 +1,4 @@
-"""The toy is as strict as llama.cpp: what would abort there, or sample rubbish, does not pass here."""
+"""The toy is as strict as llama.cpp: what would abort there, or give a wrong token, raises AssertionError here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trio_runner.testing import END, ToyContext, toy_continuation, toy_next, toy
 
 
 def filled(*, can_trim: bool = True, can_shift: bool = True) -> ToyContext:
-    """Slot 0 holds 0 1 2 3 4 5, slot 1 nothing."""
+    """A context whose slot 0 holds 0 1 2 3 4 5, and whose slot 1 holds nothing."""
     context = ToyContext(Capabilities(n_slots=2, n_ctx=8, max_rows=8, can_trim=can_trim, can_shift=can_shift))
     context.decode(Batch((Chunk(0, 0, 0, tuple(range(6)), output=False),)), {})
     return context
@@ -34,7 +34,7 @@ def test_edits(ops: list[MemoryOp], slot_0: list[int], slot_1: list[int]) -> Non
     assert (context.length(0), context.length(1)) == (len(slot_0), len(slot_1))
 
 
-def test_a_hole_is_seen() -> None:
+def test_a_hole_in_the_positions_is_found() -> None:
     context = filled()
     context.apply(Trim(0, 1, 3))
     with pytest.raises(AssertionError):
@@ -46,17 +46,19 @@ def test_a_copy_shares_cells() -> None:
     for op in (Copy(0, 1, 6), Trim(0, 0, 2), Slide(0, 2, 6, -2)):
         context.apply(op)
     assert context.held(0) == [2, 3, 4, 5]
+    assert context.shared_rows(0, 1) == [0, 1, 2, 3]
+    assert context.shared_rows(1, 0) == [2, 3, 4, 5]
     with pytest.raises(AssertionError):
         context.held(1)
 
 
 @pytest.mark.parametrize("op", [Copy(1, 0, 1), Copy(0, 1, 7), Slide(0, 1, 6, -1)])
-def test_what_aborts(op: MemoryOp) -> None:
+def test_edits_that_would_abort_in_llama_cpp(op: MemoryOp) -> None:
     with pytest.raises(AssertionError):
         filled(can_shift=False).apply(op)
 
 
-def test_a_partial_trim_is_refused_where_it_cannot_be() -> None:
+def test_a_partial_trim_is_refused_by_a_memory_that_cannot_trim() -> None:
     context = filled(can_trim=False)
     assert not context.apply(Trim(0, 3))
     assert context.held(0) == [0, 1, 2, 3, 4, 5]
@@ -66,7 +68,7 @@ def test_a_partial_trim_is_refused_where_it_cannot_be() -> None:
 
 
 @pytest.mark.parametrize(("start", "tokens"), [(5, (1,)), (7, (1,)), (6, (1, 2, 3))])
-def test_rows_that_do_not_fit(start: int, tokens: tuple[int, ...]) -> None:
+def test_rows_that_do_not_follow_or_do_not_fit(start: int, tokens: tuple[int, ...]) -> None:
     with pytest.raises(AssertionError):
         filled().decode(Batch((Chunk(0, 0, start, tokens, output=False),)), {})
 

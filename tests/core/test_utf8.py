@@ -1,3 +1,5 @@
+"""Bytes to characters, against the rules of the Unicode standard."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -43,7 +45,7 @@ def push_all(pieces: list[bytes]) -> str:
 
 
 @given(DATA, st.lists(st.integers(0, 16), max_size=6))
-def test_however_the_bytes_are_cut(data: bytes, cuts: list[int]) -> None:
+def test_the_text_does_not_depend_on_how_the_bytes_are_cut(data: bytes, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [data[start:end] for start, end in pairwise(edges)]
     assert push_all(pieces) == push_all([bytes([byte]) for byte in data]) == whole_text(data)

@@ -1,4 +1,4 @@
-"""Edits of the KV cache as values: decided here in core/, carried out by a context.
+"""Edits of the KV cache as values: core/ decides them, and a context carries them out.
 
 Positions are half-open, [start, end). An edit happens between two steps and takes effect at once.
 """
@@ -11,9 +11,10 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """Forget positions [start, end) of `slot`; `end` None: all from `start` on. Later positions keep their numbers.
+    """Forget positions [start, end) of `slot`, or all from `start` on if `end` is None. Later positions keep their
+    numbers.
 
-    The only edit that may fail: where `Capabilities.can_trim` is false, nothing short of the whole slot can go.
+    The only edit that may fail: where `Capabilities.can_trim` is false, only the whole slot can be forgotten.
     """
 
     slot: int
@@ -23,7 +24,7 @@ class Trim:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Let `target`, which is empty, also hold positions [0, end) of `source`. Copies no data."""
+    """Let the empty slot `target` also hold positions [0, end) of the slot `source`. Copies no data."""
 
     source: int
     target: int
@@ -32,7 +33,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Slide:
-    """Renumber positions [start, end) of `slot` by `delta`, which is negative, into room that a Trim has made."""
+    """Add the negative `delta` to positions [start, end) of `slot`, which moves them into room that a Trim made."""
 
     slot: int
     start: int

@@ -1,49 +1,61 @@
-"""How long a step may take: rows of prompts are dealt out by time, as measured, rather than by number.
+"""How long a step may take: rows of prompts are dealt out by measured time, not by number.
 
-Everything that is running waits for the whole batch, so its length is how long a stream pauses between two tokens, how
-long a new request waits before it is looked at, and how much of a prompt is lost when it is broken off. A batch takes
-what its sequences that decode would take without a prompt, and more for each row of one, by an amount that only the
-machine knows and that grows with the context. So what the last batches took says how many rows the next one may have.
-From far off this comes nearer with each batch, for not all of that time depends on the rows.
+All sequences that run wait for the whole batch. So the time of a batch is the pause between two tokens of a stream,
+the time before a new request is looked at, and the part of a prompt that is lost with an abort. A batch takes as long
+as its streams alone would take, and more for each row of a prompt. How much more depends on the machine, and grows with
+the context. So the times of the last batches tell how many rows the next one may have.
+
+Rule 1: beside streams a step takes a fixed multiple of a step without prompts, so that streams slow down by no more.
+Rule 2: without streams a step takes a fixed time, so that a request that comes in the middle of it is seen soon.
+Rule 3: after an abort steps are short, for what a client cancels again is lost.
+Rule 4: prompts always get a few rows, and one slow step changes little: the machine may have been busy otherwise.
+
+The first estimates may be far off. They come nearer with each batch, for only a part of its time depends on the rows.
+BENCHMARKS.md has what came of the thresholds: the rows "gaps of 3 streams", "that prompt's first token" and "client
+disconnects in a 1,900-token prefill", and "Why two bars are not met".
 """
 
 from __future__ import annotations
 
 STREAM_GAP = 2.5
-"""How long a step that also carries a prompt may take, in steps that do not. Of a step of three times their length the
-streams' own rows take a third, and so the prompt half as long again; but some steps take longer than was meant."""
+"""Time of a step that also carries a prompt, in steps that do not. Some steps take longer than planned: beside three
+streams, BENCHMARKS.md has a p99 of 2.86 undisturbed gaps, where 3 are allowed. The prompt takes 1.8 times as long there
+as on an idle server, for the streams' own rows need the rest of the time."""
 SHORTEST_GAP = 0.025
-"""Seconds between two tokens that are smooth enough for anybody, where a step that only decodes is much shorter yet."""
+"""Seconds between two tokens that are always allowed. These are 40 tokens a second, more than anybody reads. In
+BENCHMARKS.md a step of three streams takes 22 ms; the bound matters on faster machines."""
 LONGEST_STEP = 0.25
-"""Seconds of a step in which nobody decodes. A fuller batch prefills hardly faster, and a request that comes in the
-middle of it waits for its end."""
+"""Seconds of a step without streams. In BENCHMARKS.md a prompt of 1,900 tokens takes 6.3 s, which makes 75 rows. A row
+costs hardly less in a larger batch, and a request that comes in the middle of a step waits for its end."""
 LONE_STEPS = 8
-"""The same in steps of one stream, if that is longer: a model that takes long to read from memory needs more rows to be
-worth it."""
+"""Steps of one stream that a step without streams may take, if that is longer than LONGEST_STEP. A step of one stream
+takes about as long as reading the weights from memory, so that a prompt spends about an eighth of its time on that."""
 SHORT_STEP = 0.1
-"""Seconds of a step that is likely to be broken off, or cannot be."""
+"""Seconds of a step that is likely to be aborted, or that cannot be aborted. Chosen, not measured: an editor that asks
+again with every key that is pressed does so a few times a second."""
 FIRST_ROWS = 64
-"""Rows to measure with before anything was measured."""
+"""Rows of a prompt before anything was measured. From 64 rows on, llama.cpp computes a batch the way it computes the
+largest ones: with its own attention, at 1,500 tokens of context, a row took 5.5 ms there and 9.5 ms in smaller ones."""
 MIN_ROWS = 4
-"""Rows of prompts in any batch, so that they get on at all."""
+"""Rows of prompts that any batch may have, so that prompts get on. Chosen, not measured."""
 
 _WEIGHT = 0.3  # of a new measurement
-_SLOWER_WEIGHT = 0.1  # of one that says that decoding takes longer: what else the machine does only ever adds to it
+_SLOWER_WEIGHT = 0.1  # of one that says that decoding takes longer: other work of the machine only ever adds to it
 
 
 class Pace:
-    """Learns from `measured`, tells `prompt_rows`. Knows no clock."""
+    """Learns from `measured`, and tells `prompt_rows`. Knows no clock."""
 
     def __init__(self, max_rows: int, step_target: float | None = None) -> None:
-        """`step_target`: seconds of a step that carries prompts beside sequences that decode, instead of what is
-        learned."""
+        """`max_rows`: rows of a batch. `step_target`: seconds of a step that carries prompts beside streams; None:
+        learned from what was measured."""
         self._max_rows = max_rows
         self._step_target = step_target
-        self._row_seconds: dict[bool, float] = {}  # of a prompt, by whether sequences decode in the same batch
+        self._row_seconds: dict[bool, float] = {}  # of a prompt, by whether streams are in the same batch
         self._decode_seconds: dict[int, float] = {}  # of a batch that only decodes, by its rows
 
     def measured(self, n_decoding: int, n_rows: int, seconds: float) -> None:
-        """A batch of `n_rows`, `n_decoding` of them one row each of sequences that decode, took so long."""
+        """Learn that a batch of `n_rows` rows took `seconds`. `n_decoding` of the rows belong to streams, one each."""
         if seconds <= 0:
             return
         if n_decoding == n_rows:
@@ -51,21 +63,24 @@ class Pace:
             self._decode_seconds[n_rows] = _learn(known, seconds, _WEIGHT if seconds < known else _SLOWER_WEIGHT)
         else:
             beside = n_decoding > 0
-            # What is known of a step without them, and how many rows were added to that one.
+            # The nearest step without prompts that was measured, and how many rows were added to it.
             nearest = self._nearest(n_decoding) if beside and self._decode_seconds else 0
             n_added = n_rows - nearest
             if n_added <= 0:
                 return
-            # They have added something, even if all of the time seems to have gone into the others.
+            # The added rows took some time, even if all of it seems to have gone into the others.
             added = max(seconds - self._decode_seconds.get(nearest, 0.0), 0.25 * seconds * n_added / n_rows)
-            # Far fewer rows than there might have been tell little: they spend their time on something else.
+            # Far fewer rows than were allowed tell little: most of their time did not depend on the rows.
             weight = _WEIGHT * min(n_added / self.prompt_rows(n_decoding), 1.0)
             known = self._row_seconds.get(beside, added / n_added)
             self._row_seconds[beside] = _learn(known, added / n_added, weight)
 
-    def prompt_rows(self, n_decoding: int, *, short: bool = False) -> int:
-        """Rows of prompts for the next batch, in which `n_decoding` sequences decode; `short`: it will hardly be
-        finished, or cannot be broken off."""
+    def prompt_rows(self, n_decoding: int, *, n_kinds: int = 1, short: bool = False) -> int:
+        """Rows of prompts for the next batch, beside `n_decoding` streams. `n_kinds` kinds of batches have prompts.
+        `short`: the batch is likely to be aborted, or cannot be aborted."""
+        if n_decoding and n_kinds > 1:
+            # Between two tokens of a stream comes a batch of each kind: those with prompts share the time.
+            return max(self.prompt_rows(n_decoding, short=short) // n_kinds, 1)
         row_seconds = self._row_seconds_beside(n_decoding > 0)
         if row_seconds is None:
             return min(FIRST_ROWS, self._max_rows)
@@ -86,8 +101,8 @@ class Pace:
         return self._row_seconds.get(beside, self._row_seconds.get(not beside))
 
     def _decode_step(self, n_decoding: int) -> float:
-        """Seconds of a step that only decodes so many rows. If none was measured: of the nearest one and the rows
-        between, or in proportion, whichever comes nearer to it."""
+        """Seconds of a step that decodes `n_decoding` streams and no prompt. If none was measured, the nearest one that
+        was measured tells, with the rows between added or in proportion: the estimate that is nearer to it."""
         row_seconds = self._row_seconds_beside(n_decoding > 0) or 0.0
         if not self._decode_seconds or not n_decoding:
             return n_decoding * row_seconds
@@ -98,6 +113,7 @@ class Pace:
 
 
 def _learn(known: float, seconds: float, weight: float) -> float:
-    """One step that was held up by something else is no news, and the one after it says so."""
+    """A weighted mean in which one measurement counts as at most twice what is known: a single step that the machine
+    held up tells nothing, and the step after it corrects the rest."""
     known = min(known, 2 * seconds)
     return known + weight * (min(seconds, 2 * known) - known)

@@ -1,4 +1,4 @@
-"""What is done to a vector after the model has made it."""
+"""What happens to the vector of an embedding after the model made it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from numpy.typing import NDArray
 
 
 def normalize(vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A copy of `vector`, shape (n,), scaled to Euclidean length 1; the zero vector stays what it is."""
+    """A copy of `vector`, shape (n,), scaled to Euclidean length 1; the zero vector stays as it is."""
     length = float(np.linalg.norm(vector.astype(np.float64)))
     return vector.copy() if length == 0.0 else (vector / length).astype(np.float32)

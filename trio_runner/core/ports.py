@@ -1,4 +1,4 @@
-"""What the engine needs from a model and its context. `llama/` provides it over llama.cpp, `testing.py` as a toy."""
+"""What the engine needs from a model and its context. `llama/` implements it over llama.cpp, `testing.py` as a toy."""
 
 from __future__ import annotations
 
@@ -22,37 +22,39 @@ if TYPE_CHECKING:
 
 
 class Sampler(Protocol):
-    """Chooses tokens for one sequence; remembers what it chose."""
+    """Chooses tokens for one sequence, and remembers what it chose."""
 
     def close(self) -> None:
-        """Free it. Idempotent."""
+        """Free the sampler. Idempotent."""
 
 
 class Adapter(Protocol):
     """A LoRA on top of a model."""
 
     def close(self) -> None:
-        """Free it, now or when no context has it set any more. Idempotent."""
+        """Free the adapter, now or once no context uses it any more. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedMedia:
-    """What takes the place of tokens: `rows`, shape (n_rows, n_embd of the model's input). `positions`, shape
-    (4, n_rows), relative to the first one, for models with M-RoPE."""
+    """The rows of an image, which take the place of tokens."""
 
     rows: NDArray[np.float32]
+    """Shape (n_rows, n_embd of the model's input)."""
     positions: NDArray[np.int32] | None = None
+    """Shape (4, n_rows), relative to the first row; only for models with M-RoPE."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedImage:
-    """An image as a part of a prompt: rows, and maybe tokens around and between them."""
+    """An image as a part of a prompt: its rows, and the tokens that the model needs around and between them."""
 
     items: tuple[Item, ...]
     media: Mapping[Media, EncodedMedia]
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of all rows."""
         return sum(media.rows.nbytes for media in self.media.values())
 
 
@@ -60,11 +62,11 @@ class Encoding(Protocol):
     """One image on its way through the projector."""
 
     def run(self) -> EncodedImage:
-        """Blocks; one at a time computes. Raises `InvalidImage` for one that the model cannot take, `EngineClosed` soon
-        after it was cancelled."""
+        """Encode the image. Blocks; only one encoding computes at a time. Raises `InvalidImage` for an image that the
+        model cannot take, and `EngineClosed` soon after it was cancelled."""
 
     def cancel(self) -> None:
-        """From any thread; never blocks."""
+        """Make `run` end soon. From any thread; never blocks."""
 
 
 class Projector(Protocol):
@@ -72,12 +74,13 @@ class Projector(Protocol):
 
     @property
     def digest(self) -> bytes:
-        """Of all that the rows of an image depend on besides its pixels."""
+        """A digest of everything that the rows of an image depend on besides its pixels."""
 
-    def encoding(self, pixels: Pixels) -> Encoding: ...
+    def encoding(self, pixels: Pixels) -> Encoding:
+        """Prepare to encode an image. Computes nothing yet."""
 
     def close(self) -> None:
-        """Free it, after its encodings. Idempotent."""
+        """Free the projector, after its encodings have ended. Idempotent."""
 
 
 NO_MEDIA: Final[Mapping[Media, EncodedMedia]] = MappingProxyType({})
@@ -85,38 +88,40 @@ NO_ADAPTERS: Final[Mapping[int, Adapter]] = MappingProxyType({})
 
 
 class Model(Protocol):
-    """Weights and vocabulary: read-only, so any thread may call it."""
+    """Weights and vocabulary. They are read-only, so that any thread may use them."""
 
     @property
     def info(self) -> ModelInfo: ...
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """The tokens of `text`. Raises `InvalidRequest`, its `param` of no meaning, for text that cannot be taken."""
+        """The tokens of `text`. Raises `InvalidRequest` for text that the tokenizer cannot take; its `param` has no
+        meaning."""
 
     def detokenize(self, tokens: Sequence[int]) -> bytes:
         """The text of `tokens`. Raises `InvalidRequest` for a token outside the vocabulary."""
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
-        """A sampler whose penalties have seen `prompt`. Raises `InvalidGrammar` or `InvalidRequest`."""
+        """A sampler whose penalties count the tokens of `prompt`. Raises `InvalidGrammar`, or `InvalidRequest` for
+        other parameters that cannot be met."""
 
     def adapter(self, path: str) -> Adapter:
-        """Load a LoRA for this model. Raises `LoadError`."""
+        """Load a LoRA for this model. Raises `LoadError` if the file is at fault."""
 
     def close(self) -> None:
-        """Free it, after its context, samplers and adapters. Idempotent."""
+        """Free the model, after its context, samplers and adapters. Idempotent."""
 
 
 class Context(Protocol):
-    """The KV cache and what computes on it. Belongs to one thread, except `abort`."""
+    """A KV cache, and what computes on it. Only one thread may use it, except for `abort`."""
 
     @property
     def capabilities(self) -> Capabilities: ...
 
     def apply(self, op: MemoryOp) -> bool:
-        """Edit the KV cache. False: this memory cannot trim part of a slot, and nothing changed."""
+        """Edit the KV cache. Returns False if this memory cannot trim part of a slot; nothing changed then."""
 
     def length(self, slot: int) -> int:
-        """Positions that `slot` holds: one more than the last, 0 when empty."""
+        """Positions that `slot` holds: one more than the last one, 0 if it is empty."""
 
     def decode(
         self,
@@ -126,20 +131,23 @@ class Context(Protocol):
         media: Mapping[Media, EncodedMedia] = NO_MEDIA,
         adapters: Mapping[int, Adapter] = NO_ADAPTERS,
     ) -> StepResult:
-        """Run one batch and sample its outputs with the samplers of their uids; `media` and `adapters` have what the
-        batch names. Raises `NativeError` when the context cannot be used any more; everything else is an outcome."""
+        """Run one batch, and sample each output with the sampler of its uid.
+
+        `media` has the rows of the images in the batch, and `adapters` the adapters of its kind, by uid. Raises
+        `NativeError` when the context cannot be used any more. Every other failure is an outcome.
+        """
 
     def abort(self, number: int) -> None:
-        """Make `decode` of the batch of this number, running or yet to start, return ABORTED soon; a batch of any other
-        number is not touched. Only the latest call counts. From any thread; never blocks."""
+        """Make `decode` of the batch with this number return ABORTED soon, whether it runs or is yet to start. Other
+        batches are not touched. Only the latest call counts. From any thread; never blocks."""
 
     def close(self) -> None:
-        """Free it. Idempotent."""
+        """Free the context. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedAdapter:
-    """An adapter under the name that requests know it by. `scale` is for those that choose none."""
+    """An adapter and the name that requests use for it. `scale` applies to requests that choose no adapters."""
 
     name: str
     adapter: Adapter
@@ -149,7 +157,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A loaded model with the context that the engine will own, and what was loaded with it."""
+    """A loaded model, the context that the engine will own, and what was loaded with them."""
 
     model: Model
     context: Context
@@ -164,5 +172,8 @@ class Loader(Protocol):
     def __call__(
         self, config: EngineConfig, *, progress: Callable[[float], None], cancelled: Callable[[], bool]
     ) -> Runtime:
-        """Report progress from 0 to 1, from any thread; give up soon after `cancelled()` turns true, raising
-        `EngineClosed`. Raises `LoadError` when the file is at fault."""
+        """Load what `config` names.
+
+        Calls `progress` with values from 0 to 1, from any thread. Raises `EngineClosed` soon after `cancelled()` turns
+        true, and `LoadError` if a file is at fault.
+        """

@@ -76,8 +76,8 @@ class Scheduler:
         pace: Pace | None = None,
         min_follow: int = MIN_FOLLOW,
     ) -> None:
-        """`step_target`: see `EngineConfig.step_target`. `pace` replaces the one that is made from it. `min_follow`:
-        tokens that another sequence must save a prompt to be worth waiting for."""
+        """`step_target`: see `EngineConfig.step_target`. `pace` replaces the one made from it. `min_follow`: see
+        `MIN_FOLLOW`."""
         self._capabilities = capabilities
         self._waiting: dict[int, Sequence] = {}
         self._running: dict[int, Sequence] = {}  # in the order in which they got their slots
@@ -96,22 +96,21 @@ class Scheduler:
     def submit(self, spec: SequenceSpec) -> None:
         """Queue a sequence. Its uid must be higher than all before.
 
-        Interactive sequences go before background ones, and otherwise the first come are the first served. Embeddings
-        have slots of their own, except long texts.
+        Interactive sequences go before background ones, then first come, first served. Short texts that are to be
+        embedded have slots of their own.
         """
         self._waiting[spec.uid] = Sequence(spec, takes_embed_slot(spec, self._capabilities))
 
     def cancel(self, uid: int) -> None:
         """End a sequence without another event. Its slot keeps what was decoded, so that the same prompt goes on from
-        there. A uid that is not known, or not any more, is ignored."""
+        there. An unknown uid, such as that of a sequence that has ended, is ignored."""
         if uid in self._running:
             self._release(self._running[uid])
         elif uid in self._waiting:
             self._remove_waiting(uid)
 
     def expire(self, uid: int) -> list[Emission]:
-        """End a sequence whose deadline has passed, with the text that it has. A uid that is not known, or not any
-        more, is ignored."""
+        """End a sequence whose deadline has passed, with the text that it has. An unknown uid is ignored."""
         sequence = self._running.get(uid) or self._waiting.get(uid)
         if sequence is None:
             return []
@@ -121,7 +120,7 @@ class Scheduler:
         return [*([] if rest is None else [(uid, rest)]), self._finish(sequence, "deadline")]
 
     def pause(self, uid: int) -> None:
-        """Give a sequence no more rows. It keeps its slot. A uid that is not known is ignored."""
+        """Give a sequence no more rows. It keeps its slot. An unknown uid is ignored."""
         self._set_paused(uid, True)
 
     def resume(self, uid: int) -> None:
@@ -259,8 +258,7 @@ class Scheduler:
 
     def _preempt_background(self) -> bool:
         """Take the slot of the background sequence that came last; False when there is none."""
-        running = self._running.values()
-        uids = [one.spec.uid for one in running if one.spec.background and not one.in_embed_slot]
+        uids = [one.spec.uid for one in self._running.values() if one.spec.background and not one.in_embed_slot]
         if uids:
             self._preempt(self._running[max(uids)])
         return bool(uids)
@@ -302,7 +300,9 @@ class Scheduler:
         n_decoding = sum(sequence.decoding for sequence in ready)
         n_prompting = sum(not all(sequence.decoding for sequence in sequences) for sequences in by_kind.values())
         asked = (next_chunk(sequence, self._capabilities) for sequence in by_kind[kind])
-        prompt_rows = self._prompt_rows(kind, n_decoding, n_prompting)
+        prompt_rows = self._capabilities.max_rows
+        if n_decoding or not kind.embedding:
+            prompt_rows = self._pace.prompt_rows(n_decoding, n_kinds=n_prompting, short=self._n_short_steps > 0)
         chunks = plan_batch(asked, max_rows=self._faults.max_rows, prompt_rows=prompt_rows)
         first_embed_slot = self._capabilities.first_embed_slot
         n_rows = sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot)
@@ -320,17 +320,6 @@ class Scheduler:
         ]
         ready.sort(key=lambda sequence: sequence.last_turn)
         return self._faults.choose(ready)
-
-    def _prompt_rows(self, kind: BatchKind, n_decoding: int, n_prompting: int) -> int:
-        """Rows of prompts for a batch of this `kind`, while `n_decoding` streams wait for it. `n_prompting` kinds have
-        prompts."""
-        if kind.embedding and not n_decoding:
-            return self._capabilities.max_rows
-        prompt_rows = self._pace.prompt_rows(n_decoding, short=self._n_short_steps > 0)
-        if n_decoding and n_prompting > 1:
-            # Between two tokens of a stream comes a batch of each kind: those that have prompts share the time.
-            return max(prompt_rows // n_prompting, 1)
-        return prompt_rows
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -382,10 +371,9 @@ class Scheduler:
         """The KV cache is full, which slots of fixed size should prevent. Give up what idle slots hold; if there is
         nothing, let one sequence wait until another one ends; if there is only one, try with fewer rows. False when
         nothing of this is left."""
-        idle = [slot for slot in self._pool.slots if not slot.busy and slot.items]
-        for slot in idle:
-            self._cache.empty(slot)
-        if idle:
+        if idle := [slot for slot in self._pool.slots if not slot.busy and slot.items]:
+            for slot in idle:
+                self._cache.empty(slot)
             return True
         generating = [sequence for sequence in self._running.values() if not sequence.in_embed_slot]
         if len(generating) > 1:

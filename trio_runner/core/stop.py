@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 
 class StopMatcher:
-    """The stop string that *ends* first in the text wins, the longest on a tie; the text ends before it.
+    """Finds the stop string that *ends* first in the text; of several, the longest. The text ends before it.
 
-    Text is held back only while it may still turn out to be the start of a stop string. Neither the match nor the
-    text depends on how the text was cut into pieces: the strings are followed character by character, each with the
-    automaton of Knuth, Morris and Pratt ("Fast pattern matching in strings", 1977), so that a long stop string costs
-    no more than a short one. Empty strings never match.
+    Text is held back only while it may still be the start of a stop string. Neither the match nor the text depends on
+    how the text was cut into pieces. Each stop string is followed character by character with the automaton of Knuth,
+    Morris and Pratt ("Fast pattern matching in strings", 1977), so that a long one costs no more than a short one.
+    Empty strings never match.
     """
 
     matched: str | None = None
@@ -23,7 +23,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text that is certain now: no stop string can reach back into it."""
+        """Take more text. Returns the text that is certain now: no stop string can reach back into it."""
         if not self._held and self._beginnings.isdisjoint(text):
             return text
         self._held += text
@@ -38,7 +38,7 @@ class StopMatcher:
         return certain
 
     def flush(self) -> str:
-        """The end: what was held back was no stop string after all."""
+        """End the text. Returns what was held back, which was no stop string after all."""
         held, self._held = self._held, ""
         return held
 
