@@ -17,6 +17,7 @@ version = release = trio_runner.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "docs._ext.directives"]
 exclude_patterns = ["_ext"]
+smartquotes = False  # they would turn the dashes of options into one long dash
 default_role = "code"  # docstrings put names in single backticks, as Markdown does
 
 myst_enable_extensions = ["colon_fence", "deflist"]
