@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the package has compiled files, and build_llama.py makes them."""
+"""The part of the configuration that pyproject.toml cannot hold: build_llama.py makes the package's compiled files."""
 
 from setuptools import setup
 

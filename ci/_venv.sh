@@ -37,7 +37,7 @@ stamp=.venv/installed
 
 # Everything that the installation depends on. The compiled libraries have a cache of their own. A checkout that was
 # moved counts as a new one.
-fingerprint() { { pwd; "$python" -VV; cat pyproject.toml setup.py build_llama.py ci/_venv.sh; } 2>&1 | cksum; }
+fingerprint() { { pwd; "$python" -VV; cat pyproject.toml setup.py build_llama.py native/build/*.py ci/_venv.sh; } 2>&1 | cksum; }
 
 if [[ -f $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
   "$python" build_llama.py --inplace

@@ -1,15 +1,16 @@
-# What the backends that were asked for (GGML_...=ON) need of this machine, found as ggml's own files will find it.
-# With TRIO_CHECK_ONLY=ON all that is lacking is reported, in lines that build_llama.py reads.
+# What the selected backends (GGML_...=ON) need of this machine, found as ggml's own CMake files will find it.
+# With TRIO_CHECK_ONLY=ON, everything that is missing is reported, in lines that native/build/cmake.py reads.
 
-# $1: the backend. $2: what it needs. $3: the Debian packages that have it, if any do. The rest is a condition.
+# Reports that the backend lacks something, unless the condition in the remaining arguments is true. `packages` are the
+# Debian packages that have it, if any do.
 function(trio_needs backend what packages)
   if(NOT (${ARGN}))
     message(STATUS "trio lacks: ${backend}|${what}|${packages}")
   endif()
 endfunction()
 
-# CMake finds a toolkit whose nvcc is on PATH or in /usr/local/cuda, but takes a compiler from CUDACXX or PATH only: one
-# that either of them has found will do for the other.
+# CMake finds a toolkit whose nvcc is on PATH or in /usr/local/cuda, but takes a compiler only from CUDACXX or PATH.
+# Here, what one of the two finds is used for the other as well.
 if(GGML_CUDA)
   if(NOT "$ENV{CUDACXX}" STREQUAL "" AND NOT CUDAToolkit_ROOT AND NOT CMAKE_CUDA_COMPILER)
     get_filename_component(compiler "$ENV{CUDACXX}" PROGRAM)
@@ -20,15 +21,15 @@ if(GGML_CUDA)
   if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "" AND CUDAToolkit_NVCC_EXECUTABLE)
     set(CMAKE_CUDA_COMPILER "${CUDAToolkit_NVCC_EXECUTABLE}")
   endif()
-  # The driver's library is on machines with a driver; where one builds, a file with its name is enough. Toolkits bring
-  # one, those that come as wheels do not.
+  # The driver's library is on machines with a driver. To link, a file with its name is enough: toolkits contain one,
+  # but not those that come as wheels.
   if(CUDAToolkit_FOUND AND NOT TARGET CUDA::cuda_driver)
     file(WRITE ${CMAKE_BINARY_DIR}/stubs/cuda.c "")
     add_library(trio_cuda_stub SHARED EXCLUDE_FROM_ALL ${CMAKE_BINARY_DIR}/stubs/cuda.c)
     set_target_properties(
       trio_cuda_stub PROPERTIES OUTPUT_NAME cuda NO_SONAME ON LINK_OPTIONS "LINKER:-soname,libcuda.so.1"
                                 LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/stubs)
-    target_link_options(trio_cuda_stub INTERFACE "LINKER:--no-as-needed") # it has no symbol that could be needed
+    target_link_options(trio_cuda_stub INTERFACE "LINKER:--no-as-needed") # it has no symbols, so the linker would drop it
     add_library(CUDA::cuda_driver ALIAS trio_cuda_stub)
   endif()
 endif()
@@ -52,7 +53,7 @@ endif()
 if(GGML_CUDA)
   trio_needs(cuda "nvcc (on PATH, or named by CUDACXX or CUDA_PATH)" nvidia-cuda-toolkit CUDAToolkit_FOUND)
   if(CUDAToolkit_FOUND)
-    # Flags may say where the header is; that is for the compiler to find out then.
+    # If there are flags, they may name the header's directory: only the compiler can tell.
     set(flags "${CMAKE_CUDA_FLAGS}$ENV{CUDAFLAGS}$ENV{CPATH}$ENV{CPLUS_INCLUDE_PATH}$ENV{NVCC_PREPEND_FLAGS}")
     find_path(TRIO_CUBLAS_INCLUDE cublas_v2.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
     trio_needs(cuda "cublas_v2.h" nvidia-cuda-dev flags OR TRIO_CUBLAS_INCLUDE)
@@ -92,7 +93,8 @@ if(GGML_BLAS)
   endif()
 endif()
 
-# Last, and where there is something, without a verdict: these packages run compilers, and may end CMake.
+# HIP comes last, because these packages run compilers and may end CMake. A package that was found but cannot be used
+# counts as found: the build will say what is wrong with it.
 if(GGML_HIP)
   if(EXISTS "$ENV{ROCM_PATH}")
     list(APPEND CMAKE_PREFIX_PATH "$ENV{ROCM_PATH}")

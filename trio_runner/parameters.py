@@ -87,8 +87,8 @@ class Parameter:
 
     @property
     def default_words(self) -> str:
-        """The default in words, for `--help`."""
-        if self.default_text:
+        """The default in words, for `--help`. Empty for None, which says nothing to people."""
+        if self.default_text or self.default is None:
             return self.default_text
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 

@@ -1,4 +1,4 @@
-"""ci/lavapipe on machines that have what it installs, or not, with a dpkg and an apt-get that only say so."""
+"""ci/lavapipe on machines that have its packages or not, with fake dpkg-query and apt-get commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Machine = Callable[..., tuple[int, str, list[str]]]
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """Runs the script: `apt` is what apt-get does, in shell. Returns its status, its words, and apt-get's arguments."""
+    """Runs the script; `apt` is apt-get, in shell. Returns its status, its output, and apt-get's arguments."""
 
     def run(apt: str, missing: str = "glslc|spirv-headers") -> tuple[int, str, list[str]]:
         bin = tmp_path / "bin"
@@ -38,7 +38,7 @@ def machine(tmp_path: Path) -> Machine:
     return run
 
 
-def test_all_is_there(machine: Machine) -> None:
+def test_everything_is_installed_already(machine: Machine) -> None:
     assert machine("exit 1", missing="none") == (0, "", [])
 
 
@@ -50,14 +50,14 @@ def test_only_what_is_missing_is_installed(machine: Machine) -> None:
     assert call.endswith(" install --yes --no-install-recommends glslc spirv-headers")
 
 
-def test_lists_of_packages_that_are_not_there(machine: Machine, tmp_path: Path) -> None:
+def test_missing_package_lists_are_fetched(machine: Machine, tmp_path: Path) -> None:
     apt = f'case "$*" in *update*) : >{tmp_path}/lists;; *) [ -e {tmp_path}/lists ];; esac'
     status, _, calls = machine(apt)
     assert status == 0
     assert [("install" in call, "update" in call) for call in calls] == [(True, False), (False, True), (True, False)]
 
 
-def test_no_packages_to_be_had(machine: Machine) -> None:
+def test_packages_that_cannot_be_installed(machine: Machine) -> None:
     status, words, _ = machine("echo E: Unable to locate package glslc; exit 100")
     assert status == 1
     assert "E: Unable to locate package glslc" in words

@@ -43,6 +43,7 @@ def test_help_goes_to_stdout(arguments: list[str], capsys: pytest.CaptureFixture
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Usage: trio-runner")
+    assert "None" not in out
     assert not err
 
 

@@ -17,15 +17,18 @@ PATH = re.compile(r"(?<![\w./-])(?:(?:trio_runner|tests|native|docs|ci)/[\w*./-]
 MEMBER = re.compile(r"([A-Z]\w+)\.(\w+)(?:\(.*\))?")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]+)?\)")
 NOT_OURS = {"--help", "--hypothesis-profile"}
+VARIABLE = re.compile(r"\bTRIO_RUNNER_[A-Z_]+\b")
+OF_TESTS = {"TRIO_RUNNER_TEST_DEVICES"}
 
 
-def shell_text() -> str:
-    return "\n".join(block.text for block in blocks("sh", "console"))
+def shell_text(page: Path | None = None) -> str:
+    """What is in the shell blocks of a page, or of all."""
+    return "\n".join(block.text for block in blocks("sh", "console") if page in (None, block.page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_exist(page: Path) -> None:
-    named = {match for span in code_spans(page) for match in PATH.findall(span)} | set(PATH.findall(shell_text()))
+    named = {match for span in code_spans(page) for match in PATH.findall(span)} | set(PATH.findall(shell_text(page)))
     missing = sorted(name for name in named if not list(ROOT.glob(name.rstrip("./"))))
     assert not missing
     linked = {target for target in LINK.findall(read(page)) if not (page.parent / target).exists()}
@@ -58,6 +61,23 @@ def test_members_of_classes_exist() -> None:
     missing = sorted(match[0] for match in matches if match[2] not in members.get(match[1], set()))
     assert len(matches) > 10
     assert not missing
+
+
+def test_bugs_to_plant_can_be_planted() -> None:
+    page = read(ROOT / "docs" / "contributing.md")
+    begin = page.index("## Plant a bug")
+    rows = re.findall(r"^\| `(trio_runner/[^`]+)` \| `([^`]+)` \|", page[begin : page.index("## Adding")], re.MULTILINE)
+    assert rows
+    for path, text in rows:
+        assert text in read(ROOT / path), path
+
+
+def test_environment_variables_exist() -> None:
+    sources = [ROOT / "build_llama.py", *(ROOT / "trio_runner").rglob("*.py")]
+    sources += [path for path in (ROOT / "native").rglob("*") if path.suffix in (".cpp", ".h", ".cmake", ".py")]
+    known = {name for path in sources for name in VARIABLE.findall(read(path))}
+    named = {name for page in PAGES for name in VARIABLE.findall(read(page))}
+    assert named <= known | OF_TESTS
 
 
 def test_commands_exist() -> None:

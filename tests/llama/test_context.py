@@ -334,7 +334,7 @@ def test_an_encoder_refuses_to_generate(models: Models) -> None:
     running = Running(models("bert"))
     result = running.step(Chunk(0, 0, 0, (5, 6), output=False))
     assert result.outcome is DecodeOutcome.INVALID
-    assert "vectors" in result.message
+    assert "embeddings only" in result.message
 
 
 def test_an_adapter_changes_the_text_by_its_scale(models: Models) -> None:

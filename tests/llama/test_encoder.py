@@ -190,7 +190,7 @@ def test_a_model_with_a_decoder_gives_no_embeddings(running: Running) -> None:
     chunk = Chunk(0, 0, 0, (0,), output=True, encoder_tokens=(5, 2))
     result = running.step(chunk, embeddings=True)
     assert result.outcome is DecodeOutcome.INVALID
-    assert "no vectors" in result.message
+    assert "no embeddings" in result.message
 
 
 def test_flash_attention_is_not_used(models: Models) -> None:

@@ -173,11 +173,11 @@ def test_non_causal_rows_must_fit_into_a_micro_batch(models: Models) -> None:
     out = shim.ffi.new("trio_context **")
     assert shim.lib.trio_context_open(model, shim.ffi.new("trio_context_params *", params), out) == 0
     context = shim.ffi.gc(out[0], shim.lib.trio_context_free)
-    batch = shim.image_batch(17, both_ways=1)
+    batch = shim.image_batch(17, non_causal=1)
     shim.refused("trio_step", context, batch, shim.ffi.NULL, shim.ffi.NULL)
     batch = shim.image_batch(17)
     assert shim.lib.trio_step(context, batch, shim.ffi.NULL, shim.ffi.NULL) == 0
-    batch = shim.image_batch(16, positions=np.arange(17, 33, dtype=np.int32), both_ways=1)
+    batch = shim.image_batch(16, positions=np.arange(17, 33, dtype=np.int32), non_causal=1)
     assert shim.lib.trio_step(context, batch, shim.ffi.NULL, shim.ffi.NULL) == 0
 
 

@@ -179,7 +179,7 @@ def test_other_servers_are_refused(models: Models, monkeypatch: pytest.MonkeyPat
     unreachable = f"the rpc-server {closed} cannot be reached: Connection refused"
     assert refusal(models("llama"), closed) == unreachable
     unknown = "nobody.invalid:1000"
-    assert refusal(models("llama"), unknown) == f"the rpc-server {unknown} cannot be found: nobody knows this name"
+    assert refusal(models("llama"), unknown) == f"the rpc-server {unknown} cannot be found: its host name is unknown"
     with saying(b"HTTP/1.1 400 Bad Request\r\n\r\n") as rubbish:
         assert refusal(models("llama"), rubbish).startswith(
             f"the rpc-server {rubbish} does not answer as one: is it one"

@@ -43,11 +43,11 @@ logger = logging.getLogger(__name__)
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="File with a GBNF grammar that the text must follow.",
 )
-@engine_options(slots=1, stall_timeout=math.inf)  # a pager may keep the text waiting for as long as its user likes
 @table_options(SamplingParams)
+@engine_options(slots=1, stall_timeout=math.inf)  # a pager may keep the text waiting for as long as its user likes
 def run(
-    sampling: dict[str, Any],
     options: EngineOptions,
+    sampling: dict[str, Any],
     /,
     prompt: str | None,
     images: tuple[Path, ...],
@@ -125,9 +125,9 @@ def read_texts(arguments: Sequence[str]) -> list[str]:
 
 @click.command()
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
-@engine_options()
 @table_options(EmbedRequest, "normalize", "dimensions", "truncate")
-def embed(chosen: dict[str, Any], options: EngineOptions, /, texts: tuple[str, ...]) -> int:
+@engine_options()
+def embed(options: EngineOptions, chosen: dict[str, Any], /, texts: tuple[str, ...]) -> int:
     """Print the embedding of every TEXT as a JSON array, one per line. "-" stands for the lines of stdin."""
     set_up_logging(options.verbose)
     all_texts = read_texts(texts)
@@ -146,9 +146,9 @@ def embed(chosen: dict[str, Any], options: EngineOptions, /, texts: tuple[str, .
 @click.command()
 @click.argument("query")
 @click.argument("documents", nargs=-1, required=True, metavar="DOCUMENT...")
-@engine_options()
 @table_options(RerankRequest, "truncate")
-def rerank(chosen: dict[str, Any], options: EngineOptions, /, query: str, documents: tuple[str, ...]) -> int:
+@engine_options()
+def rerank(options: EngineOptions, chosen: dict[str, Any], /, query: str, documents: tuple[str, ...]) -> int:
     """Print how well every DOCUMENT answers QUERY, one score per line, by a model made for it. "-" stands for the lines
     of stdin."""
     set_up_logging(options.verbose)

@@ -56,7 +56,7 @@ class TableOption:
             return click.option(flags, self.name, default=True, help=help)(function)
         if parameter.kind == "boolean":
             return click.option(*self._on_flags, self.name, is_flag=True, help=help)(function)
-        if not option.repeated:
+        if self._default and not option.repeated:
             help += f"  [default: {self._default}]"
         unit = option.unit or parameter.unit
         choices = f"[{'|'.join(parameter.choices)}]" if parameter.choices else ""

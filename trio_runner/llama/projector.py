@@ -80,7 +80,7 @@ class Projector:
         check("trio_projector_get_info", loaded.lib.trio_projector_get_info(self._handle, info))
         self.n_embd = int(info.n_embd)
         self.has_mrope = bool(info.mrope)
-        if (info.mrope or info.both_ways) and info.max_rows > max_rows:
+        if (info.mrope or info.non_causal) and info.max_rows > max_rows:
             raise LoadError(_too_many_rows(info.max_rows, max_rows), path=path)
         self._digest = _file_digest(path, max_rows)
 
@@ -164,7 +164,7 @@ class Encoding:
             folded = bool(positions[0, -1] == positions[0, 0]) and n_rows > 1
         key = hashlib.blake2b(self._pixels.digest, digest_size=_DIGEST_BYTES)
         key.update(projector.digest + index.to_bytes(4, "little"))
-        media = Media(key.digest(), n_rows, n_positions, causal=not info.both_ways, shares_positions=folded)
+        media = Media(key.digest(), n_rows, n_positions, causal=not info.non_causal, shares_positions=folded)
         if media.whole and n_rows > projector.max_rows:
             raise InvalidImage(_too_many_rows(n_rows, projector.max_rows))
         rows: NDArray[np.float32] = np.empty((n_rows, projector.n_embd), np.float32)

@@ -55,7 +55,7 @@ class StepInput:
         native_batch.n_rows, outputs = self._fill_rows(batch)
         native_batch.inputs = self._null if inputs is None else self._from_buffer("float[]", inputs)
         native_batch.tokens = self._native_tokens if inputs is None else self._null
-        native_batch.both_ways = not batch.kind.causal
+        native_batch.non_causal = not batch.kind.causal
         native_batch.embeddings = batch.kind.embedding
         native_batch.number = batch.number
         return outputs

@@ -1,4 +1,4 @@
-// See vulkan_compat.h. A loader that exports these functions has them called through it, by the names here all the same.
+// See vulkan_compat.h. Where a newer loader exports these functions too, the plugin still uses the ones here.
 #include "ggml-vulkan-types.h"
 
 namespace {
@@ -25,10 +25,12 @@ vkGetPipelineExecutableStatisticsKHR(VkDevice device, const VkPipelineExecutable
     return function ? function(device, info, count, statistics) : VK_ERROR_EXTENSION_NOT_PRESENT;
 }
 
-// ggml writes as many buffers into a set as its next shader reads. Behind them the set goes on naming what an earlier one
-// read, which may have been freed: nobody looks, says the specification. Mesa's software device does, up to 22.3 at least
-// (Debian 12): it counts references to all that a set names, and the process crashes in one of its threads. So all are
-// written.
+// Writes all the bindings of a descriptor set, not only those that the next shader reads.
+//
+// ggml writes as many buffers into a set as its next shader reads. The bindings behind them go on naming buffers that
+// an earlier shader read, which may have been freed. That is allowed: the specification says that they are not
+// accessed. But Mesa's software device, up to 22.3 at least (Debian 12), counts references to every buffer that a set
+// names, and the process crashes in one of its threads.
 __attribute__((visibility("hidden"))) void vkUpdateDescriptorSets(VkDevice device, uint32_t n_writes,
                                                                   const VkWriteDescriptorSet *writes, uint32_t n_copies,
                                                                   const VkCopyDescriptorSet *copies) {

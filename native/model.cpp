@@ -1,6 +1,6 @@
-// Models, vocabularies and adapters.
+// Models and their vocabularies.
 
-#include "trio_internal.h"
+#include "internal.h"
 
 #include <algorithm>
 #include <climits>
@@ -8,16 +8,16 @@
 #include <new>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 
 using namespace trio;
 
 namespace {
 
-// Longer text goes to a thread with a big stack: starting one costs as much as tokenising about this many bytes.
+// Bytes of text up to which the caller's own thread tokenises. Longer text goes to a thread with a big stack; starting
+// one costs as much as tokenising about this many bytes.
 constexpr int32_t MAX_BYTES_ON_CALLER = 2048;
 
-// llama.cpp cuts the text at special tokens in time quadratic in their number: this many take about a second.
+// llama.cpp cuts the text at special tokens, in time that is quadratic in their number. This many take about a second.
 constexpr size_t MAX_SPECIAL_TOKENS = 10000;
 
 std::string meta_value(const llama_model *model, const std::string &key) {
@@ -26,7 +26,7 @@ std::string meta_value(const llama_model *model, const std::string &key) {
     return n < 0 ? std::string() : std::string(buffer);
 }
 
-// The keys and values of llama.cpp are NUL-terminated and cut to the buffer; the length returned is the full one.
+// Copies a key or value to the caller's buffer, cut to size and NUL-terminated. Returns the full length.
 template <class Get> int32_t copy_meta(Get get, char *buffer, int32_t size) {
     char none[1];
     const bool have_buffer = buffer != nullptr && size > 0;
@@ -99,7 +99,7 @@ size_t count_texts(const std::vector<std::string> &wanted, const std::string &te
 }
 
 void check_special_tokens(const trio_model &model, const char *text, int32_t length, bool parse_special) {
-    if (size_t(length) <= MAX_SPECIAL_TOKENS) return; // not even one byte each
+    if (size_t(length) <= MAX_SPECIAL_TOKENS) return; // a special token has a byte at least
     const std::string haystack(text, size_t(length));
     size_t count = count_texts(model.user_defined_texts, haystack, MAX_SPECIAL_TOKENS);
     if (parse_special && count <= MAX_SPECIAL_TOKENS) {
@@ -115,48 +115,38 @@ llama_load_mode load_mode(const trio_model_params &params) {
     return params.use_mlock ? LLAMA_LOAD_MODE_MLOCK : LLAMA_LOAD_MODE_NONE;
 }
 
-// The whole file comes into memory before anybody has to wait for it.
-void read_through(const char *path) {
-    std::ifstream file(path, std::ios::binary);
-    std::vector<char> buffer(size_t(1) << 20);
-    while (file.read(buffer.data(), std::streamsize(buffer.size()))) {
+// Throws Refused for parameters out of range. `split` and `devices` must live as long as the result is used.
+llama_model_params native_params(const trio_model_params &params, trio_load *load, std::vector<float> &split,
+                                 std::vector<ggml_backend_dev_t> &devices) {
+    check(params.main_gpu >= 0, "main_gpu must not be negative");
+    check(params.split_mode >= LLAMA_SPLIT_MODE_NONE && params.split_mode <= LLAMA_SPLIT_MODE_ROW,
+          "split_mode must be 0, 1 or 2");
+    check(params.n_tensor_split >= 0 && size_t(params.n_tensor_split) <= llama_max_devices(),
+          "tensor_split names more devices than llama.cpp knows");
+    split.assign(llama_max_devices(), 0.0f);
+    for (int32_t i = 0; i < params.n_tensor_split; ++i) {
+        split[size_t(i)] = check_pointer(params.tensor_split, "tensor_split")[i];
+        check(std::isfinite(split[size_t(i)]) && split[size_t(i)] >= 0.0f, "tensor_split must be finite, 0 or more");
     }
-}
+    devices = find_devices(params.devices, params.n_devices);
+    check(devices.empty() || size_t(params.main_gpu) < devices.size(), "main_gpu is out of range");
+    devices.push_back(nullptr); // llama.cpp's end of the list
 
-// Decodes a few tokens in a context of its own, on this thread alone. What in an adapter does not fit the model asserts
-// when a graph is built or computed: here, where it is caught, and not in the middle of everybody's text.
-void try_adapter(trio_model &model, llama_adapter_lora *adapter) {
-    constexpr int32_t N_TOKENS = 4; // several rows go through other code than one
-    ExpectWarnings expected;        // about a context that short
-    llama_context_params params = llama_context_default_params();
-    params.n_ctx = 64;
-    params.n_batch = params.n_ubatch = N_TOKENS;
-    params.n_threads = params.n_threads_batch = 1;
-    params.pooling_type = LLAMA_POOLING_TYPE_NONE;
-    params.flash_attn_type = model.info.has_encoder ? LLAMA_FLASH_ATTN_TYPE_DISABLED : LLAMA_FLASH_ATTN_TYPE_AUTO;
-    params.no_perf = true;
-    params.kv_unified = true;
-    params.embeddings = !model.info.has_decoder;
-    const std::unique_ptr<llama_context, ContextDeleter> context(llama_init_from_model(model.native, params),
-                                                                 ContextDeleter{&model});
-    if (!context) throw Failure(TRIO_E_NATIVE, "no context to try the adapter in: " + Scope::errors());
-    params.embeddings = params.embeddings || llama_get_memory(context.get()) == nullptr;
-    llama_set_embeddings(context.get(), params.embeddings);
-
-    float scale = 1.0f;
-    llama_set_adapters_lora(context.get(), &adapter, 1, &scale);
-    std::vector<llama_token> tokens(N_TOKENS, std::max(model.info.token_bos, 0));
-    const llama_batch batch = llama_batch_get_one(tokens.data(), N_TOKENS);
-    int32_t code = 0;
-    if (model.info.has_encoder && model.info.has_decoder) code = llama_encode(context.get(), batch);
-    if (code == 0) code = llama_decode(context.get(), batch);
-    if (code != 0) throw Failure(TRIO_E_LOAD, "the model cannot be used with the adapter: " + Scope::errors());
-    const float *values = params.embeddings ? llama_get_embeddings_ith(context.get(), N_TOKENS - 1)
-                                            : llama_get_logits_ith(context.get(), N_TOKENS - 1);
-    const int32_t n = params.embeddings ? llama_model_n_embd_out(model.native) : model.info.n_vocab;
-    if (values == nullptr || !std::all_of(values, values + n, [](float value) { return std::isfinite(value); })) {
-        throw Failure(TRIO_E_LOAD, "with the adapter, the model does not compute numbers");
+    llama_model_params native = llama_model_default_params();
+    native.devices = devices.data();
+    native.n_gpu_layers = params.n_gpu_layers;
+    native.split_mode = llama_split_mode(params.split_mode);
+    native.main_gpu = params.main_gpu;
+    native.no_alloc = params.no_alloc != 0;
+    native.load_mode = params.no_alloc ? LLAMA_LOAD_MODE_NONE : load_mode(params);
+    native.check_tensors = params.check_tensors != 0;
+    native.vocab_only = params.vocab_only != 0;
+    native.tensor_split = params.n_tensor_split > 0 ? split.data() : nullptr;
+    if (load != nullptr) {
+        native.progress_callback = on_progress;
+        native.progress_callback_user_data = load;
     }
+    return native;
 }
 
 } // namespace
@@ -215,36 +205,10 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         check_pointer(model, "model");
         *model = nullptr;
         check(path[0] != '\0', "path is empty");
-        check(params->main_gpu >= 0, "main_gpu must not be negative");
-        check(params->split_mode >= LLAMA_SPLIT_MODE_NONE && params->split_mode <= LLAMA_SPLIT_MODE_ROW,
-              "split_mode must be 0, 1 or 2");
-        check(params->n_tensor_split >= 0 && size_t(params->n_tensor_split) <= llama_max_devices(),
-              "tensor_split names more devices than llama.cpp knows");
-        std::vector<float> split(llama_max_devices(), 0.0f);
-        for (int32_t i = 0; i < params->n_tensor_split; ++i) {
-            split[size_t(i)] = check_pointer(params->tensor_split, "tensor_split")[i];
-            check(std::isfinite(split[size_t(i)]) && split[size_t(i)] >= 0.0f,
-                  "tensor_split must be finite, 0 or more");
-        }
-
-        llama_model_params native_params = llama_model_default_params();
-        std::vector<ggml_backend_dev_t> devices = find_devices(params->devices, params->n_devices);
-        check(devices.empty() || size_t(params->main_gpu) < devices.size(), "main_gpu is out of range");
-        devices.push_back(nullptr);
-        native_params.devices = devices.data();
-        native_params.n_gpu_layers = params->n_gpu_layers;
-        native_params.split_mode = llama_split_mode(params->split_mode);
-        native_params.main_gpu = params->main_gpu;
-        native_params.no_alloc = params->no_alloc != 0;
-        native_params.load_mode = params->no_alloc ? LLAMA_LOAD_MODE_NONE : load_mode(*params);
-        native_params.check_tensors = params->check_tensors != 0;
-        native_params.vocab_only = params->vocab_only != 0;
-        native_params.tensor_split = params->n_tensor_split > 0 ? split.data() : nullptr;
-        if (load != nullptr) {
-            native_params.progress_callback = on_progress;
-            native_params.progress_callback_user_data = load;
-        }
-        llama_model *native = llama_model_load_from_file(path, native_params);
+        std::vector<float> split;
+        std::vector<ggml_backend_dev_t> devices;
+        const llama_model_params chosen = native_params(*params, load, split, devices);
+        llama_model *native = llama_model_load_from_file(path, chosen);
         if (native == nullptr) {
             if (load != nullptr && load->cancelled.load()) throw Failure(TRIO_E_CANCELLED, "loading was cancelled");
             const std::string errors = Scope::errors();
@@ -253,8 +217,8 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         auto *opened = new trio_model;
         opened->native = native;
         opened->vocab = llama_model_get_vocab(native);
-        opened->vocab_only = native_params.vocab_only;
-        opened->no_alloc = native_params.no_alloc;
+        opened->vocab_only = chosen.vocab_only;
+        opened->no_alloc = chosen.no_alloc;
         try {
             opened->architecture = meta_value(native, "general.architecture");
             opened->info = describe(*opened);
@@ -371,44 +335,6 @@ int32_t trio_token_is_end(const trio_model *model, int32_t token) {
         check_pointer(model, "model");
         model->check_token(token);
         return int32_t(model->info.has_vocab && llama_vocab_is_eog(model->vocab, token));
-    });
-}
-
-int32_t trio_adapter_open(trio_model *model, const char *path, trio_adapter **adapter) {
-    return guard([&] {
-        check_pointer(model, "model");
-        check_pointer(path, "path");
-        check_pointer(adapter, "adapter");
-        *adapter = nullptr;
-        check(!model->vocab_only && !model->no_alloc, "the model has no weights to adapt");
-        read_through(path);
-        auto opened = std::make_unique<trio_adapter>();
-        {
-            std::lock_guard<std::mutex> lock(model->adapters_mutex);
-            llama_adapter_lora *native = llama_adapter_lora_init(model->native, path);
-            if (native == nullptr) {
-                const std::string errors = Scope::errors();
-                throw Failure(TRIO_E_LOAD, errors.empty() ? "llama.cpp could not load the adapter" : errors);
-            }
-            opened->lora = std::make_shared<Lora>(model, native);
-            if (llama_adapter_get_alora_n_invocation_tokens(native) > 0) {
-                throw Failure(TRIO_E_LOAD, "an adapter that tokens of the prompt turn on (aLoRA) is not supported");
-            }
-            try {
-                try_adapter(*model, native);
-            } catch (const Assert &failure) {
-                throw Failure(TRIO_E_LOAD, std::string("the adapter does not fit the model: ") + failure.what());
-            }
-        }
-        *adapter = opened.release();
-        return TRIO_OK;
-    });
-}
-
-void trio_adapter_free(trio_adapter *adapter) {
-    guard([&] {
-        delete adapter;
-        return TRIO_OK;
     });
 }
 

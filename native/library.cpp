@@ -1,6 +1,6 @@
 // The library as a whole: errors, asserts, the log, backends. See trio_llama.h for what each function promises.
 
-#include "trio_internal.h"
+#include "internal.h"
 
 #include <algorithm>
 #include <chrono>
@@ -30,8 +30,8 @@ namespace {
 
 constexpr size_t MAX_ERROR_BYTES = 2048;
 
-// Virtual memory: only what is touched is used. The recursion of std::regex takes more stack per byte of text
-// than anything else that was seen: some 80 bytes and more.
+// Stacks are virtual memory: only the part that is touched takes memory. The recursion of std::regex takes more stack
+// for a byte of text than anything else that was measured: 80 bytes and more.
 constexpr size_t BIG_STACK_BYTES = size_t(256) << 20;
 constexpr size_t STACK_BYTES_PER_INPUT_BYTE = 256;
 constexpr size_t LEAST_BIG_STACK_BYTES = size_t(16) << 20;
@@ -42,8 +42,9 @@ thread_local std::string scope_errors;
 thread_local int warnings_expected = 0;
 thread_local std::string last_error;
 
-// ggml calls abort() when this returns. Throwing instead is sound where every frame between here and the guard can
-// unwind (the C files are built with -fexceptions), and only on a thread that has a guard: worker threads have none.
+// ggml calls abort() when this returns. Throwing instead is sound only on a thread that has a guard, which worker
+// threads have not, and where every frame between here and the guard can unwind: so C files are compiled with
+// -fexceptions.
 void on_ggml_abort(const char *message) {
     if (scope_depth > 0) {
         scope_assert_fired = true;
@@ -180,7 +181,7 @@ bool run_on_thread(BigStackCall &call, size_t stack_bytes) {
 void on_big_stack(size_t n_bytes, const std::function<void()> &work) {
     BigStackCall call{&work, nullptr, {}};
     const size_t needed = std::max(LEAST_BIG_STACK_BYTES, n_bytes * STACK_BYTES_PER_INPUT_BYTE);
-    // Where address space is limited, less may do.
+    // Where address space is limited, a smaller stack may be enough.
     size_t stack_bytes = std::max(BIG_STACK_BYTES, needed);
     while (!run_on_thread(call, stack_bytes)) {
         if (stack_bytes == needed) throw Failure(TRIO_E_NATIVE, "no memory for the stack of a thread");
@@ -202,7 +203,7 @@ double thread_seconds() {
 
 namespace {
 
-// llama.cpp logs from any thread, at times from ggml's workers: lines wait here until somebody with time takes them.
+// llama.cpp logs from any thread, sometimes from ggml's workers. Lines are kept here until trio_log_next() takes them.
 class LogRing {
 public:
     void set_level(int32_t level) {
@@ -260,7 +261,7 @@ private:
 };
 
 LogRing &log_ring() {
-    static LogRing *ring = new LogRing; // never destroyed: threads may log until the process is gone
+    static LogRing *ring = new LogRing; // never destroyed: threads may log until the process ends
     return *ring;
 }
 
@@ -271,7 +272,7 @@ void on_log(ggml_log_level level, const char *text, void *) {
         }
         if (level == GGML_LOG_LEVEL_WARN && warnings_expected > 0) level = GGML_LOG_LEVEL_INFO;
         log_ring().write(level, text);
-    } catch (...) { // a line of log is not worth an exception inside llama.cpp
+    } catch (...) { // losing a line is better than an exception inside llama.cpp
     }
 }
 
@@ -299,7 +300,7 @@ int32_t trio_init(const char *plugin_dir, int32_t log_level) {
         static bool done = false;
         std::lock_guard<std::mutex> lock(mutex);
         if (done) return TRIO_OK;
-        // Without this an abort forks a debugger to print a backtrace.
+        // Without this, an abort starts a debugger to print a backtrace.
 #ifdef _WIN32
         _putenv_s("GGML_NO_BACKTRACE", "1");
 #else
@@ -308,7 +309,7 @@ int32_t trio_init(const char *plugin_dir, int32_t log_level) {
         log_ring().set_level(log_level);
         llama_log_set(on_log, nullptr);
         ggml_log_set(on_log, nullptr);
-        mtmd_helper_log_set(on_log, nullptr); // and mtmd's own
+        mtmd_helper_log_set(on_log, nullptr); // mtmd has a logger of its own
         ggml_set_abort_callback(on_ggml_abort);
         ggml_backend_load_all_from_path(plugin_dir);
         llama_backend_init();

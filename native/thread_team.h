@@ -1,4 +1,4 @@
-// A few threads that sleep until there is work in independent pieces.
+// A team of threads for work in independent pieces: the caller's thread and a few workers, which sleep in between.
 #pragma once
 
 #include <condition_variable>
@@ -11,33 +11,33 @@
 
 namespace trio {
 
-class Crew {
+class ThreadTeam {
 public:
-    // So many besides the caller's own; fewer where the system gives no more.
-    explicit Crew(int32_t n_threads) {
+    // Starts this many workers besides the caller's thread, or fewer if the system has no more threads.
+    explicit ThreadTeam(int32_t n_workers) {
         try {
-            for (int32_t i = 0; i < n_threads; ++i)
-                threads_.emplace_back([this, i] { live(size_t(i) + 1); });
+            for (int32_t i = 0; i < n_workers; ++i)
+                workers_.emplace_back([this, i] { work_until_closed(size_t(i) + 1); });
         } catch (const std::system_error &) {
         }
     }
-    ~Crew() {
+    ~ThreadTeam() {
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            ends_ = true;
+            closing_ = true;
         }
         called_.notify_all();
-        for (std::thread &thread : threads_)
-            thread.join();
+        for (std::thread &worker : workers_)
+            worker.join();
     }
-    Crew(const Crew &) = delete;
-    Crew &operator=(const Crew &) = delete;
+    ThreadTeam(const ThreadTeam &) = delete;
+    ThreadTeam &operator=(const ThreadTeam &) = delete;
 
-    size_t size() const { return threads_.size() + 1; }
+    size_t size() const { return workers_.size() + 1; }
 
-    // Calls work(piece, member) for every piece below n, on the caller's thread, which is member 0, and on those of
-    // others below size(). Returns when all are done; it does not wait for members that come too late to help. `work`
-    // must not throw.
+    // Calls work(piece, member) for every piece from 0 to n - 1. The caller's thread is member 0; workers are members
+    // 1 to size() - 1. Returns when all pieces are done; a worker that wakes up too late for any is not waited for.
+    // `work` must not throw.
     void run(int32_t n, const std::function<void(int32_t, size_t)> &work) {
         std::unique_lock<std::mutex> lock(mutex_);
         work_ = &work;
@@ -61,21 +61,21 @@ private:
         if (n_done_ == n_) done_.notify_one();
     }
 
-    void live(size_t member) {
+    void work_until_closed(size_t member) {
         std::unique_lock<std::mutex> lock(mutex_);
         while (true) {
-            called_.wait(lock, [this] { return ends_ || next_ < n_; });
-            if (ends_) return;
+            called_.wait(lock, [this] { return closing_ || next_ < n_; });
+            if (closing_) return;
             take_pieces(lock, member);
         }
     }
 
-    std::vector<std::thread> threads_;
+    std::vector<std::thread> workers_;
     std::mutex mutex_; // guards all below
     std::condition_variable called_, done_;
     const std::function<void(int32_t, size_t)> *work_ = nullptr;
     int32_t n_ = 0, next_ = 0, n_done_ = 0; // pieces
-    bool ends_ = false;
+    bool closing_ = false;
 };
 
 } // namespace trio

@@ -1,6 +1,6 @@
-// What ggml's Vulkan backend needs of Vulkan's headers and loader, and those of Debian 12 (1.3.239) lack. Types of an
-// extension that only debugging uses, as the specification lays them out (VK_EXT_layer_settings); and functions of
-// extensions, which that loader does not export, but finds by name.
+// What ggml's Vulkan backend needs, and Vulkan's headers and loader in Debian 12 (1.3.239) lack:
+// - types of an extension that only debugging uses, laid out as in the specification (VK_EXT_layer_settings);
+// - functions of extensions, which that loader does not export but finds by name (vulkan_compat.cpp).
 #pragma once
 #ifdef __cplusplus
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Devices: those that the backends found on this machine, and those of rpc-servers.
+// Devices: those that backends found on this machine, and those of rpc-servers.
 
-#include "trio_internal.h"
+#include "internal.h"
 
 #include <algorithm>
 #include <map>
@@ -21,7 +21,7 @@ ggml_backend_dev_t find_device(int32_t index) {
     return ggml_backend_dev_get(size_t(index));
 }
 
-// The operation that matters for each use, in sizes that models have.
+// The operation that decides whether a device can be used for a type, with sizes as in models.
 ggml_tensor *example(ggml_context *context, Use use, ggml_type type) {
     constexpr int64_t N_EMBD = 4096, N_HEAD = 32, N_HEAD_KV = 8, HEAD_SIZE = 128, N_CELLS = 256, N_ROWS = 32;
     if (use == WEIGHTS) {
@@ -42,7 +42,7 @@ std::vector<ggml_backend_dev_t> trio::find_devices(const int32_t *indices, int32
     std::vector<ggml_backend_dev_t> devices;
     for (int32_t i = 0; i < n; ++i) {
         ggml_backend_dev_t device = find_device(check_pointer(indices, "devices")[i]);
-        check(std::find(devices.begin(), devices.end(), device) == devices.end(), "a device is named twice");
+        check(std::find(devices.begin(), devices.end(), device) == devices.end(), "a device is given twice");
         check(ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU, "layers cannot be put on the CPU device");
         devices.push_back(device);
     }

@@ -1,0 +1,168 @@
+// The plan of the attention in attention.cpp: which rows see which cells, and how the work is divided.
+//
+// Only attention.cpp includes this. Everything is in an anonymous namespace, because each variant of the CPU plugin is
+// compiled with other instructions and must not use another one's functions.
+#pragma once
+
+#include "attention_tiles.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+constexpr int CHUNK = 4 * TILE; // cells that are summed on their own
+constexpr int MAX_QUERIES = 64; // of a block: rows times heads
+constexpr int UNITS_PER_THREAD = 4;
+constexpr size_t MAX_PARTIALS = size_t(1) << 22; // floats: 16 MiB
+constexpr uint16_t HIDDEN = 0xfc00;              // minus infinity in 16 bits; the rest of a mask is zero
+constexpr int WORD = 64;                         // bits of a set of cells in one integer
+
+// The operands of one operation, and their sizes.
+struct Attention {
+    const ggml_tensor *q, *k, *v, *mask;
+    ggml_tensor *dst;
+    float scale;
+    int64_t n_embd_k, n_embd_v, n_rows, n_heads, n_kv_heads, n_cells, n_streams;
+    int64_t group; // heads that share keys and values
+
+    int64_t partial_size() const { return 2 + n_embd_v; }
+};
+
+// The set of visible cells in up to WORD elements of a mask, a bit for each.
+uint64_t visible_word(const ggml_fp16_t *mask, int n) {
+    uint64_t bits = 0;
+    int i = 0;
+#if defined(__SSE2__)
+    const __m128i hidden = _mm_set1_epi16(short(HIDDEN));
+    for (; i + 16 <= n; i += 16) {
+        const auto *source = reinterpret_cast<const __m128i *>(mask + i);
+        const __m128i low = _mm_cmpeq_epi16(_mm_loadu_si128(source), hidden);
+        const __m128i high = _mm_cmpeq_epi16(_mm_loadu_si128(source + 1), hidden);
+        bits |= uint64_t(uint16_t(~_mm_movemask_epi8(_mm_packs_epi16(low, high)))) << i;
+    }
+#endif
+    for (; i < n; ++i)
+        bits |= uint64_t(mask[i] != HIDDEN) << i;
+    return bits;
+}
+
+int lowest_bit(uint64_t word) {
+#if defined(__GNUC__)
+    return __builtin_ctzll(word);
+#else
+    int n = 0;
+    for (; (word & 1) == 0; word >>= 1) ++n;
+    return n;
+#endif
+}
+
+// Consecutive rows that see nearly the same cells, so probably rows of one sequence; and all cells that any of them
+// sees.
+struct Block {
+    int64_t stream, first_row, end_row;
+    std::vector<int32_t> cells;
+
+    int n_chunks() const { return int((cells.size() + CHUNK - 1) / CHUNK); }
+};
+
+// The blocks of rows with their cells, and how they are divided among threads. One thread makes it for each operation.
+class Plan {
+public:
+    void make(const Attention &attention, int n_threads) {
+        const Attention &a = attention;
+        n_words_ = size_t((a.n_cells + WORD - 1) / WORD);
+        seen_.resize(size_t(a.n_streams * a.n_rows) * n_words_);
+        n_blocks_ = 0;
+        for (int64_t stream = 0; stream < a.n_streams; ++stream) {
+            for (int64_t row = 0; row < a.n_rows; ++row)
+                load_mask(a, stream, row);
+            for (int64_t row = 0; row < a.n_rows;)
+                row = add_block(a, stream, row);
+        }
+        n_chunks = 1;
+        for (size_t i = 0; i < n_blocks_; ++i)
+            n_chunks = std::max(n_chunks, int64_t(blocks_[i].n_chunks()));
+        const auto n_partials = size_t(a.n_streams * a.n_rows * a.n_heads * n_chunks * a.partial_size());
+        is_split = n_chunks > 1 && int64_t(n_blocks_) * a.n_kv_heads < UNITS_PER_THREAD * n_threads &&
+                   n_partials <= MAX_PARTIALS;
+        if (is_split && partials.size() < n_partials) partials.resize(n_partials);
+        units.clear();
+        for (size_t i = 0; i < n_blocks_; ++i) {
+            const int n = blocks_[i].n_chunks();
+            if (!is_split || n == 0) units.push_back({i, 0, n});
+            for (int chunk = 0; is_split && chunk < n; ++chunk)
+                units.push_back({i, chunk, chunk + 1});
+        }
+    }
+
+    const Block &block(size_t index) const { return blocks_[index]; }
+    const uint64_t *seen(const Attention &a, int64_t stream, int64_t row) const {
+        return seen_.data() + size_t(stream * a.n_rows + row) * n_words_;
+    }
+    size_t n_blocks() const { return n_blocks_; }
+
+    struct Unit {
+        size_t block;
+        int first_chunk, end_chunk;
+    };
+    std::vector<Unit> units; // of work, each to be done for every head of keys
+    int64_t n_chunks;        // of the block that has most
+    bool is_split;           // a unit is one chunk, and its sums go to `partials`
+    std::vector<float> partials;
+
+private:
+    void load_mask(const Attention &a, int64_t stream, int64_t row) {
+        uint64_t *seen = seen_.data() + size_t(stream * a.n_rows + row) * n_words_;
+        const auto *mask = reinterpret_cast<const ggml_fp16_t *>(static_cast<const char *>(a.mask->data) +
+                                                                 size_t(row) * a.mask->nb[1] +
+                                                                 size_t(stream % a.mask->ne[3]) * a.mask->nb[3]);
+        for (size_t i = 0; i < n_words_; ++i)
+            seen[i] = visible_word(mask + i * WORD, int(std::min(int64_t(WORD), a.n_cells - int64_t(i) * WORD)));
+    }
+
+    // Makes a block that begins with `row`. A next row belongs to it if it sees all that the row before saw, except
+    // cells before the first one that it sees (a sliding window). Returns the row after the block.
+    int64_t add_block(const Attention &a, int64_t stream, int64_t row) {
+        if (blocks_.size() == n_blocks_) blocks_.emplace_back();
+        Block &block = blocks_[n_blocks_++];
+        const int64_t end = std::min(a.n_rows, row + std::max(MAX_QUERIES / a.group, int64_t(1)));
+        block.stream = stream;
+        block.first_row = row;
+        any_.assign(seen(a, stream, row), seen(a, stream, row) + n_words_);
+        for (++row; row < end && goes_on(seen(a, stream, row - 1), seen(a, stream, row)); ++row) {
+            const uint64_t *more = seen(a, stream, row);
+            for (size_t i = 0; i < n_words_; ++i)
+                any_[i] |= more[i];
+        }
+        block.end_row = row;
+        block.cells.clear();
+        for (size_t i = 0; i < n_words_; ++i) {
+            for (uint64_t word = any_[i]; word != 0; word &= word - 1)
+                block.cells.push_back(int32_t(i) * WORD + lowest_bit(word));
+        }
+        return row;
+    }
+
+    // Whether a row that sees `seen` belongs to the block of a row that sees `before`.
+    bool goes_on(const uint64_t *before, const uint64_t *seen) const {
+        bool has_begun = false;
+        for (size_t i = 0; i < n_words_; ++i) {
+            uint64_t lost = before[i] & ~seen[i];
+            if (!has_begun && seen[i] != 0) {
+                has_begun = true;
+                lost &= ~uint64_t(0) << lowest_bit(seen[i]);
+            }
+            if (has_begun && lost != 0) return false;
+        }
+        return has_begun;
+    }
+
+    size_t n_words_, n_blocks_;
+    std::vector<uint64_t> seen_, any_; // sets of cells, a bit for each
+    std::vector<Block> blocks_;        // may be more than n_blocks_: their memory is used again
+};
+
+} // namespace
