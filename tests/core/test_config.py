@@ -1,3 +1,5 @@
+"""What a configuration may be, and which field an error names."""
+
 from __future__ import annotations
 
 import math
