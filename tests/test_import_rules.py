@@ -1,4 +1,4 @@
-"""The arrows between the rooms of the house, which go one way only."""
+"""The arrows between the rooms of the package, which go one way only."""
 
 from __future__ import annotations
 

@@ -237,16 +237,16 @@ class EngineConfig:
         512,
         1,
         MAX_BATCH_ROWS,
-        doc="Rows of one step at most, and so the longest stretch of work that nothing interrupts on a GPU. A text to "
-        "embed must fit into it, unless the model embeds the last row.",
+        doc="Rows of one step at most. With rpc-servers or recurrent state, a cancelled request never interrupts a "
+        "step. A text to embed must fit into one step, unless the model embeds the last row.",
     )
     embedding_batch_size: int | None = integer(
         None,
         1,
         MAX_BATCH_ROWS,
-        doc="Rows of one step at most, for a model that needs all rows of a text in one step, as encoders do. So no "
-        "text to embed can have more tokens. It is never less than the batch size, or more than the context that the "
-        "model was trained with. More rows take more memory.",
+        doc="Longest text to embed, in tokens, for encoders and other models that read a text in one step. More takes "
+        "more memory. At most the context that the model was trained with, and the context length. A batch size that "
+        "is larger wins.",
         default_text="the batch size",
     )
     threads: int | None = integer(
@@ -270,7 +270,7 @@ class EngineConfig:
     pooling: Pooling = one_of(
         "model",
         POOLINGS,
-        doc="How the rows of a text become one embedding. model: as the file says, otherwise the last row.",
+        doc="How the rows of a text become one embedding. model: as the file says; if it says nothing, the last row.",
     )
     step_target: float | None = number(
         None,

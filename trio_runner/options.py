@@ -87,8 +87,8 @@ class ChatOptions(SamplingOptions, total=False):
     """LoRA adapters to apply. Without it, all adapters apply at the scales they were loaded with; an empty list
     means the bare model."""
     max_tokens: int | None
-    """Tokens to generate at most. Without it, generation goes on until the model ends it or the context is
-    full."""
+    """Tokens to generate at most. Without it, generation goes on until the model ends it, or, with `shift` off,
+    until the context is full."""
     stop: str | Sequence[str]
     """Generation ends before the first of these texts to be completed. Empty texts are ignored."""
     sampling: SamplingParams
@@ -131,12 +131,12 @@ class EngineOptions(TypedDict, total=False):
     context_length: int | None
     """Tokens that each slot can hold."""
     batch_size: int
-    """Rows of one step at most, and so the longest stretch of work that nothing interrupts on a GPU. A text to
-    embed must fit into it, unless the model embeds the last row."""
+    """Rows of one step at most. With rpc-servers or recurrent state, a cancelled request never interrupts a
+    step. A text to embed must fit into one step, unless the model embeds the last row."""
     embedding_batch_size: int | None
-    """Rows of one step at most, for a model that needs all rows of a text in one step, as encoders do. So no
-    text to embed can have more tokens. It is never less than the batch size, or more than the context that the
-    model was trained with. More rows take more memory."""
+    """Longest text to embed, in tokens, for encoders and other models that read a text in one step. More takes
+    more memory. At most the context that the model was trained with, and the context length. A batch size that
+    is larger wins."""
     threads: int | None
     """Threads that compute."""
     flash_attention: FlashAttention
@@ -145,7 +145,8 @@ class EngineOptions(TypedDict, total=False):
     kv_type: KvType
     """Element type of the KV cache. Quantised types need flash attention."""
     pooling: Pooling
-    """How the rows of a text become one embedding. model: as the file says, otherwise the last row."""
+    """How the rows of a text become one embedding. model: as the file says; if it says nothing, the last
+    row."""
     step_target: float | None
     """Time that a step may take if it carries rows of a prompt beside sequences that decode. It bounds the gap
     that a prompt makes in every stream. In seconds."""

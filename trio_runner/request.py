@@ -163,8 +163,8 @@ class GenerateRequest:
         None,
         1,
         2**31 - 1,
-        doc="Tokens to generate at most. Without it, generation goes on until the model ends it or the context is "
-        "full.",
+        doc="Tokens to generate at most. Without it, generation goes on until the model ends it, or, with `shift` off, "
+        "until the context is full.",
     )
     stop: tuple[str, ...] = other(
         (),

@@ -10,6 +10,8 @@ llama.cpp would abort or silently compute rubbish, the toy raises AssertionError
 An image is a few rows that depend only on the digest of its pixels (`ToyProjector`). Adapters are known by the paths
 that they are loaded from.
 
+`ToyLoader` and `toy_text` are public API. Other names may change without notice.
+
 The file is longer than others, so that all of the toy is in one place.
 """
 

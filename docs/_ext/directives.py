@@ -1,5 +1,8 @@
 """Directives for Sphinx: the tables of `tables.py`, and docstrings as we write them.
 
+mypy does not check this file, because Sphinx and docutils are installed only to build the documentation. What decides
+something is in `tables.py`, which the tests import.
+
 ```{parameters} trio_runner.sampling.SamplingParams
 ```
 ```{wire-fields} completion

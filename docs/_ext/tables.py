@@ -113,7 +113,12 @@ COMPLETION: Final[Mapping[str, Field]] = {
         "those loaded with the model",
         'LoRA adapters to apply, as `{"name": "...", "scale": 1}`. An empty list means the bare model.',
     ),
-    "n_predict": Field("integer", "`-1`", "Tokens to generate at most. 0 and below: until the model ends the text."),
+    "n_predict": Field(
+        "integer",
+        "`-1`",
+        "Tokens to generate at most. 0 and below: until the model ends the text or, with `shift` false, the context is "
+        "full.",
+    ),
     "stop": Field("list of strings", "none"),
     "cache_prompt": Field(
         default="`false`",

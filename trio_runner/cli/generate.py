@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 )
 @click.option("--chat", is_flag=True, help="Take PROMPT as what a user says, and apply the model's chat template.")
 @click.option(
-    "--max-tokens", "-n", type=int, help="Tokens to generate at most.  [default: until the model ends the text]"
+    "--max-tokens",
+    "-n",
+    type=int,
+    help="Tokens to generate at most.  [default: until the model ends the text or the context is full]",
 )
 @click.option("--stop", multiple=True, help="End before this text. May be repeated.")
 @click.option("--shift", is_flag=True, help="When the context is full, drop the oldest text and go on.")

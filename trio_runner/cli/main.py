@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def cli() -> None:
     """Run one language model on this machine, for many requests at once, and cancel any of them at any time.
 
-    MODEL is a path, "SmolLM2-135M-Instruct" (the default, fetched once), or hf:owner/repo/file.gguf.
+    The model (-m, or MODEL of "fetch") is a path, "SmolLM2-135M-Instruct" (the default, fetched once), or
+    hf:owner/repo/file.gguf.
+
+    A slot holds the context of one request: its part of the KV cache, which is what the model remembers. A step
+    computes one batch. A row is one token of a batch, or one piece of an image.
 
     With flags before any command, as in "trio-runner -model x.gguf -port 1234", it takes the place of the runner of an
     Ollama server: "trio-runner -h" lists those flags.

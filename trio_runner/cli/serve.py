@@ -17,7 +17,10 @@ API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
 @click.command()
 @engine_options()
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than this need an API key."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. One that other machines reach needs an API key.",
 )
 @click.option(
     "--port",
@@ -45,7 +48,13 @@ API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Let clients load the LoRA adapters in this directory, and unload any adapter.",
 )
-@click.option("--parent", type=int, hidden=True, help="End when this process, which started the server, is gone.")
+@click.option(
+    "--parent",
+    type=int,
+    metavar="PID",
+    help="End at once when the process that started this one is gone. PID must be its process id: with any other "
+    "number the server ends right after its start.",
+)
 def serve(
     options: EngineOptions,
     /,

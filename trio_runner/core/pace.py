@@ -12,7 +12,7 @@ Rule 4: prompts always get a few rows, and one slow step changes little: the mac
 
 The first estimates may be far off. They come nearer with each batch, for only a part of its time depends on the rows.
 BENCHMARKS.md has what came of the thresholds: the rows "gaps of 3 streams", "that prompt's first token" and "client
-disconnects in a 1,900-token prefill", and "Why two bars are not met".
+disconnects in a 1,900-token prefill", and "Why two targets are not met".
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SHORT_STEP = 0.1
 again with every key that is pressed does so a few times a second."""
 FIRST_ROWS = 64
 """Rows of a prompt before anything was measured. From 64 rows on, llama.cpp computes a batch the way it computes the
-largest ones: with its own attention, at 1,500 tokens of context, a row took 5.5 ms there and 9.5 ms in smaller ones."""
+largest ones. With its own attention, at 1,500 tokens of context, a row took 5.5 ms there and 9.5 ms in smaller ones: a
+measurement from before attention was our own. Only older revisions of BENCHMARKS.md have it."""
 MIN_ROWS = 4
 """Rows of prompts that any batch may have, so that prompts get on. Chosen, not measured."""
 
