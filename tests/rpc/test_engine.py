@@ -127,6 +127,8 @@ async def test_embeddings_are_the_same(models: Models, servers: Servers, name: s
 async def test_a_retry_continues_where_the_prompt_was_cancelled(models: Models, servers: Servers) -> None:
     """The running batch is not aborted, but the rest of the prompt is not decoded."""
     async with running(models("swa"), context_length=2048, batch_size=16) as engine:
+        await told(engine, asked(PROMPT * 4))
+        # The second time, from the prompt cache, as below: a last row alone is rounded differently from one in a batch.
         expected = await told(engine, asked(PROMPT * 4))
     async with running(models("swa"), *servers, context_length=2048, batch_size=16) as engine:
         n_decoded = 0
@@ -183,7 +185,8 @@ async def test_several_engines_share_a_server(models: Models, servers: Servers) 
         async with running(models(name), servers[0]) as engine:
             task_status.started()
             for _ in range(2):
-                assert_same(await told(engine, asked(max_tokens=80)), expected[name])
+                # Without the prompt cache: a last row alone is rounded differently from the same row in a batch.
+                assert_same(await told(engine, asked(max_tokens=80, cache_prompt=False)), expected[name])
 
     async with trio.open_nursery() as nursery:
         for name in names:
