@@ -130,3 +130,20 @@ def test_a_slot_stays_parked_for_its_sequence_when_another_preempted_one_ends() 
     world.run()
     check_survivors(world)
     check_idle(world)
+
+
+def test_the_embedding_of_a_long_text_goes_on_from_where_it_was() -> None:
+    world = make_world(1, n_ctx=64, max_rows=8, n_spare_slots=1, embeds_last_row=True)
+    text = world.submit(prompt=(A, B, C) * 20, embedding=True, cache_prompt=False, background=True)
+    n_taken = 0
+    while not world.finished(text):
+        world.submit(prompt=(C, B, C), max_tokens=2)
+        for _ in range(4):
+            world.step()
+        n_taken += 1
+        assert n_taken < 100, "it never gets anywhere"
+    world.run()
+    assert world.preempted == {text}
+    assert world.n_prefilled[text] == 60
+    check_survivors(world)
+    check_idle(world)

@@ -126,3 +126,33 @@ def test_text_that_is_held_back_comes_out_at_the_deadline() -> None:
     assert world.text(held) == world.text(said)
     check_survivors(world)
     check_idle(world)
+
+
+def test_texts_to_embed_push_at_most_one_prompt_out_of_the_cache() -> None:
+    """They are longer than a batch, so each takes a slot. Nothing of them is kept."""
+    world = make_world(2, n_ctx=64, max_rows=16, embeds_last_row=True)
+    for token in (A, B):
+        world.submit(prompt=(token,) * 20, max_tokens=1)
+        world.run()
+    for _ in range(3):
+        world.submit(prompt=(C,) * 60, embedding=True, cache_prompt=False)
+        world.run()
+    assert [slot.items for slot in world.state.slots] == [(), (B,) * 20]
+    check_survivors(world)
+    check_idle(world)
+
+
+@pytest.mark.parametrize("is_preempted", [False, True])
+def test_nothing_is_kept_of_a_text_whose_embedding_is_cancelled(is_preempted: bool) -> None:
+    world = make_world(1, n_ctx=64, max_rows=16, n_spare_slots=1, embeds_last_row=True)
+    text = world.submit(prompt=(C,) * 60, embedding=True, cache_prompt=False, background=True)
+    world.step()
+    if is_preempted:
+        world.submit(prompt=(A,) * 6, max_tokens=20)
+        world.step()
+        assert world.waiting == [text]
+    assert (C,) * 16 in [slot.items for slot in world.state.slots]
+    world.cancel(text)
+    world.run()
+    assert not any(C in slot.items[:1] for slot in world.state.slots)
+    check_survivors(world)

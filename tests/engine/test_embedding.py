@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+from numpy.typing import NDArray
 
 from tests.engine.special_tokens import SPECIALS, around
 from tests.engine.toys import Gate, Toy, prompts, until, until_idle
@@ -286,6 +287,44 @@ async def test_long_embeddings_take_turns_with_generations(toy: Toy) -> None:
             expected = [toy_vector(list(content.encode())) for content in (text, "short")]
             np.testing.assert_array_equal(await engine.embed([text, "short"]), expected)
     assert texts == {prompt: toy_text(prompt, 60) for prompt in requests}
+
+
+async def test_long_embeddings_give_way_to_generations(toy: Toy) -> None:
+    """A hundred of them are in the queue, and a generation that comes later is the next to run."""
+    toy.capabilities = {"embeds_last_row": True}
+    toy.on_decode = gate = Gate(toy)
+    texts = [f"a text number {n:03} that is longer than one batch" for n in range(100)]
+    vectors: list[NDArray[np.float32]] = []
+    async with toy.engine(slots=2, batch_size=16, context_length=64) as engine:
+
+        async def embed() -> None:
+            vectors.append(await engine.embed(texts))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(embed)
+            await gate.reached(1)
+            async with engine.generate("hello", max_tokens=1) as generation:
+                gate.let(3)  # what runs now, perhaps a part of another text, and the prompt
+                assert await generation.collect() == toy_text("hello", 1)
+            assert not vectors
+            gate.open()
+        np.testing.assert_array_equal(vectors[0], [toy_vector(list(text.encode())) for text in texts])
+        await until_idle(engine)
+
+
+async def test_long_embeddings_leave_prompts_in_the_cache(toy: Toy) -> None:
+    """All of them together push out one prompt at most."""
+    toy.capabilities = {"embeds_last_row": True}
+    (prompt,) = prompts(1, 20)
+    async with toy.engine(slots=2, batch_size=16, context_length=64) as engine:
+        for text in ("hello", prompt):
+            await engine.generate(text, max_tokens=10).collect()
+        for _ in range(3):
+            await engine.embed(["x" * 60])
+        retry = engine.generate(prompt, max_tokens=20)
+        assert await retry.collect() == toy_text(prompt, 20)
+        assert retry.usage is not None
+        assert retry.usage.cached_tokens == len(prompt) - 1
 
 
 async def test_a_long_embedding_can_be_cancelled(toy: Toy) -> None:

@@ -133,8 +133,8 @@ class Scheduler:
             sequence.paused = paused
 
     def _remove_waiting(self, uid: int) -> None:
-        del self._waiting[uid]
-        self._pool.unpark(uid)
+        sequence = self._waiting.pop(uid)
+        self._cache.edits += self._pool.unpark(uid, forget=sequence.spec.embedding)
         self._faults.forget(uid)
 
     def statistics(self) -> SchedulerStatistics:
@@ -281,7 +281,9 @@ class Scheduler:
 
     def _leave_slot(self, sequence: Sequence, *, parked_for: int | None = None) -> None:
         del self._running[sequence.spec.uid]
-        self._cache.edits += self._pool.release(sequence.slot, parked_for=parked_for)
+        # No prompt goes on from a text that was embedded.
+        forget = sequence.spec.embedding and parked_for is None
+        self._cache.edits += self._pool.release(sequence.slot, parked_for=parked_for, forget=forget)
         self._following.stopped(sequence)
 
     # -- planning -----------------------------------------------------------------------------------------------------

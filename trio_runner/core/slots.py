@@ -32,7 +32,7 @@ class Slot:
     parked_for: int | None = None
     """The uid of a waiting sequence that left it and wants to go on from it. Others take other slots while they can."""
     last_used: int = 0
-    """Tick of the pool when it was last taken or released; 0 means never."""
+    """Tick of the pool when it was last taken or released; 0 means never, or that it was emptied since."""
 
     @property
     def position(self) -> int:
@@ -140,20 +140,22 @@ class SlotPool:
         free[0].busy, free[0].cache_key = True, cache_key
         return free[0]
 
-    def release(self, slot: Slot, *, parked_for: int | None = None) -> list[MemoryOp]:
+    def release(self, slot: Slot, *, parked_for: int | None = None, forget: bool = False) -> list[MemoryOp]:
         """Give a slot back. What it holds stays, for the next prompt that starts the same way, and for the sequence
-        `parked_for` first of all. Embeddings, and rows that depend on encoder tokens, are removed."""
+        `parked_for` first of all. With `forget`, it is removed. So are rows in slots for embeddings, and rows that
+        depend on encoder tokens."""
         slot.busy, slot.parked_for = False, parked_for
         self._touch(slot)
-        if self._reserved.pop(slot.id, None) is None or not slot.items:
-            return []
-        return [slot.trim(0)]
+        is_reserved = self._reserved.pop(slot.id, None) is not None
+        return self._empty(slot) if forget or is_reserved else []
 
-    def unpark(self, uid: int) -> None:
-        """This sequence waits for no slot any more."""
+    def unpark(self, uid: int, *, forget: bool = False) -> list[MemoryOp]:
+        """This sequence waits for no slot any more. With `forget`, what is in the slot parked for it is removed."""
         own = self._parked_for(uid)
-        if own is not None:
-            own.parked_for = None
+        if own is None:
+            return []
+        own.parked_for = None
+        return self._empty(own) if forget else []
 
     def extend(self, slot: Slot, items: Sequence[Item]) -> list[MemoryOp]:
         """Let a slot in use, which holds a prefix of `items`, hold the longest one that any other slot has now."""
@@ -193,6 +195,11 @@ class SlotPool:
         if any(other.busy for other in sharing):
             return None
         return [other.trim(start) for other in sharing]
+
+    def _empty(self, slot: Slot) -> list[MemoryOp]:
+        """Forget what a free slot holds. It is the next one to be taken, so that others keep theirs."""
+        slot.last_used = 0
+        return [slot.trim(0)] if slot.items else []
 
     def _parked_for(self, uid: int | None) -> Slot | None:
         return next((slot for slot in self.slots if slot.parked_for == uid), None) if uid is not None else None

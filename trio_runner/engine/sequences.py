@@ -7,10 +7,11 @@ and costs other requests nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trio_runner.core.ports import EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media, fit_prompt
-from trio_runner.core.sequence import SequenceSpec
+from trio_runner.core.sequence import SequenceSpec, takes_embed_slot
 from trio_runner.engine.mailbox import Submit
 from trio_runner.engine.prompt_parts import EncodedParts, join_parts
 from trio_runner.engine.requests import AnyRequest, PairRequest
@@ -95,7 +96,14 @@ def _embedding(request: EmbedRequest, runtime: Runtime, uid: int) -> Submit:
     if request.truncate and len(tokens) > longest:
         tokens = _truncated(tokens, longest, model, is_text=isinstance(request.content, str))
     fitted = fit_prompt(tokens, n_ctx=longest, n_keep=0, adds_bos=False, truncate=False, param="content")
-    return Submit(SequenceSpec(uid=uid, prompt=fitted.items, embedding=True, cache_prompt=False), None)
+    return _submit_text(fitted.items, capabilities, uid)
+
+
+def _submit_text(items: tuple[Item, ...], capabilities: Capabilities, uid: int) -> Submit:
+    """The mail for a text that is embedded. If it takes a slot from generations, it runs in the background: it gives
+    the slot up to a interactive generation, and goes on later."""
+    spec = SequenceSpec(uid=uid, prompt=items, embedding=True, cache_prompt=False)
+    return Submit(replace(spec, background=not takes_embed_slot(spec, capabilities)), None)
 
 
 def _truncated(tokens: list[int], longest: int, model: Model, *, is_text: bool) -> list[int]:
@@ -123,4 +131,4 @@ def _pair(request: PairRequest, runtime: Runtime, uid: int) -> Submit:
         raise PromptTooLong(len(tokens), longest, param=request.param)
     if not tokens:
         raise InvalidRequest(f"query and {request.param} are empty: no input provided", param=request.param)
-    return Submit(SequenceSpec(uid=uid, prompt=tuple(tokens), embedding=True, cache_prompt=False), None)
+    return _submit_text(tuple(tokens), capabilities, uid)
