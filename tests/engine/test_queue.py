@@ -10,6 +10,7 @@ from tests.engine.toys import Gate, Latch, Toy, prompts, until, until_idle
 from trio_runner.engine.admission import MAX_RETRY_AFTER
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
+from trio_runner.engine.helper_threads import LONG_TEXT
 from trio_runner.errors import EngineBusy, InvalidGrammar
 from trio_runner.testing import toy_text
 
@@ -215,8 +216,21 @@ async def test_samplers_that_take_long_to_make_hold_up_no_other_request(toy: Toy
         await latch.reached()
         assert await engine.generate("quick", max_tokens=20).collect() == toy_text("quick", 20)
         assert await engine.tokenize("quick") == list(b"quick")
+        long = "long" * LONG_TEXT
+        assert await engine.tokenize(long) == list(long.encode())
         latch.open()
     assert texts == [toy_text("slow", 5)] * 3
+
+
+async def test_the_default_dry_breakers_do_not_wait_for_long_texts(toy: Toy) -> None:
+    latch = Latch()
+    toy.info = {"n_vocab": 152_000}
+    toy.on_tokenize = lambda text: latch() if len(text) >= LONG_TEXT else None
+    async with toy.engine() as engine, trio.open_nursery() as nursery:
+        nursery.start_soon(engine.tokenize, "x" * LONG_TEXT)
+        await latch.reached()
+        assert await engine.generate("dry", max_tokens=20, dry_multiplier=0.8).collect() == toy_text("dry", 20)
+        latch.open()
 
 
 async def test_a_list_of_texts_waits_for_room_in_the_queue(toy: Toy) -> None:

@@ -116,7 +116,7 @@ async def load_adapter(
     table.reserve(config.name)
     try:
         load = partial(state.ready_runtime().model.adapter, config.path)
-        adapter = await helpers.run(load, is_long=True, discard=lambda adapter: adapter.close())
+        adapter = await helpers.run(load, "long", discard=lambda adapter: adapter.close())
     finally:
         table.release(config.name)
     try:

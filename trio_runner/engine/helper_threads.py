@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import trio
 
@@ -17,18 +17,29 @@ MAX_HELPERS = 2
 LONG_TEXT = 1 << 16
 """Characters of a text that takes a tenth of a second or more to tokenise."""
 
+CallKind: TypeAlias = Literal["short", "long", "sampler"]
+"""What a call waits for its turn with. "sampler" is the kind of a call that makes a sampler and takes long for it."""
+
+
+def kind_for(n_text: int) -> CallKind:
+    """The kind of a call that reads so many characters or tokens."""
+    return "long" if n_text >= LONG_TEXT else "short"
+
 
 class HelperThreads:
-    """Runs calls that use the model. Short calls share `MAX_HELPERS` threads. Long calls run one at a time on a thread
-    of their own, so that a short call never waits for a long one. All on one trio thread."""
+    """Runs calls that use the model. Short calls share `MAX_HELPERS` threads. Each other kind has one thread, so that
+    a short call never waits for a long one, and a sampler never for a long text. All on one trio thread."""
 
     def __init__(self, state: EngineState) -> None:
         self._state = state
-        self._short = trio.CapacityLimiter(MAX_HELPERS)
-        self._long = trio.CapacityLimiter(1)
+        self._limiters: dict[CallKind, trio.CapacityLimiter] = {
+            "short": trio.CapacityLimiter(MAX_HELPERS),
+            "long": trio.CapacityLimiter(1),
+            "sampler": trio.CapacityLimiter(1),
+        }
 
-    async def run(self, call: Callable[[], T], *, is_long: bool, discard: Callable[[T], None] = lambda _: None) -> T:
-        """Run `call` on a helper thread and return what it returns.
+    async def run(self, call: Callable[[], T], kind: CallKind, *, discard: Callable[[T], None] = lambda _: None) -> T:
+        """Run `call` on a helper thread and return what it returns. It waits for other calls of its `kind`.
 
         When the caller is cancelled, this returns at once. The call still runs to its end, the model is kept for it,
         and its result goes to `discard`. Raises what the call raises, and what `EngineState.live_runtime` raises if the
@@ -47,9 +58,8 @@ class HelperThreads:
             with suppress(IndexError):  # both threads may get here
                 discard(results.pop())
 
-        limiter = self._long if is_long else self._short
         try:
-            await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(work, limiter=self._limiters[kind], abandon_on_cancel=True)
         except trio.Cancelled:
             is_abandoned = True
             drop()
@@ -58,6 +68,6 @@ class HelperThreads:
 
     async def wait_until_idle(self) -> None:
         """Wait until no call runs, and let no further call start. Calls that were abandoned count too."""
-        for limiter in (self._short, self._long):
+        for limiter in self._limiters.values():
             for _ in range(int(limiter.total_tokens)):
                 await limiter.acquire_on_behalf_of(object())

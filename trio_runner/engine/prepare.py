@@ -14,7 +14,7 @@ from functools import partial
 import trio
 
 from trio_runner.core.ports import EncodedImage, Model
-from trio_runner.engine.helper_threads import LONG_TEXT, HelperThreads
+from trio_runner.engine.helper_threads import HelperThreads, kind_for
 from trio_runner.engine.mailbox import Submit
 from trio_runner.engine.prompt_parts import NamedImage, has_parts, parts_of
 from trio_runner.engine.requests import AnyRequest, n_characters
@@ -27,9 +27,10 @@ from trio_runner.sampling import SamplingParams
 
 MAX_PICTURES = 8
 """Images that are decoded, or wait as pixels for the projector, at the same time. Each takes up to 50 MB."""
-LONG_DRY = 1 << 18
-"""Pairs of a DRY breaker and a token of the vocabulary that take a tenth of a second or more to compare. With 16
-breakers and 49,152 tokens, three times as many, it was 0.4 seconds."""
+LONG_DRY = 640_000
+"""Pairs of a DRY breaker and a token of the vocabulary that take 0.3 seconds or more to compare. With 16 breakers and
+49,152 tokens, a little more, it was 0.4 seconds. The four default breakers are below it up to 160,000 tokens, so that a
+common request does not wait for another of its kind."""
 
 
 class Preparation:
@@ -51,13 +52,15 @@ class Preparation:
         n_text = n_characters(request)
         parts: list[str | EncodedImage] | None = None
         if isinstance(request, GenerateRequest) and has_parts(request, runtime):
-            named = await self._helpers.run(partial(parts_of, request, runtime), is_long=n_text >= LONG_TEXT)
+            named = await self._helpers.run(partial(parts_of, request, runtime), kind_for(n_text))
             n_text = sum(len(part) for part in named if isinstance(part, str))
             parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
             self._state.live_runtime()  # that took a while, and the model may be about to be freed
-        is_long = n_text >= LONG_TEXT or _compares_many_breakers(request, runtime.model)
+        kind = kind_for(n_text)
+        if kind == "short" and _compares_many_breakers(request, runtime.model):
+            kind = "sampler"
         call = partial(prepare_sequence, request, runtime, uid, parts)
-        return await self._helpers.run(call, is_long=is_long, discard=close_sampler)
+        return await self._helpers.run(call, kind, discard=close_sampler)
 
     async def _encode(self, image: NamedImage) -> EncodedImage:
         async with self._pictures:
