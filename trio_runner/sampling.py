@@ -9,6 +9,7 @@ arguments of `Engine.generate`, which `ci/options` writes down for type checkers
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,11 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 100
 """Alternatives that one request may ask for with each token."""
 MAX_DRY_BREAKERS = 16
+"""DRY breakers that one request may have: making a sampler takes time for each."""
 MAX_DRY_BREAKER_BYTES = 64
+"""Bytes that one DRY breaker may have."""
 MAX_GRAMMAR_BYTES = 64 * 1024
+"""Bytes that a grammar may have."""
 MAX_WINDOW = 1 << 20
 """Tokens that a repetition penalty may look back; llama.cpp allocates the whole window at once."""
 
@@ -200,9 +204,9 @@ def _breakers(value: object) -> tuple[str, ...]:
 
 
 def as_tuple(name: str, value: object, max_items: int) -> tuple[Any, ...]:
-    """`value`, a list or a tuple, as a tuple. Raises `InvalidRequest`, which names the field `name`, for anything else
-    and for more than `max_items` items."""
-    if not isinstance(value, (tuple, list)):
+    """`value`, a sequence that is no text, as a tuple. Raises `InvalidRequest`, which names the field `name`, for
+    anything else and for more than `max_items` items."""
+    if isinstance(value, (str, bytes, bytearray, memoryview)) or not isinstance(value, Sequence):
         raise InvalidRequest(f"{name} must be a list, not {type(value).__name__}", param=name)
     if len(value) > max_items:
         raise InvalidRequest(f"{name} may have at most {max_items} entries, not {len(value)}", param=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from trio_runner.request import (
     Part,
     RerankRequest,
     as_prompt,
+    make_request,
 )
 from trio_runner.sampling import (
     MAX_DRY_BREAKER_BYTES,
@@ -351,3 +353,21 @@ def test_as_prompt() -> None:
     for value in no_prompts:
         with pytest.raises(InvalidRequest, match=f"not {type(value).__name__}"):
             as_prompt(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "item"),
+    [
+        ("logit_bias", (1, 2.0)),
+        ("dry_sequence_breakers", "."),
+        ("image_data", (1, b"image")),
+        ("adapters", AdapterChoice("a")),
+    ],
+)
+def test_any_sequence_is_taken_for_a_list_and_text_is_not(name: str, item: object) -> None:
+    """Type checkers allow any sequence."""
+    request = make_request("hello", {name: deque([item])})
+    assert getattr(request.sampling if hasattr(SamplingParams, name) else request, name) == (item,)
+    for text in (b"ab", bytearray(b"ab"), memoryview(b"ab")):
+        with pytest.raises(InvalidRequest, match=f"{name} must be a list, not {type(text).__name__}"):
+            make_request("hello", {name: text})
