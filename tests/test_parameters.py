@@ -49,8 +49,9 @@ def test_the_defaults_are_allowed() -> None:
         ("name", "four+", "name has 5 bytes, but at most 4 are allowed"),
         ("name", "\ud800", "name contains half of a surrogate pair, which is no character"),
         ("name", b"x", "name must be a string, not bytes"),
-        ("mode", "c", "mode must be one of a, b"),
-        ("mode", ["a"], "mode must be one of a, b"),
+        ("mode", "c", 'mode must be "a" or "b", not "c"'),
+        ("mode", "\ud800" + "c" * 100, rf'mode must be "a" or "b", not "\ud800{"c" * 39}"'),
+        ("mode", ["a"], 'mode must be "a" or "b", not list'),
     ],
 )
 def test_a_complaint_names_the_parameter(name: str, value: Any, complaint: str) -> None:

@@ -13,6 +13,7 @@ The functions return `Any`, so that a type checker sees an ordinary default valu
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from typing import Any, Literal, TypeAlias
 Kind: TypeAlias = Literal["number", "integer", "boolean", "text", "choice", "other"]
 
 _KEY = "trio_runner.parameter"
+
+MAX_SHOWN = 40
+"""Characters of a wrong word that a message repeats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +110,7 @@ class Parameter:
             case "text":
                 return text_complaint(self.name, value, self.max_bytes)
             case "choice":
-                if not isinstance(value, str) or value not in self.choices:
-                    return f"{self.name} must be one of {', '.join(self.choices)}"
+                return choice_complaint(self.name, value, self.choices)
         return None
 
 
@@ -198,6 +201,15 @@ def integer_complaint(name: str, value: object, low: int, high: int) -> str | No
 def boolean_complaint(name: str, value: object) -> str | None:
     """What is wrong with `value` as true or false."""
     return None if isinstance(value, bool) else f"{name} must be true or false, not {type(value).__name__}"
+
+
+def choice_complaint(name: str, value: object, choices: tuple[str, ...]) -> str | None:
+    """What is wrong with `value` as one of a few words."""
+    if isinstance(value, str) and value in choices:
+        return None
+    *first, last = (f'"{choice}"' for choice in choices)
+    shown = json.dumps(value[:MAX_SHOWN]) if isinstance(value, str) else type(value).__name__
+    return f"{name} must be {', '.join(first)} or {last}, not {shown}"
 
 
 def text_complaint(name: str, value: object, max_bytes: int | None = None) -> str | None:
