@@ -128,4 +128,8 @@ async def test_a_whole_request_is_not_a_query(toy: Toy) -> None:
     async with toy.engine() as engine:
         with pytest.raises(TypeError, match="rerank_request"):
             await engine.rerank(request, DOCUMENTS)
+        with pytest.raises(TypeError, match="rerank_request"):
+            await engine.rerank(request)
+        with pytest.raises(TypeError, match="a list of documents"):
+            await engine.rerank(QUERY)
         assert toy.context.batches == []

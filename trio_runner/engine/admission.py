@@ -14,15 +14,15 @@ from trio_runner.events import Usage
 from trio_runner.request import GenerateRequest
 
 MAX_RETRY_AFTER = 60.0
-"""Seconds. A longer estimate would be worth nothing."""
+"""Seconds after which a refused request is told to come back, at most. A longer estimate would be worth nothing."""
 MIN_RETRY_AFTER = 1.0
-"""Seconds."""
+"""Seconds after which a refused request is told to come back, at least: HTTP counts in whole seconds."""
 SHARE_OF_LAST = 0.1
 """Weight of the last request in the moving average of seconds: the average is over about ten requests."""
 
 Queue: TypeAlias = Literal["generation", "embedding"]
-"""Generations wait for slots and embeddings for slots of their own, so each have a queue, and neither takes a place
-from the other."""
+"""Generations and embeddings have a queue each, so that neither takes a place from the other. Most embeddings have
+slots of their own as well; see `core.sequence.takes_embed_slot`."""
 
 
 def queue_of(request: AnyRequest) -> Queue:

@@ -19,7 +19,7 @@ from trio_runner.config import EngineConfig
 from trio_runner.engine.adapters import load_adapter
 from trio_runner.engine.embedding import embed_all, embed_one, shaped
 from trio_runner.engine.generation import Generation
-from trio_runner.engine.helper_threads import LONG_TEXT
+from trio_runner.engine.helper_threads import kind_for
 from trio_runner.engine.lifecycle import Lifecycle
 from trio_runner.engine.mailbox import Retire
 from trio_runner.engine.requests import PairRequest
@@ -49,7 +49,7 @@ from trio_runner.request import (
 
 class Engine:
     """One loaded model, ready for any number of concurrent requests. Made by `open_engine`, and used on its trio
-    thread. `EngineInterface` says what every member promises.
+    thread.
 
     An engine breaks if its model does not load or if its decode thread dies. It stays broken: `status` is "broken",
     `failure` says why, the model is freed, and every request raises. To go on, open another engine.
@@ -211,18 +211,20 @@ class Engine:
         embedded = await self._embed_all(requests)
         return [shaped(one, request) for one, request in zip(embedded, requests, strict=True)]
 
-    async def rerank(self, query: str, documents: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
+    async def rerank(
+        self, query: str, documents: Sequence[str] | None = None, *, truncate: bool = False
+    ) -> NDArray[np.float32]:
         """How well each document answers the query: float32, shape (len(documents),). These are the model's own scores,
         of which only the order means something.
 
-        Raises TypeError if `documents` is a single text, or if `query` is a `RerankRequest`, which belongs to
-        `rerank_request`. Raises `Unsupported` if the model was not made for reranking, and otherwise what
+        Raises TypeError if `documents` is missing or a single text, or if `query` is a `RerankRequest`, which belongs
+        to `rerank_request`. Raises `Unsupported` if the model was not made for reranking, and otherwise what
         `Generation.start` raises.
         """
         if isinstance(query, RerankRequest):
             raise TypeError("rerank takes a query and documents: give a RerankRequest to rerank_request")
-        if isinstance(documents, (str, bytes)):
-            raise TypeError("rerank takes a list of documents")
+        if documents is None or isinstance(documents, (str, bytes)):
+            raise TypeError("rerank takes a query and a list of documents")
         return await self.rerank_request(RerankRequest(query=query, documents=tuple(documents), truncate=truncate))
 
     async def rerank_request(self, request: RerankRequest) -> NDArray[np.float32]:
@@ -268,14 +270,14 @@ class Engine:
         await self.wait_ready()
         model = self._state.ready_runtime().model
         call = partial(tokenize, model, text, param="content", add_special=add_special, parse_special=parse_special)
-        return await self._lifecycle.helpers.run(call, is_long=len(text) >= LONG_TEXT)
+        return await self._lifecycle.helpers.run(call, kind_for(len(text)))
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`. Bytes that are no UTF-8 become U+FFFD. Raises `InvalidRequest` for a token outside the
         vocabulary, and what `wait_ready` raises."""
         await self.wait_ready()
         call = partial(self._state.ready_runtime().model.detokenize, tokens)
-        data = await self._lifecycle.helpers.run(call, is_long=len(tokens) >= LONG_TEXT)
+        data = await self._lifecycle.helpers.run(call, kind_for(len(tokens)))
         return data.decode(errors="replace")
 
     # -- ending -------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Generation:
     """
 
     usage: Usage | None = None
-    """What the request cost, once `Finished` was read."""
+    """What the request cost, once `Finished` was read; None before."""
 
     def __init__(self, dispatcher: Dispatcher, request: GenerateRequest) -> None:
         """Not for users: `Engine.generate` makes generations."""
@@ -87,18 +87,25 @@ class Generation:
         self._send.close()
 
     async def __aenter__(self) -> Generation:
+        """Start the request. Raises what `start` raises."""
         await self.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Close the generation."""
         self.close()
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> Event:
+        """The next event. Starts the request if need be.
+
+        Raises StopAsyncIteration after `Finished`, `trio.ClosedResourceError` after `close`, the error that ended the
+        request, and what `start` raises. If this is cancelled, no event is lost.
+        """
         await self.start()
         if self._error is not None:
             self._raise_error()
@@ -136,7 +143,8 @@ class Generation:
         return events
 
     async def collect(self) -> str:
-        """Read to the end and return the whole text. Closes the generation on the way out."""
+        """Read to the end and return the whole text. Closes the generation on the way out. Raises the error that ended
+        the request, and what `start` raises."""
         async with self:
             return "".join([event.text async for event in self])
 

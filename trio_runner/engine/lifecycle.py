@@ -6,7 +6,8 @@
       |- Deadlines.watch  once for stalled readers, and once for requests with a deadline
       '- the caller's block
 
-Everything but the decode loop and the helper threads is on the trio thread.
+Loading, the decode loop, the projector and the calls of helper threads have threads of their own. Everything else is on
+the trio thread. The loading thread sets `EngineState.progress`.
 """
 
 from __future__ import annotations

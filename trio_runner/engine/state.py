@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 class EngineState:
-    """Changed on the trio thread only, and only by the lifecycle."""
+    """Changed by the lifecycle only, and on the trio thread only, except `progress`."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.status: Status = "loading"
         self.progress = 0.0
-        """How much of the model is loaded, from 0 to 1."""
+        """How much of the model is loaded, from 0 to 1. The loading thread sets it."""
         self.failure: BaseException | None = None
         """Why `status` is "broken"."""
         self.runtime: Runtime | None = None
         """The model and its context, from the end of loading until the engine starts to free them."""
         self.loop: DecodeLoop | None = None
-        """The decode loop, exactly as long as `runtime`."""
+        """The decode loop. Set exactly while `runtime` is."""
         self.images: ImageStore | None = None
-        """The encoded images, exactly as long as `runtime`, if the model has a projector."""
+        """The encoded images. Set exactly while `runtime` is, if the model has a projector."""
         self.is_stopping = False
         """Requests in flight end now. While the engine drains, they may still finish."""
         self._settled = trio.Event()
