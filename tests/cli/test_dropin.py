@@ -123,6 +123,16 @@ def test_values_that_no_engine_can_have_are_refused(
     assert err.count("\n") == 1
 
 
+def test_the_context_of_a_slot_needs_a_slot() -> None:
+    """Whichever of the two flags is read first."""
+    (flag,) = (flag for flag in dropin.FLAGS.flags if flag.name == "ctx-size")
+    assert isinstance(flag, dropin.DropinFlag)
+    assert len(flag.settings) == 2
+    for setting in flag.settings:
+        with pytest.raises(ValueError, match="parallel must be 1 or more"):
+            setting.read(flag.default, {"parallel": 0})
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "first_line"),
     [

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.calls import Call
 from trio_runner.cli.main import main
-from trio_runner.cli.options import EngineOptions, engine_options, table_options
+from trio_runner.cli.options import EngineChoice, engine_options, table_options
 from trio_runner.cli.service import ServiceConfig
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig, read_adapter, read_scaled_adapter
 from trio_runner.parameters import Option, number, other, parameters_of
@@ -105,11 +105,11 @@ TOLD += " --mmproj p.gguf --flash-attention on --kv-type q8_0 --check-tensors --
     "more", ["", " --device none", " --device A,B --rpc a:1,b:2 --split-mode none --gpu-layers auto"]
 )
 def test_bench_gives_its_server_the_same_engine(more: str, call: Call) -> None:
-    given: list[EngineOptions] = []
+    given: list[EngineChoice] = []
 
     @click.command()
     @engine_options()
-    def bench(options: EngineOptions, /) -> None:
+    def bench(options: EngineChoice, /) -> None:
         given.append(options)
 
     command = f"{TOLD}{more}".split()

@@ -17,12 +17,12 @@ from trio_runner.sampling import SamplingParams
 def test_the_request_of_run(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[GenerateRequest] = []
 
-    def make_request(*arguments: object) -> GenerateRequest:
+    def request_of_run(*arguments: object) -> GenerateRequest:
         made.append(make(*arguments))  # type: ignore[arg-type]  # whatever they are
         return made[-1]
 
-    make = generate.make_request
-    monkeypatch.setattr(generate, "make_request", make_request)
+    make = generate.request_of_run
+    monkeypatch.setattr(generate, "request_of_run", request_of_run)
 
     assert main(["run", "prompt"]) == 0
     assert made[-1] == GenerateRequest(prompt="prompt", shift=False)

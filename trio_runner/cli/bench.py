@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trio_runner.cli.logs import set_up_logging
-from trio_runner.cli.options import EngineOptions, engine_options
+from trio_runner.cli.options import EngineChoice, engine_options
 from trio_runner.errors import RunnerError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class BenchOptions:
     "--bare", is_flag=True, help="Measure instead the engine beside a bare loop of llama.cpp, in this process."
 )
 @engine_options()
-def bench(options: EngineOptions, /, bare: bool, **chosen: Any) -> int:
+def bench(options: EngineChoice, /, bare: bool, **chosen: Any) -> int:
     """Measure what the clients of a server notice: how soon and how fast text comes, and what happens when they leave.
 
     Each scenario is measured for several rounds. Two servers take turns in each round, and the last column of the
@@ -265,7 +265,7 @@ class _Results:
         return json.dumps(document, indent=1)
 
 
-def _bench_bare(options: EngineOptions, asked: BenchOptions) -> int:
+def _bench_bare(options: EngineChoice, asked: BenchOptions) -> int:
     model, config = options.configs()
 
     from trio_runner.bench.bare import run_bench

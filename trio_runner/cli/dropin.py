@@ -84,7 +84,7 @@ def _read_port(port: int, values: Values) -> int:
 
 def _slot_context(ctx_size: int, values: Values) -> int:
     """The tokens of one slot: the flag counts those of all slots together."""
-    return ctx_size // int(values["parallel"])
+    return ctx_size // _read_parallel(int(values["parallel"]), values)
 
 
 def _embedding_rows(ctx_size: int, values: Values) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trio_runner.cli.logs import set_up_logging
-from trio_runner.cli.options import EngineOptions, engine_options, table_options
+from trio_runner.cli.options import EngineChoice, engine_options, table_options
 from trio_runner.errors import RunnerError
 from trio_runner.request import Chat, EmbedRequest, GenerateRequest, Prompt, RerankRequest
 from trio_runner.sampling import SamplingParams
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 @table_options(SamplingParams)
 @engine_options(slots=1, stall_timeout=math.inf)  # a pager may keep the text waiting for as long as its user likes
 def run(
-    options: EngineOptions,
+    options: EngineChoice,
     sampling: dict[str, Any],
     /,
     prompt: str | None,
@@ -62,7 +62,7 @@ def run(
 ) -> int:
     """Continue PROMPT and stream the text to stdout. Without PROMPT, or with "-", read it from stdin."""
     set_up_logging(options.verbose)
-    request = make_request(make_prompt(prompt, images, chat), max_tokens, stop, shift, grammar_file, sampling)
+    request = request_of_run(make_prompt(prompt, images, chat), max_tokens, stop, shift, grammar_file, sampling)
     configs = options.configs()
 
     from trio_runner.cli.running import run_with_engine
@@ -96,7 +96,7 @@ def make_prompt(text: str | None, images: tuple[Path, ...], chat: bool) -> Promp
     return cast(Prompt, (*images, text)) if images else text
 
 
-def make_request(
+def request_of_run(
     prompt: Prompt,
     max_tokens: int | None,
     stop: tuple[str, ...],
@@ -130,7 +130,7 @@ def read_texts(arguments: Sequence[str]) -> list[str]:
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 @table_options(EmbedRequest, "normalize", "dimensions", "truncate")
 @engine_options()
-def embed(options: EngineOptions, chosen: dict[str, Any], /, texts: tuple[str, ...]) -> int:
+def embed(options: EngineChoice, chosen: dict[str, Any], /, texts: tuple[str, ...]) -> int:
     """Print the embedding of every TEXT as a JSON array, one per line. "-" stands for the lines of stdin."""
     set_up_logging(options.verbose)
     all_texts = read_texts(texts)
@@ -151,7 +151,7 @@ def embed(options: EngineOptions, chosen: dict[str, Any], /, texts: tuple[str, .
 @click.argument("documents", nargs=-1, required=True, metavar="DOCUMENT...")
 @table_options(RerankRequest, "truncate")
 @engine_options()
-def rerank(options: EngineOptions, chosen: dict[str, Any], /, query: str, documents: tuple[str, ...]) -> int:
+def rerank(options: EngineChoice, chosen: dict[str, Any], /, query: str, documents: tuple[str, ...]) -> int:
     """Print how well every DOCUMENT answers QUERY, one score per line, by a model made for it. "-" stands for the lines
     of stdin."""
     set_up_logging(options.verbose)

@@ -9,7 +9,7 @@ import click
 
 from trio_runner import __version__
 from trio_runner.cli.logs import set_up_logging
-from trio_runner.cli.options import EngineOptions, engine_options
+from trio_runner.cli.options import EngineChoice, engine_options
 from trio_runner.info import MIB
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @engine_options(slots=1)
-def info(options: EngineOptions, /, as_json: bool) -> int:
+def info(options: EngineChoice, /, as_json: bool) -> int:
     """Print facts about the model, the devices and the libraries."""
     set_up_logging(options.verbose)
     configs = options.configs()

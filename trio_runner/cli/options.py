@@ -179,8 +179,8 @@ def table_options(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """What the user chose of the model and its engine."""
+class EngineChoice:
+    """The model that the user chose, and its options and those of the engine."""
 
     model: str
     """A path, or the name of a model to fetch."""
@@ -217,20 +217,20 @@ class EngineOptions:
 
 def engine_options(
     **defaults: Any,
-) -> Callable[[Callable[Concatenate[EngineOptions, P], R]], Callable[P, R]]:
+) -> Callable[[Callable[Concatenate[EngineChoice, P], R]], Callable[P, R]]:
     """Give a command the options of the model and the engine. Its first argument is what the user chose.
 
     `defaults` are fields of `EngineConfig` that this command sets to something else than the table does.
     """
 
-    def decorate(function: Callable[Concatenate[EngineOptions, P], R]) -> Callable[P, R]:
+    def decorate(function: Callable[Concatenate[EngineChoice, P], R]) -> Callable[P, R]:
         of_model = TableOptions(ModelConfig, command=function.__name__)
         of_engine = TableOptions(EngineConfig, command=function.__name__, defaults=defaults)
 
         @wraps(function)
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
             model, offline, verbose = (kwargs.pop(name) for name in ("model", "offline", "verbose"))
-            options = EngineOptions(
+            options = EngineChoice(
                 model=str(model),
                 offline=bool(offline),
                 verbose=int(str(verbose)),

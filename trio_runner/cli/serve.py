@@ -9,18 +9,17 @@ from pathlib import Path
 import click
 
 from trio_runner.cli.logs import set_up_logging
-from trio_runner.cli.options import EngineOptions, engine_options
+from trio_runner.cli.options import EngineChoice, engine_options
 
 API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
 
 
 @click.command()
-@engine_options()
 @click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on. One that other machines reach needs an API key.",
+    help="Address to listen on. An address that other machines can reach needs an API key.",
 )
 @click.option(
     "--port",
@@ -55,8 +54,9 @@ API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
     help="End at once when the process that started this one is gone. PID must be its process id: with any other "
     "number the server ends right after its start.",
 )
+@engine_options()
 def serve(
-    options: EngineOptions,
+    options: EngineChoice,
     /,
     host: str,
     port: int,
