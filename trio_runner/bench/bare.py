@@ -33,7 +33,7 @@ N_SHORT_PROMPT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Comparison:
     """Medians of the rounds, in tokens per second. `ratio` is the engine's rate divided by the bare loop's."""
 
     name: str
@@ -44,7 +44,7 @@ class Measured:
 
 async def run_bench(
     loader: Loader, config: EngineConfig, *, n_prompt: int, n_tokens: int, rounds: int
-) -> list[Measured]:
+) -> list[Comparison]:
     """Measure prefill of one prompt, decoding of one sequence, and decoding of a sequence on every slot.
 
     Loads the model twice. Raises `LoadError` if it cannot be loaded, and `PromptTooLong` if the prompt, or a short
@@ -81,7 +81,7 @@ async def _measure(
     n_streams: int,
     n_decode: int,
     rounds: int,
-) -> Measured:
+) -> Comparison:
     with_engine, without = [], []
     for number in range(rounds + 1):  # the first one warms up
         prompts = [_prompt(n_prompt, number * n_streams + stream, engine.info.n_vocab) for stream in range(n_streams)]
@@ -96,7 +96,7 @@ async def _measure(
             with_engine.append(rates[True])
             without.append(rates[False])
     ratios = [a / b for a, b in zip(with_engine, without, strict=True)]
-    return Measured(name, statistics.median(with_engine), statistics.median(without), statistics.median(ratios))
+    return Comparison(name, statistics.median(with_engine), statistics.median(without), statistics.median(ratios))
 
 
 def _endless(engine: EngineInterface) -> SamplingParams:
