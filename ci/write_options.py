@@ -71,7 +71,9 @@ def typed_dict(
                 else "How tokens are chosen, as one value."
             )
             quoted = text.replace("\\", "\\\\").replace('"', '\\"') if text.endswith('"') else text
-            lines += textwrap.wrap(f'"""{quoted}"""', 112, initial_indent="    ", subsequent_indent="    ")
+            lines += textwrap.wrap(
+                f'"""{quoted}"""', 112, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+            )
     return "\n".join(lines)
 
 

@@ -76,8 +76,8 @@ class SamplingOptions(TypedDict, total=False):
     """GBNF grammar with a rule named root, which the text must follow. A token that the other samplers chose
     against the grammar is chosen anew under it."""
     logprobs: int
-    """Number of most probable alternatives to report with every token. 0 reports the chosen token's own log-
-    probability, -1 reports nothing."""
+    """Number of most probable alternatives to report with every token. 0 reports the chosen token's own
+    log-probability, -1 reports nothing."""
 
 
 class ChatOptions(SamplingOptions, total=False):
