@@ -315,8 +315,15 @@ class EngineConfig:
         0,
         math.inf,
         unit="seconds",
-        options=_SERVE,
-        doc="Seconds that a paused generation waits for its reader. Then it ends with the error `ReaderStalled`.",
+        options=(
+            Option(
+                commands=("serve",),
+                doc="Seconds that a paused generation waits for its reader before it ends with an error. A client that "
+                "takes nothing of its answer for so long is disconnected.",
+            ),
+        ),
+        doc="Seconds that a paused generation waits for its reader. Then it ends with the error `ReaderStalled`. In "
+        "`serve`, a client that takes nothing of its answer for so long is disconnected, too.",
     )
 
     def __post_init__(self) -> None:

@@ -158,4 +158,5 @@ class EngineOptions(TypedDict, total=False):
     max_backlog: int
     """Unread events after which a generation is paused until its reader catches up."""
     stall_timeout: float
-    """Seconds that a paused generation waits for its reader. Then it ends with the error `ReaderStalled`."""
+    """Seconds that a paused generation waits for its reader. Then it ends with the error `ReaderStalled`. In
+    `serve`, a client that takes nothing of its answer for so long is disconnected, too."""
