@@ -6,7 +6,7 @@ with limits would stop it too, but core/ has neither a clock nor processes, and 
 on every machine. So work is counted before it is done, in units of about ten nanoseconds:
 
     256     a call, a lookup that fails
-     64     a filter, a test, an element that a filter or test is applied to
+     64     an operator, a filter, a test, an element that a filter or test is applied to
      32     a lookup of an attribute or item, an output
      16     an element of a list, tuple or dict that is compared or written out
       8     a node of the program in a loop or macro, whether or not it is executed
@@ -25,7 +25,9 @@ A cap on the output and counters in loops would be shorter, but do not suffice: 
 `tests/core/test_template.py`.
 
     work.py          the budget, and what values weigh
-    environment.py   operators, lookups, calls, filters and tests that spend before they work
+    costs.py         what takes longer than it takes to read the values
+    filters.py       filters and tests that spend before they work
+    environment.py   operators, lookups and calls that spend before they work
     rewriter.py      what the sandbox would do without its environment
 """
 
