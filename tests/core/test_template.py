@@ -101,11 +101,12 @@ EXPRESSIONS = [
     "(messages | first).role ~ (messages | last).role ~ messages | count",
     "None is none and True and not False",
     "('upper' is filter) ~ ('nothing' is filter) ~ ('odd' is test) ~ ('nothing' is test) ~ (n is sameas n)",
-    "'12' | int(5000) + ('x' | int(5000)) ~ 'xx'.replace('x', 'y', 5000) ~ 'a a'.split(' ', 5000) ~ 'aba'.rfind('a', 0, 5000)",
+    "'12' | int(5000) ~ ('x' | int(5000)) ~ 'xx'.replace('x', 'y', 5000) ~ 'a a'.split(' ', 5000)",
+    "'aba'.rfind('a', 0, 5000) ~ (0.5 in range(3)) ~ (2 in range(3))",
     "nothing | map('upper') | list ~ (none | selectattr('x', 'defined') | list) ~ (none | map('upper') | list)",
-    "none | reject('odd') | list ~ (none | select('odd') | list) ~ (none | rejectattr('x') | list) ~ ([] | map('e') | list)",
-    "messages | selectattr('role', '==', 'user') | map(attribute='content') | join ~ (0.5 in range(3)) ~ (2 in range(3))",
-    "10 - 3 - 1.5 ~ -7 // 2 ~ 7 / 2 ~ 2 ** 70 - 1 ~ (2 ** 70 + 1) // 3",
+    "none | reject('odd') | list ~ (none | select('odd') | list) ~ (none | rejectattr('x') | list)",
+    "messages | selectattr('role', '==', 'user') | map(attribute='content') | join",
+    "10 - 3 - 1.5 + -7 // 2 - 7 / 2 - 2 ** 70 + (2 ** 70 + 1) // 3",
     "'abc' | trim(chars='c') ~ ('ab' | replace(old='a', new='c')) ~ ([1, 2] | join(d='-')) ~ ([1] | sum(start=2))",
 ]
 
@@ -270,17 +271,16 @@ HOSTILE = {
     "int of a long text": "{{ ('f' * 1000000) | int(base=16) }}",
     "lipsum": "{{ lipsum(n=100000) }}",
     "round to negative digits": "{{ 5 | round(-20000000) }}",
-    "sums of numbers": "{% set ns = namespace(x=1) %}{% for i in range(99999) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "differences of numbers": "{% set ns = namespace(x=1) %}{% for i in range(99999) %}{% set ns.x = ns.x - -ns.x %}"
-    "{% endfor %}",
+    "sums of numbers": "{% set ns = namespace(x=1) %}"
+    "{% for i in range(9999) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "differences of numbers": "{% set ns = namespace(x=1) %}"
+    "{% for i in range(9999) %}{% set ns.x = ns.x - -ns.x %}{% endfor %}",
     "quotients of a number": "{% set n = " + "9" * 4000 + " %}{% for i in range(9) %}{{ n // 3 }}{% endfor %}",
     "remainders of a number": "{% set n = " + "9" * 4000 + " %}{% for i in range(9) %}{{ n % 3 }}{% endfor %}",
     # The budget.
     "a cost below zero": "{{ [-10**12] | map('=pay') | list }}",
     "a filter of the rewriter": "{{ [1] | map('=weighed') | list }}",
-    "costs below zero in a loop": "{% for i in range(99999) %}{{ [-1] | map('=pay') | list }}{{ 'x' * 9999 }}{% endfor %}",
-    "variables of a loop": "{% set d = dict(range(20000) | map('string') | map('center', 9) | groupby(0)) %}"
-    "{% set d = namespace(x={'a': 1}) %}{% macro f(v) %}{{ ''.strip(**v) }}{% endmacro %}"
+    "variables of a loop": "{% macro f(v) %}{{ ''.strip(**v) }}{% endmacro %}"
     "{% for i in range(99999) %}{% set x = f({'_loop_vars': messages[0]}) %}{% endfor %}",
     # Loops.
     "members of a range": "{% set r = range(100000) %}{% for i in range(99) %}{{ 0.5 in r }}{% endfor %}",
@@ -476,7 +476,7 @@ def test_every_template_renders_the_longest_conversations(name: str, n_messages:
         ]
     if name == "only parts":
         messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    variables = {"messages": messages, "tools": None, "add_generation_prompt": True, "bos_token": "", "eos_token": ""}
     size = len(json.dumps(messages))
     text = rendered(TEMPLATES[name], variables, 1 << 30, int(size * WORK_PER_CHARACTER))
     assert text.count("Some words, in a line.") > size / 100
@@ -507,7 +507,6 @@ def test_what_takes_little_work() -> None:
         "content == none",
         "content is string",
         "message.tools | length",
-        "message.tools | first is string",
         "content[:5]",
     ]:
         rendered("{{ " + expression + " }}", {"message": message, **message}, max_work=2000)
