@@ -278,7 +278,7 @@ HOSTILE = {
     "quotients of a number": "{% set n = " + "9" * 4000 + " %}{% for i in range(9) %}{{ n // 3 }}{% endfor %}",
     "remainders of a number": "{% set n = " + "9" * 4000 + " %}{% for i in range(9) %}{{ n % 3 }}{% endfor %}",
     # The budget.
-    "a cost below zero": "{{ [-10**12] | map('=pay') | list }}",
+    "a cost below zero": "{{ [-(10**12)] | map('=pay') | list }}",
     "a filter of the rewriter": "{{ [1] | map('=weighed') | list }}",
     "variables of a loop": "{% macro f(v) %}{{ ''.strip(**v) }}{% endmacro %}"
     "{% for i in range(99999) %}{% set x = f({'_loop_vars': messages[0]}) %}{% endfor %}",
