@@ -233,7 +233,7 @@ _OF_NAMES: Final = _names("filter test")
 
 def _test(name: str) -> Any:
     """Jinja's test, bounded if its time depends on the value."""
-    function: Callable[..., Any] = JINJA_TESTS[name]
+    function: Any = JINJA_TESTS[name]
     if name in _COMPARISONS:
         operator = _COMPARISONS[name]
 
