@@ -10,11 +10,12 @@ on every machine. So work is counted before it is done, in units of about ten na
      32     a lookup of an attribute or item, an output
      16     an element of a list, tuple or dict that is compared or written out
       8     a node of the program in a loop or macro, whether or not it is executed
-      4     an element that is copied
+      4     an element that is copied, or compared with one value
       1     a character
 
 The weight of a structure is that of its text, because with shared parts it can be much smaller in memory. The budget is
-more than the longest conversations need, and one or two seconds of work.
+one or two seconds of work, and 32 units for each character of the longest request. The templates of well-known models
+take 3 to 16 for each, so each operation is charged for what it reads, and not for the whole of its arguments.
 
 The sandbox asks its environment to do operators, lookups and calls, but not loops, slices, comparisons, `~` and keys of
 dicts. The program is rewritten to call a filter or a test for those. No value is an iterator, which could be weighed

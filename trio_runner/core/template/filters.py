@@ -94,6 +94,7 @@ def _own(function: Callable[..., Any]) -> Callable[..., Any]:
 def _join(context: Context, value: Any, d: Any = "", attribute: Any = None) -> str:
     spend(FILTER)
     items = value if attribute is None else context.environment.filters["map"](context, value, attribute=attribute)
+    spend(ELEMENT * len(items))
     texts = list(map(text_of, items))
     between = text_of(d)
     pay_join(between, texts)

@@ -69,15 +69,23 @@ def spend(work: int) -> None:
 def weigh(value: object, times: int = 1, depth: int = 1) -> int:
     """Return the weight of `value`: what it takes to read, compare or write it as a whole. Spends `times` as much."""
     if not isinstance(value, (list, tuple, dict)):
-        weight = 1 + (len(value) if isinstance(value, str) else length_of(value))
+        weight = 1 + length_of(value)
         spend(weight * times)
         return weight
     if depth > MAX_NESTING:
         raise TemplateError("it nests values too deeply")
     weight = 2 * ELEMENT + max(ELEMENT, depth) * len(value)  # an indented line can be as long as it is deep
     spend(weight * times)
-    items = chain(value, value.values()) if isinstance(value, dict) else value
-    return weight + sum(weigh(item, times, depth + 1) for item in items)
+    inner = leaves = 0
+    for item in chain(value, value.values()) if isinstance(value, dict) else value:
+        if isinstance(item, (list, tuple, dict)):
+            inner += weigh(item, times, depth + 1)
+        else:  # here, because a call for each would take longer than all else
+            leaves += 1
+            if isinstance(item, (str, range)):
+                leaves += length_of(item)
+    spend(leaves * times)
+    return weight + inner + leaves
 
 
 def length_of(value: object) -> int:
