@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -139,6 +140,16 @@ def test_the_bounds() -> None:
         assert "50000000" in refusal(lazy)
 
 
+def test_the_size_of_a_webp_is_checked_whatever_bound_the_program_gives_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = [name for name in HOSTILE if re.fullmatch(r"webp, (lossless, )?([0-9]{5}|2\^24) x .*", name)]
+    assert len(large) == 5
+    for n_pixels in (None, 100, Image.MAX_IMAGE_PIXELS):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", n_pixels)
+        for name in large:
+            assert re.search("no side may have more than 16384|at most 50000000 are allowed", refusal(HOSTILE[name]))
+    assert "has no pixels" in refusal(HOSTILE["webp, 0 x 0"])
+
+
 def test_values_that_are_no_image_source(tmp_path: Path) -> None:
     for value in ["image.png", None, 1, bytearray(b"x"), [b"x"], memoryview(b"x"), b"x".__class__]:
         assert "must be the bytes of a file, a path or a PIL image" in refusal(value)
@@ -235,6 +246,15 @@ def test_orientation(width: int, height: int, orientation: int, order: str, seed
     assert (
         array_of(load(encoded(image, "JPEG", exif=b"Exif\0\0" + tag))) == turned(array_of(plain), orientation)
     ).all()
+
+
+def test_the_orientation_of_a_png_may_stand_after_its_pixels() -> None:
+    data = png(4, 2)
+    assert (load(data).width, load(data).height) == (4, 2)
+    for tag in (exif(6), exif(8, ">")):
+        after = load(data.replace(b"\0\0\0\0IEND", png_chunk(b"eXIf", tag) + b"\0\0\0\0IEND"))
+        assert (after.width, after.height) == (2, 4)
+        assert after == load(png(4, 2, extra=png_chunk(b"eXIf", tag)))
 
 
 def test_a_damaged_orientation_is_ignored() -> None:

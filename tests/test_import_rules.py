@@ -56,7 +56,7 @@ OUTSIDE: dict[str, set[str]] = {
     "trio": {"engine", "server", "bench", ""},
     "numpy": {"core.pooling", "core.grammar", "core.ports", "interface", "llama", "engine", "server", "testing", ""},
     "msgspec": {"server", ""},
-    "jinja2": {"core.template.environment", "core.template.rewriter", "core.template.work"},
+    "jinja2": {f"core.template.{name}" for name in ("environment", "filters", "rewriter", "work")},
     "matplotlib": {"bench.report"},
     "PIL": {"images", "image_source"},
 }

@@ -48,7 +48,11 @@ class ScannedImage(NamedTuple):
     data: bytes
     """The file, reduced to what the pixels depend on."""
     exif: bytes = b""
-    """The EXIF block of a JPEG, which Pillow would parse at once. Of other formats Pillow only copies it."""
+    """The EXIF block of a JPEG or PNG, which `data` lacks.
+
+    Pillow would parse that of a JPEG at once. It reads that of a PNG too late, if it stands after the pixels. Of other
+    formats it only copies the block.
+    """
 
 
 def scan_image(data: bytes) -> ScannedImage:
@@ -170,7 +174,7 @@ class _Reader:
 
 def _scan_png(reader: _Reader) -> ScannedImage:
     kept, pixels = [reader.take(8)], []
-    header = b""
+    header = exif = b""
     n_inflated = 0
     for kind, body in _png_chunks(reader):
         if (kind == b"IHDR") != (not header):
@@ -195,7 +199,10 @@ def _scan_png(reader: _Reader) -> ScannedImage:
             case b"tRNS" if header[8:10] == b"\x10\2" and len(body) == 6:
                 # Pillow drops the low halves of 16-bit pixels, but not those of the transparent colour.
                 body = b"\0%c\0%c\0%c" % (body[0], body[2], body[4])
-            case b"PLTE" | b"tRNS" | b"eXIf" | b"IEND":
+            case b"eXIf":
+                exif = body
+                continue
+            case b"PLTE" | b"tRNS" | b"IEND":
                 pass
             case _ if kind[0] & 0x20:  # a lower-case letter marks an ancillary chunk
                 continue
@@ -203,7 +210,7 @@ def _scan_png(reader: _Reader) -> ScannedImage:
                 damaged(f"a chunk of an unknown kind, {kind!r}")
         kept.append(_png_chunk(kind, body))
     _check_rows(header, pixels)
-    return ScannedImage("PNG", b"".join(kept))
+    return ScannedImage("PNG", b"".join(kept), exif)
 
 
 def _png_chunks(reader: _Reader) -> Iterator[tuple[bytes, bytes]]:
@@ -371,10 +378,28 @@ def _scan_webp(reader: _Reader) -> ScannedImage:
     reader.skip(4)
     while reader.at < end:
         reader.count()
-        _, length = reader.unpack("<4sI")
-        reader.skip(length)
+        kind, length = reader.unpack("<4sI")
+        size = _webp_size(kind, reader.take(length)[:10])
+        if size is not None:
+            check_size(*size)
         reader.skip(min(length % 2, len(reader.data) - reader.at))
     return ScannedImage("WEBP", reader.data[:end])
+
+
+def _webp_size(kind: bytes, beginning: bytes) -> tuple[int, int] | None:
+    """The size that a chunk states in its first ten bytes. It is None for other chunks, and for damaged ones.
+
+    Pillow would refuse a large size before it can be checked, but with a bound that the program can change.
+    """
+    if kind == b"VP8 " and len(beginning) == 10 and beginning[3:6] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", beginning, 6)  # two bits of each are a factor for display
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L" and len(beginning) >= 5 and beginning[0] == 0x2F:
+        (bits,) = struct.unpack_from("<I", beginning, 1)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8X" and len(beginning) == 10:
+        return 1 + int.from_bytes(beginning[4:7], "little"), 1 + int.from_bytes(beginning[7:], "little")
+    return None
 
 
 def _scan_bmp(reader: _Reader) -> ScannedImage:

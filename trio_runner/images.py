@@ -1,8 +1,7 @@
 """Decode an image that a caller gives into RGB pixels, within bounds of time and memory.
 
 A file is scanned first (`trio_runner.image_formats`), and then given to Pillow's decoder of the format that the scan
-found. Pillow's own settings are not changed. Importing this module does not import Pillow, which
-takes a while.
+found. Pillow's own settings are not changed. Importing this module does not import Pillow, which takes a while.
 """
 
 from __future__ import annotations

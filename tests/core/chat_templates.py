@@ -237,6 +237,73 @@ QWEN = """\
 {%- endif %}
 """
 
+QWEN3 = """\
+{%- set ns = namespace(searching=true, last=messages | length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = messages | length - 1 - loop.index0 %}
+    {%- if ns.searching and message.role == 'user' and message.content is string and not (
+        message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.searching = false %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}
+    {%- for tool in tools %}
+        {{- tool | tojson(separators=(',', ':')) ~ '\\n' }}
+    {%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == 'system' %}
+        {{- '<|im_start|>system\\n' + content.strip() + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set reasoning = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or reasoning) %}
+            {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning.strip('\\n') }}
+            {{- '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content.lstrip('\\n') }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls | selectattr('function', 'defined') %}
+            {%- if (loop.first and content) or not loop.first %}
+                {{- '\\n' }}
+            {%- endif %}
+            {{- '<tool_call>\\n{"name": "' + tool_call.function.name + '", "arguments": ' }}
+            {%- if tool_call.function.arguments is string %}
+                {{- tool_call.function.arguments }}
+            {%- else %}
+                {{- tool_call.function.arguments | tojson(separators=(',', ':')) }}
+            {%- endif %}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or loop.previtem.role != 'tool' %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' + content.replace('</tool_response>', '').rstrip() + '\\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
 DEEPSEEK = """\
 {% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\
 {% set ns = namespace(is_first=false, is_tool=false, system_prompt='') %}\
@@ -328,6 +395,7 @@ TEMPLATES = {
     "gemma": GEMMA,
     "mistral": MISTRAL,
     "qwen": QWEN,
+    "qwen 3": QWEN3,
     "deepseek": DEEPSEEK,
     "phi": PHI,
     "only parts": ONLY_PARTS,

@@ -440,6 +440,6 @@ def test_the_style_of_each_template_is_found() -> None:
     styles = {name: template(name).style for name in TEMPLATES}
     assert [name for name, style in styles.items() if style.takes_parts] == ["only parts", "text or parts"]
     assert [name for name, style in styles.items() if not style.takes_text] == ["only parts"]
-    assert [name for name, style in styles.items() if style.takes_json] == ["deepseek"]
-    objects = ["llama 3", "mistral", "qwen", "text or parts"]
+    assert [name for name, style in styles.items() if style.takes_json] == ["qwen 3", "deepseek"]
+    objects = ["llama 3", "mistral", "qwen", "qwen 3", "text or parts"]
     assert [name for name, style in styles.items() if style.takes_objects] == objects

@@ -223,8 +223,8 @@ def chain(n_rules: int, link: str) -> str:
         ('root ::= ([a-z]+)* "~"', "steps"),
         ('root ::= "a" root "x" | "a" root "y" | ""', "steps"),
         ("root ::= x{5}\nx ::= " + " | ".join(f'"{chr(0x4E00 + index)}"' for index in range(1000)), "steps"),
-        ("root ::= " + "x " * 30_000 + '\nx ::= "x"', "items"),
-        ("root ::= " + '("x")' * 12_000, "items"),
+        ("root ::= " + "x " * 30_000 + '\nx ::= "x"', "symbols"),
+        ("root ::= " + '("x")' * 12_000, "symbols"),
         ("root ::= " + " ".join(f"[{chr(0x4E00 + index)}]" for index in range(8000)), "positions"),
     ],
 )

@@ -25,7 +25,7 @@ MAX_STRING_BYTES: Final = 16 << 20
 MAX_ARRAY_LENGTH: Final = 4_000_000
 MAX_NAME_BYTES: Final = 64  # ggml's own bound, including the terminating NUL
 MAX_DIMENSIONS: Final = 4
-MAX_TEMPLATE_BYTES: Final = 1 << 20
+MAX_TEMPLATE_CHARACTERS: Final = 1 << 20
 MAX_BLOCKS: Final = 512
 SHORT_ARRAY_LENGTH: Final = 64
 """Length up to which the values of an array are kept."""
@@ -311,8 +311,8 @@ def _check_values(header: GgufHeader) -> None:
     if not architecture:
         raise _Damaged("damaged: it does not name its architecture")
     template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str) and len(template) > MAX_TEMPLATE_BYTES:
-        raise _Damaged(f"the chat template has more than {MAX_TEMPLATE_BYTES} characters")
+    if isinstance(template, str) and len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise _Damaged(f"the chat template has more than {MAX_TEMPLATE_CHARACTERS} characters")
     # What is left out here must be all that the loader refuses as a model. An adapter and a projector have no
     # hyperparameters of a model.
     if metadata.get("general.type") == ADAPTER_TYPE or architecture == PROJECTOR_ARCHITECTURE:

@@ -12,7 +12,7 @@ grammar is read here first, by the same rules, and refused if one of these is ou
     beginnings    ways in which the next character of one rule can be derived                   beginnings.py
     loops         unbounded repetitions side by side that the same character can continue       beginnings.py
     derivations   steps to try every way of deriving the characters of one token                derivations.py
-    items         literals, classes and references before repetitions are written out           derivations.py
+    symbols       literals, classes and references before repetitions are written out           derivations.py
     positions     places in the grammar, times the characters that it tells apart               derivations.py
 
 Ordinary grammars are far inside the bounds: JSON, programming languages, forms with hundreds of alternatives. A grammar

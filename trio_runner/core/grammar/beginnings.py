@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
-from trio_runner.core.grammar.rules import OTHER, Grammar, Items, beginning_of, is_nullable, title_of
+from trio_runner.core.grammar.rules import OTHER, Grammar, Symbols, beginning_of, is_nullable, title_of
 from trio_runner.errors import InvalidGrammar
 
 MAX_BEGINNINGS: Final = 1024
@@ -23,14 +23,16 @@ def check_beginnings(grammar: Grammar, nullable: set[str], inner_first: list[str
     loops: dict[str, _Loops] = {}
     for name in inner_first:
         first[name] = 0
-        beginnings[name] = sum(all(is_nullable(item, nullable) for item in items) for items in grammar.rules[name])
+        beginnings[name] = sum(
+            all(is_nullable(symbol, nullable) for symbol in symbols) for symbols in grammar.rules[name]
+        )
         loops[name] = {}
         for sequence in grammar.rules[name]:
             beginning = list(beginning_of(sequence, nullable))
-            for item in beginning:
-                first[name] |= item.first if item.rule is None else first[item.rule]
-                times = item.maximum or 1 if item.rule in nullable else 1
-                beginnings[name] += times * (1 if item.rule is None else beginnings[item.rule])
+            for symbol in beginning:
+                first[name] |= symbol.first if symbol.rule is None else first[symbol.rule]
+                times = symbol.maximum or 1 if symbol.rule in nullable else 1
+                beginnings[name] += times * (1 if symbol.rule is None else beginnings[symbol.rule])
             # Loops of different alternatives do not multiply. Loops that follow one another do.
             for bit, count in _live_loops(beginning, nullable, first, loops)[-1].items():
                 loops[name][bit] = max(count, loops[name].get(bit, 0))
@@ -45,17 +47,17 @@ def check_beginnings(grammar: Grammar, nullable: set[str], inner_first: list[str
                     )
 
 
-def _live_loops(sequence: Items, nullable: set[str], first: dict[str, int], loops: dict[str, _Loops]) -> list[_Loops]:
-    """The loops that can be reached: from the end of the sequence, then from before each item, the last item first."""
+def _live_loops(sequence: Symbols, nullable: set[str], first: dict[str, int], loops: dict[str, _Loops]) -> list[_Loops]:
+    """The loops that can be reached: from the end of the sequence, then from before each symbol, the last one first."""
     live: _Loops = {}
     lives = [live]
-    for item in reversed(sequence):
-        live = dict(live) if is_nullable(item, nullable) else {}
-        if item.rule is not None:
-            for bit, count in loops[item.rule].items():
+    for symbol in reversed(sequence):
+        live = dict(live) if is_nullable(symbol, nullable) else {}
+        if symbol.rule is not None:
+            for bit, count in loops[symbol.rule].items():
                 live[bit] = live.get(bit, 0) + count
-        if item.maximum is None:
-            mask = item.first if item.rule is None else first[item.rule]
+        if symbol.maximum is None:
+            mask = symbol.first if symbol.rule is None else first[symbol.rule]
             for bit in range(OTHER + 1):
                 if mask >> bit & 1:
                     live[bit] = live.get(bit, 0) + 1

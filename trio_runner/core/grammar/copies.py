@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from trio_runner.core.grammar.rules import Grammar, Items
+from trio_runner.core.grammar.rules import Grammar, Symbols
 
 _MAX_COPIED: Final = 24
-"""The most items and alternatives of a rule that is copied."""
+"""The most symbols and alternatives of a rule that is copied."""
 _MAX_COPIES: Final = 1000
 """Copies in all."""
 
@@ -27,35 +27,35 @@ def with_own_copies(grammar: Grammar) -> Grammar:
     while names:
         name, copy, outer = names.pop()
         outer = outer | {name: copy} if outer or name not in shared else {}
-        alternatives: list[Items] = []
+        alternatives: list[Symbols] = []
         for sequence in grammar.rules[name]:
-            items: Items = []
-            for item in sequence:
-                if item.rule is not None:
-                    if item.rule in outer:
-                        target = outer[item.rule]
+            symbols: Symbols = []
+            for symbol in sequence:
+                if symbol.rule is not None:
+                    if symbol.rule in outer:
+                        target = outer[symbol.rule]
                     elif (
-                        item.rule not in shared
+                        symbol.rule not in shared
                         and (outer or n_copies < _MAX_COPIES)
-                        and _size(grammar, item.rule, sizes) <= _MAX_COPIED
+                        and _size(grammar, symbol.rule, sizes) <= _MAX_COPIED
                     ):
                         n_copies += 1
-                        target = f"{item.rule}\n{n_copies}"  # no name that a rule can have
-                        names.append((item.rule, target, outer))
+                        target = f"{symbol.rule}\n{n_copies}"  # no name that a rule can have
+                        names.append((symbol.rule, target, outer))
                     else:
-                        target = item.rule
+                        target = symbol.rule
                         if target not in shared:
                             shared.add(target)
                             names.append((target, target, {}))
-                    item = replace(item, rule=target)
-                items.append(item)
-            alternatives.append(items)
+                    symbol = replace(symbol, rule=target)
+                symbols.append(symbol)
+            alternatives.append(symbols)
         copies.rules[copy] = alternatives
     return copies
 
 
 def _size(grammar: Grammar, name: str, sizes: dict[str, int]) -> int:
-    """The items and alternatives of a rule and of all rules that it refers to, counted up to the bound of a copy."""
+    """The symbols and alternatives of a rule and of all rules that it refers to, counted up to the bound of a copy."""
     if name not in sizes:
         size = 0
         pending = [(name, frozenset((name,)))]
@@ -66,9 +66,9 @@ def _size(grammar: Grammar, name: str, sizes: dict[str, int]) -> int:
                 if size > _MAX_COPIED:
                     break
                 pending += [
-                    (item.rule, outer | {item.rule})
-                    for item in sequence
-                    if item.rule is not None and item.rule not in outer
+                    (symbol.rule, outer | {symbol.rule})
+                    for symbol in sequence
+                    if symbol.rule is not None and symbol.rule not in outer
                 ]
         sizes[name] = size
     return sizes[name]

@@ -22,7 +22,7 @@ from trio_runner.core.grammar.rules import (
     N_CHARACTERS,
     OTHER,
     Grammar,
-    Item,
+    Symbol,
     find_nullable,
     is_nullable,
     order_inner_first,
@@ -32,20 +32,20 @@ from trio_runner.errors import InvalidGrammar
 
 MAX_DERIVATIONS: Final = 120_000
 """Steps for the characters of one token. They take about 30 ms."""
-MAX_ITEMS: Final = 10_000
+MAX_SYMBOLS: Final = 10_000
 """Literals, classes and references before repetitions are written out."""
 MAX_POSITIONS: Final = 1_200_000
-"""Items, times the characters that the grammar tells apart."""
+"""Symbols, times the characters that the grammar tells apart."""
 
 _COMPARISONS_PER_STEP: Final = 32
-"""Comparisons of two prepared items that take as long as one step."""
+"""Comparisons of two prepared symbols that take as long as one step."""
 _MAX_UNMERGED: Final = 20_000_000
-"""Items, times characters before equal characters are merged: bytes of the largest array."""
+"""Symbols, times characters before equal characters are merged: bytes of the largest array."""
 _ROUNDS: Final = 2
 """How often a rule may end where another use of itself ends. Deeper recursion is left to the deadline of a step."""
 
 _TOO_MANY_POSITIONS: Final = (
-    f"the grammar has more than {MAX_POSITIONS} positions (its items times the characters that it tells apart)"
+    f"the grammar has more than {MAX_POSITIONS} positions (its symbols times the characters that it tells apart)"
 )
 
 _Counts: TypeAlias = NDArray[np.float32]
@@ -62,13 +62,13 @@ _N_STEPS: Final = int(_LENGTHS.max())
 
 @dataclass(slots=True)
 class _Place:
-    """An item, and what stands behind it in its alternative."""
+    """A symbol, and what stands behind it in its alternative."""
 
-    item: Item
+    symbol: Symbol
     owner: str
-    """The rule that the item stands in."""
+    """The rule that the symbol stands in."""
     rest_is_nullable: bool
-    """The items behind it can all be empty, so that the rule can end there."""
+    """The symbols behind it can all be empty, so that the rule can end there."""
 
 
 def check_derivations(grammar: Grammar) -> None:
@@ -82,38 +82,38 @@ def check_derivations(grammar: Grammar) -> None:
         for sequence in grammar.rules[name]:
             begin = len(places)
             rest_is_nullable = True
-            for item in reversed(sequence):
-                places.append(_Place(item, name, rest_is_nullable))
-                rest_is_nullable = rest_is_nullable and is_nullable(item, nullable)
+            for symbol in reversed(sequence):
+                places.append(_Place(symbol, name, rest_is_nullable))
+                rest_is_nullable = rest_is_nullable and is_nullable(symbol, nullable)
             places[begin:] = reversed(places[begin:])
             sequences.append((rows[name], begin, len(places)))
-    if len(places) > MAX_ITEMS:
-        raise InvalidGrammar(f"the grammar has more than {MAX_ITEMS} items")
-    masks, kinds = _characters_of([place.item for place in places])
+    if len(places) > MAX_SYMBOLS:
+        raise InvalidGrammar(f"the grammar has more than {MAX_SYMBOLS} symbols")
+    masks, kinds = _characters_of([place.symbol for place in places])
     _Derivations(places, sequences, rows, masks, kinds, nullable, _owners_first(places, rows)).check()
 
 
-def _characters_of(items: list[Item]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The characters that each item can begin with, [item, character], and those of each kind, [kind, character].
+def _characters_of(symbols: list[Symbol]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """The characters that each symbol can begin with, [symbol, character], and those of each kind, [kind, character].
 
     Characters that the grammar does not tell apart are one.
     """
-    ends = {end for item in items for low_high in item.ranges for end in low_high}
+    ends = {end for symbol in symbols for low_high in symbol.ranges for end in low_high}
     bounds = sorted(ends | set(range(OTHER + 1)))  # every ASCII character, then ranges of the others
     columns = {bound: column for column, bound in enumerate(bounds)}
-    if len(items) * len(bounds) > _MAX_UNMERGED:
+    if len(symbols) * len(bounds) > _MAX_UNMERGED:
         raise InvalidGrammar(_TOO_MANY_POSITIONS)
-    masks = np.zeros((len(items), len(bounds)), np.bool_)
-    for row, item in zip(masks, items, strict=True):
-        for low, high in item.ranges:
+    masks = np.zeros((len(symbols), len(bounds)), np.bool_)
+    for row, symbol in zip(masks, symbols, strict=True):
+        for low, high in symbol.ranges:
             row[columns[low] : columns[high]] = True
-        if item.inverted and item.first:
+        if symbol.inverted and symbol.first:
             np.logical_not(row, out=row)
-    # Merge the characters that are in the same items.
+    # Merge the characters that are in the same symbols.
     classes: dict[bytes, int] = {}
     numbers = [classes.setdefault(column.tobytes(), len(classes)) for column in np.ascontiguousarray(masks.T)]
     kinds = np.zeros((_N_KINDS, len(classes)), np.bool_)
-    merged = np.zeros((len(items), len(classes)), np.bool_)
+    merged = np.zeros((len(symbols), len(classes)), np.bool_)
     for column, number in enumerate(numbers):
         kinds[:, number] |= _KINDS[:, min(bounds[column], OTHER)]
         merged[:, number] = masks[:, column]
@@ -126,8 +126,8 @@ def _owners_first(places: list[_Place], rows: dict[str, int]) -> list[int]:
     """The rows of all rules, each after the rules that can end where it ends, as far as recursion allows."""
     owners: list[list[int]] = [[] for _ in rows]
     for place in places:
-        if place.item.rule is not None and place.rest_is_nullable:
-            owners[rows[place.item.rule]].append(rows[place.owner])
+        if place.symbol.rule is not None and place.rest_is_nullable:
+            owners[rows[place.symbol.rule]].append(rows[place.owner])
     order: list[int] = []
     seen: set[int] = set()
     for start in range(len(rows)):
@@ -166,26 +166,26 @@ class _Derivations:
         self._owners_first = owners_first
         self._masks = masks[:, None, :].astype(np.float32)
         self._kinds = kinds
-        self._targets = [-1 if place.item.rule is None else rows[place.item.rule] for place in places]
+        self._targets = [-1 if place.symbol.rule is None else rows[place.symbol.rule] for place in places]
         self._owners = np.array([rows[place.owner] for place in places], np.intp)
         self._rest_is_nullable = np.array([place.rest_is_nullable for place in places], np.bool_)
-        self._is_nullable = [is_nullable(place.item, nullable) for place in places]
-        # A nullable item stands at the beginning as often as it is repeated.
-        self._times = [place.item.maximum or 1 if place.item.rule in nullable else 1 for place in places]
+        self._is_nullable = [is_nullable(place.symbol, nullable) for place in places]
+        # A nullable symbol stands at the beginning as often as it is repeated.
+        self._times = [place.symbol.maximum or 1 if place.symbol.rule in nullable else 1 for place in places]
         self._callers: list[list[int]] = [[] for _ in rows]
         for index, target in enumerate(self._targets):
             if target >= 0:
                 self._callers[target].append(index)
-        self._lengths = np.array([[1 + len(place.item.later)] * _N_KINDS for place in places])
-        self._derivable = np.array([_lengths_in_kinds(place.item.later) for place in places])
+        self._lengths = np.array([[1 + len(place.symbol.later)] * _N_KINDS for place in places])
+        self._derivable = np.array([_lengths_in_kinds(place.symbol.later) for place in places])
         # The cost of a string of each length behind each place: [length, place, kind].
         self._after = np.zeros((_N_STEPS + 1, len(places), _N_KINDS), np.float32)
         self._begin = self._follow = np.zeros((0, 0, 0), np.float32)
 
     def check(self) -> None:
         """Raise `InvalidGrammar` if some string takes more than `MAX_DERIVATIONS` steps."""
-        # llama.cpp prepares the items behind each possible item before it knows whether that one matches. It compares
-        # every prepared item with every other.
+        # llama.cpp prepares the symbols behind each possible one before it knows whether that one matches. It compares
+        # every prepared symbol with every other.
         ones = self._masks.max(axis=2, keepdims=True)
         n_behind = self._sum_behind(ones)
         work = self._sum_behind(ones * (1 + n_behind + n_behind**2 / _COMPARISONS_PER_STEP))[:, :, 0]
@@ -202,10 +202,10 @@ class _Derivations:
                     f"{MAX_DERIVATIONS} steps: too many alternatives or repetitions match the same characters"
                 )
 
-    def _sum_behind(self, items: _Counts) -> _Counts:
-        """For each place, the sum over the items that can come behind it. Fills in the `items` of references."""
-        self._compute_begin(items)
-        rest = self._compute_rest(items)
+    def _sum_behind(self, symbols: _Counts) -> _Counts:
+        """For each place, the sum over the symbols that can come behind it. Fills in the `symbols` of references."""
+        self._compute_begin(symbols)
+        rest = self._compute_rest(symbols)
         self._compute_follow(rest)
         rest += self._follow[self._owners] * self._rest_is_nullable[:, None, None]
         return rest
@@ -219,36 +219,36 @@ class _Derivations:
         cost: _Counts = np.where(whole, lengths + work + after, np.minimum(self._derivable, n_steps)).astype(np.float32)
         return cost
 
-    def _compute_begin(self, items: _Counts) -> None:
-        """Fill in `_begin`, and the items at beginnings that refer to rules."""
-        self._begin = np.zeros((len(self._callers), *items.shape[1:]), np.float32)
+    def _compute_begin(self, symbols: _Counts) -> None:
+        """Fill in `_begin`, and the symbols at beginnings that refer to rules."""
+        self._begin = np.zeros((len(self._callers), *symbols.shape[1:]), np.float32)
         for rule, begin, end in self._sequences:  # inner rules come first
             for index in range(begin, end):
                 target = self._targets[index]
                 if target >= 0:
-                    np.multiply(self._begin[target], self._times[index], out=items[index])
-                self._begin[rule] += items[index]
+                    np.multiply(self._begin[target], self._times[index], out=symbols[index])
+                self._begin[rule] += symbols[index]
                 if not self._is_nullable[index]:
                     break
 
-    def _compute_rest(self, items: _Counts) -> _Counts:
-        """For each place, the sum over the items that can come behind it before its rule ends."""
-        rest = np.zeros_like(items)
+    def _compute_rest(self, symbols: _Counts) -> _Counts:
+        """For each place, the sum over the symbols that can come behind it before its rule ends."""
+        rest = np.zeros_like(symbols)
         for _, begin, end in self._sequences:
             suffix: _Counts | None = None
             for index in range(end - 1, begin - 1, -1):
                 target = self._targets[index]
                 if target >= 0:
-                    np.multiply(self._begin[target], self._times[index], out=items[index])
+                    np.multiply(self._begin[target], self._times[index], out=symbols[index])
                 if suffix is not None:
                     rest[index] = suffix
-                item = self._places[index].item
-                if item.maximum != 1:
-                    if item.minimum == item.maximum:
-                        np.maximum(rest[index], items[index], out=rest[index])
+                symbol = self._places[index].symbol
+                if symbol.maximum != 1:
+                    if symbol.minimum == symbol.maximum:
+                        np.maximum(rest[index], symbols[index], out=rest[index])
                     else:
-                        rest[index] += items[index]
-                suffix = items[index] if suffix is None or not self._is_nullable[index] else suffix + items[index]
+                        rest[index] += symbols[index]
+                suffix = symbols[index] if suffix is None or not self._is_nullable[index] else suffix + symbols[index]
         return rest
 
     def _compute_follow(self, rest: _Counts) -> None:

@@ -18,7 +18,7 @@ ANY: Final = (1 << N_CHARACTERS) - 1
 
 
 @dataclass(slots=True)
-class Item:
+class Symbol:
     """One part of an alternative: a literal, a class of characters, or a reference to a rule."""
 
     size: int = 0
@@ -28,7 +28,7 @@ class Item:
     ranges: tuple[tuple[int, int], ...] = ()
     """The same characters as ranges of code points (first, last + 1), or the excluded ones if `inverted`."""
     inverted: bool = False
-    """The item matches all characters except those in the ranges."""
+    """The symbol matches all characters except those in the ranges."""
     later: bytearray = field(default_factory=bytearray)
     """The characters of a literal after the first, each as the number of its bit."""
     rule: str | None = None
@@ -41,15 +41,15 @@ class Item:
     """The most repetitions. None if there is no bound."""
 
 
-Items: TypeAlias = list[Item]
-"""The items of one alternative, in order."""
+Symbols: TypeAlias = list[Symbol]
+"""The symbols of one alternative, in order."""
 
 
 @dataclass(slots=True)
 class Grammar:
     """A grammar that has been read, but not checked."""
 
-    rules: dict[str, list[Items]] = field(default_factory=dict)
+    rules: dict[str, list[Symbols]] = field(default_factory=dict)
     """The alternatives of each rule, by its name. A group in brackets is a rule with the name "(number)"."""
     n_defined: int = 0
     """Definitions in the text, groups not included."""
@@ -63,9 +63,9 @@ def check_references(grammar: Grammar) -> None:
         raise InvalidGrammar("there is no rule named root")
     for alternatives in grammar.rules.values():
         for sequence in alternatives:
-            for item in sequence:
-                if item.rule is not None and item.rule not in grammar.rules:
-                    raise InvalidGrammar(f"the rule {item.rule} is not defined")
+            for symbol in sequence:
+                if symbol.rule is not None and symbol.rule not in grammar.rules:
+                    raise InvalidGrammar(f"the rule {symbol.rule} is not defined")
 
 
 def find_nullable(grammar: Grammar) -> set[str]:
@@ -76,22 +76,22 @@ def find_nullable(grammar: Grammar) -> set[str]:
         changed = False
         for name, alternatives in grammar.rules.items():
             if name not in nullable and any(
-                all(is_nullable(item, nullable) for item in items) for items in alternatives
+                all(is_nullable(symbol, nullable) for symbol in symbols) for symbols in alternatives
             ):
                 nullable.add(name)
                 changed = True
     return nullable
 
 
-def is_nullable(item: Item, nullable: set[str]) -> bool:
-    return item.minimum == 0 or (item.rule in nullable if item.rule is not None else item.size == 0)
+def is_nullable(symbol: Symbol, nullable: set[str]) -> bool:
+    return symbol.minimum == 0 or (symbol.rule in nullable if symbol.rule is not None else symbol.size == 0)
 
 
-def beginning_of(items: Items, nullable: set[str]) -> Iterator[Item]:
-    """The items that the first character of `items` can come from."""
-    for item in items:
-        yield item
-        if not is_nullable(item, nullable):
+def beginning_of(symbols: Symbols, nullable: set[str]) -> Iterator[Symbol]:
+    """The symbols that the first character of `symbols` can come from."""
+    for symbol in symbols:
+        yield symbol
+        if not is_nullable(symbol, nullable):
             return
 
 
@@ -129,9 +129,9 @@ def order_inner_first(grammar: Grammar, nullable: set[str]) -> list[str]:
 
 def _inner_rules(grammar: Grammar, name: str, nullable: set[str]) -> Iterator[str]:
     for sequence in grammar.rules[name]:
-        for item in beginning_of(sequence, nullable):
-            if item.rule is not None:
-                yield item.rule
+        for symbol in beginning_of(sequence, nullable):
+            if symbol.rule is not None:
+                yield symbol.rule
 
 
 def title_of(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from trio_runner.core.grammar.rules import ANY, OTHER, Grammar, Item, Items
+from trio_runner.core.grammar.rules import ANY, OTHER, Grammar, Symbol, Symbols
 from trio_runner.errors import InvalidGrammar
 
 MAX_NESTING: Final = 64
@@ -83,7 +83,7 @@ class Scanner:
             raise self._fail("expected the end of the line")
         self._skip_space(newlines=True)
 
-    def _scan_alternatives(self) -> list[Items]:
+    def _scan_alternatives(self) -> list[Symbols]:
         alternatives = [self._scan_sequence()]
         while self._peek() == "|":
             self._at += 1
@@ -91,8 +91,8 @@ class Scanner:
             alternatives.append(self._scan_sequence())
         return alternatives
 
-    def _scan_sequence(self) -> Items:
-        sequence: Items = []
+    def _scan_sequence(self) -> Symbols:
+        sequence: Symbols = []
         while character := self._peek():
             if character == '"':
                 sequence.append(self._scan_literal())
@@ -101,12 +101,12 @@ class Scanner:
             elif character in "<!":
                 sequence.append(self._scan_token())
             elif character in _NAME:
-                sequence.append(Item(1, rule=self._take_while(_NAME, "a name")))
+                sequence.append(Symbol(1, rule=self._take_while(_NAME, "a name")))
             elif character == "(":
                 sequence.append(self._scan_group())
             elif character == ".":
                 self._at += 1
-                sequence.append(Item(1, ANY, inverted=True))
+                sequence.append(Symbol(1, ANY, inverted=True))
             elif character in "*+?{":
                 if not sequence:
                     raise self._fail(f"nothing to repeat before {character}")
@@ -144,45 +144,45 @@ class Scanner:
             raise self._fail(f"unknown escape \\{escape}")
         return _ESCAPES[escape]
 
-    def _scan_literal(self) -> Item:
+    def _scan_literal(self) -> Symbol:
         self._at += 1
-        item = Item()
+        symbol = Symbol()
         while self._peek() != '"':
             character = self._scan_character()
             number = min(ord(character), OTHER)
-            if item.size == 0:
-                item.first = 1 << number
-                item.ranges = ((ord(character), ord(character) + 1),)
+            if symbol.size == 0:
+                symbol.first = 1 << number
+                symbol.ranges = ((ord(character), ord(character) + 1),)
             else:
-                item.later.append(number)
-            item.size += 1
+                symbol.later.append(number)
+            symbol.size += 1
         self._at += 1
-        return item
+        return symbol
 
-    def _scan_class(self) -> Item:
+    def _scan_class(self) -> Symbol:
         self._at += 1
         inverted = self._peek() == "^"
         if inverted:
             self._at += 1
-        item = Item(inverted=inverted)
+        symbol = Symbol(inverted=inverted)
         ranges: list[tuple[int, int]] = []
         while self._peek() != "]":
             low = high = ord(self._scan_character())
-            item.size += 1
+            symbol.size += 1
             if self._peek() == "-" and self._peek(1) != "]":
                 self._at += 1
                 high = ord(self._scan_character())
-                item.size += 1
+                symbol.size += 1
             if low <= high:
                 ranges.append((low, high + 1))
-                item.first |= (1 << (min(high, OTHER) + 1)) - (1 << min(low, OTHER))
+                symbol.first |= (1 << (min(high, OTHER) + 1)) - (1 << min(low, OTHER))
         self._at += 1
-        item.ranges = tuple(ranges)
+        symbol.ranges = tuple(ranges)
         if inverted:
-            item.first = (ANY & ~item.first) | (1 << OTHER) if item.size else 0
-        return item
+            symbol.first = (ANY & ~symbol.first) | (1 << OTHER) if symbol.size else 0
+        return symbol
 
-    def _scan_token(self) -> Item:
+    def _scan_token(self) -> Symbol:
         if self._peek() == "!":
             self._at += 1
         if self._peek() != "<":
@@ -196,9 +196,9 @@ class Scanner:
         if len(name) > 256:
             raise self._fail("no token has so long a name")
         self._at = end + 1
-        return Item(1, ANY, inverted=True)
+        return Symbol(1, ANY, inverted=True)
 
-    def _scan_group(self) -> Item:
+    def _scan_group(self) -> Symbol:
         if self._nesting == MAX_NESTING:
             raise self._fail(f"brackets nested deeper than {MAX_NESTING}")
         self._at += 1
@@ -212,29 +212,29 @@ class Scanner:
             raise self._fail("expected )")
         self._at += 1
         self._nesting -= 1
-        return Item(1, rule=name, weight=max(1, self._n_groups - before))
+        return Symbol(1, rule=name, weight=max(1, self._n_groups - before))
 
-    def _scan_repetition(self, item: Item) -> None:
-        symbol = self._peek()
+    def _scan_repetition(self, symbol: Symbol) -> None:
+        sign = self._peek()
         self._at += 1
-        minimum, maximum = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(symbol) or self._scan_braces()
+        minimum, maximum = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(sign) or self._scan_braces()
         if minimum > MAX_REPETITION:
             raise self._fail(f"more than {MAX_REPETITION} repetitions")
         if maximum is not None and maximum < minimum:
             raise self._fail("the most repetitions are fewer than the least")
         if maximum is not None and maximum > MAX_REPETITION:
             maximum = None
-        # llama.cpp writes the item out `minimum` times, and each further one as a rule of its own.
+        # llama.cpp writes the symbol out `minimum` times, and each further one as a rule of its own.
         times = max(1, minimum if maximum is None else maximum)
-        item.weight *= times
-        if item.weight > MAX_REPETITION:
+        symbol.weight *= times
+        if symbol.weight > MAX_REPETITION:
             raise self._fail(f"repetitions of repetitions multiply to more than {MAX_REPETITION}")
         n_optional = 1 if maximum is None else maximum - minimum
-        self._count((item.size + 3) * n_optional + item.size * max(0, minimum - 1))
+        self._count((symbol.size + 3) * n_optional + symbol.size * max(0, minimum - 1))
         self._n_groups += n_optional
-        item.size = item.size * minimum + (1 if n_optional else 0)
-        item.minimum *= minimum
-        item.maximum = None if item.maximum is None or maximum is None else item.maximum * maximum
+        symbol.size = symbol.size * minimum + (1 if n_optional else 0)
+        symbol.minimum *= minimum
+        symbol.maximum = None if symbol.maximum is None or maximum is None else symbol.maximum * maximum
 
     def _scan_braces(self) -> tuple[int, int | None]:
         newlines = self._nesting > 0

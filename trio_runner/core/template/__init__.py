@@ -6,15 +6,16 @@ with limits would stop it too, but core/ has neither a clock nor processes, and 
 on every machine. So work is counted before it is done, in units of about ten nanoseconds:
 
     256     a call, a lookup that fails
-     64     a filter, a test, an element that a filter or test is applied to
+     64     an operator, a filter, a test, an element that a filter or test is applied to
      32     a lookup of an attribute or item, an output
      16     an element of a list, tuple or dict that is compared or written out
       8     a node of the program in a loop or macro, whether or not it is executed
-      4     an element that is copied
+      4     an element that is copied, or compared with one value
       1     a character
 
 The weight of a structure is that of its text, because with shared parts it can be much smaller in memory. The budget is
-more than the longest conversations need, and one or two seconds of work.
+one or two seconds of work, and 32 units for each character of the longest request. The templates of well-known models
+take 3 to 16 for each, so each operation is charged for what it reads, and not for the whole of its arguments.
 
 The sandbox asks its environment to do operators, lookups and calls, but not loops, slices, comparisons, `~` and keys of
 dicts. The program is rewritten to call a filter or a test for those. No value is an iterator, which could be weighed
@@ -25,7 +26,9 @@ A cap on the output and counters in loops would be shorter, but do not suffice: 
 `tests/core/test_template.py`.
 
     work.py          the budget, and what values weigh
-    environment.py   operators, lookups, calls, filters and tests that spend before they work
+    costs.py         what takes longer than it takes to read the values
+    filters.py       filters and tests that spend before they work
+    environment.py   operators, lookups and calls that spend before they work
     rewriter.py      what the sandbox would do without its environment
 """
 

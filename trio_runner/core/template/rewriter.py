@@ -14,7 +14,7 @@ _OPERATORS: Final = {"lteq": "le", "gteq": "ge", "notin": "in"}
 
 
 class Rewriter(NodeTransformer):
-    """Visits a tree, and changes it. The filters are those of `environment.py`."""
+    """Visits a tree, and changes it. The filters are those of `filters.py`."""
 
     def _filter(self, name: str, first: nodes.Expr, *others: nodes.Expr | None) -> nodes.Filter:
         return nodes.Filter(first, name, [other or nodes.Const(None) for other in others], [], None, None)

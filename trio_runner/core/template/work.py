@@ -12,7 +12,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import LoopContext
 
 MAX_WIDTH: Final = 1000
-"""The largest number by which a text can be padded, indented or repeated through a filter or a method."""
+"""The largest number of characters by which a text can be padded or indented."""
 MAX_NESTING: Final = 200
 """Lists, tuples and dicts inside each other."""
 
@@ -22,8 +22,6 @@ LOOKUP: Final = 32
 ELEMENT: Final = 16
 STEP: Final = 8
 REFERENCE: Final = 4
-SEARCH: Final = 4
-"""Units for each character that is searched forwards. Backwards, CPython may take the product of both lengths."""
 
 
 class TemplateError(Exception):
@@ -59,8 +57,10 @@ def bounds(max_work: int) -> Iterator[None]:
 
 
 def spend(work: int) -> None:
-    """Raises `TemplateError` if less than `work` units are left."""
+    """Raises `TemplateError` if less than `work` units are left, or if `work` is negative."""
     left = _WORK_LEFT.get()
+    if work < 0:
+        raise TemplateError("it would be given more time")
     left[0] -= work
     if left[0] < 0:
         raise TemplateError("it is at work for too long")
@@ -69,15 +69,23 @@ def spend(work: int) -> None:
 def weigh(value: object, times: int = 1, depth: int = 1) -> int:
     """Return the weight of `value`: what it takes to read, compare or write it as a whole. Spends `times` as much."""
     if not isinstance(value, (list, tuple, dict)):
-        weight = 1 + len(value) if isinstance(value, str) else 1
+        weight = 1 + length_of(value)
         spend(weight * times)
         return weight
     if depth > MAX_NESTING:
         raise TemplateError("it nests values too deeply")
     weight = 2 * ELEMENT + max(ELEMENT, depth) * len(value)  # an indented line can be as long as it is deep
     spend(weight * times)
-    items = chain(value, value.values()) if isinstance(value, dict) else value
-    return weight + sum(weigh(item, times, depth + 1) for item in items)
+    inner = leaves = 0
+    for item in chain(value, value.values()) if isinstance(value, dict) else value:
+        if isinstance(item, (list, tuple, dict)):
+            inner += weigh(item, times, depth + 1)
+        else:  # here, because a call for each would take longer than all else
+            leaves += 1
+            if isinstance(item, (str, range)):
+                leaves += length_of(item)
+    spend(leaves * times)
+    return weight + inner + leaves
 
 
 def length_of(value: object) -> int:
@@ -85,13 +93,6 @@ def length_of(value: object) -> int:
     if isinstance(value, str):
         return len(value)
     return REFERENCE * len(value) if isinstance(value, (list, tuple, dict, range)) else 0
-
-
-def factor_of(*values: object) -> int:
-    """How many times longer or slower these arguments can make a filter or a method. Spends their weight."""
-    if any(isinstance(value, int) and value > MAX_WIDTH for value in values):
-        refuse(f"a number of more than {MAX_WIDTH}")
-    return 1 + sum(max(0, value) if isinstance(value, int) else weigh(value) for value in values)
 
 
 def paid_result(value: Any) -> Any:
@@ -131,6 +132,6 @@ def number_of(value: Any) -> Any:
 
 
 def text_of(value: object) -> str:
-    """What is written for `value`. None is nothing: no template means to say "None"."""
+    """What is written for `value`. None is nothing: no template means to write "None"."""
     weigh(value)
     return "" if value is None else str(value)
