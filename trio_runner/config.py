@@ -121,7 +121,7 @@ def read_proportions(text: str) -> tuple[float, ...]:
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 _SERVE = (Option(commands=("serve",)),)
-"""Of a parameter that matters only where clients come and go."""
+"""Options of `serve` only."""
 FLASH_ATTENTIONS: tuple[FlashAttention, ...] = ("auto", "on", "off")
 
 
@@ -245,8 +245,7 @@ class EngineConfig:
         1,
         MAX_BATCH_ROWS,
         doc="Longest text to embed, in tokens, for encoders and other models that read a text in one step. More takes "
-        "more memory. At most the context that the model was trained with, and the context length. A batch size that "
-        "is larger wins.",
+        "more memory. The larger of the batch size and this number, which is cut to the context.",
         default_text="the batch size",
     )
     threads: int | None = integer(
@@ -312,7 +311,7 @@ class EngineConfig:
     )
     stall_timeout: float = number(
         30.0,
-        0,
+        0.001,
         math.inf,
         unit="seconds",
         options=_SERVE,
@@ -323,8 +322,6 @@ class EngineConfig:
         _check_parameters(self)
         if self.context_length is not None and self.slots * self.context_length >= 2**31:
             raise ValueError("slots and context_length must multiply to less than 2147483648")
-        if not self.stall_timeout > 0:
-            raise ValueError("stall_timeout must be more than 0 seconds")
 
 
 def _check_parameters(config: ModelConfig | EngineConfig) -> None:

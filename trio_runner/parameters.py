@@ -64,7 +64,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     """The values that a choice may have."""
     optional: bool = False
-    """None is a value too, and is the default."""
+    """None is allowed, too."""
     max_bytes: int | None = None
     """Bytes that a text may have in UTF-8."""
     unit: str = ""

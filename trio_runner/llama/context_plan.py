@@ -17,11 +17,11 @@ DEFAULT_CONTEXT_LENGTH: Final = 4096
 """Tokens that a slot holds at most, unless the configuration says otherwise. Models trained for a million tokens would
 want all memory."""
 
+# Numbers of `enum llama_pooling_type`.
 POOLING_UNSPECIFIED: Final = -1
 POOLING_NONE: Final = 0
 POOLING_LAST: Final = 3
 POOLING_RANK: Final = 4
-"""Numbers of `enum llama_pooling_type`."""
 _POOLINGS: Final = {"none": POOLING_NONE, "mean": 1, "cls": 2, "last": POOLING_LAST}
 
 _MAX_SEQUENCES: Final = 2 * MAX_SLOTS
