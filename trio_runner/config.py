@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import index
 from os import fspath
 from pathlib import PurePath
+from types import NoneType
 from typing import Literal, TypeAlias
 
-from trio_runner.parameters import Option, boolean, complaints, integer, number, one_of, other
+from trio_runner.parameters import Option, boolean, first_complaint, integer, number, one_of, other, parameters_of
 
 KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling: TypeAlias = Literal["model", "none", "mean", "cls", "last"]
@@ -325,5 +328,11 @@ class EngineConfig:
 
 
 def _check_parameters(config: ModelConfig | EngineConfig) -> None:
-    for complaint in complaints(config).values():
-        raise ValueError(complaint)
+    for name, parameter in parameters_of(type(config)).items():
+        value = getattr(config, name)
+        if parameter.kind == "integer" and not isinstance(value, (int, NoneType)):
+            with suppress(TypeError):  # of a float, for example; the complaint below says so
+                object.__setattr__(config, name, index(value))  # numpy's integers, for example
+    complaint = first_complaint(config)
+    if complaint is not None:
+        raise ValueError(complaint[1])

@@ -203,7 +203,11 @@ WRONG: Final[dict[str, tuple[str, Meddle, str]]] = {
         r"speaks version \d+\.99 of the protocol, not",
     ),
     "a short greeting": ("hello", always(framed(1)), "gave no valid answer: is it an rpc-server of this version"),
-    "a greeting without end": ("hello", always(struct.pack("<Q", 2**63)), "gave no valid answer: is it an rpc-server of this version"),
+    "a greeting without end": (
+        "hello",
+        always(struct.pack("<Q", 2**63)),
+        "gave no valid answer: is it an rpc-server of this version",
+    ),
     "no devices": ("device_count", always(struct.pack("<QI", 4, 0)), "has 0 devices"),
     "a billion devices": ("device_count", always(struct.pack("<QI", 4, 10**9)), "has 1000000000 devices"),
     "a device too many": ("device_count", always(struct.pack("<QI", 4, 2)), "is gone"),
