@@ -30,12 +30,18 @@ private:
 struct trio_context {
     explicit trio_context(trio_model *owner) : model(owner) { scratch.emplace_back(owner->info.n_vocab); }
 
-    // ---- as it was opened
     trio::ModelReference model;
-    // Declared before `native`, which uses them until it is freed.
+
+    // ---- declared before `native`, which uses them until it is freed
     std::unique_ptr<trio::Threadpool> threadpool, threadpool_batch; // for narrow steps, and for wide ones
     std::vector<std::shared_ptr<trio::Lora>> adapters;              // that are set now
     int32_t n_threads = 1, n_threads_batch = 1;
+    bool is_narrow = false; // the thread pool for narrow steps is attached
+    std::atomic<uint64_t> aborted_number{0};
+    uint64_t running_number = 0; // of the batch that is being decoded
+    bool abort_armed = true;     // false while an aborted graph would leave the KV cache wrong
+
+    // ---- as it was opened
     std::unique_ptr<llama_context, trio::ContextDeleter> native{nullptr, trio::ContextDeleter{model.get()}};
     llama_memory_t memory = nullptr;
     trio_context_info info{};
@@ -49,14 +55,8 @@ struct trio_context {
     bool has_shadows = false;
     bool loses_cells = false; // it needs shadows and cannot have them
 
-    // ---- abort
-    std::atomic<uint64_t> aborted_number{0};
-    uint64_t running_number = 0; // of the batch that is being decoded
-    bool abort_armed = true;     // false while an aborted graph would leave the KV cache wrong
-
     // ---- between two steps
     char poison[512] = "";   // why it can only be freed; not a string, because memory may be what ran out
-    bool is_narrow = false;  // the thread pool for narrow steps is attached
     bool embeddings = false; // llama.cpp was last told to compute them
     bool has_embeddings = false; // the last step computed them
     bool shift_pending = false;  // trio_seq_add was called; the next decode carries it out

@@ -133,8 +133,7 @@ int32_t trio_model_meta_count(const trio_model *model);
 int32_t trio_model_meta_key(const trio_model *model, int32_t index, char *buffer, int32_t size);
 int32_t trio_model_meta_value(const trio_model *model, int32_t index, char *buffer, int32_t size);
 
-/* The text may have any length. A long one is tokenised on a thread with a big stack, because some tokenisers recurse.
- * */
+/* The text may have any length. A long one is tokenised on a thread with a big stack: some tokenisers recurse. */
 int32_t trio_tokenize(const trio_model *model, const char *text, int32_t length, int32_t add_special,
                       int32_t parse_special, int32_t *tokens, int32_t size);
 int32_t trio_detokenize(const trio_model *model, const int32_t *tokens, int32_t n_tokens, char *buffer, int32_t size);
@@ -346,8 +345,8 @@ int32_t trio_media_tokens(const trio_media *media, int32_t index, int32_t *token
  * position to all of them, except to the last of four arrays. */
 int32_t trio_media_positions(const trio_media *media, int32_t index, int32_t *positions, int32_t size);
 
-/* Computes a chunk of rows: n_rows * n_embd floats, for which `rows` has room for `size`. A projector computes one
- * chunk at a time; calls for others wait. */
+/* Computes a chunk of rows. Writes n_rows * n_embd floats to `rows`, which has room for `size`. A projector computes
+ * one chunk at a time; calls for others wait. */
 int32_t trio_media_encode(trio_media *media, int32_t index, float *rows, int64_t size);
 
 /* Makes every trio_media_encode() of this image return TRIO_E_CANCELLED, whether it waits, runs or comes later. */

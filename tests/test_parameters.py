@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trio_runner.parameters import boolean, complaints, integer, number, one_of, other, parameters_of, text
+from trio_runner.parameters import boolean, first_complaint, integer, number, one_of, other, parameters_of, text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ def test_a_table_has_the_parameters_in_their_order() -> None:
 
 
 def test_the_defaults_are_allowed() -> None:
-    assert complaints(Table()) == {}
+    assert first_complaint(Table()) is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,11 @@ def test_the_defaults_are_allowed() -> None:
     ],
 )
 def test_a_complaint_names_the_parameter(name: str, value: Any, complaint: str) -> None:
-    assert complaints(Table(**{name: value})) == {name: complaint}
+    assert first_complaint(Table(**{name: value})) == (name, complaint)
+
+
+def test_the_first_complaint_is_that_of_the_first_field() -> None:
+    assert first_complaint(Table(mode="c", loud=1, pause=-1.5)) == ("pause", "pause must be 0 or more, not -1.5")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import index
 from os import fspath
 from pathlib import PurePath
+from types import NoneType
 from typing import Literal, TypeAlias
 
-from trio_runner.parameters import Option, boolean, complaints, integer, number, one_of, other
+from trio_runner.parameters import Option, boolean, first_complaint, integer, number, one_of, other, parameters_of
 
 KvType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Pooling: TypeAlias = Literal["model", "none", "mean", "cls", "last"]
@@ -121,7 +124,7 @@ def read_proportions(text: str) -> tuple[float, ...]:
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 _SERVE = (Option(commands=("serve",)),)
-"""Of a parameter that matters only where clients come and go."""
+"""Options of `serve` only."""
 FLASH_ATTENTIONS: tuple[FlashAttention, ...] = ("auto", "on", "off")
 
 
@@ -245,8 +248,7 @@ class EngineConfig:
         1,
         MAX_BATCH_ROWS,
         doc="Longest text to embed, in tokens, for encoders and other models that read a text in one step. More takes "
-        "more memory. At most the context that the model was trained with, and the context length. A batch size that "
-        "is larger wins.",
+        "more memory. The larger of the batch size and this number, which is cut to the context.",
         default_text="the batch size",
     )
     threads: int | None = integer(
@@ -312,7 +314,7 @@ class EngineConfig:
     )
     stall_timeout: float = number(
         30.0,
-        0,
+        0.001,
         math.inf,
         unit="seconds",
         options=(
@@ -330,10 +332,14 @@ class EngineConfig:
         _check_parameters(self)
         if self.context_length is not None and self.slots * self.context_length >= 2**31:
             raise ValueError("slots and context_length must multiply to less than 2147483648")
-        if not self.stall_timeout > 0:
-            raise ValueError("stall_timeout must be more than 0 seconds")
 
 
 def _check_parameters(config: ModelConfig | EngineConfig) -> None:
-    for complaint in complaints(config).values():
-        raise ValueError(complaint)
+    for name, parameter in parameters_of(type(config)).items():
+        value = getattr(config, name)
+        if parameter.kind == "integer" and not isinstance(value, (int, NoneType)):
+            with suppress(TypeError):  # of a float, for example; the complaint below says so
+                object.__setattr__(config, name, index(value))  # numpy's integers, for example
+    complaint = first_complaint(config)
+    if complaint is not None:
+        raise ValueError(complaint[1])

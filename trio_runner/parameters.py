@@ -68,7 +68,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
     """The values that a choice may have."""
     optional: bool = False
-    """None is a value too, and is the default."""
+    """None is allowed, too."""
     max_bytes: int | None = None
     """Bytes that a text may have in UTF-8."""
     unit: str = ""
@@ -154,7 +154,7 @@ _tables: dict[type[Any], Mapping[str, Parameter]] = {}
 
 def parameters_of(cls: type[Any]) -> Mapping[str, Parameter]:
     """The table of a dataclass, by name, in the order of its fields. Fields that are no parameters are left out."""
-    if cls not in _tables:  # made once: every request is checked against its table
+    if cls not in _tables:
         _tables[cls] = _table(cls)
     return _tables[cls]
 
@@ -167,14 +167,30 @@ def _table(cls: type[Any]) -> dict[str, Parameter]:
     }
 
 
-def complaints(values: Any) -> Mapping[str, str]:
-    """What is wrong with the parameters of a dataclass instance, by name; empty if everything is allowed."""
-    found = {}
-    for name, parameter in parameters_of(type(values)).items():
-        complaint = parameter.complaint(getattr(values, name))
+_Quick: TypeAlias = tuple[str, type[Any] | None, float, float, Parameter]
+"""The name of a parameter, the type and the bounds of nearly all values that it gets, and the parameter."""
+_quick_tables: dict[type[Any], tuple[_Quick, ...]] = {}
+_QUICK_TYPES: dict[str, type[Any]] = {"number": float, "integer": int, "boolean": bool}
+
+
+def first_complaint(values: Any) -> tuple[str, str] | None:
+    """The first parameter of a dataclass instance whose value is not allowed, in the order of the table, and what is
+    wrong with it; None if everything is allowed."""
+    cls = type(values)
+    if cls not in _quick_tables:  # made once: every request is checked against its table
+        _quick_tables[cls] = tuple(
+            (name, _QUICK_TYPES.get(parameter.kind), parameter.low, parameter.high, parameter)
+            for name, parameter in parameters_of(cls).items()
+            if parameter.kind != "other"
+        )
+    for name, usual_type, low, high, parameter in _quick_tables[cls]:
+        value = getattr(values, name)
+        if type(value) is usual_type and low <= value <= high:
+            continue
+        complaint = parameter.complaint(value)
         if complaint is not None:
-            found[name] = complaint
-    return found
+            return name, complaint
+    return None
 
 
 # ---- single checks: each returns what is wrong, or None --------------------------------------------------------------

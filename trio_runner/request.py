@@ -15,7 +15,7 @@ from trio_runner.errors import InvalidRequest
 from trio_runner.image_source import ImageSource, is_image_source
 from trio_runner.parameters import (
     boolean,
-    complaints,
+    first_complaint,
     integer,
     integer_complaint,
     number,
@@ -55,8 +55,9 @@ def _refuse(complaint: str | None, param: str) -> None:
 
 
 def _check_parameters(request: object) -> None:
-    for name, complaint in complaints(request).items():
-        raise InvalidRequest(complaint, param=name)
+    complaint = first_complaint(request)
+    if complaint is not None:
+        raise InvalidRequest(complaint[1], param=complaint[0])
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

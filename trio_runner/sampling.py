@@ -16,7 +16,7 @@ from typing import Any
 from trio_runner.errors import InvalidRequest
 from trio_runner.parameters import (
     boolean,
-    complaints,
+    first_complaint,
     integer,
     integer_complaint,
     number,
@@ -168,8 +168,9 @@ class SamplingParams:
     )
 
     def __post_init__(self) -> None:
-        for name, complaint in complaints(self).items():
-            raise InvalidRequest(complaint, param=name)
+        complaint = first_complaint(self)
+        if complaint is not None:
+            raise InvalidRequest(complaint[1], param=complaint[0])
         if "\0" in self.grammar:
             raise InvalidRequest("grammar must not contain a NUL character", param="grammar")
         object.__setattr__(self, "logit_bias", _token_biases(self.logit_bias))

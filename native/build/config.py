@@ -199,7 +199,7 @@ class Selection:
         defined = {*self.backends, *more}
         return {
             "GGML_CPU_ALL_VARIANTS": "ON" if self.cpu_variants else "OFF",
-            "GGML_RPC_RDMA": "OFF",  # where it finds a certain rare library, the plugin would need it everywhere
+            "GGML_RPC_RDMA": "OFF",  # a plugin built where the RDMA library exists would not load without it
             **{backend.option: "ON" if name in defined else "OFF" for name, backend in BACKENDS.items()},
             **{program.option: "ON" if name in defined else "OFF" for name, program in PROGRAMS.items()},
         }

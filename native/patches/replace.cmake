@@ -1,7 +1,7 @@
 # The tools of the patches: replace a piece of upstream's text, and write the result where it differs.
 
 # Replaces every `old` in the variable `text` by `new`. Stops the build unless it is found exactly `n` times: then
-# upstream has changed there, and somebody must look whether the patch is still right.
+# upstream has changed there. Check that the patch is still right.
 function(trio_replace text n old new)
   string(REPLACE "${old}" "" without "${${text}}")
   string(LENGTH "${${text}}" length)

@@ -18,7 +18,7 @@ trio_replace(rpc 1 [=[
     sock->set_timeout(rpc_seconds());
 ]=])
 trio_replace(rpc 1 "    RPC_STATUS_ASSERT(status);" "    if (!status) {
-        throw std::runtime_error(\"does not answer as one: is it one, of this version, and has it no other client?\");
+        throw std::runtime_error(\"gave no valid answer: is it an rpc-server of this version, and without another client?\");
     }")
 trio_replace(rpc 1 [=[
         GGML_LOG_ERROR("RPC server version mismatch: %d.%d.%d\n",

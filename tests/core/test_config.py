@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from trio_runner.config import (
     ModelConfig,
     check_adapter_name,
 )
+from trio_runner.parameters import parameters_of
 
 BAD_ENGINE: list[tuple[str, Any]] = [
     ("slots", 0),
@@ -129,11 +131,37 @@ def test_names_that_no_adapter_can_have_are_refused(name: str) -> None:
         image_cache_bytes=st.integers(0, 2**40),
         max_queue=st.none() | st.integers(0, 10**6),
         max_backlog=st.integers(1, 10**6),
-        stall_timeout=st.floats(min_value=0, exclude_min=True, allow_nan=False),
+        stall_timeout=st.floats(min_value=0.001, allow_nan=False),
     )
 )
 def test_every_value_in_range_is_accepted(config: EngineConfig) -> None:
     hash(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        (name, bound)
+        for name, parameter in parameters_of(EngineConfig).items()
+        if parameter.kind in ("number", "integer")
+        for bound in (parameter.low, parameter.high)
+    ],
+)
+def test_the_bounds_of_the_table_are_allowed(name: str, bound: float) -> None:
+    assert getattr(EngineConfig(**{name: bound}), name) == bound  # type: ignore[arg-type]
+
+
+def test_numpys_integers_become_ordinary_ones() -> None:
+    config = EngineConfig(slots=np.int64(2), context_length=np.uint16(512))  # type: ignore[arg-type]
+    assert (type(config.slots), type(config.context_length)) == (int, int)
+    assert config == EngineConfig(slots=2, context_length=512)
+    assert type(ModelConfig(path="m", main_gpu=np.int32(1)).main_gpu) is int  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [4.0, np.float64(4), np.bool_(True), True, "4"])
+def test_only_integers_are_integers(value: object) -> None:
+    with pytest.raises(ValueError, match="slots must be an integer"):
+        EngineConfig(slots=value)  # type: ignore[arg-type]
 
 
 def test_the_context_of_all_slots_together_is_bounded() -> None:

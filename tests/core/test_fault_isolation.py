@@ -168,6 +168,19 @@ def test_without_space_one_waits_and_gives_up_what_it_holds() -> None:
     check_idle(world)
 
 
+@pytest.mark.parametrize("outcome", [DecodeOutcome.INVALID, DecodeOutcome.NO_KV_SPACE])
+def test_a_sequence_that_is_cancelled_while_its_batch_fails_is_no_suspect(outcome: DecodeOutcome) -> None:
+    world = make_world(2)
+    first, second = (world.submit(prompt=endless(n), max_tokens=5) for n in range(2))
+    world.on_batch = lambda batch: world.cancel(first)
+    world.step(Interruption(outcome))
+    assert world.state.suspects == (second,)
+    world.on_batch = None
+    world.run()
+    check_survivors(world)
+    check_idle(world)
+
+
 def test_failures_are_forgotten_after_many_successes() -> None:
     """Two failures that are far apart do not make the sequences run alone to their ends."""
     world = make_world(2, n_ctx=16)

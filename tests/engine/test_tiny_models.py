@@ -80,11 +80,14 @@ async def test_embeddings_beside_full_slots(models: Path) -> None:
         streams[1].close()
 
 
-@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("bert", {"embedding_batch_size": 512})])
+LONG = {"embedding_batch_size": 512}
+
+
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("bert", LONG), ("mamba", LONG), ("lfm2", LONG)])
 async def test_a_long_embedding_does_not_depend_on_the_batch_size(
     models: Path, name: str, options: dict[str, int]
 ) -> None:
-    """Its last row is its embedding, or the batch of an encoder is as long as the text."""
+    """Its last row is its embedding, or the batch of an encoder or a recurrent model is as long as the text."""
     text = PROMPT[:300]
     async with running(models, name, batch_size=512) as engine:
         expected = await engine.embed([text, "hello"])

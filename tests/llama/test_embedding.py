@@ -61,6 +61,21 @@ def test_embeddings_and_text_may_alternate(llama: Running) -> None:
     np.testing.assert_allclose(embed(llama, "the model")[0], vector, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "single", "swa", "mrope", "mamba", "lfm2", "gpt2"])
+def test_rows_without_output_may_follow_an_embedding(models: Models, name: str) -> None:
+    """Upstream's allocator confused the two graphs of LFM2, and the process ended."""
+    running = Running(models(name))
+    tokens = running.tokens(LONG_TEXT)[:40]
+    expected = tokens_of(running.generate(tokens, 4))
+    for n_rows in (1, 7, 40):
+        lane = running.capabilities.first_embed_slot
+        assert running.context.apply(Trim(lane, 0))
+        running.step(Chunk(0, lane, 0, tuple(tokens[:n_rows]), output=True), embeddings=True)
+        assert running.context.apply(Trim(0, 0))
+        running.prefill(tokens[:n_rows])
+        assert tokens_of(running.generate(tokens, 4)) == expected
+
+
 def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 

@@ -128,7 +128,7 @@ async def test_a_server_serves_one_client_at_a_time(models: Models, doomed: Serv
         await loaded(runner)
         async with program(*command, toy=False, environment=IMPATIENT) as other:
             assert await other.ended() == 1
-            words = "does not answer as one: is it one, of this version, and has it no other client?"
+            words = "gave no valid answer: is it an rpc-server of this version, and without another client?"
             assert "Traceback" not in other.log
             assert other.log.splitlines()[-1] == f"error: the rpc-server {doomed[0].endpoint} {words}"
         runner.process.kill()
@@ -182,7 +182,7 @@ def test_other_servers_are_refused(models: Models, monkeypatch: pytest.MonkeyPat
     assert refusal(models("llama"), unknown) == f"the rpc-server {unknown} cannot be found: its host name is unknown"
     with saying(b"HTTP/1.1 400 Bad Request\r\n\r\n") as rubbish:
         assert refusal(models("llama"), rubbish).startswith(
-            f"the rpc-server {rubbish} does not answer as one: is it one"
+            f"the rpc-server {rubbish} gave no valid answer: is it an rpc-server of this version"
         )
     monkeypatch.setattr(backends, "RPC_SECONDS", 0.1)
     with saying(b"") as silent:

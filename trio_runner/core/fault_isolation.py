@@ -83,24 +83,24 @@ class FaultIsolation:
                     record.n_to_forgive *= 2
 
     def failed(self, batch: Batch) -> bool:
-        """This batch failed. True: its one sequence is the culprit. False: each of its sequences is a suspect."""
+        """This batch failed. True: its one sequence is the culprit. False: those that still run are suspects."""
         if len(batch.chunks) == 1:
             self._records.clear()  # the culprit explains the failures before
             return True
-        self._suspects = [chunk.uid for chunk in batch.chunks]
-        for chunk in batch.chunks:
-            if chunk.uid in self._running:
-                record = self._records.setdefault(chunk.uid, _Record())
-                record.n_failed += 1
-                record.n_succeeded = 0
+        self._suspect(batch)
+        for uid in self._suspects:
+            record = self._records.setdefault(uid, _Record())
+            record.n_failed += 1
+            record.n_succeeded = 0
         return False
 
     def found_no_space(self, batch: Batch) -> bool:
         """The KV cache has no space for this batch. Its sequences are tried one by one, with half as many rows.
 
-        That other sequences find space says nothing about these. False: one row was too many.
+        Each is tried alone, because other batches may find space where these do not, and would only restore the number
+        of rows. Returns False if not even one row found space.
         """
-        self._suspects = [chunk.uid for chunk in batch.chunks]
+        self._suspect(batch)
         self.max_rows //= 2
         if self.max_rows:
             return True
@@ -112,6 +112,10 @@ class FaultIsolation:
         if uid in self._suspects:
             self._suspects.remove(uid)
         self._records.pop(uid, None)
+
+    def _suspect(self, batch: Batch) -> None:
+        """Suspect the sequences of this batch, except those that have ended since it was planned."""
+        self._suspects = [chunk.uid for chunk in batch.chunks if chunk.uid in self._running]
 
     def _runs_alone(self, sequence: Sequence) -> bool:
         record = self._records.get(sequence.spec.uid)

@@ -6,8 +6,9 @@ prefix that they wait for.
 
 Rule 1: a sequence follows another one only if that runs, is not paused, has the same cache key, and will hold more of
 the prompt than any slot holds now.
-Rule 2: when the followed sequence stops, is paused, or has decoded enough, its followers take over at once what it has
-decoded, and look for another sequence to follow.
+Rule 2: when the followed sequence stops, is paused, or has decoded enough, its followers take over what it has decoded,
+and look for another sequence to follow. If it stops, they do so at once, before its slot gets other contents; otherwise
+when the next batch is planned.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def next_kind(sequence: Sequence, capabilities: Capabilities) -> BatchKind:
 def next_chunk(sequence: Sequence, capabilities: Capabilities) -> Chunk:
     """The next rows that could go into one batch, if it had room for all: tokens up to the next image, or one image.
 
-    The rows of an embedding that come before the last one, where they may run in any batch, are without it.
+    If only the last row gives the embedding, the rows before it form chunks of their own.
     """
     spec, slot, pending = sequence.spec, sequence.slot, sequence.pending
     start, offset = len(slot.items), -slot.position_lag

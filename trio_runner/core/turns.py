@@ -1,7 +1,7 @@
 """Whose turn it is: sequences that waited longest go first, and kinds of batches take turns.
 
-Rule 1: only a batch that was decoded counts as a turn. A batch that was planned and thrown away changes nothing, so
-that a client whose requests keep throwing batches away takes no turn from anybody.
+Rule 1: a batch that was run counts as a turn, whatever came of it. A batch that was planned and thrown away changes
+nothing, so that a client whose requests keep throwing batches away takes no turn from anybody.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Turns:
         return min(by_kind, key=lambda kind: (self._last_turn[kind], kind == self._last_kind))
 
     def count(self, batch: Batch, running: Mapping[int, Sequence]) -> None:
-        """This batch was decoded. Sets `last_turn` of its sequences."""
+        """This batch was run, whatever came of it. Sets `last_turn` of its sequences."""
         self.now += 1
         self._last_kind = batch.kind
         self._last_turn[batch.kind] = self.now

@@ -67,7 +67,7 @@ def _check_adapter(header: GgufHeader, info: ModelInfo, path: str) -> None:
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise LoadError("damaged: adapter.lora.alpha is not a finite number", path=path)
     if "adapter.alora.invocation_tokens" in header.metadata:
-        raise LoadError("adapters that tokens of the prompt switch on (aLoRA) are not supported", path=path)
+        raise LoadError("an adapter that tokens of the prompt switch on (aLoRA) is not supported", path=path)
     tensors = {tensor.name: tensor for tensor in header.tensors if not tensor.name.endswith("_norm.weight")}
     n_expert = info.metadata.get(f"{info.architecture}.expert_count", "")
     for name, tensor in tensors.items():
@@ -82,7 +82,7 @@ def _check_adapter(header: GgufHeader, info: ModelInfo, path: str) -> None:
 
 
 def _problem(tensor: GgufTensor, tensors: dict[str, GgufTensor], n_expert: int) -> str:
-    """What is wrong with one of the two factors of a matrix, as far as the matrix does not matter; "" if nothing."""
+    """What is wrong with a factor, checked without the matrix that it changes; "" if nothing."""
     if not tensor.name.endswith((_A, _B)):
         return "is not part of a LoRA"
     if tensor.type in CANNOT_MULTIPLY:

@@ -18,10 +18,9 @@ from trio_runner.errors import EngineClosed, LoadError, NativeError, RunnerError
 from trio_runner.info import Capabilities, MemoryUse
 from trio_runner.llama.adapter import Adapter
 from trio_runner.llama.context_plan import (
-    POOLING_LAST,
-    POOLING_NONE,
     POOLING_RANK,
     ContextPlan,
+    embeds_last_row,
     memory_use,
     open_context,
     plan_context,
@@ -255,12 +254,12 @@ class Context:
 
     @property
     def encoder_tokens(self) -> Mapping[int, tuple[int, ...]]:
-        """The tokens that the encoder read last, by slot."""
+        """The tokens that the encoder read last, by slot. For tests."""
         return MappingProxyType(self._encoder_tokens)
 
     @property
     def n_encoder_runs(self) -> int:
-        """How often the encoder has run."""
+        """How often the encoder has run. For tests."""
         return self._n_encoder_runs
 
     def _encode(self, batch: Batch) -> DecodeOutcome:
@@ -283,8 +282,6 @@ class Context:
 def _capabilities(model: Model, config: EngineConfig, plan: ContextPlan, info: Any, *, can_trim: bool) -> Capabilities:
     """What a context with the shim's `info` can do."""
     has_memory, causal = bool(info.has_memory), bool(info.causal)
-    is_recurrent = bool(model.native_info.is_recurrent or model.native_info.is_hybrid)
-    pools_last_row = info.pooling_type in (POOLING_NONE, POOLING_LAST)
     n_positions = min(plan.n_ctx, int(info.n_positions))
     return Capabilities(
         n_slots=config.slots,
@@ -293,7 +290,7 @@ def _capabilities(model: Model, config: EngineConfig, plan: ContextPlan, info: A
         max_rows=plan.max_rows,
         n_spare_slots=plan.n_spare,
         n_embed_slots=plan.n_embed,
-        embeds_last_row=has_memory and causal and pools_last_row and not is_recurrent,
+        embeds_last_row=has_memory and causal and embeds_last_row(model, int(info.pooling_type)),
         has_memory=has_memory,
         can_trim=can_trim,
         # A recurrent state claims that it can shift, but the part to drop cannot be removed from it.

@@ -17,11 +17,11 @@ DEFAULT_CONTEXT_LENGTH: Final = 4096
 """Tokens that a slot holds at most, unless the configuration says otherwise. Models trained for a million tokens would
 want all memory."""
 
+# Numbers of `enum llama_pooling_type`.
 POOLING_UNSPECIFIED: Final = -1
 POOLING_NONE: Final = 0
 POOLING_LAST: Final = 3
 POOLING_RANK: Final = 4
-"""Numbers of `enum llama_pooling_type`."""
 _POOLINGS: Final = {"none": POOLING_NONE, "mean": 1, "cls": 2, "last": POOLING_LAST}
 
 _MAX_SEQUENCES: Final = 2 * MAX_SLOTS
@@ -62,9 +62,9 @@ def plan_context(model: Model, config: EngineConfig) -> ContextPlan:
     n_embed = max(config.slots, min(_EMBEDDING_SLOTS, n_max - config.slots - n_spare) if is_embedder else 0)
     n_seq_max = config.slots + n_spare + n_embed
     max_rows = config.batch_size
-    if not model.info.causal or pooling not in (POOLING_UNSPECIFIED, POOLING_NONE, POOLING_LAST):
+    if not embeds_last_row(model, pooling):
         # All rows of a text must be in one batch, so the longest text is as long as a batch.
-        longest = min(config.embedding_batch_size or 1, n_ctx, max(model.info.n_ctx_train, 1))
+        longest = min(config.embedding_batch_size or max_rows, n_ctx, max(model.info.n_ctx_train, 1))
         max_rows = max(max_rows, longest)
     n_batch = max(max_rows, n_seq_max)  # llama.cpp plans for an output of every sequence
     params = {
@@ -83,6 +83,12 @@ def plan_context(model: Model, config: EngineConfig) -> ContextPlan:
         "swa_full": True,
     }
     return ContextPlan(n_ctx, max_rows, n_spare, n_embed, params)
+
+
+def embeds_last_row(model: Model, pooling: int) -> bool:
+    """Whether the embedding of a text is that of its last row, so that the rows before it may be in other batches."""
+    is_recurrent = model.native_info.is_recurrent or model.native_info.is_hybrid
+    return model.info.causal and not is_recurrent and pooling in (POOLING_UNSPECIFIED, POOLING_NONE, POOLING_LAST)
 
 
 def open_context(model: Model, plan: ContextPlan) -> Any:

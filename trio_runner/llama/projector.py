@@ -158,13 +158,13 @@ class Encoding:
         projector = self._projector
         n_rows, n_positions = int(info.n_rows), int(info.n_positions)
         positions: NDArray[np.int32] | None = None
-        folded = False
+        shares_positions = False
         if projector.has_mrope:
             positions = self._integers("trio_media_positions", index, _N_POSITIONS * n_rows).reshape(-1, n_rows)
-            folded = bool(positions[0, -1] == positions[0, 0]) and n_rows > 1
+            shares_positions = bool(positions[0, -1] == positions[0, 0]) and n_rows > 1
         key = hashlib.blake2b(self._pixels.digest, digest_size=_DIGEST_BYTES)
         key.update(projector.digest + index.to_bytes(4, "little"))
-        media = Media(key.digest(), n_rows, n_positions, causal=not info.non_causal, shares_positions=folded)
+        media = Media(key.digest(), n_rows, n_positions, causal=not info.non_causal, shares_positions=shares_positions)
         if media.whole and n_rows > projector.max_rows:
             raise InvalidImage(_too_many_rows(n_rows, projector.max_rows))
         rows: NDArray[np.float32] = np.empty((n_rows, projector.n_embd), np.float32)

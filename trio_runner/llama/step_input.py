@@ -76,9 +76,8 @@ class StepInput:
                 own[:] = np.arange(chunk.position, chunk.position + len(chunk.items), dtype=np.int32)
             else:
                 own[:] = encoded.positions[:, begin:end]
-                own[:3] += (
-                    chunk.position - encoded.positions[0, begin]
-                )  # not the last of four: see trio_media_positions()
+                # Not the last of four: see trio_media_positions().
+                own[:3] += chunk.position - encoded.positions[0, begin]
             row += len(chunk.items)
         return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
