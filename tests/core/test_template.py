@@ -378,6 +378,8 @@ HOSTILE = {
     "JSON by a function": "{{ [namespace()] * 99 | tojson(default=('{0}' * 100000).format) }}",
     "JSON by a class": "{{ [1] | tojson(cls=namespace, encode=('{0}' * 100000).format) }}",
     "indented JSON": "{% set x = [1] * 9999 %}{% for i in range(99) %}{% set y = x | tojson(indent=1) %}{% endfor %}",
+    "equal hashes": "{% set x = [" + ",".join(str(n * (2**61 - 1)) for n in range(3000)) + "] %}"
+    "{% for i in range(9) %}{% set y = x | unique %}{% endfor %}",
     "rsplit": "{% set x = 'a' * 1000000 %}{{ ('b' ~ x ~ x).rsplit('c' ~ x) }}",
     # Ways out.
     **{

@@ -23,6 +23,11 @@ ELEMENT: Final = 16
 STEP: Final = 8
 REFERENCE: Final = 4
 
+HASH_BITS: Final = 60
+"""Bits of integers that all have different hashes in CPython."""
+LARGE_NUMBER: Final = 1024
+"""Units for a larger integer. Thousands of them can have one hash, so that each key of a dict is compared with all."""
+
 
 class TemplateError(Exception):
     """What is wrong with a template, in words."""
@@ -70,6 +75,8 @@ def weigh(value: object, times: int = 1, depth: int = 1) -> int:
     """Return the weight of `value`: what it takes to read, compare or write it as a whole. Spends `times` as much."""
     if not isinstance(value, (list, tuple, dict)):
         weight = 1 + length_of(value)
+        if isinstance(value, int) and value.bit_length() > HASH_BITS:
+            weight += LARGE_NUMBER
         spend(weight * times)
         return weight
     if depth > MAX_NESTING:
@@ -84,6 +91,8 @@ def weigh(value: object, times: int = 1, depth: int = 1) -> int:
             leaves += 1
             if isinstance(item, (str, range)):
                 leaves += length_of(item)
+            elif isinstance(item, int) and item.bit_length() > HASH_BITS:
+                leaves += LARGE_NUMBER
     spend(leaves * times)
     return weight + inner + leaves
 
