@@ -58,9 +58,9 @@ class Peers:
 
 class Exchange:
     """Runs `app` in `nursery` for one request. `send` is given the answer, and `finished` is called once: when the
-    answer is complete, or when the application has ended without completing it.
+    answer is complete, or when the application has ended without completing it. It is not called after `disconnect`.
 
-    No method waits: not for the application, and not for the client.
+    None of `begin`, `body`, `end_body` and `disconnect` waits, for the application or for the client.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ class _Server:
         self._turned_away = 0
 
     def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
-        """Serve `sock`, or turn it away if there are too many connections and each is serving a request."""
+        """Serve `sock`, or turn it away if there are too many connections and none may be closed for it."""
         if len(self._open) < self._max_connections or self._make_room():
             connection = Connection(sock, self._service)
             self._open.add(connection)
