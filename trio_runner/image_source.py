@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Final, TypeAlias, Union
 
@@ -14,6 +15,9 @@ ImageSource: TypeAlias = Union[bytes, os.PathLike[str], "Image.Image"]  # `|` do
 
 MAX_IMAGE_BYTES: Final = 20 << 20
 """The largest encoded file that is accepted, in bytes."""
+
+IMAGE_TAG: Final = re.compile(r"\[img-([0-9]{1,10})\]")
+"""Where the image with a number stands in a prompt that is text."""
 
 
 def is_image_source(value: object) -> bool:

@@ -185,7 +185,7 @@ TOKENIZE: Final[Mapping[str, Field]] = {
 }
 DETOKENIZE: Final[Mapping[str, Field]] = {"tokens": Field("list of integers", "`[]`", "The tokens.")}
 
-_CHECKED_AS: Final[Mapping[Check, str]] = {json_in.integer: "integer", json_in.boolean: "boolean"}
+_CHECKED_AS: Final[Mapping[Check, str]] = {json_in.check_integer: "integer", json_in.check_boolean: "boolean"}
 
 _BODIES: Final[Mapping[str, tuple[Fields, Mapping[str, Field], tuple[type[Any], ...]]]] = {
     "completion": (requests.COMPLETION, COMPLETION, (SamplingParams, GenerateRequest)),

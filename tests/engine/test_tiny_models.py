@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tests.placing import model_config
 from tests.tiny_models import tiny_model
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
-from trio_runner.events import Finished
+from trio_runner.events import Event, Finished, SampledToken
 from trio_runner.front_door import open_engine
 from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
@@ -25,6 +26,9 @@ DEADLINE = 60.0
 KINDS = ["llama", "swa", "mrope", "gpt2", "mamba", "lfm2", "t5"]
 """One for each kind of memory there is."""
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1)
+NEAR_TIE = 0.05
+"""Nats. llama.cpp rounds a row differently alone and in a batch, by up to 0.017 nats in these models on CPUs without
+AVX-512. If the two most probable tokens are nearer to each other than this, either may be chosen."""
 PROMPT = "the story and the model and the answer of the user " * 8
 
 
@@ -43,6 +47,33 @@ async def running(models: Path, name: str, **options: object) -> AsyncIterator[E
 
 def asked(prompt: str, max_tokens: int | None = 40, **fields: object) -> GenerateRequest:
     return GenerateRequest(prompt=prompt, max_tokens=max_tokens, sampling=GREEDY, **fields)  # type: ignore[arg-type]
+
+
+async def tokens_of(engine: Engine, prompt: str, **fields: object) -> list[SampledToken]:
+    """The tokens of a greedy continuation, each with the most probable alternatives."""
+    sampling = replace(GREEDY, logprobs=2)
+    request = GenerateRequest(prompt=prompt, max_tokens=40, sampling=sampling, **fields)  # type: ignore[arg-type]
+    return [token for event in await read_all(engine, request) for token in getattr(event, "tokens", ())]
+
+
+async def read_all(engine: Engine, request: GenerateRequest) -> list[Event]:
+    async with engine.generate(request) as generation:
+        return [event async for event in generation]
+
+
+def assert_same_tokens(found: list[SampledToken], expected: list[SampledToken]) -> None:
+    """The tokens are equal up to the first near tie that was decided the other way. A wrong cell in the cache shows: it
+    changes probabilities by far more than rounding does."""
+    for one, other in zip(found, expected, strict=False):
+        if one.token != other.token:
+            assert margin(other) < NEAR_TIE
+            return
+        assert one.logprob == pytest.approx(other.logprob, abs=NEAR_TIE)
+    assert len(found) == len(expected)
+
+
+def margin(token: SampledToken) -> float:
+    return token.top[0].logprob - token.top[1].logprob
 
 
 async def alone(engine: Engine, *prompts: str) -> dict[str, str]:
@@ -144,11 +175,10 @@ async def test_requests_that_stay_do_not_notice_those_that_go(models: Path, name
     chance = random.Random(seed)
     longest = 60 if name == "gpt2" else 300  # characters; the table of positions has 96 entries
     prompts = [PROMPT[: longest // 8 * n] + word for n, word in enumerate(("hello", "world", "count"), 1)]
-    texts: dict[str, str] = {}
+    found: dict[str, list[SampledToken]] = {}
 
     async def stay(engine: Engine, prompt: str) -> None:
-        priority = chance.choice(["interactive", "background"])
-        texts[prompt] = await engine.generate(asked(prompt, priority=priority)).collect()
+        found[prompt] = await tokens_of(engine, prompt, priority=chance.choice(["interactive", "background"]))
 
     async def go(engine: Engine, prompt: str, seconds: float) -> None:
         with trio.move_on_after(seconds):
@@ -156,7 +186,7 @@ async def test_requests_that_stay_do_not_notice_those_that_go(models: Path, name
 
     # An encoder reads all texts in one batch.
     async with running(models, name, slots=3, batch_size=512 if name == "t5" else 64) as engine:
-        expected = await alone(engine, *prompts)
+        expected = {prompt: await tokens_of(engine, prompt, cache_prompt=False) for prompt in prompts}
         async with trio.open_nursery() as nursery:
             for prompt in prompts:
                 nursery.start_soon(stay, engine, prompt)
@@ -164,6 +194,7 @@ async def test_requests_that_stay_do_not_notice_those_that_go(models: Path, name
                     start = chance.choice([prompt, PROMPT, PROMPT[::-1]])
                     nursery.start_soon(go, engine, start[: chance.randrange(20, longest)], chance.random() * 0.05)
                     await trio.sleep(chance.random() * 0.005)
-        assert texts == expected
+        for prompt in prompts:
+            assert_same_tokens(found[prompt], expected[prompt])
         await until_idle(engine)
         await until(lambda: engine.statistics().scheduler.n_preempted == 0)

@@ -88,6 +88,15 @@ ATTACKS = {
     "TLS": (bytes.fromhex("16030100c8010000c40303") + b"\r\n" * 9 + b"\r\n\r\n", 400),
     "rubbish": (os.urandom(256).replace(b"\n", b"x") + b"\r\n\r\n", 400),
     "HEAD refused": (b"HEAD ?x HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "HEAD in lower case, which has a body": (b"head /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+    "HEAD and more than was announced": (
+        b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\nx",
+        400,
+    ),
+    "HEAD with a bad chunk": (
+        b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        400,
+    ),
 }
 
 

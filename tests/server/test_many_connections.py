@@ -29,7 +29,7 @@ from trio_runner.server.http1 import Http1
 from trio_runner.server.inbox import Inbox
 from trio_runner.server.serve import MAX_CONNECTIONS
 
-N_ROUNDS = int(os.environ.get("TRIO_RUNNER_RUDE_ROUNDS", "2000"))
+N_ROUNDS = int(os.environ.get("TRIO_RUNNER_RUDE_ROUNDS", "1000"))
 
 HEALTH = request("GET", "/health")
 COMPLETION = post("/completion", {"prompt": "x"})
@@ -203,7 +203,7 @@ async def test_rude_connections_leave_nothing_behind() -> None:
         async def everything_has_ended() -> None:
             await until(lambda: trio.lowlevel.current_statistics().tasks_living <= n_tasks)
 
-        await be_rude(server, 500, random.Random(0))
+        await be_rude(server, 300, random.Random(0))
         await everything_has_ended()
         before, n_open, n_bytes = left_behind(), n_descriptors(), resident_bytes()
         await be_rude(server, N_ROUNDS, random.Random(1))

@@ -19,6 +19,8 @@ from trio_runner.server import create_app
 from trio_runner.server.access import Access
 from trio_runner.server.asgi import Application, Receive, Send, send_answer
 from trio_runner.server.connection import Connection, Service
+from trio_runner.server.http1 import Http1
+from trio_runner.server.inbox import Inbox
 from trio_runner.server.problems import Answer
 
 CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 200
@@ -130,18 +132,44 @@ async def test_an_application_that_waits_reads_all_that_has_come() -> None:
 async def test_a_body_that_no_application_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trio_runner.server.http1.MAX_UNREAD_BYTES", 10_000)
     monkeypatch.setattr("trio_runner.server.connection.LINGER_SECONDS", 0.01)
-    gone = []
+    gone = trio.Event()
+    disconnect = Http1.disconnect
 
-    async def wait_for_ever(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        try:
-            await send_answer(send, Answer(200, {}, b"x" * 1_000_000))
-        finally:
-            gone.append(scope)
+    async def note(self: Http1) -> None:
+        gone.set()
+        await disconnect(self)
 
-    async with connected(wait_for_ever) as client:
+    async def never_read(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        await gone.wait()
+
+    monkeypatch.setattr(Http1, "disconnect", note)
+    async with connected(never_read) as client:
         await client.stream.send_all(UPLOAD)
-        with contextlib.suppress(trio.BrokenResourceError):
-            while not gone:
+        with trio.fail_after(2), contextlib.suppress(trio.BrokenResourceError):
+            while not gone.is_set():
                 await client.stream.send_all(b"400\r\n" + b"x" * 1024 + b"\r\n")
                 await trio.testing.wait_all_tasks_blocked(0.001)
-    assert len(gone) == 1
+
+
+async def test_what_comes_of_a_body_after_its_answer_has_begun_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_kept = 0
+    put = Inbox.put
+
+    async def count(self: Inbox, message: dict[str, Any]) -> None:
+        nonlocal n_kept
+        n_kept += len(message.get("body", b""))
+        await put(self, message)
+
+    async def never_read(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        await send_answer(send, Answer(200, {}, b"x" * 1_000_000))
+
+    monkeypatch.setattr(Inbox, "put", count)
+    async with connected(never_read) as client:
+        await client.stream.send_all(UPLOAD)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        n_before = n_kept
+        for _ in range(100):
+            await client.stream.send_all(b"400\r\n" + b"x" * 1024 + b"\r\n")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await client.stream.aclose()
+    assert n_kept == n_before <= 200

@@ -7,7 +7,6 @@ joined into the items of one sequence (`join_parts`).
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -16,14 +15,12 @@ from trio_runner.core.ports import EncodedImage, EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media
 from trio_runner.engine.tokens import special_tokens, tokenize
 from trio_runner.errors import InvalidRequest, Unsupported
-from trio_runner.image_source import ImageSource
+from trio_runner.image_source import IMAGE_TAG, ImageSource
 from trio_runner.info import ModelInfo
 from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest
 
 if TYPE_CHECKING:
     from trio_runner.core.chat import ChatTemplate
-
-_IMAGE_TAG = re.compile(r"\[img-([0-9]{1,10})\]")
 
 
 class NamedImage(NamedTuple):
@@ -104,7 +101,7 @@ def _tagged(prompt: str, image_data: Sequence[tuple[int, ImageSource]]) -> Parts
     }
     parts: list[str | NamedImage] = []
     named: set[int] = set()
-    for index, piece in enumerate(_IMAGE_TAG.split(prompt)):
+    for index, piece in enumerate(IMAGE_TAG.split(prompt)):
         if index % 2 == 0:
             parts.append(piece)
             continue

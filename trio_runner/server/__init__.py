@@ -1,4 +1,4 @@
-"""HTTP for an engine. The only room that imports Quart, Hypercorn and h11."""
+"""HTTP for an engine. The only room that imports Quart and Hypercorn."""
 
 from __future__ import annotations
 

@@ -13,17 +13,19 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from trio_runner.errors import RunnerError
 from trio_runner.interface import EngineInterface
 from trio_runner.server.access import Access
+from trio_runner.server.body_threads import BodyThreads
 from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.dialects.dialect import RouteContext, response
 from trio_runner.server.gate import Gate
-from trio_runner.server.helper_threads import HelperThreads
 from trio_runner.server.intake import Intake
 from trio_runner.server.problems import Answer, Problem, Wording, problem
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 8 << 20
+"""Bytes of the body of a request, unless `serve` is told otherwise."""
 MAX_BODY_BYTES_WITH_IMAGES = 64 << 20
+"""The same for a model that takes images."""
 BODY_TIMEOUT = 30.0
 """Seconds a client may take to send a body."""
 
@@ -47,11 +49,11 @@ def create_app(
         MAX_CONTENT_LENGTH=max_body_bytes,
     )
 
-    def word(path: str, problem: Problem) -> Answer:
+    def word(path: str, refusal: Problem) -> Answer:
         speaker = next((dialect for dialect in dialects if dialect.speaks_at(path)), dialects[-1])
-        return speaker.word(problem)
+        return speaker.word(refusal)
 
-    context = RouteContext(engine, HelperThreads(), adapter_dir)
+    context = RouteContext(engine, BodyThreads(), adapter_dir)
     for dialect in dialects:
         dialect.add_routes(app, context)
     _handle_errors(app, word, max_body_bytes)

@@ -58,9 +58,9 @@ class Peers:
 
 class Exchange:
     """Runs `app` in `nursery` for one request. `send` is given the answer, and `finished` is called once: when the
-    answer is complete, or when the application has ended without completing it.
+    answer is complete, or when the application has ended without completing it. It is not called after `disconnect`.
 
-    No method waits: not for the application, and not for the client.
+    None of `begin`, `body`, `end_body` and `disconnect` waits, for the application or for the client.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Exchange:
                 stream_id=_STREAM_ID,
                 headers=list(request.headers),
                 http_version=request.http_version.decode("ascii"),
-                method=request.method.decode("ascii").upper(),
+                method=request.method.decode("ascii"),
                 raw_path=request.target,
                 state=ConnectionState({}),
             )

@@ -19,6 +19,7 @@ import trio
 log = logging.getLogger(__name__)
 
 BACKLOG = 512
+"""Connections that the kernel may keep until they are accepted."""
 ACCEPTED_AT_ONCE = 64
 """Connections accepted in one turn of the event loop. With one for each turn, five hundred clients that connect at once
 make the next one wait for five hundred turns."""

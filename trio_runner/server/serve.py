@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +18,12 @@ from trio_runner.server.connection import MAKES_ROOM, Connection, Service
 from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
 
+log = logging.getLogger(__name__)
+
 MAX_CONNECTIONS = 512
+"""Connections that may be open at once, so that the descriptors of a process, often 1024, suffice."""
 KEEP_ALIVE_SECONDS = 75
+"""Seconds a connection may stay idle after an answer."""
 FLUSH_SECONDS = 1.0
 """Seconds in which complete answers may still reach their clients when the server stops."""
 
@@ -54,7 +59,8 @@ async def serve(
 
     A client that takes nothing of its answer for the engine's `stall_timeout` is disconnected. When `max_connections`
     are open and another client connects, a connection that serves no request is closed for it, the one that has been
-    idle longest first. If all of them serve requests, the new client is answered with 503.
+    idle longest first, or else one whose client has not read a complete answer for a second. If there is none, the new
+    client is answered with 503.
 
     Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
     """
@@ -99,7 +105,7 @@ class _Server:
         self._turned_away = 0
 
     def admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
-        """Serve `sock`, or turn it away if there are too many connections and each is serving a request."""
+        """Serve `sock`, or turn it away if there are too many connections and none may be closed for it."""
         if len(self._open) < self._max_connections or self._make_room():
             connection = Connection(sock, self._service)
             self._open.add(connection)
@@ -113,7 +119,7 @@ class _Server:
         """Close connections that serve no request, and make the others close after their answer."""
         self._service.closing = True
         for connection in list(self._open):
-            connection.close_if_unasked()
+            connection.close_unless_serving()
 
     def _make_room(self) -> bool:
         for state in MAKES_ROOM:
@@ -127,6 +133,8 @@ class _Server:
     async def _serve(self, connection: Connection) -> None:
         try:
             await connection.run()
+        except* Exception:  # never seen; but it would end every other connection
+            log.exception("a connection failed")
         finally:
             self._open.discard(connection)
 

@@ -14,7 +14,7 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from trio_runner.interface import EngineInterface
-from trio_runner.server.helper_threads import HelperThreads
+from trio_runner.server.body_threads import BodyThreads
 from trio_runner.server.problems import Answer, Problem
 
 
@@ -23,7 +23,7 @@ class RouteContext:
     """What the routes of every dialect work with."""
 
     engine: EngineInterface
-    threads: HelperThreads
+    threads: BodyThreads
     adapter_dir: Path | None = None
     """Directory of the adapters that clients may load."""
 

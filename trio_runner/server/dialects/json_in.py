@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import Kind, parameters_of
+from trio_runner.parameters import Kind, parameters_of, text_complaint
 from trio_runner.request import MAX_TEXT_BYTES
 
 MAX_VALUES = 1 << 16
@@ -130,19 +130,16 @@ def wrong(name: str, wanted: str, value: object) -> NoReturn:
     raise InvalidRequest(f"{name} must be {wanted}, not {_KINDS[type(value)]}", param=name)
 
 
-def text(name: str, value: Any) -> str:
+def check_text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         wrong(name, "a string", value)
-    try:
-        n_bytes = len(value.encode())
-    except UnicodeEncodeError:
-        raise InvalidRequest(f"{name} contains half of a surrogate pair, which is no character", param=name) from None
-    if n_bytes > MAX_TEXT_BYTES:
-        raise InvalidRequest(f"{name} has {n_bytes} bytes, but at most {MAX_TEXT_BYTES} are allowed", param=name)
+    complaint = text_complaint(name, value, MAX_TEXT_BYTES)
+    if complaint is not None:
+        raise InvalidRequest(complaint, param=name)
     return value
 
 
-def integer(name: str, value: Any) -> int:
+def check_integer(name: str, value: Any) -> int:
     if type(value) is not int:
         wrong(name, "an integer", value)
     if not -(2**63) <= value < 2**63:
@@ -150,13 +147,13 @@ def integer(name: str, value: Any) -> int:
     return value
 
 
-def number(name: str, value: Any) -> float:
+def check_number(name: str, value: Any) -> float:
     if type(value) not in (int, float):
         wrong(name, "a number", value)
     return float(value)
 
 
-def boolean(name: str, value: Any) -> bool:
+def check_boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         wrong(name, "true or false", value)
     return value
@@ -173,16 +170,16 @@ def list_of(check: Check, what: str) -> Check:
     return check_list
 
 
-def texts(name: str, value: Any, max_items: int) -> tuple[str, ...]:
+def check_texts(name: str, value: Any, max_items: int) -> tuple[str, ...]:
     """A list of at most `max_items` texts. A complaint names the item."""
     if not isinstance(value, list):
         wrong(name, "a list of strings", value)
     if len(value) > max_items:
         raise InvalidRequest(f"{name} has {len(value)} texts, but at most {max_items} are allowed", param=name)
-    return tuple(text(f"{name}[{index}]", item) for index, item in enumerate(value))
+    return tuple(check_text(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
-def tokens(name: str, value: Any) -> tuple[int, ...]:
+def check_tokens(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list):
         wrong(name, "a list of integers", value)
     for token in value:  # of which there may be millions
@@ -216,19 +213,21 @@ def _token_biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
         value = [[int(token) if re.fullmatch("[0-9]{1,10}", token) else token, bias] for token, bias in pairs]
     if not isinstance(value, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in value):
         wrong(name, "a list of [token, bias] or an object", value)
-    return tuple((integer(name, token), -math.inf if bias is False else number(name, bias)) for token, bias in value)
+    return tuple(
+        (check_integer(name, token), -math.inf if bias is False else check_number(name, bias)) for token, bias in value
+    )
 
 
 _CHECKS: dict[Kind, Check] = {
-    "number": number,
-    "integer": integer,
-    "boolean": boolean,
-    "text": text,
-    "choice": text,
+    "number": check_number,
+    "integer": check_integer,
+    "boolean": check_boolean,
+    "text": check_text,
+    "choice": check_text,
 }
 _CHECKS_OF_OTHERS: dict[str, Check] = {
     "logit_bias": _token_biases,
-    "dry_sequence_breakers": list_of(text, "strings"),
+    "dry_sequence_breakers": list_of(check_text, "strings"),
 }
 """Checks of parameters that have a type of their own."""
 

@@ -51,9 +51,14 @@ def whole_characters(text: str) -> str:
     return text
 
 
-def float32(value: Any) -> msgspec.Raw:
+def float32_text(value: Any) -> str:
     """A number with the digits of a float32, and without a fraction if it has none."""
-    return msgspec.Raw(str(np.float32(value)).removesuffix(".0").encode())
+    return str(np.float32(value)).removesuffix(".0")
+
+
+def float32(value: Any) -> msgspec.Raw:
+    """The same, as a part of a value to encode."""
+    return msgspec.Raw(float32_text(value).encode())
 
 
 def float32_list(values: NDArray[np.float32]) -> msgspec.Raw:

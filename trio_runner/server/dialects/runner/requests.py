@@ -5,12 +5,11 @@ Every function raises `RequestError`, which names the field at fault.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from trio_runner.errors import InvalidImage, InvalidRequest
-from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.image_source import IMAGE_TAG, MAX_IMAGE_BYTES
 from trio_runner.parameters import integer_complaint
 from trio_runner.request import (
     MAX_ADAPTER_SCALE,
@@ -31,21 +30,19 @@ NO_SEQUENCE = "Failed to create new sequence: "
 MAX_FILE_NAME_BYTES = 255
 """What file systems allow."""
 
-_IMAGE_NAME = re.compile(r"\[img-([0-9]{1,10})\]")
-
 
 # --- Fields ----------------------------------------------------------------------------------------------------------
 
 
 def _go_text(name: str, value: Any) -> str:
-    return "" if value is None else json_in.text(name, value)  # null in a list is Go's zero value
+    return "" if value is None else json_in.check_text(name, value)  # null in a list is Go's zero value
 
 
 def _image(name: str, value: Any) -> tuple[int, bytes]:
     if not isinstance(value, Object):
         wrong(name, "an object", value)
     given = fold(value)
-    image_id, data = json_in.integer(f"{name}.id", given.get("id", 0)), given.get("data", "")
+    image_id, data = json_in.check_integer(f"{name}.id", given.get("id", 0)), given.get("data", "")
     complaint = integer_complaint(f"{name}.id", image_id, 0, 2**31 - 1)
     if complaint is not None:  # said here, as an image that the prompt does not name gets no further
         raise InvalidRequest(complaint, param=f"{name}.id")
@@ -73,24 +70,25 @@ def _adapter(name: str, value: Any) -> AdapterChoice:
     if "name" not in given:
         raise InvalidRequest(f"{name} must have a name", param=name)
     return AdapterChoice(
-        json_in.text(f"{name}.name", given["name"]), json_in.number(f"{name}.scale", given.get("scale", 1.0))
+        json_in.check_text(f"{name}.name", given["name"]),
+        json_in.check_number(f"{name}.scale", given.get("scale", 1.0)),
     )
 
 
 def _alternatives(name: str, value: Any) -> int:
-    count = json_in.integer(name, value)
+    count = json_in.check_integer(name, value)
     if count > MAX_LOGPROBS:
         raise InvalidRequest(f"{name} must be at most {MAX_LOGPROBS}, not {count}", param=name)
     return max(count, -1)
 
 
 def _documents(name: str, value: Any) -> tuple[str, ...]:
-    return json_in.texts(name, value, MAX_DOCUMENTS)
+    return json_in.check_texts(name, value, MAX_DOCUMENTS)
 
 
 def _text_or_texts(name: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str):
-        return json_in.text(name, value)
+        return json_in.check_text(name, value)
     if not isinstance(value, list):
         wrong(name, "a string or a list of strings", value)
     return _documents(name, value)
@@ -99,17 +97,17 @@ def _text_or_texts(name: str, value: Any) -> str | tuple[str, ...]:
 _SAMPLING = fields_of(SamplingParams)
 
 _LOAD_OPTIONS: Fields = {
-    **dict.fromkeys(["num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"], json_in.integer),
-    **dict.fromkeys(["low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock"], json_in.boolean),
+    **dict.fromkeys(["num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"], json_in.check_integer),
+    **dict.fromkeys(["low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock"], json_in.check_boolean),
 }
 """Sent with every request, but settled when the model was loaded: checked and ignored."""
 
 COMPLETION: Fields = {
-    "prompt": json_in.text,
+    "prompt": json_in.check_text,
     "image_data": _images,
     "adapters": list_of(_adapter, "objects"),
-    "n_predict": json_in.integer,
-    "n_keep": json_in.integer,
+    "n_predict": json_in.check_integer,
+    "n_keep": json_in.check_integer,
     "stop": list_of(_go_text, "strings"),
     **fields_of(GenerateRequest, "cache_prompt", "shift", "truncate", "priority", "deadline"),
     "n_probs": _alternatives,
@@ -119,20 +117,24 @@ COMPLETION: Fields = {
 }
 EMBEDDING: Fields = {
     "content": _text_or_texts,
-    "cache_prompt": json_in.boolean,
+    "cache_prompt": json_in.check_boolean,
     **fields_of(EmbedRequest, "normalize", "truncate", "dimensions"),
     "adapters": list_of(_adapter, "objects"),
 }
 RERANK: Fields = {
-    "query": json_in.text,
+    "query": json_in.check_text,
     "documents": _documents,
-    "top_n": json_in.integer,
+    "top_n": json_in.check_integer,
     **fields_of(RerankRequest, "truncate"),
     "adapters": list_of(_adapter, "objects"),
 }
-ADAPTER: Fields = {"file": json_in.text, "name": json_in.text, "scale": json_in.number}
-TOKENIZE: Fields = {"content": json_in.text, "add_special": json_in.boolean, "parse_special": json_in.boolean}
-DETOKENIZE: Fields = {"tokens": json_in.tokens}
+ADAPTER: Fields = {"file": json_in.check_text, "name": json_in.check_text, "scale": json_in.check_number}
+TOKENIZE: Fields = {
+    "content": json_in.check_text,
+    "add_special": json_in.check_boolean,
+    "parse_special": json_in.check_boolean,
+}
+DETOKENIZE: Fields = {"tokens": json_in.check_tokens}
 
 
 # --- Requests --------------------------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def completion(body: bytes) -> GenerateRequest:
     given = read_fields(body, COMPLETION, refusal="Bad request")
     if not given.get("prompt"):
         raise InvalidRequest(f"{NO_SEQUENCE}no input provided: prompt is empty", param="prompt")
-    named = {int(number) for number in _IMAGE_NAME.findall(given["prompt"])}
+    named = {int(number) for number in IMAGE_TAG.findall(given["prompt"])}
     n_predict = given.get("n_predict", -1)
     return GenerateRequest(
         prompt=given["prompt"],

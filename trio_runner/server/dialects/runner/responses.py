@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,6 +18,7 @@ from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelI
 from trio_runner.server.dialects.json_out import (
     float32,
     float32_list,
+    float32_text,
     go_line,
     go_string,
     line,
@@ -62,10 +62,6 @@ def _quoted(text: str) -> str:
     return go_string(text).decode()
 
 
-def _float32(value: Any) -> str:
-    return str(np.float32(value)).removesuffix(".0")
-
-
 def _timings(usage: Usage, more: str = "") -> str:
     return (
         f'"timings":{{"predicted_n":{usage.completion_tokens},"predicted_ms":{int(usage.completion_seconds * 1000)},'
@@ -77,7 +73,7 @@ def _token(info: TokenInfo) -> str:
     logprob = info.logprob if info.logprob > _LOWEST else _LOWEST  # NaN compares false
     text = _quoted(info.piece.decode("utf-8", errors="replace"))
     piece = ",".join(map(str, info.piece))
-    return f'"id":{info.token},"token":{text},"bytes":[{piece}],"logprob":{_float32(logprob)}'
+    return f'"id":{info.token},"token":{text},"bytes":[{piece}],"logprob":{float32_text(logprob)}'
 
 
 def _probabilities(tokens: Sequence[SampledToken]) -> str:

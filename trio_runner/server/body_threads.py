@@ -17,8 +17,9 @@ S = TypeVar("S", bound=Sized)
 T = TypeVar("T")
 
 
-class HelperThreads:
-    """One thread to read and one to write, for all requests together: more would compete for the interpreter."""
+class BodyThreads:
+    """Two threads for all requests together; more would compete for the interpreter. One reads bodies and does other
+    conversions, which tokenize and detokenize need. The other writes long answers."""
 
     def __init__(self) -> None:
         self._reader, self._writer = trio.CapacityLimiter(1), trio.CapacityLimiter(1)
