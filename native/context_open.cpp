@@ -115,8 +115,8 @@ trio_context_info describe(const trio_context &context, const trio_context_param
     info.n_threads = context.n_threads;
     info.pooling_type = int32_t(llama_pooling_type(native));
     info.has_memory = context.memory != nullptr;
-    // With a table, the position was added to what a cell holds and cannot be taken out again. llama.cpp would shift
-    // such cells all the same.
+    // With a table, the position was added to what a cell holds and cannot be taken out again. llama.cpp does not
+    // refuse to shift such cells.
     const bool has_table = has_position_table(model, info.has_memory != 0);
     info.can_shift = context.memory != nullptr && llama_memory_can_shift(context.memory) && !has_table;
     info.causal = llama_get_causal_attn(native);

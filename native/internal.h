@@ -35,8 +35,8 @@ struct Refused : Failure {
     explicit Refused(const std::string &message) : Failure(TRIO_E_INVALID, message) {}
 };
 
-// A GGML_ASSERT or GGML_ABORT on this thread. Some functions of llama.cpp swallow std::exception;
-// Scope::assert_fired() is true all the same.
+// A GGML_ASSERT or GGML_ABORT on this thread. Some functions of llama.cpp swallow std::exception:
+// Scope::assert_fired() is true then too.
 struct Assert : std::runtime_error {
     using std::runtime_error::runtime_error;
 };

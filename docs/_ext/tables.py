@@ -32,7 +32,7 @@ class Table:
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     widths: tuple[int, ...]
-    """Of the columns, in proportion."""
+    """Relative width of each column."""
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------

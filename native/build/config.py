@@ -133,7 +133,7 @@ CPU_VARIANTS = {
     ("Linux", "aarch64"): (ARM_DEFAULT, ARM_ALL),
     ("Darwin", "arm64"): (APPLE, APPLE),
 }
-"""For each system and machine, the default variants and all of them. Elsewhere there is one plain CPU plugin."""
+"""(default variants, all variants) for each system and machine. Other machines get one plain CPU plugin."""
 
 
 def known_variants() -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -91,10 +91,10 @@ def check_following(world: World, state: SchedulerState) -> None:
         followed, own = state.running[sequence.follows], items(sequence)
         assert followed.spec.uid not in world.paused, "it waits for a sequence that is paused"
         n_common = cut_before(own, min(common_prefix(items(followed), own), len(own) - 1))
-        assert len(state.slots[followed.slot].items) < n_common, "it waits for what is there"
+        assert len(state.slots[followed.slot].items) < n_common, "it waits for rows that are decoded already"
 
 
-def check_nobody_is_passed_over(world: World, batch: Batch, *, failed: bool) -> None:
+def check_every_sequence_is_served(world: World, batch: Batch, *, failed: bool) -> None:
     served = {chunk.uid for chunk in batch.chunks}
     most = 4 * (world.capabilities.n_slots + world.capabilities.n_embed_slots)
     for uid, sequence in world.state.running.items():

@@ -1,4 +1,4 @@
-"""The toy is as strict as llama.cpp: what would abort there, or give a wrong token, raises AssertionError here."""
+"""The toy is as strict as llama.cpp. It raises AssertionError where llama.cpp would abort or compute a wrong token."""
 
 from __future__ import annotations
 

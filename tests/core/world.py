@@ -213,7 +213,7 @@ class World:
                 interruption = Interruption(outcome, 3 if outcome is DecodeOutcome.FATAL else 0)
         if interruption is not None and len(uids) == 1 and interruption.outcome is not DecodeOutcome.ABORTED:
             self.may_fail.update(uids)
-        invariants.check_nobody_is_passed_over(self, batch, failed=interruption is not None)
+        invariants.check_every_sequence_is_served(self, batch, failed=interruption is not None)
         if self.on_batch is not None:
             self.on_batch(batch)
         self._interruption = interruption

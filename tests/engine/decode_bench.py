@@ -61,11 +61,11 @@ def prompt_of(n_rows: int) -> str:
 
 
 class Canceller:
-    """For `on_decode`: cancels some sequences in each batch."""
+    """A callback for `on_decode` that cancels the given sequences while a batch runs."""
 
     def __init__(self, bench: Bench, *uids: int) -> None:
         self.aborted: list[bool] = []
-        """For each batch, whether it was aborted for that."""
+        """Whether each batch was aborted because of the cancellations."""
         self._bench = bench
         self._uids = uids
 

@@ -17,7 +17,7 @@ from tests.placing import model_config
 from tests.tiny_models import tiny_model
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
-from trio_runner.events import Event, Finished, SampledToken
+from trio_runner.events import Finished, SampledToken
 from trio_runner.front_door import open_engine
 from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
@@ -51,14 +51,9 @@ def asked(prompt: str, max_tokens: int | None = 40, **fields: object) -> Generat
 
 async def tokens_of(engine: Engine, prompt: str, **fields: object) -> list[SampledToken]:
     """The tokens of a greedy continuation, each with the most probable alternatives."""
-    sampling = replace(GREEDY, logprobs=2)
-    request = GenerateRequest(prompt=prompt, max_tokens=40, sampling=sampling, **fields)  # type: ignore[arg-type]
-    return [token for event in await read_all(engine, request) for token in getattr(event, "tokens", ())]
-
-
-async def read_all(engine: Engine, request: GenerateRequest) -> list[Event]:
+    request = replace(asked(prompt, 40, **fields), sampling=replace(GREEDY, logprobs=2))
     async with engine.generate(request) as generation:
-        return [event async for event in generation]
+        return [token async for event in generation for token in getattr(event, "tokens", ())]
 
 
 def assert_same_tokens(found: list[SampledToken], expected: list[SampledToken]) -> None:

@@ -33,7 +33,7 @@ Address: TypeAlias = tuple[str, int]
 SendEvent: TypeAlias = Callable[[h11.Event], Awaitable[None]]
 
 _STREAM_ID = 1
-"""HTTP/1.1 has no streams; Hypercorn's events carry a number all the same."""
+"""The stream number in Hypercorn's events. HTTP/1.1 has no streams, so the number never changes."""
 
 
 def _make_config() -> Config:
