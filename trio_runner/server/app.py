@@ -19,6 +19,8 @@ from trio_runner.server.dialects.dialect import ANY_METHOD, Operation, RouteCont
 from trio_runner.server.gate import Gate
 from trio_runner.server.intake import Intake
 from trio_runner.server.problems import Answer, Problem, Wording, problem
+from trio_runner.server.site import Site
+from trio_runner.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +56,13 @@ def create_app(
         return speaker.word(refusal)
 
     context = RouteContext(engine, BodyThreads(), adapter_dir)
-    for dialect in dialects:
+    access = access or Access()
+    site = Site(dialects, version=__version__, needs_key=access.api_key is not None)
+    for dialect in (*dialects, site):
         for operation in dialect.operations(context):
             _add_route(app, dialect.name, operation)
     _handle_errors(app, word, max_body_bytes)
-    app.asgi_app = Gate(Intake(app.asgi_app, word), access or Access(), word)  # type: ignore[method-assign,assignment]
+    app.asgi_app = Gate(Intake(app.asgi_app, word), access, word)  # type: ignore[method-assign,assignment]
     return app
 
 

@@ -50,6 +50,8 @@ class Operation:
     """None for a request without a body."""
     answer: Any = None
     """The msgspec type of the whole answer with status 200. None if no type describes it."""
+    answer_type: str = "application/json"
+    """The content type of the whole answer."""
     stream: Any = None
     """The msgspec type of each part of an answer that is a stream; None if it never is one."""
     stream_type: str = "text/event-stream"
@@ -62,7 +64,11 @@ class Dialect(Protocol):
     """One language of HTTP requests and answers."""
 
     name: str
-    """Of its operations, in one word."""
+    """In one word."""
+    about: str
+    """What it is, in one sentence."""
+    error_type: Any
+    """The msgspec type of the JSON that `word` writes; None if that is plain text."""
 
     def speaks_at(self, path: str) -> bool:
         """Whether `path` belongs to this dialect, so that problems there are put in its words."""
