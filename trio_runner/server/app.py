@@ -16,8 +16,10 @@ from trio_runner.server.access import Access
 from trio_runner.server.body_threads import BodyThreads
 from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.dialects.dialect import RouteContext, response
+from trio_runner.server.front_page import add_front_page
 from trio_runner.server.gate import Gate
 from trio_runner.server.intake import Intake
+from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.problems import Answer, Problem, Wording, problem
 
 log = logging.getLogger(__name__)
@@ -36,11 +38,13 @@ def create_app(
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     adapter_dir: Path | None = None,
+    names: ModelNames = ANY_NAME,
     dialects: Sequence[Dialect] = DIALECTS,
 ) -> QuartTrio:
     """An application that serves `engine`, which may still be loading. It needs no lifespan and starts no task.
 
-    Clients may load the adapters in `adapter_dir`. The last of `dialects` gets the paths that belong to none.
+    Clients may load the adapters in `adapter_dir`, and call the model by any of `names`. The last of `dialects` gets
+    the paths that belong to none.
     """
     app = QuartTrio("trio_runner.server", static_folder=None)
     app.config.update(
@@ -53,9 +57,10 @@ def create_app(
         speaker = next((dialect for dialect in dialects if dialect.speaks_at(path)), dialects[-1])
         return speaker.word(refusal)
 
-    context = RouteContext(engine, BodyThreads(), adapter_dir)
+    context = RouteContext(engine, BodyThreads(), adapter_dir, names)
     for dialect in dialects:
         dialect.add_routes(app, context)
+    add_front_page(app)
     _handle_errors(app, word, max_body_bytes)
     app.asgi_app = Gate(Intake(app.asgi_app, word), access or Access(), word)  # type: ignore[method-assign,assignment]
     return app

@@ -15,6 +15,7 @@ from quart_trio import QuartTrio
 
 from trio_runner.interface import EngineInterface
 from trio_runner.server.body_threads import BodyThreads
+from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.problems import Answer, Problem
 
 
@@ -26,6 +27,8 @@ class RouteContext:
     threads: BodyThreads
     adapter_dir: Path | None = None
     """Directory of the adapters that clients may load."""
+    names: ModelNames = ANY_NAME
+    """What clients may call the model."""
 
 
 class Dialect(Protocol):
