@@ -199,9 +199,8 @@ async def test_the_front_page() -> None:
         assert b'<a href="/health">' in answer.body
         assert (await server.ask(request("GET", "/", host="evil.example"))).status == 403
         assert (await server.ask(request("GET", "/", b"", "Origin: null"))).status == 403
-        key = "X-Api-Key: s3cret"
-        for method in ("POST", "OPTIONS", "DELETE"):
-            answer = await server.ask(request(method, "/", b"", key))
+        for method in ("POST", "DELETE"):
+            answer = await server.ask(request(method, "/", b"", "X-Api-Key: s3cret"))
             assert (answer.status, answer.headers["allow"]) == (405, "GET")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from quart import Response, request
-from quart_trio import QuartTrio
 
 _SENTENCE = "Ollama is running"
 _PAGE = """<!doctype html>
@@ -27,12 +26,8 @@ _PAGE_HEADERS = {
 }
 
 
-def add_front_page(app: QuartTrio) -> None:
-    """Serve `/`. The answer tells nothing that is secret: it needs no API key."""
-
-    async def front_page() -> Response:
-        if any(name == "text/html" and quality > 0 for name, quality in request.accept_mimetypes):
-            return Response(_PAGE, content_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
-        return Response(_SENTENCE, content_type="text/plain; charset=utf-8", headers=_HEADERS)
-
-    app.add_url_rule("/", "front_page", front_page, methods=["GET"], provide_automatic_options=False)
+async def front_page() -> Response:
+    """The answer tells nothing that is secret: it needs no API key."""
+    if any(name == "text/html" and quality > 0 for name, quality in request.accept_mimetypes):
+        return Response(_PAGE, content_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+    return Response(_SENTENCE, content_type="text/plain; charset=utf-8", headers=_HEADERS)
