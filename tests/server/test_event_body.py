@@ -17,7 +17,7 @@ async def test_no_event_is_taken_before_it_can_be_sent() -> None:
     """Events that are taken count as read, and a client that reads a little now and then has not stalled."""
     generation = FakeGeneration(FakeEngine(), GenerateRequest(prompt="x"))
     generation.say(*(TextPiece("word " * 1000) for _ in range(60)))
-    body = EventBody(generation, responses.CompletionLines())  # type: ignore[arg-type]
+    body = EventBody(generation, responses.CompletionLines())
     n_written = 0
     while n_written < 60:
         n_written += (await anext(body)).count(b'"stop":')

@@ -15,7 +15,7 @@ from trio_runner.interface import EngineInterface
 from trio_runner.server.access import Access
 from trio_runner.server.body_threads import BodyThreads
 from trio_runner.server.dialects import DIALECTS, Dialect
-from trio_runner.server.dialects.dialect import RouteContext, response
+from trio_runner.server.dialects.dialect import ANY_METHOD, Operation, RouteContext, response
 from trio_runner.server.gate import Gate
 from trio_runner.server.intake import Intake
 from trio_runner.server.problems import Answer, Problem, Wording, problem
@@ -55,10 +55,22 @@ def create_app(
 
     context = RouteContext(engine, BodyThreads(), adapter_dir)
     for dialect in dialects:
-        dialect.add_routes(app, context)
+        for operation in dialect.operations(context):
+            _add_route(app, dialect.name, operation)
     _handle_errors(app, word, max_body_bytes)
     app.asgi_app = Gate(Intake(app.asgi_app, word), access or Access(), word)  # type: ignore[method-assign,assignment]
     return app
+
+
+def _add_route(app: QuartTrio, dialect: str, operation: Operation) -> None:
+    endpoint = f"{dialect}.{operation.method} {operation.path}".replace(".", ":")
+    if operation.method == ANY_METHOD:  # which add_url_rule cannot say
+        rule = app.url_rule_class(operation.path, endpoint=endpoint)
+        rule.provide_automatic_options = False
+        app.url_map.add(rule)
+        app.view_functions[endpoint] = operation.handler
+    else:
+        app.add_url_rule(operation.path, endpoint, operation.handler, methods=[operation.method])
 
 
 def _handle_errors(app: QuartTrio, word: Wording, max_body_bytes: int) -> None:
