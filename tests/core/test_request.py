@@ -115,6 +115,8 @@ BAD_SAMPLING: dict[str, list[Any]] = {
         ("a",) * (MAX_DRY_BREAKERS + 1),
     ],
 }
+COUNTS: list[Any] = [-1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]]
+LIMITS: list[Any] = [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1]
 BAD_GENERATE: dict[str, list[Any]] = {
     "prompt": [
         *TOKENS,
@@ -129,7 +131,8 @@ BAD_GENERATE: dict[str, list[Any]] = {
         ((1, PICTURE),) * (MAX_IMAGES + 1),
     ],
     "adapters": ADAPTERS,
-    "max_tokens": [-1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]],
+    "max_tokens": COUNTS,
+    "preferred_slot": COUNTS,
     "stop": [
         *NOT_LISTS,
         *[(stop,) for stop in (*NOT_TEXTS, "a" * (MAX_STOP_BYTES + 1), "é" * (MAX_STOP_BYTES // 2 + 1))],
@@ -139,7 +142,8 @@ BAD_GENERATE: dict[str, list[Any]] = {
     "n_keep": [*NOT_INTEGERS, INT_MIN - 1, INT_MAX + 1],
     **dict.fromkeys(["cache_prompt", "share_prompt", "shift", "truncate", "parse_special", "progress"], NOT_BOOLS),
     "priority": [None, 1, True, "", "urgent", "Background", b"background", ["background"], {}],
-    "deadline": [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1],
+    "deadline": LIMITS,
+    "decode_seconds": LIMITS,
 }
 BAD_EMBED: dict[str, list[Any]] = {
     "content": [*TOKENS, ("a",), (PICTURE,)],
@@ -297,6 +301,8 @@ SAMPLING = st.builds(
         progress=st.booleans(),
         priority=st.sampled_from(["interactive", "background"]),
         deadline=st.none() | st.floats(0.001, MAX_DEADLINE) | st.integers(1, 10),
+        decode_seconds=st.none() | st.floats(0.001, MAX_DEADLINE),
+        preferred_slot=st.none() | st.integers(0, INT_MAX),
     )
 )
 def test_values_in_range_are_taken_unchanged(request: GenerateRequest) -> None:
