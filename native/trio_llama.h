@@ -24,7 +24,7 @@ extern "C" {
 
 /* cdef: begin (cffi reads from here) */
 
-#define TRIO_LLAMA_ABI 5 /* grows with every incompatible change of this file */
+#define TRIO_LLAMA_ABI 6 /* grows with every incompatible change of this file */
 
 #define TRIO_OK 0
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
@@ -120,6 +120,8 @@ typedef struct trio_model_info {
     int32_t has_encoder, has_decoder, is_recurrent, is_hybrid, is_diffusion;
     int32_t has_vocab, add_bos, add_eos, add_sep;
     int32_t token_bos, token_eos, token_sep, token_eot, token_nl; /* -1: the model has none */
+    int32_t token_fim_pre, token_fim_suf, token_fim_mid;          /* fill in the middle; -1: none */
+    int32_t token_fim_rep, token_fim_sep; /* before the name of a repository, and between two files; -1: none */
     int32_t causal;       /* 0: attention is non-causal, as in BERT */
     int32_t pooling_type; /* in the file: -1 unspecified, 0 none, 1 mean, 2 cls, 3 last, 4 rank */
     int32_t max_piece;    /* bytes of the longest token's piece */
@@ -233,6 +235,7 @@ typedef struct trio_sampler_params {
     const int32_t *bias_tokens;
     const float *bias_values;
     int32_t n_bias;
+    int32_t ignore_eos; /* 1: tokens that end the generation are never chosen */
     const char *grammar; /* GBNF with a rule named root; NULL or "": none */
     int32_t n_top;       /* alternatives to report for each token; -1: not even the chosen token's log-probability */
 } trio_sampler_params;

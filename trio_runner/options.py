@@ -19,6 +19,8 @@ class SamplingOptions(TypedDict, total=False):
 
     logit_bias: Sequence[tuple[int, float]]
     """Pairs of a token and a number that is added to the logit of that token. Negative infinity forbids it."""
+    ignore_eos: bool
+    """Never choose a token that ends the generation, so that it goes on up to its limit."""
     repeat_last_n: int
     """Tokens that the repeat, frequency and presence penalties look back on, the prompt included. 0 turns them
     off, -1 means the whole context."""
@@ -102,6 +104,9 @@ class ChatOptions(SamplingOptions, total=False):
     continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no
     effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own
     prompt."""
+    preferred_slot: int | None
+    """Number of the slot to take if it is free: below `slots` of the engine. Otherwise the request takes
+    another one."""
     n_keep: int
     """Tokens at the start of the prompt, after BOS, that truncation and context shift leave in place. Below 0
     means the whole prompt."""
@@ -119,6 +124,9 @@ class ChatOptions(SamplingOptions, total=False):
     background request goes on later and loses nothing of its text."""
     deadline: float | None
     """Seconds from the start of the request, waiting included, after which it ends with the text it has."""
+    decode_seconds: float | None
+    """Seconds from the first token after which generation ends with the text it has. The time that the prompt
+    takes does not count."""
 
 
 class GenerateOptions(ChatOptions, total=False):

@@ -185,6 +185,13 @@ class GenerateRequest:
         "continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no "
         "effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own prompt.",
     )
+    preferred_slot: int | None = integer(
+        None,
+        0,
+        2**31 - 1,
+        doc="Number of the slot to take if it is free: below `slots` of the engine. Otherwise the request takes "
+        "another one.",
+    )
     n_keep: int = integer(
         4,
         -(2**31),
@@ -215,6 +222,14 @@ class GenerateRequest:
         MAX_DEADLINE,
         unit="seconds",
         doc="Seconds from the start of the request, waiting included, after which it ends with the text it has.",
+    )
+    decode_seconds: float | None = number(
+        None,
+        0.001,
+        MAX_DEADLINE,
+        unit="seconds",
+        doc="Seconds from the first token after which generation ends with the text it has. The time that the prompt "
+        "takes does not count.",
     )
 
     def __post_init__(self) -> None:

@@ -60,6 +60,9 @@ class SamplingParams:
         options=(),
         default_text="none",
     )
+    ignore_eos: bool = boolean(
+        False, doc="Never choose a token that ends the generation, so that it goes on up to its limit."
+    )
     repeat_last_n: int = integer(
         64,
         -1,

@@ -69,19 +69,21 @@ def _named(item: Item) -> str:
     return f"{item.media.key.hex()}:{item.row}" if isinstance(item, MediaRow) else str(item)
 
 
-def toy_next(items: Sequence[Item], cache_key: str = "") -> int:
+def toy_next(items: Sequence[Item], cache_key: str = "", *, ignore_eos: bool = False) -> int:
     """The token that follows `items`, all that a slot holds. `cache_key` is made by `toy_cache_key`."""
     digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=4).digest()
     number = int.from_bytes(digest, "big")
-    return END if number % 61 == 0 else _ALPHABET[number % len(_ALPHABET)]
+    return END if number % 61 == 0 and not ignore_eos else _ALPHABET[number % len(_ALPHABET)]
 
 
-def toy_continuation(prompt: Sequence[Item], n_tokens: int, cache_key: str = "") -> list[int]:
+def toy_continuation(
+    prompt: Sequence[Item], n_tokens: int, cache_key: str = "", *, ignore_eos: bool = False
+) -> list[int]:
     """The first `n_tokens` tokens after `prompt`, up to and including the end token, in an endless context."""
     items = list(prompt)
     tokens: list[int] = []
     while len(tokens) < n_tokens and tokens[-1:] != [END]:
-        tokens.append(toy_next([*items, *tokens], cache_key))
+        tokens.append(toy_next([*items, *tokens], cache_key, ignore_eos=ignore_eos))
     return tokens
 
 
@@ -407,7 +409,7 @@ class ToyContext:
     def _sample(items: Sequence[Item], cache_key: str, sampler: Sampler) -> Sampled:
         assert isinstance(sampler, ToySampler)
         assert not sampler.closed
-        token = toy_next(items, cache_key)
+        token = toy_next(items, cache_key, ignore_eos=sampler.params.ignore_eos)
         logprob = -1.0
         if token == END:
             return Sampled(token, is_end=True, logprob=logprob)

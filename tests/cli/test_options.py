@@ -174,7 +174,7 @@ def test_bench_gives_its_server_the_same_engine(more: str, call: Call) -> None:
         "run x --temperature nan",
         "run x --min-p 2",
         "run x --seed -1",
-        "run x -n 0",
+        "run x -n -1",
         "run x --stop " + "y" * 2000,
         "run x --grammar-file /no/such/file",
         "run x y",
