@@ -69,7 +69,7 @@ API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
     help="End at once when the process that started this one is gone. PID must be its process id: with any other "
     "number the server ends right after its start.",
 )
-@engine_options()
+@engine_options(load_wait=120.0)
 def serve(
     options: EngineChoice,
     /,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import signal
 import sys
@@ -94,7 +95,7 @@ async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, 
                 for host, port in await _start_serving(engine, service, shutdown, nursery):
                     logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
                 with suppress(EngineClosed):  # a signal came while the model was loading
-                    await engine.wait_ready()
+                    await engine.wait_ready(math.inf)
                     logger.info("model loaded: %s", engine.info.description)
             root.cancel_scope.cancel()
 
