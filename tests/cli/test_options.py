@@ -85,6 +85,25 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "host", "port", "path"),
+    [
+        ("", "127.0.0.1", 8080, None),
+        ("--socket s", "127.0.0.1", None, "s"),
+        ("--socket s --port 1", "127.0.0.1", 1, "s"),
+        ("--socket s --host ::1", "::1", 8080, "s"),
+        ("--host ::1 --port 0", "::1", 0, None),
+    ],
+)
+def test_a_port_is_opened_unless_there_is_only_a_socket(
+    options: str, host: str, port: int | None, path: str | None, call: Call
+) -> None:
+    assert main(["serve", *options.split()]) == 0
+    assert call.service is not None
+    assert (call.service.host, call.service.port) == (host, port)
+    assert call.service.socket == (None if path is None else Path(path))
+
+
+@pytest.mark.parametrize(
     ("options", "layers", "devices"),
     [
         ("", "auto", None),
@@ -133,6 +152,7 @@ def test_bench_gives_its_server_the_same_engine(more: str, call: Call) -> None:
         "serve --model-name=",
         "serve --alias=",
         "serve --port x",
+        "serve --parent-pid 0",
         "serve --slots 0",
         "serve --slots 1000",
         "serve --context-length 1",
