@@ -167,6 +167,8 @@ class EngineOptions(TypedDict, total=False):
     max_queue: int | None
     """Requests that may wait for a slot. Further ones are refused and told when to come back. None means no
     bound."""
+    load_wait: float
+    """Seconds that a request may wait for the model to load. Then it ends with `EngineLoading`."""
     max_backlog: int
     """Unread events after which a generation is paused until its reader catches up."""
     stall_timeout: float
