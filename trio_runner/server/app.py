@@ -18,6 +18,7 @@ from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.dialects.dialect import ANY_METHOD, Operation, RouteContext, response
 from trio_runner.server.gate import Gate
 from trio_runner.server.intake import Intake
+from trio_runner.server.metrics import Metrics
 from trio_runner.server.problems import Answer, Problem, Wording, problem
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def create_app(
     for dialect in dialects:
         for operation in dialect.operations(context):
             _add_route(app, dialect.name, operation)
+    _add_route(app, "server", Metrics(engine, context.threads).operation("/metrics"))
     _handle_errors(app, word, max_body_bytes)
     app.asgi_app = Gate(Intake(app.asgi_app, word), access or Access(), word)  # type: ignore[method-assign,assignment]
     return app
