@@ -15,7 +15,7 @@ import trio_runner
 PACKAGE = Path(trio_runner.__file__).parent
 VALUES = {
     *{"errors", "events", "parameters", "sampling", "request", "config", "info", "options"},
-    *{"image_source", "json_schema", "pixels"},
+    *{"image_source", "json_schema", "pixels", "version"},
 }
 """The values that everyone speaks in."""
 
@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "image_source": set(),
     "json_schema": {"errors"},
     "pixels": set(),
+    "version": set(),
     "image_formats": set(),
     "images": {"errors", "image_formats", "image_source", "pixels"},
     "config": {"parameters"},
