@@ -57,7 +57,7 @@ class PromptTooLong(RequestError):
 
 
 class InvalidGrammar(RequestError):
-    """The grammar does not parse, can produce nothing, or would cost too much."""
+    """The grammar or the JSON schema does not parse, can produce nothing, or would cost too much."""
 
     def __init__(self, message: str, *, param: str = "grammar") -> None:
         super().__init__(message, param=param)
