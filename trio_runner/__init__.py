@@ -21,6 +21,7 @@ from trio_runner.errors import (
     RequestError,
     RunnerError,
     UnknownAdapter,
+    UnknownModel,
     Unsupported,
 )
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
@@ -101,6 +102,7 @@ __all__ = [
     "TextPiece",
     "TokenInfo",
     "UnknownAdapter",
+    "UnknownModel",
     "Unsupported",
     "Usage",
     "open_engine",

@@ -1,4 +1,4 @@
-"""What the server says of itself, whatever the dialect: /openapi.json and /docs."""
+"""What the server says of itself, whatever the dialect: /, /openapi.json and /docs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from quart import Response, request
 
 from trio_runner.server.dialects.dialect import Dialect, Operation, RouteContext, json_response
 from trio_runner.server.docs_page import docs_page
+from trio_runner.server.front_page import front_page
 from trio_runner.server.openapi import Document, describe
 from trio_runner.server.problems import Answer, Problem, plain_text
 
@@ -28,7 +29,7 @@ class Site:
         self._context: RouteContext | None = None
 
     def speaks_at(self, path: str) -> bool:
-        return path in ("/openapi.json", "/docs")
+        return path in ("/", "/openapi.json", "/docs")
 
     def word(self, problem: Problem) -> Answer:
         return plain_text(problem)
@@ -41,6 +42,13 @@ class Site:
                 path="/openapi.json",
                 handler=self.openapi,
                 summary="Describe every path of this server, for programs.",
+            ),
+            Operation(
+                method="GET",
+                path="/",
+                handler=front_page,
+                summary="Say that the server runs: in Ollama's words to programs, and with a page to browsers.",
+                answer_type="text/plain",
             ),
             Operation(
                 method="GET",

@@ -16,6 +16,7 @@ from quart import Response
 from trio_runner.interface import EngineInterface
 from trio_runner.server.body_threads import BodyThreads
 from trio_runner.server.dialects.fields import Body
+from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.problems import Answer, Problem
 
 Handler: TypeAlias = Callable[..., Awaitable[Response]]
@@ -33,6 +34,8 @@ class RouteContext:
     threads: BodyThreads
     adapter_dir: Path | None = None
     """Directory of the adapters that clients may load."""
+    names: ModelNames = ANY_NAME
+    """What clients may call the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
