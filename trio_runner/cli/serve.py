@@ -118,6 +118,7 @@ def serve(
         adapter_dir=adapter_dir,
         max_body_bytes=max_body_bytes(model),
         names=names,
+        model_path=Path(model.path),
         parent=parent,
     )
 
