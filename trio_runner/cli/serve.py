@@ -146,6 +146,7 @@ def serve(
         max_body_bytes=max_body_bytes(model),
         names=names,
         app=app,
+        model_path=Path(model.path),
     )
 
     async def run_until_signal() -> None:

@@ -70,6 +70,8 @@ class ServiceConfig:
     """What clients may call the model."""
     app: AppWatch | None = None
     """When it notices that the app has ended, the server ends at once."""
+    model_path: Path | None = None
+    """File of the model."""
 
 
 def max_body_bytes(model: ModelConfig) -> int:
@@ -122,6 +124,7 @@ async def _start_serving(
             drain_timeout=service.drain_timeout,
             adapter_dir=service.adapter_dir,
             names=service.names,
+            model_path=service.model_path,
             max_body_bytes=service.max_body_bytes,
             api_key=service.api_key,
             allowed_hosts=service.allowed_hosts,
