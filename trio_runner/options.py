@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from trio_runner.config import FlashAttention, KvType, Pooling
 from trio_runner.image_source import ImageSource
+from trio_runner.json_schema import JsonSchema
 from trio_runner.request import AdapterChoice, Priority
 from trio_runner.sampling import SamplingParams
 
@@ -77,6 +78,10 @@ class SamplingOptions(TypedDict, total=False):
     grammar: str
     """GBNF grammar with a rule named root, which the text must follow. A token that the other samplers chose
     against the grammar is chosen anew under it."""
+    json_schema: JsonSchema
+    """JSON schema, as JSON text, that the text must obey: it is one value of the schema, and nothing before or
+    after it. Tokens that the schema does not allow are no candidates for the other samplers. Python callers may
+    give an object or a class, too. Not together with `grammar`."""
     logprobs: int
     """Number of most probable alternatives to report with every token. 0 reports the chosen token's own
     log-probability, -1 reports nothing."""
@@ -169,6 +174,8 @@ class EngineOptions(TypedDict, total=False):
     max_queue: int | None
     """Requests that may wait for a slot. Further ones are refused and told when to come back. None means no
     bound."""
+    load_wait: float
+    """Seconds that a request may wait for the model to load. Then it ends with `EngineLoading`."""
     max_backlog: int
     """Unread events after which a generation is paused until its reader catches up."""
     stall_timeout: float

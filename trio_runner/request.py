@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from trio_runner.errors import InvalidRequest
 from trio_runner.image_source import ImageSource, is_image_source
+from trio_runner.json_schema import schema_text
 from trio_runner.parameters import (
     boolean,
     first_complaint,
@@ -355,7 +356,8 @@ def as_prompt(value: str | Chat | Infill | Sequence[int | Part]) -> Prompt:
 
 
 def make_request(prompt: Prompt, options: Mapping[str, Any]) -> GenerateRequest:
-    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name. `stop` may be one text.
+    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name. `stop` may be one text,
+    and `json_schema` an object or a class.
 
     Raises `InvalidRequest` for a value outside its bounds, and TypeError for a name that is no field.
     """
@@ -363,6 +365,8 @@ def make_request(prompt: Prompt, options: Mapping[str, Any]) -> GenerateRequest:
     sampling = {name: given.pop(name) for name in parameters_of(SamplingParams) if name in given}
     if sampling and "sampling" in given:
         raise TypeError(f"give either sampling or its fields by name: {', '.join(sorted(sampling))}")
+    if "json_schema" in sampling:
+        sampling["json_schema"] = schema_text(sampling["json_schema"])
     if sampling:
         given["sampling"] = SamplingParams(**sampling)
     if "stop" in given:

@@ -40,7 +40,7 @@ from trio_runner.core.ports import (
     Sampler,
 )
 from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError
+from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError, Unsupported
 from trio_runner.events import TokenInfo
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.sampling import SamplingParams
@@ -206,8 +206,13 @@ class ToyModel:
         assert not self.closed
         if "(" in params.grammar:
             raise InvalidGrammar("the toy grammar does not like parentheses")
+        if params.json_schema:
+            raise Unsupported("schemas", "the toy model takes no schema", param="json_schema")
         self.samplers.append(ToySampler(params))
         return self.samplers[-1]
+
+    def has_schema(self, text: str) -> bool:
+        return False
 
     def adapter(self, path: str) -> ToyAdapter:
         assert not self.closed

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_runner.errors import InvalidRequest
+from trio_runner.json_schema import MAX_SCHEMA_BYTES
 from trio_runner.request import (
     MAX_ADAPTER_NAME_BYTES,
     MAX_ADAPTER_SCALE,
@@ -100,6 +101,7 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     **{name: [*NOT_INTEGERS, low - 1, high + 1] for name, (low, high) in INTEGERS.items()},
     "penalize_nl": NOT_BOOLS,
     "ignore_eos": NOT_BOOLS,
+    "json_schema": [*NOT_TEXTS, "{", "[]", "false", "NaN", " " * (MAX_SCHEMA_BYTES + 1)],
     "grammar": [*NOT_TEXTS, "root ::= \0", "a" * (MAX_GRAMMAR_BYTES + 1), "é" * (MAX_GRAMMAR_BYTES // 2 + 1)],
     "logit_bias": [
         *NOT_LISTS,

@@ -7,10 +7,10 @@ import trio
 
 from tests.engine.inside import admission_of
 from tests.engine.toys import Gate, Latch, Toy, prompts, until, until_idle
-from trio_runner.engine.admission import MAX_RETRY_AFTER
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.helper_threads import LONG_TEXT
+from trio_runner.engine.state import MAX_RETRY_AFTER
 from trio_runner.errors import EngineBusy, InvalidGrammar, InvalidRequest
 from trio_runner.testing import toy_text
 

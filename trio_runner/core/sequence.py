@@ -161,9 +161,13 @@ class GeneratedText:
         return self._emit(self._stop.push(text))
 
     def end(self, sampled: Sampled) -> TextPiece | None:
-        """Take the end token, which has no text. Returns what was held back."""
+        """Take the last token, which may have text. Returns it after what was held back."""
         self._count(sampled)
-        return self.flush()
+        text = self._utf8.push(sampled.piece)
+        self._n_assembled += len(text)
+        if self._track_ends and text:
+            self._ends.append(self._n_assembled)
+        return self._emit(self._stop.push(text + self._utf8.flush()) + self._stop.flush())
 
     def flush(self) -> TextPiece | None:
         """Take no more tokens. Returns what was held back; half a character is dropped."""
