@@ -33,6 +33,8 @@ class Admission:
         self.seconds: dict[Queue, float] = {}
         """Seconds for which a request had rows in batches: a moving average of the requests that ended without an
         error. Read by tests."""
+        self.n_refused = 0
+        """Requests that found the queue full."""
         self._state = state
         self._n_admitted: Counter[Queue] = Counter()
         self._idle = trio.Event()
@@ -48,6 +50,7 @@ class Admission:
             n_waiting = self._n_admitted[queue] - n_slots
             n_excess = n_waiting - max_queue + 1
             if n_excess > 0:
+                self.n_refused += 1
                 raise EngineBusy(
                     f"{n_slots} requests are running and {n_waiting} waiting",
                     retry_after=self._seconds_until_ended(queue, n_excess, n_slots),

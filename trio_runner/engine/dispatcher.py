@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Protocol
 
 import trio
@@ -25,6 +26,7 @@ from trio_runner.engine.requests import AnyRequest
 from trio_runner.engine.state import EngineState
 from trio_runner.errors import ReaderStalled, RunnerError
 from trio_runner.events import Embedded, Event, Finished, Usage
+from trio_runner.info import RequestStatistics
 from trio_runner.request import GenerateRequest
 
 
@@ -61,6 +63,10 @@ class Dispatcher:
         """When the readers of paused generations must have read something."""
         self.request_deadlines = Deadlines(self._expire)
         """When requests with a deadline of their own end."""
+        self.n_preparing = 0
+        """Requests that were admitted, and that the decode thread does not know yet."""
+        self._n_cancelled_preparing = 0
+        self._ended: Counter[str] = Counter()  # generations that ended without the decode thread, by reason
         self._state = state
         self._mailbox = mailbox
         self._admission = admission
@@ -75,6 +81,12 @@ class Dispatcher:
         """Requests that the decode thread knows, or whose last events it has not handed over yet."""
         return len(self._in_flight)
 
+    def statistics(self) -> RequestStatistics:
+        """How requests ended and how long they took."""
+        return self._state.times.statistics(
+            n_refused=self._admission.n_refused, n_cancelled_preparing=self._n_cancelled_preparing, ended=self._ended
+        )
+
     # -- for generations and embeddings -------------------------------------------------------------------------------
 
     @property
@@ -88,11 +100,13 @@ class Dispatcher:
         A deadline that passes before that ends the request here. Raises `EngineBusy` if the queue is full, and what
         `Preparation.prepare` raises.
         """
+        arrived = perf_counter()
         uid = next(self._uids)
         deadline = math.inf
         if isinstance(request, GenerateRequest) and request.deadline is not None:
             deadline = trio.current_time() + request.deadline
         queue = self._admission.admit(request)
+        self.n_preparing += 1
         try:
             mail: Submit | None = None
             with trio.CancelScope(deadline=deadline):
@@ -102,6 +116,7 @@ class Dispatcher:
             # No checkpoint from here to the return: a sequence that was submitted has a reader that knows its uid.
             if mail is None or deadline <= trio.current_time():
                 close_sampler(mail)
+                self._ended["deadline"] += 1
                 reader.deliver(Finished("deadline", Usage()))
                 self._admission.leave(queue)
                 return uid
@@ -111,11 +126,17 @@ class Dispatcher:
             except RunnerError:
                 close_sampler(mail)
                 raise
-        except BaseException:
+        except BaseException as error:
             self._admission.leave(queue)
+            if isinstance(error, trio.Cancelled):
+                self._n_cancelled_preparing += 1
+                self._ended["abort"] += queue == "generation"
             raise
+        finally:
+            self.n_preparing -= 1
         self._in_flight[uid] = _InFlight(reader, queue)
-        self._mailbox.put(replace(mail, spec=replace(mail.spec, adapters=chosen), adapters=adapters))
+        spec = replace(mail.spec, adapters=chosen)
+        self._mailbox.put(replace(mail, spec=spec, adapters=adapters, arrived=arrived, submitted=perf_counter()))
         if deadline < math.inf:
             self.request_deadlines.set(uid, deadline)
         return uid
@@ -175,6 +196,7 @@ class Dispatcher:
         while self._in_flight:
             uid, request = self._in_flight.popitem()
             self._forget(uid, request)
+            self._ended["error"] += request.queue == "generation"
             request.reader.fail(make_error())
 
     def cancel_all(self, make_error: Callable[[], Exception]) -> None:

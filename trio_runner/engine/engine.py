@@ -31,7 +31,6 @@ from trio_runner.info import (
     EngineStatistics,
     ModelInfo,
     Placement,
-    SchedulerStatistics,
     Status,
 )
 from trio_runner.options import ChatOptions, GenerateOptions
@@ -114,8 +113,14 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """How busy the engine is. Never raises."""
         state = self._state
-        scheduler = state.loop.statistics if state.loop is not None else SchedulerStatistics()
-        statistics = EngineStatistics(state.status, state.config.slots, self._dispatcher.n_in_flight, scheduler)
+        statistics = EngineStatistics(
+            state.status,
+            state.config.slots,
+            self._dispatcher.n_in_flight,
+            state.last_statistics if state.loop is None else state.loop.statistics,
+            preparing=self._dispatcher.n_preparing,
+            requests=self._dispatcher.statistics(),
+        )
         images = state.images
         if images is None:
             return statistics

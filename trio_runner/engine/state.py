@@ -9,8 +9,9 @@ import trio
 
 from trio_runner.config import EngineConfig
 from trio_runner.core.ports import Runtime
+from trio_runner.engine.request_times import RequestTimes
 from trio_runner.errors import EngineBroken, EngineClosed, EngineLoading, LoadError, RunnerError
-from trio_runner.info import Status
+from trio_runner.info import SchedulerStatistics, Status
 
 if TYPE_CHECKING:
     from trio_runner.engine.decode_loop import DecodeLoop
@@ -44,6 +45,10 @@ class EngineState:
         """The model and its context, from the end of loading until the engine starts to free them."""
         self.loop: DecodeLoop | None = None
         """The decode loop. Set exactly while `runtime` is."""
+        self.last_statistics = SchedulerStatistics()
+        """What is left of the statistics of the decode loop, once that is gone."""
+        self.times = RequestTimes()
+        """How long requests took. The decode thread writes it."""
         self.images: ImageStore | None = None
         """The encoded images. Set exactly while `runtime` is, if the model has a projector."""
         self.is_stopping = False
