@@ -15,7 +15,7 @@ import trio_runner
 PACKAGE = Path(trio_runner.__file__).parent
 VALUES = {
     *{"errors", "events", "parameters", "sampling", "request", "config", "info", "options"},
-    *{"image_source", "pixels"},
+    *{"image_source", "pixels", "version"},
 }
 """The values that everyone speaks in."""
 
@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "info": set(),
     "image_source": set(),
     "pixels": set(),
+    "version": set(),
     "image_formats": set(),
     "images": {"errors", "image_formats", "image_source", "pixels"},
     "config": {"parameters"},

@@ -21,6 +21,7 @@ from trio_runner.errors import (
     RequestError,
     RunnerError,
     UnknownAdapter,
+    UnknownModel,
     Unsupported,
 )
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
@@ -36,6 +37,7 @@ from trio_runner.info import (
 )
 from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams
+from trio_runner.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:
     from trio_runner.engine.engine import Engine
@@ -58,8 +60,6 @@ else:
     def __dir__():
         return sorted(globals().keys() | _SLOW.keys())
 
-
-__version__ = "0.2.0"
 
 __all__ = [
     "AdapterChoice",
@@ -102,6 +102,7 @@ __all__ = [
     "TextPiece",
     "TokenInfo",
     "UnknownAdapter",
+    "UnknownModel",
     "Unsupported",
     "Usage",
     "open_engine",

@@ -7,6 +7,7 @@
     |  |- InvalidGrammar
     |  |- InvalidImage
     |  |- UnknownAdapter    (name)
+    |  |- UnknownModel      (name)
     |  '- Unsupported       (feature)
     |- EngineBusy           the queue is full; `retry_after` seconds
     |- EngineClosed         we shut the engine down
@@ -73,6 +74,18 @@ class UnknownAdapter(RequestError):
     def __init__(self, name: str, *, param: str = "adapters") -> None:
         super().__init__(f"{param}: there is no adapter {name!r}", param=param)
         self.name = name
+
+
+class UnknownModel(RequestError):
+    """The server has no model with this `name`. `known` are the names that it has."""
+
+    status = 404
+
+    def __init__(self, name: str, *, known: tuple[str, ...], param: str = "model") -> None:
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        super().__init__(f"{param}: there is no {shown!r} here, only {', '.join(map(repr, known))}", param=param)
+        self.name = name
+        self.known = known
 
 
 class Unsupported(RequestError):

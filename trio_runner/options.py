@@ -87,8 +87,8 @@ class ChatOptions(SamplingOptions, total=False):
     """LoRA adapters to apply. Without it, all adapters apply at the scales they were loaded with; an empty list
     means the bare model."""
     max_tokens: int | None
-    """Tokens to generate at most. Without it, generation goes on until the model ends it, or, with `shift` off,
-    until the context is full."""
+    """Tokens to generate at most. 0 only decodes the prompt, so that later requests find it in the cache.
+    Without it, generation goes on until the model ends it, or, with `shift` off, until the context is full."""
     stop: str | Sequence[str]
     """Generation ends before the first of these texts to be completed. Empty texts are ignored."""
     sampling: SamplingParams
@@ -97,6 +97,11 @@ class ChatOptions(SamplingOptions, total=False):
     """Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.
     On by default in Python and on the command line. The HTTP endpoints of the runner dialect have it off unless
     the request says so, as the original had."""
+    share_prompt: bool
+    """Wait for a running request that decodes the same beginning of the prompt, however short it is, and then
+    continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no
+    effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own
+    prompt."""
     n_keep: int
     """Tokens at the start of the prompt, after BOS, that truncation and context shift leave in place. Below 0
     means the whole prompt."""

@@ -162,10 +162,10 @@ class GenerateRequest:
     )
     max_tokens: int | None = integer(
         None,
-        1,
+        0,
         2**31 - 1,
-        doc="Tokens to generate at most. Without it, generation goes on until the model ends it, or, with `shift` off, "
-        "until the context is full.",
+        doc="Tokens to generate at most. 0 only decodes the prompt, so that later requests find it in the cache. "
+        "Without it, generation goes on until the model ends it, or, with `shift` off, until the context is full.",
     )
     stop: tuple[str, ...] = other(
         (),
@@ -178,6 +178,12 @@ class GenerateRequest:
         doc="Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again. "
         "On by default in Python and on the command line. The HTTP endpoints of the runner dialect have it off unless "
         "the request says so, as the original had.",
+    )
+    share_prompt: bool = boolean(
+        False,
+        doc="Wait for a running request that decodes the same beginning of the prompt, however short it is, and then "
+        "continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no "
+        "effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own prompt.",
     )
     n_keep: int = integer(
         4,

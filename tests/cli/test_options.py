@@ -16,13 +16,14 @@ from trio_runner.cli.service import ServiceConfig
 from trio_runner.config import AdapterConfig, EngineConfig, ModelConfig, read_adapter, read_scaled_adapter
 from trio_runner.parameters import Option, number, other, parameters_of
 from trio_runner.sampling import SamplingParams
+from trio_runner.server.names import ModelNames
 
 
 def test_the_defaults_are_those_of_the_configuration(call: Call) -> None:
     assert main(["serve"]) == 0
     assert call.model == ModelConfig(path="/fetched/SmolLM2-135M-Instruct")
     assert call.engine == EngineConfig()
-    assert call.service == ServiceConfig()
+    assert call.service == ServiceConfig(names=ModelNames("SmolLM2-135M-Instruct"))
     assert main(["run", "hello"]) == 0
     assert call.engine == EngineConfig(slots=1, stall_timeout=float("inf"))
     for command in (["embed", "hello"], ["rerank", "hello", "you"]):
@@ -38,6 +39,7 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
     command += f" --mmproj p.gguf --flash-attention on --kv-type q8_0 --no-mmap --adapter-dir {tmp_path}"
     command += " --mlock --check-tensors --step-target 40 --pooling mean --max-queue 9 --host ::1 --port 0"
     command += " --drain-timeout 2.5 --allowed-host a.example --allowed-origin https://b.example -v"
+    command += " --allowed-origin app://- --model-name small --alias gpt-4o --alias tiny --any-model"
     assert main(command.split()) == 0
     assert call.model == ModelConfig(
         path="/fetched/m.gguf",
@@ -74,7 +76,8 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
         port=0,
         drain_timeout=2.5,
         allowed_hosts=("a.example",),
-        allowed_origins=("https://b.example",),
+        allowed_origins=("https://b.example", "app://-"),
+        names=ModelNames("small", ("gpt-4o", "tiny"), any_model=True),
         adapter_dir=tmp_path,
         max_body_bytes=64 << 20,
     )
@@ -124,6 +127,10 @@ def test_bench_gives_its_server_the_same_engine(more: str, call: Call) -> None:
     "command",
     [
         "serve --port 65536",
+        "serve --allowed-origin http://localhost:3000/app",
+        "serve --allowed-origin *",
+        "serve --model-name=",
+        "serve --alias=",
         "serve --port x",
         "serve --slots 0",
         "serve --slots 1000",

@@ -53,6 +53,7 @@ class Fields(TypedDict, total=False):
     max_tokens: int | None
     stop: tuple[str, ...]
     cache_prompt: bool
+    share_prompt: bool
     shift: bool
     embedding: bool
     background: bool
@@ -118,7 +119,8 @@ class World:
         spec = self.specs[uid] = replace(spec, uid=uid)
         self.events[uid] = []
         self.n_prefilled[uid] = 0
-        self.samplers[uid] = ToySampler(sampling or SamplingParams())
+        if spec.samples:
+            self.samplers[uid] = ToySampler(sampling or SamplingParams())
         for item in spec.prompt:
             if isinstance(item, MediaRow):
                 self.media[item.media] = EncodedMedia(np.zeros((item.media.n_rows, N_EMBD), np.float32))
@@ -229,13 +231,15 @@ class World:
             self.preempted |= set(self.waiting)
 
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
+        running = self.state.running
+        last_rows = {chunk.uid for chunk in batch.chunks if len(chunk.items) == len(running[chunk.uid].pending)}
         needs_all_rows = batch.kind.embedding and not self.capabilities.embeds_last_row
         for chunk in batch.chunks:
             n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
-                # What an aborted batch has left counts, except a last row whose logits are lost.
+                # What an aborted batch has left counts, except the last row that the sequence needs.
                 n_rows = max(len(self.context.held(chunk.slot)) - chunk.start, 0)
-                n_rows = cut_before(chunk.items, n_rows - (chunk.output and n_rows == len(chunk.items)))
+                n_rows = cut_before(chunk.items, n_rows - (chunk.uid in last_rows and n_rows == len(chunk.items)))
                 if needs_all_rows or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
                     n_rows = 0
             if chunk.uid not in self.sampled:

@@ -51,3 +51,11 @@ async def test_a_long_backlog_leaves_in_small_chunks(error: EngineBroken | None)
         assert lines == [responses.CompletionLines().event(piece) for piece in pieces]
         assert (b"it died" in last) == (error is not None)
         await generation.closed.wait()
+
+
+async def test_the_opening_is_sent_before_any_event() -> None:
+    generation = FakeGeneration(FakeEngine(), GenerateRequest(prompt="x"))
+    body = EventBody(generation, responses.CompletionLines(), opening=b": hello\n\n")
+    assert await anext(body) == b": hello\n\n"
+    generation.say("a")
+    assert b'"content":"a"' in await anext(body)

@@ -15,6 +15,7 @@ EXPECTED = {
     errors.InvalidGrammar("x"): 400,
     errors.InvalidImage("x", param="image_data"): 400,
     errors.UnknownAdapter("x"): 404,
+    errors.UnknownModel("x", known=("y",)): 404,
     errors.Unsupported("images"): 422,
     errors.EngineBusy(): 503,
     errors.EngineClosed("x"): 503,

@@ -10,6 +10,7 @@ import click
 
 from trio_runner.cli.logs import set_up_logging
 from trio_runner.cli.options import EngineChoice, engine_options
+from trio_runner.models import model_name as name_of_model
 
 API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
 
@@ -41,7 +42,21 @@ API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
     help=f"File with the key that clients must send. Without it, the environment variable {API_KEY_VARIABLE} has it.",
 )
 @click.option("--allowed-host", multiple=True, help="Accept this name in the Host header. May be repeated.")
-@click.option("--allowed-origin", multiple=True, help="Let web pages of this origin call the server. May be repeated.")
+@click.option(
+    "--allowed-origin",
+    multiple=True,
+    help="Let web pages of this origin call the server, such as https://example.org, tauri://localhost, app://name or "
+    "chrome-extension://id. May be repeated.",
+)
+@click.option(
+    "--model-name",
+    metavar="NAME",
+    help="What clients call the model. [default: the name of its file, or the name that -m gave]",
+)
+@click.option("--alias", multiple=True, metavar="NAME", help="Another name for the model. May be repeated.")
+@click.option(
+    "--any-model", is_flag=True, help="Accept every model name in requests. Without it, a wrong one is a 404."
+)
 @click.option(
     "--adapter-dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -64,6 +79,9 @@ def serve(
     api_key_file: Path | None,
     allowed_host: tuple[str, ...],
     allowed_origin: tuple[str, ...],
+    model_name: str | None,
+    alias: tuple[str, ...],
+    any_model: bool,
     adapter_dir: Path | None,
     parent: int | None,
 ) -> int:
@@ -74,20 +92,32 @@ def serve(
     """
     set_up_logging(options.verbose, base=logging.INFO)
     api_key = read_api_key(api_key_file)
-    model, engine = options.configs()
 
+    # These imports are slow, and `--help` needs none of them.
     from trio_runner.cli.running import run_to_exit_code
     from trio_runner.cli.service import ServiceConfig, max_body_bytes, run_service
+    from trio_runner.server.access import read_origin
+    from trio_runner.server.names import ModelNames
 
+    try:
+        origins = tuple(map(read_origin, allowed_origin))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--allowed-origin") from error
+    try:
+        names = ModelNames(name_of_model(options.model) if model_name is None else model_name, alias, any_model)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--model-name or --alias") from error
+    model, engine = options.configs()
     service = ServiceConfig(
         host=host,
         port=port,
         drain_timeout=drain_timeout,
         api_key=api_key,
         allowed_hosts=allowed_host,
-        allowed_origins=allowed_origin,
+        allowed_origins=origins,
         adapter_dir=adapter_dir,
         max_body_bytes=max_body_bytes(model),
+        names=names,
         parent=parent,
     )
 

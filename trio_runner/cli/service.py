@@ -20,6 +20,7 @@ from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.errors import EngineClosed
 from trio_runner.front_door import open_engine
 from trio_runner.server.app import MAX_BODY_BYTES, MAX_BODY_BYTES_WITH_IMAGES
+from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.serve import serve
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class ServiceConfig:
     """Clients may load the adapters in this directory."""
     max_body_bytes: int = MAX_BODY_BYTES
     """Bytes that the body of a request may have."""
+    names: ModelNames = ANY_NAME
+    """What clients may call the model."""
     parent: int | None = None
     """Process that started this one: when it is gone, the server ends at once."""
 
@@ -110,6 +113,7 @@ async def _start_serving(
             shutdown=shutdown,
             drain_timeout=service.drain_timeout,
             adapter_dir=service.adapter_dir,
+            names=service.names,
             max_body_bytes=service.max_body_bytes,
             api_key=service.api_key,
             allowed_hosts=service.allowed_hosts,

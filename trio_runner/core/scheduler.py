@@ -129,8 +129,10 @@ class Scheduler:
         self._set_paused(uid, True)
 
     def resume(self, uid: int) -> None:
-        """Undo `pause`."""
+        """Undo `pause`. Others may have decoded meanwhile what the sequence needs: it goes on from there."""
         self._set_paused(uid, False)
+        if uid in self._running:
+            self._following.resumed(self._running[uid])
 
     def _set_paused(self, uid: int, paused: bool) -> None:
         sequence = self._running.get(uid) or self._waiting.get(uid)
@@ -220,14 +222,14 @@ class Scheduler:
             slot, edits = acquired
             self._cache.edits += edits
             self._start(sequence, slot)
-            if sequence.spec.cache_prompt:
+            if sequence.spec.reuses:
                 self._following.find(sequence)
 
     def _acquire(self, sequence: Sequence) -> tuple[Slot, list[MemoryOp]] | None:
         spec = sequence.spec
         return self._pool.acquire(
             sequence.pending,
-            reuse=spec.cache_prompt,
+            reuse=spec.reuses,
             uid=spec.uid,
             cache_key=spec.cache_key,
             n_encoder_tokens=len(spec.encoder_tokens),
@@ -338,6 +340,8 @@ class Scheduler:
                 n_done = len(sequence.spec.prompt) - len(sequence.pending)
                 yield chunk.uid, PromptProgress(n_done, len(sequence.spec.prompt), sequence.n_cached)
             if not chunk.output:
+                if not sequence.pending:  # nothing is to be sampled
+                    yield self._finish(sequence, "length")
                 continue
             if chunk.uid in result.embeddings:
                 yield chunk.uid, Embedded(result.embeddings[chunk.uid], sequence.usage)

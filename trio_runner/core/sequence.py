@@ -25,8 +25,11 @@ class SequenceSpec:
     adapters: AdapterSet = ()
     n_keep: int = 0
     max_tokens: int | None = None
+    """With 0, nothing is sampled: the sequence ends when its prompt is decoded."""
     stop: tuple[str, ...] = ()
     cache_prompt: bool = True
+    share_prompt: bool = False
+    """Follow other sequences for any number of tokens. It goes on from what slots hold, as with `cache_prompt`."""
     shift: bool = True
     embedding: bool = False
     """The request is for the embedding of the prompt, not for a continuation."""
@@ -34,6 +37,16 @@ class SequenceSpec:
     """Interactive sequences go first, and may take its slot for a while."""
     progress: bool = False
     logprobs: bool = False
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled, or only the rows of the prompt are wanted."""
+        return not self.embedding and self.max_tokens != 0
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it may go on from what other sequences have decoded."""
+        return self.cache_prompt or self.share_prompt
 
     @property
     def cache_key(self) -> Hashable:

@@ -18,8 +18,10 @@ from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.dialects.dialect import ANY_METHOD, Operation, RouteContext, response
 from trio_runner.server.gate import Gate
 from trio_runner.server.intake import Intake
-from trio_runner.server.metrics import Metrics
+from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.problems import Answer, Problem, Wording, problem
+from trio_runner.server.site import Site
+from trio_runner.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +39,13 @@ def create_app(
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     adapter_dir: Path | None = None,
+    names: ModelNames = ANY_NAME,
     dialects: Sequence[Dialect] = DIALECTS,
 ) -> QuartTrio:
     """An application that serves `engine`, which may still be loading. It needs no lifespan and starts no task.
 
-    Clients may load the adapters in `adapter_dir`. The last of `dialects` gets the paths that belong to none.
+    Clients may load the adapters in `adapter_dir`, and call the model by any of `names`. The last of `dialects` gets
+    the paths that belong to none.
     """
     app = QuartTrio("trio_runner.server", static_folder=None)
     app.config.update(
@@ -54,13 +58,14 @@ def create_app(
         speaker = next((dialect for dialect in dialects if dialect.speaks_at(path)), dialects[-1])
         return speaker.word(refusal)
 
-    context = RouteContext(engine, BodyThreads(), adapter_dir)
-    for dialect in dialects:
+    context = RouteContext(engine, BodyThreads(), adapter_dir, names)
+    access = access or Access()
+    site = Site(dialects, version=__version__, needs_key=access.api_key is not None)
+    for dialect in (*dialects, site):
         for operation in dialect.operations(context):
             _add_route(app, dialect.name, operation)
-    _add_route(app, "server", Metrics(engine, context.threads).operation("/metrics"))
     _handle_errors(app, word, max_body_bytes)
-    app.asgi_app = Gate(Intake(app.asgi_app, word), access or Access(), word)  # type: ignore[method-assign,assignment]
+    app.asgi_app = Gate(Intake(app.asgi_app, word), access, word)  # type: ignore[method-assign,assignment]
     return app
 
 

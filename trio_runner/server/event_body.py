@@ -58,12 +58,18 @@ class EventBody(ResponseBody, Generic[E]):
     With `keep_alive`, these bytes are sent whenever nothing else was sent for `KEEP_ALIVE_SECONDS`. They must mean
     nothing in the format of the body, such as a comment. Some clients and proxies give up on a connection that is
     silent while it waits for a slot or for a long prompt.
+
+    With `opening`, these bytes are sent at once. The head of an answer goes out with the first bytes of its body, so
+    without an opening the client waits for its status until the first event.
     """
 
-    def __init__(self, source: EventSource[E], writer: EventWriter[E], *, keep_alive: bytes = b"") -> None:
+    def __init__(
+        self, source: EventSource[E], writer: EventWriter[E], *, keep_alive: bytes = b"", opening: bytes = b""
+    ) -> None:
         self._source = source
         self._writer = writer
         self._keep_alive = keep_alive
+        self._opening = opening
         self._ended = False
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
@@ -78,6 +84,9 @@ class EventBody(ResponseBody, Generic[E]):
         return self
 
     async def __anext__(self) -> bytes:
+        if self._opening:
+            opening, self._opening = self._opening, b""
+            return opening
         while not self._ended:
             if chunk := await self._next_chunk():
                 return chunk

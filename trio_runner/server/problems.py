@@ -18,6 +18,7 @@ from trio_runner.errors import (
     RequestError,
     RunnerError,
     UnknownAdapter,
+    UnknownModel,
     Unsupported,
 )
 
@@ -25,6 +26,7 @@ CODES: Final[Mapping[type[RunnerError], str]] = {
     PromptTooLong: "context_length_exceeded",
     InvalidImage: "invalid_image",
     UnknownAdapter: "adapter_not_found",
+    UnknownModel: "model_not_found",
     Unsupported: "unsupported",
     EngineBusy: "server_busy",
 }

@@ -11,12 +11,13 @@ from pathlib import Path
 import trio
 
 from trio_runner.interface import EngineInterface
-from trio_runner.server.access import Access, host_names
+from trio_runner.server.access import Access, host_names, read_origin
 from trio_runner.server.app import MAX_BODY_BYTES, create_app
 from trio_runner.server.asgi import Application
 from trio_runner.server.connection import MAKES_ROOM, Connection, Service
 from trio_runner.server.dialects import DIALECTS, Dialect
 from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
+from trio_runner.server.names import ANY_NAME, ModelNames
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ async def serve(
     allowed_hosts: Iterable[str] = (),
     allowed_origins: Iterable[str] = (),
     adapter_dir: Path | None = None,
+    names: ModelNames = ANY_NAME,
     max_body_bytes: int = MAX_BODY_BYTES,
     dialects: Sequence[Dialect] = DIALECTS,
     shutdown: trio.Event | None = None,
@@ -62,7 +64,8 @@ async def serve(
     idle longest first, or else one whose client has not read a complete answer for a second. If there is none, the new
     client is answered with 503.
 
-    Raises ValueError for an address that other machines reach without an `api_key`, and OSError if it cannot listen.
+    Raises ValueError for an address that other machines reach without an `api_key` and for an origin that is none, and
+    OSError if it cannot listen.
     """
     shutdown = trio.Event() if shutdown is None else shutdown
     if listeners is None:
@@ -74,10 +77,15 @@ async def serve(
         access = Access(
             api_key=api_key or None,
             hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
-            origins=frozenset(origin.lower() for origin in allowed_origins),
+            origins=frozenset(map(read_origin, allowed_origins)),
         )
         app = create_app(
-            engine, access=access, max_body_bytes=max_body_bytes, adapter_dir=adapter_dir, dialects=dialects
+            engine,
+            access=access,
+            max_body_bytes=max_body_bytes,
+            adapter_dir=adapter_dir,
+            names=names,
+            dialects=dialects,
         )
         server = _Server(app, engine.config.stall_timeout, max_connections)
         async with trio.open_nursery() as connections:

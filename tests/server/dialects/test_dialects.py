@@ -46,6 +46,8 @@ class LoudDialect:
     """Says everything in capitals, below /loud."""
 
     name = "loud"
+    about = "Says everything in capitals."
+    error_type = None
 
     def speaks_at(self, path: str) -> bool:
         return path.startswith("/loud/")

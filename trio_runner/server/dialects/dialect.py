@@ -16,6 +16,7 @@ from quart import Response
 from trio_runner.interface import EngineInterface
 from trio_runner.server.body_threads import BodyThreads
 from trio_runner.server.dialects.fields import Body
+from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.problems import Answer, Problem
 
 Handler: TypeAlias = Callable[..., Awaitable[Response]]
@@ -33,6 +34,8 @@ class RouteContext:
     threads: BodyThreads
     adapter_dir: Path | None = None
     """Directory of the adapters that clients may load."""
+    names: ModelNames = ANY_NAME
+    """What clients may call the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +53,25 @@ class Operation:
     """None for a request without a body."""
     answer: Any = None
     """The msgspec type of the whole answer with status 200. None if no type describes it."""
+    answer_type: str = "application/json"
+    """The content type of the whole answer."""
     stream: Any = None
     """The msgspec type of each part of an answer that is a stream; None if it never is one."""
     stream_type: str = "text/event-stream"
     """The content type of the stream."""
     refusals: tuple[int, ...] = ()
-    """Further statuses, besides those that every operation may answer with: 400, 401, 403, 413, 500 and 503."""
+    """Further statuses, besides those that every operation may answer with; see openapi.py."""
 
 
 class Dialect(Protocol):
     """One language of HTTP requests and answers."""
 
     name: str
-    """Of its operations, in one word."""
+    """In one word."""
+    about: str
+    """What it is, in one sentence."""
+    error_type: Any
+    """The msgspec type of the JSON that `word` writes; None if that is plain text."""
 
     def speaks_at(self, path: str) -> bool:
         """Whether `path` belongs to this dialect, so that problems there are put in its words."""

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from trio_runner.errors import InvalidRequest
 from trio_runner.parameters import Kind, Parameter, parameters_of
+from trio_runner.request import AdapterChoice
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.json_in import Check, Object, wrong
 
@@ -149,6 +150,29 @@ def _field_of(parameter: Parameter, default: Any, is_own: bool) -> Field:
         default = list(default)
     text = parameter.default_text if not is_own else ""
     return field(schema, parameter.doc, check=check, default=default, default_text=text)
+
+
+# --- Fields of several dialects --------------------------------------------------------------------------------------
+
+
+def _adapter(name: str, value: Any) -> AdapterChoice:
+    if not isinstance(value, Object):
+        wrong(name, "a list of objects", value)
+    given = json_in.fold(value)
+    if "name" not in given:
+        raise InvalidRequest(f"{name} must have a name", param=name)
+    return AdapterChoice(
+        json_in.check_text(f"{name}.name", given["name"]),
+        json_in.check_number(f"{name}.scale", given.get("scale", 1.0)),
+    )
+
+
+ADAPTERS: Final = field(
+    array({"type": "object", "properties": {"name": STRING, "scale": NUMBER}, "required": ["name"]}),
+    'LoRA adapters to apply, as `{"name": "...", "scale": 1}`. An empty list means the bare model.',
+    check=json_in.list_of(_adapter, "objects"),
+    default_text="those loaded with the model",
+)
 
 
 # --- Bodies ----------------------------------------------------------------------------------------------------------

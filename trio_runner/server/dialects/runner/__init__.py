@@ -13,6 +13,8 @@ class RunnerDialect:
     """See `dialect.Dialect`."""
 
     name = "runner"
+    about = "The dialect of Ollama's Go runner, and some more paths."
+    error_type = None
 
     def speaks_at(self, path: str) -> bool:
         return True

@@ -15,7 +15,6 @@ from trio_runner.request import (
     MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
     MAX_IMAGES,
-    AdapterChoice,
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
@@ -23,6 +22,7 @@ from trio_runner.request import (
 from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import (
+    ADAPTERS,
     BOOLEAN,
     INTEGER,
     NUMBER,
@@ -76,18 +76,6 @@ def _images(name: str, value: Any) -> tuple[tuple[int, bytes], ...]:
     return tuple(_image(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
-def _adapter(name: str, value: Any) -> AdapterChoice:
-    if not isinstance(value, Object):
-        wrong(name, "a list of objects", value)
-    given = fold(value)
-    if "name" not in given:
-        raise InvalidRequest(f"{name} must have a name", param=name)
-    return AdapterChoice(
-        json_in.check_text(f"{name}.name", given["name"]),
-        json_in.check_number(f"{name}.scale", given.get("scale", 1.0)),
-    )
-
-
 def _alternatives(name: str, value: Any) -> int:
     count = json_in.check_integer(name, value)
     if count > MAX_LOGPROBS:
@@ -118,13 +106,6 @@ _LOAD_OPTIONS: Fields = {
 }
 """Sent with every request of Ollama's server."""
 
-_ADAPTERS = field(
-    array({"type": "object", "properties": {"name": STRING, "scale": NUMBER}, "required": ["name"]}),
-    'LoRA adapters to apply, as `{"name": "...", "scale": 1}`. An empty list means the bare model.',
-    check=list_of(_adapter, "objects"),
-    default_text="those loaded with the model",
-)
-
 COMPLETION = Body(
     {
         "prompt": field(
@@ -138,7 +119,7 @@ COMPLETION = Body(
             check=_images,
             default_text="none",
         ),
-        "adapters": _ADAPTERS,
+        "adapters": ADAPTERS,
         "n_predict": field(
             INTEGER,
             "Tokens to generate at most. 0 and below: until the model ends the text or, with `shift` false, the "
@@ -193,7 +174,7 @@ EMBEDDING = Body(
         ),
         "cache_prompt": ignored(BOOLEAN, "Accepted and ignored: embeddings use no prompt cache."),
         **fields_of(EmbedRequest, "normalize", "truncate", "dimensions"),
-        "adapters": _ADAPTERS,
+        "adapters": ADAPTERS,
     },
     {"content": ["one", "two"], "normalize": True},
     _REFUSAL,
@@ -206,7 +187,7 @@ RERANK = Body(
         ),
         "top_n": field(INTEGER, "Return only this many of the best documents.", default_text="all"),
         **fields_of(RerankRequest, "truncate"),
-        "adapters": _ADAPTERS,
+        "adapters": ADAPTERS,
     },
     {"query": "Who wrote Faust?", "documents": ["Goethe did.", "It rains."]},
     _REFUSAL,
