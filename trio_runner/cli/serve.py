@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trio_runner.cli.logs import set_up_logging
+from trio_runner.cli.logs import LogFormat, set_up_logging
 from trio_runner.cli.options import EngineChoice, engine_options
 from trio_runner.models import model_name as name_of_model
 
@@ -69,6 +69,13 @@ API_KEY_VARIABLE = "TRIO_RUNNER_API_KEY"
     help="End at once when the process that started this one is gone. PID must be its process id: with any other "
     "number the server ends right after its start.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How to log to stderr: for people, or one JSON object on each line.",
+)
 @engine_options()
 def serve(
     options: EngineChoice,
@@ -84,13 +91,14 @@ def serve(
     any_model: bool,
     adapter_dir: Path | None,
     parent: int | None,
+    log_format: LogFormat,
 ) -> int:
     """Serve the model over HTTP.
 
     The server answers while the model is still loading. SIGTERM or Ctrl-C lets running requests finish within the
     drain timeout. A second signal stops at once.
     """
-    set_up_logging(options.verbose, base=logging.INFO)
+    set_up_logging(options.verbose, base=logging.INFO, log_format=log_format)
     api_key = read_api_key(api_key_file)
 
     # These imports are slow, and `--help` needs none of them.
@@ -124,7 +132,8 @@ def serve(
     async def run_until_signal() -> None:
         await run_service(model, engine, service)
 
-    return run_to_exit_code(run_until_signal)
+    report = logging.getLogger("trio_runner.cli").error if log_format == "json" else None
+    return run_to_exit_code(run_until_signal, report=report)
 
 
 def read_api_key(path: Path | None) -> str | None:
