@@ -114,6 +114,7 @@ PARTS: Final[dict[str, list[Any]]] = {
 }
 """By what follows the path of the part: wrong parts of the second message's content."""
 
+DEEP: Final = '{"a":' * 70 + "1" + "}" * 70
 CHAT_ONLY: Final[dict[str, list[str]]] = {
     "max_completion_tokens": ["-2", *NOT_INTEGERS],
     "logprobs": [*NOT_BOOLEANS],
@@ -133,9 +134,10 @@ CHAT_ONLY: Final[dict[str, list[str]]] = {
         *[f'{{"type": "json_schema", "json_schema": {schema}}}' for schema in ("{}", '{"name": "x"}')],
         *[
             f'{{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}'
-            for schema in ("1", '"{}"', "[]", '{"maximum": 1e999}', '{"title": "\\ud800"}', "null")
+            for schema in ("1", '"{}"', "[]", '{"maximum": 1e999}', '{"title": "\\ud800"}', "null", DEEP)
         ],
     ],
+    "json_schema": ["1", "[]", "true", '"x"', '"[]"', DEEP],
     "tools": ["1", "{}", '"x"', '[{"type": "function", "function": {"name": "f"}}]', "[{}]"],
     "tools[0]": ["[1]", '["x"]', "[null]"],
     "tool_choice": ["1", "[]", "true"],

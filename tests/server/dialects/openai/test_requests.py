@@ -289,6 +289,42 @@ def test_tools_that_must_not_be_called_are_left_out() -> None:
     assert chat(functions=[{"name": "f"}], function_call="none") == chat()
 
 
+# --- Schemas ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        ({"type": "text"}, ""),
+        ({"type": "json_object"}, '{"type":"object"}'),
+        ({"type": "json_object", "schema": {"type": "array"}}, '{"type":"array"}'),
+        ({"TYPE": "json_schema", "json_schema": {"schema": {}}}, "{}"),
+        (
+            {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "n",
+                    "description": "d",
+                    "strict": True,
+                    "schema": {"Title": None, "enum": [None, "é"], "type": "string"},
+                },
+            },
+            '{"Title":null,"enum":[null,"é"],"type":"string"}',
+        ),
+    ],
+)
+def test_the_format_of_an_answer(response_format: dict[str, Any], schema: str) -> None:
+    asked = chat(response_format=response_format)
+    assert asked.generations[0].sampling == sampling(json_schema=schema)
+    assert asked.places.keys() == ({"json_schema"} if schema else set())
+
+
+@pytest.mark.parametrize("asked", [chat, text])
+def test_a_schema_is_an_object_or_its_text(asked: Callable[..., Asked]) -> None:
+    for schema in ({"type": "array"}, '{"type":"array"}'):
+        assert asked(json_schema=schema).generations[0].sampling == sampling(json_schema='{"type":"array"}')
+
+
 # --- Embeddings ------------------------------------------------------------------------------------------------------
 
 

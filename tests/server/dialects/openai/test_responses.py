@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
+    InvalidGrammar,
     InvalidRequest,
     PromptTooLong,
+    RequestError,
     RunnerError,
     UnknownModel,
     Unsupported,
@@ -116,7 +118,7 @@ def test_reasons(finished: Finished, reason: str, stop: str | None) -> None:
 
 def test_an_error_ends_a_stream() -> None:
     assert chat_stream().failure(EngineBroken("it died")) == (
-        b'data: {"error":{"message":"it died","type":"server_error","param":null,"code":null}}\n\n'
+        b'data: {"error":{"message":"it died","type":"server_error","param":null,"code":"engine_broken"}}\n\n'
     )
     assert b"internal error" in chat_stream().failure(KeyError("secret"))
 
@@ -310,7 +312,7 @@ def test_the_last_tokens_are_reported_if_they_belong_to_the_text() -> None:
             {"message": "internal error", "type": "server_error", "param": None, "code": None},
         ),
         (
-            responses.not_started(PromptTooLong(9, 8), None),
+            responses.not_taken(PromptTooLong(9, 8), {}),
             400,
             {
                 "message": "This model's maximum context length is 8 tokens, but prompt has 9.",
@@ -320,7 +322,7 @@ def test_the_last_tokens_are_reported_if_they_belong_to_the_text() -> None:
             },
         ),
         (
-            responses.not_embedded(InvalidRequest("content is empty", param="content")),
+            responses.not_taken(InvalidRequest("content is empty", param="content"), {"content": "input"}),
             400,
             {
                 "message": "input: content is empty",
@@ -347,17 +349,23 @@ def test_clients_are_told_when_asking_again_is_worth_it() -> None:
     assert len({answer.headers["x-request-id"] for answer in (busy, broken, wrong)}) == 3
 
 
-def test_the_place_of_a_prompt_that_is_at_fault() -> None:
-    refusal = responses.not_started(PromptTooLong(9, 8), "prompt[2]")
-    assert (refusal.param, refusal.code) == ("prompt[2]", "context_length_exceeded")
-    assert "prompt[2] has 9" in refusal.text
-    refusal = responses.not_started(InvalidRequest("prompt is empty", param="prompt"), "prompt[2]")
-    assert (refusal.param, refusal.text) == ("prompt[2]", "prompt[2]: prompt is empty")
-    refusal = responses.not_started(InvalidRequest("no", param="grammar"), "prompt[2]")
-    assert refusal.param == "grammar"
-    assert responses.not_embedded(PromptTooLong(9, 8, param="content")).text == (
-        "This model's maximum context length is 8 tokens, but a text of input has 9."
-    )
+@pytest.mark.parametrize(
+    ("error", "param", "text"),
+    [
+        (PromptTooLong(9, 8), "prompt[2]", "maximum context length is 8 tokens, but prompt[2] has 9"),
+        (InvalidRequest("prompt is empty", param="prompt"), "prompt[2]", "prompt[2]: prompt is empty"),
+        (
+            InvalidGrammar("json_schema: no", param="json_schema"),
+            "response_format.schema",
+            "response_format.schema: json",
+        ),
+        (InvalidRequest("no", param="stop"), "stop", "stop: no"),
+    ],
+)
+def test_errors_name_the_field_of_the_body(error: RequestError, param: str, text: str) -> None:
+    refusal = responses.not_taken(error, {"prompt": "prompt[2]", "json_schema": "response_format.schema"})
+    assert refusal.param == param
+    assert text in refusal.text
 
 
 # --- Embeddings and models -------------------------------------------------------------------------------------------

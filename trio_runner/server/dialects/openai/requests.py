@@ -6,7 +6,10 @@ which names the field at fault by its path, such as `messages[2].content[0].imag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,6 +58,8 @@ class Asked:
     """Alternatives that are reported with each token. Below 0, nothing is reported."""
     include_usage: bool = False
     """The stream ends with a chunk that tells the usage."""
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Where in the body a parameter of the engine was given, if its name is another one there."""
     echoes: tuple[str | tuple[int, ...], ...] = ()
     """The text or the tokens of each prompt, if answers begin with them."""
 
@@ -82,6 +87,19 @@ def check_word(name: str, value: Any, *words: str) -> str:
         shown = ", ".join(f'"{word}"' for word in words)
         raise InvalidRequest(f"{name} must be one of {shown}", param=name)
     return text
+
+
+def schema_text(name: str, value: Any) -> str:
+    """The JSON text of a schema that is given as an object. Its names and nulls are data, and stay as they are."""
+    if isinstance(value, str):
+        return json_in.check_text(name, value)
+    try:
+        text = json.dumps(check_object(name, value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except RecursionError:
+        raise InvalidRequest(f"{name} is nested too deeply", param=name) from None
+    except ValueError:
+        raise InvalidRequest(f"{name} has a number that is too large", param=name) from None
+    return json_in.check_text(name, text)
 
 
 def bounded(low: int, high: int) -> Check:
@@ -164,6 +182,12 @@ GENERATION: Final[Fields] = {
         default=-1,
     ),
     **_SAMPLING,
+    "json_schema": field(
+        either(OBJECT, STRING),
+        _SAMPLING["json_schema"].doc,
+        check=schema_text,
+        default_text="none",
+    ),
 }
 """The fields of both kinds of generations."""
 
@@ -216,9 +240,21 @@ def generations(
     )
 
 
+@contextmanager
+def naming(places: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a parameter of the engine name the field that it was given in. See `Asked.places`."""
+    try:
+        yield
+    except InvalidRequest as error:
+        place = places.get(error.param or "")
+        if place is None:
+            raise
+        raise InvalidRequest(f"{place}: {error}", param=place) from None
+
+
 def _extras(given: Mapping[str, Any], n: int) -> dict[str, Any]:
-    shared = {"share_prompt": True} if n > 1 and "share_prompt" in parameters_of(GenerateRequest) else {}
-    return {"shift": False, "truncate": False, **shared, **{name: given[name] for name in EXTRAS if name in given}}
+    own = {name: given[name] for name in EXTRAS if name in given}
+    return {"shift": False, "truncate": False, "share_prompt": n > 1, **own}
 
 
 def _seed(seed: int, choice: int) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Final
 
 from trio_runner.errors import InvalidRequest, Unsupported
-from trio_runner.parameters import parameters_of
 from trio_runner.request import Chat
-from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
+from trio_runner.sampling import MAX_LOGPROBS
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import BOOLEAN, OBJECT, STRING, Body, array, either, field, ignored
 from trio_runner.server.dialects.json_in import Object, fold, wrong
@@ -24,6 +22,8 @@ from trio_runner.server.dialects.openai.requests import (
     check_object,
     check_word,
     generations,
+    naming,
+    schema_text,
 )
 
 ANY_OBJECT: Final = '{"type":"object"}'
@@ -61,7 +61,11 @@ def _response_format(name: str, value: Any) -> tuple[str, str]:
             return name, ""
         case "json_object":
             place = f"{name}.schema"  # as llama-server and others have it
-            return (place, _schema(place, given["schema"])) if "schema" in given else (name, ANY_OBJECT)
+            return (
+                (place, schema_text(place, check_object(place, given["schema"])))
+                if "schema" in given
+                else (name, ANY_OBJECT)
+            )
     place = f"{name}.json_schema"
     if "json_schema" not in given:
         raise InvalidRequest(f"{place} is missing", param=place)
@@ -71,18 +75,8 @@ def _response_format(name: str, value: Any) -> tuple[str, str]:
     json_in.check_boolean(f"{place}.strict", described.get("strict", True))
     if "schema" not in described:
         raise InvalidRequest(f"{place}.schema is missing", param=f"{place}.schema")
-    return f"{place}.schema", _schema(f"{place}.schema", described["schema"])
-
-
-def _schema(name: str, value: Any) -> str:
-    """The text of a schema. Its names and nulls are data, and stay as they are."""
-    try:
-        text = json.dumps(check_object(name, value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except RecursionError:
-        raise InvalidRequest(f"{name} is nested too deeply", param=name) from None
-    except ValueError:
-        raise InvalidRequest(f"{name} has a number that is too large", param=name) from None
-    return json_in.check_text(name, text)
+    place = f"{place}.schema"
+    return place, schema_text(place, check_object(place, described["schema"]))
 
 
 _TOOLS_DOC: Final = (
@@ -155,31 +149,23 @@ def chat(body: bytes) -> Asked:
         variables.setdefault("reasoning_effort", given["reasoning_effort"])
     prompt = Chat(messages=given["messages"], variables=variables)
     n_top = (top or 0) if given.get("logprobs") else -1
+    place, schema = given.get("response_format", ("", ""))
+    if schema and ("grammar" in given or "json_schema" in given):
+        message = "response_format cannot be combined with grammar or json_schema"
+        raise InvalidRequest(message, param="response_format")
+    places = {"json_schema": place} if schema else {}
+    forced = {"json_schema": schema} if schema else {}
+    with naming(places):
+        requests = generations(given, (prompt,), logprobs=n_top, **forced)
     return Asked(
-        generations=_generations(given, prompt, n_top),
+        generations=requests,
+        places=places,
         n_top=n_top,
         n=given.get("n", 1),
         model=given.get("model"),
         stream=given.get("stream", False),
         include_usage=given.get("stream_options", False),
     )
-
-
-def _generations(given: Mapping[str, Any], prompt: Chat, logprobs: int) -> Any:
-    place, schema = given.get("response_format", ("", ""))
-    if not schema:
-        return generations(given, (prompt,), logprobs=logprobs)
-    if "json_schema" not in parameters_of(SamplingParams):  # until it is built
-        raise Unsupported("json_schema", f"{place}: this server cannot do that", param=place)
-    if given.get("grammar") or given.get("json_schema"):
-        field = "grammar" if given.get("grammar") else "json_schema"
-        raise InvalidRequest(f"response_format and {field} cannot be combined", param="response_format")
-    try:
-        return generations(given, (prompt,), logprobs=logprobs, json_schema=schema)
-    except InvalidRequest as error:
-        if error.param != "json_schema":
-            raise
-        raise InvalidRequest(f"{place}: {error}", param=place) from None
 
 
 def _refuse_tools(given: Mapping[str, Any], tools: str, choice: str) -> None:

@@ -7,7 +7,7 @@ The types are what https://platform.openai.com/docs/api-reference says, with fie
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 from uuid import uuid4
@@ -15,7 +15,7 @@ from uuid import uuid4
 import msgspec
 
 from trio_runner import events
-from trio_runner.errors import PromptTooLong, RequestError, RunnerError
+from trio_runner.errors import PromptTooLong, RunnerError
 from trio_runner.events import Embedded, Event, Finished, SampledToken, TextPiece
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.server.dialects.json_out import finite_vector, float32_list
@@ -67,25 +67,15 @@ def error_answer(refusal: Problem) -> Answer:
     return Answer(400 if refusal.status == 422 else refusal.status, headers, error_body(refusal))
 
 
-def not_started(error: RunnerError, place: str | None) -> Problem:
-    """The problem of generations that were not started. `place` is that of the prompt, where there are several."""
+def not_taken(error: RunnerError, places: Mapping[str, str]) -> Problem:
+    """The problem of a request that the engine did not take. `places` are the fields of the body in which parameters of
+    the engine were given, where they have another name."""
     refusal = problem(error)
+    place = places.get(refusal.param or "", refusal.param)
     if isinstance(error, PromptTooLong):
-        name = place or error.param
-        text = f"This model's maximum context length is {error.n_ctx} tokens, but {name} has {error.n_prompt}."
-        return replace(refusal, text=text, param=name)
-    if place is not None and refusal.param == "prompt":
-        return replace(refusal, text=f"{place}: {refusal.text}", param=place)
-    return refusal
-
-
-def not_embedded(error: RequestError) -> Problem:
-    """The problem of texts that were not embedded: the engine calls each of them the content."""
-    refusal = problem(error)
-    if isinstance(error, PromptTooLong):
-        text = f"This model's maximum context length is {error.n_ctx} tokens, but a text of input has {error.n_prompt}."
-        return replace(refusal, text=text, param="input")
-    return replace(refusal, text=f"input: {refusal.text}", param="input") if refusal.param == "content" else refusal
+        text = f"This model's maximum context length is {error.n_ctx} tokens, but {place} has {error.n_prompt}."
+        return replace(refusal, text=text, param=place)
+    return refusal if place == refusal.param else replace(refusal, text=f"{place}: {refusal.text}", param=place)
 
 
 def answer_id(kind: str) -> str:

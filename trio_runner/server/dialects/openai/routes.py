@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
 from quart import Response
 
-from trio_runner.errors import InvalidRequest, RequestError, RunnerError
+from trio_runner.errors import InvalidRequest, RunnerError
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.server.choices import Choices
 from trio_runner.server.dialects.dialect import Operation, RouteContext, json_response, response
@@ -130,8 +131,8 @@ class OpenAIRoutes:
         self._names.check(asked.model)
         try:
             results = await self._engine.embed_requests(asked.requests)
-        except RequestError as error:
-            return response(responses.error_answer(responses.not_embedded(error)))
+        except RunnerError as error:
+            return _refused(error, {"content": "input"})
         name = asked.model or self._names.name
         size = len(results) * self._engine.capabilities.embedding_size
         return await self._answered(size, partial(responses.embeddings, results, name, as_base64=asked.base64))
@@ -163,8 +164,8 @@ class OpenAIRoutes:
         try:
             await choices.start()
         except RunnerError as error:
-            place = f"prompt[{choices.n_started // asked.n}]" if n_choices > asked.n else None
-            return response(responses.error_answer(responses.not_started(error, place)))
+            which = {"prompt": f"prompt[{choices.n_started // asked.n}]"} if n_choices > asked.n else {}
+            return _refused(error, {**asked.places, **which})
         return choices
 
     def _check_room(self, asked: Asked, n_choices: int) -> None:
@@ -187,6 +188,10 @@ async def _gather(choices: Choices, n_choices: int) -> Gathered:
     async for index, event in choices:
         gathered.push(index, event)
     return gathered
+
+
+def _refused(error: RunnerError, places: Mapping[str, str]) -> Response:
+    return response(responses.error_answer(responses.not_taken(error, places)))
 
 
 def _streamed(choices: Choices, writer: responses_stream.Stream, opening: bytes) -> Response:
