@@ -11,7 +11,7 @@ import trio
 from trio_runner.config import EngineConfig
 from trio_runner.errors import EngineClosed, LoadError
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
-from trio_runner.info import AdapterInfo, EngineStatistics
+from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 
 DONE = Finished("stop", Usage(3, 1, 5, 0.0129, 0.25))
@@ -83,6 +83,8 @@ class FakeEngine:
         self.status = "ready"
         self.progress = 1.0
         self.failure: Exception | None = None
+        self.info = ModelInfo(name="fake", architecture="", description="", n_vocab=1, n_ctx_train=1, n_embd=3)
+        self.capabilities = Capabilities(n_slots=4, n_ctx=4096, max_rows=512)
         self.admitting = trio.Event()
         self.admitting.set()
         self.refusal: Exception | None = None
