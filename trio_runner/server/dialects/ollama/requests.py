@@ -132,10 +132,10 @@ def _template_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     content: Any = message.get("content", "")
     if images := message.get("images"):
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": content}]
-    others = {name: message[name] for name in ("tool_calls", "tool_call_id") if name in message}
-    if "thinking" in message:  # templates read either name
+    others = {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+    if message.get("thinking"):  # templates read either name
         others |= {"thinking": message["thinking"], "reasoning_content": message["thinking"]}
-    if "tool_name" in message:
+    if message.get("tool_name"):
         others |= {"tool_name": message["tool_name"], "name": message["tool_name"]}
     return {"role": message["role"], "content": content, **others}
 
