@@ -21,10 +21,10 @@ Document: TypeAlias = dict[str, Any]
 Served: TypeAlias = Sequence[tuple[Dialect, Sequence[Operation]]]
 """Each dialect with what it serves."""
 
-EVERYWHERE: Final = (400, 401, 403, 500, 503)
+EVERYWHERE: Final = (400, 401, 403, 422, 500, 503)
 """Statuses of refusals that every operation may answer with."""
-WITH_BODY: Final = (408, 413, 422)
-"""The same for operations with a body."""
+WITH_BODY: Final = (404, 408, 413)
+"""The same for operations with a body. What is not found is an adapter or a model."""
 
 _REFERENCE: Final = "#/components/schemas/{name}"
 _VARIABLE: Final = re.compile(r"<(?:\w+:)?(\w+)>")

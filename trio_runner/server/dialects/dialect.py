@@ -62,7 +62,7 @@ class Operation:
     stream_type: str = "text/event-stream"
     """The content type of the stream."""
     refusals: tuple[int, ...] = ()
-    """Further statuses, besides those that every operation may answer with: 400, 401, 403, 413, 500 and 503."""
+    """Further statuses, besides those that every operation may answer with; see openapi.py."""
 
 
 class Dialect(Protocol):

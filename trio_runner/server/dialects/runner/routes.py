@@ -79,6 +79,7 @@ class RunnerRoutes:
                 path="/adapters/<name>",
                 handler=self.unload_adapter,
                 summary="Unload a LoRA adapter.",
+                refusals=(404,),
             ),
             Operation(
                 method=ANY_METHOD,
