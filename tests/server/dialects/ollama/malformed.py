@@ -90,6 +90,7 @@ TOGETHER: list[tuple[str, dict[str, Any], str]] = [
     ("/api/generate", {"prompt": "x", "raw": True, "images": ["AAAA"]}, "images[0] has no [img-0] in prompt"),
     ("/api/generate", {"prompt": "x", "think": True, "format": "json"}, "think cannot be combined with format"),
     ("/api/generate", {"prompt": "x", "think": "high"}, "think"),
+    ("/api/chat", {"messages": [], "format": {}, "options": {"grammar": "root ::= [a]"}}, "format and grammar"),
     ("/api/chat", {"messages": [{"content": "x"}]}, "messages[0].role is missing"),
     ("/api/chat", {"messages": [{"role": "user", "images": ["AAAA"] * 9}] * 2}, "messages has 18 images"),
 ]

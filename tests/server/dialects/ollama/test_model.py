@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.server.fake_engine import INFO
+from trio_runner.core.chat import ChatTemplate
 from trio_runner.info import Capabilities, Device, MemoryUse, ModelInfo, Placement
 from trio_runner.server.dialects.ollama.model import ServedModel, no_file, short_count, with_tag
 from trio_runner.server.model_file import ModelFile
@@ -108,6 +109,16 @@ def test_capabilities() -> None:
     assert shown(has_projector=True)["capabilities"] == ["completion", "vision"]
     assert shown(with_metadata(fake_dot_pooling_type="1"))["capabilities"] == ["embedding"]
     assert shown(can_generate=False)["capabilities"] == ["embedding"]
+
+
+def test_a_model_that_fills_gaps_says_so_where_editors_look() -> None:
+    filler = dataclasses.replace(INFO, token_fim_pre=1, token_fim_suf=2, token_fim_mid=3)
+    assert shown(filler)["capabilities"] == ["completion", "insert"]
+    assert ".Suffix" in shown(filler)["template"]
+    assert ".Suffix" not in shown()["template"]
+    assert ChatTemplate(shown(filler)["template"], bos_token="", eos_token="").render(
+        [{"role": "user", "content": "x"}]
+    ) == ("x",)
 
 
 def test_a_model_about_which_little_is_known() -> None:

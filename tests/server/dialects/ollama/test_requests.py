@@ -12,7 +12,7 @@ import pytest
 from tests.server.dialects.ollama.malformed import malformed
 from trio_runner.errors import InvalidGrammar, PromptTooLong, RequestError, Unsupported
 from trio_runner.parameters import parameters_of
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill
 from trio_runner.sampling import RANDOM_SEED, SamplingParams
 from trio_runner.server.dialects.ollama import bodies, requests
 from trio_runner.server.dialects.ollama.options import OPTIONS, renamed
@@ -176,6 +176,29 @@ def test_prompts_of_generate() -> None:
     assert (raw.prompt, raw.image_data) == ("[img-0]x", ((0, b"\0\0\0"),))
 
 
+def test_a_gap_to_fill() -> None:
+    for more in ({}, {"raw": True}, {"system": "y", "think": False}):
+        call = generate(suffix="z", **more)
+        assert prepared(call).prompt == prepared(call, None).prompt == Infill(prefix="x", suffix="z")
+    assert generate(prompt="", suffix="z").idle is None
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        ("json", '{"type":"object"}'),
+        ({}, "{}"),
+        ({"type": "string", "X": None, "enum": ["\u00e9"]}, '{"type": "string", "X": null, "enum": ["\\u00e9"]}'),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_formats(given: object, schema: str) -> None:
+    """The names and nulls of a schema are data: they stay as they are."""
+    for call in (generate(format=given), chat(format=given)):
+        assert prepared(call).sampling.json_schema == schema
+
+
 def test_a_model_without_a_chat_template_gets_plain_text() -> None:
     assert prepared(generate(), None).prompt == "x"
     assert prepared(generate(system="y"), None).prompt == "y\n\nx"
@@ -246,9 +269,8 @@ def test_embeddings() -> None:
     )
     one = EmbedRequest(content="a", normalize=True, truncate=False)
     assert requests.embed(encoded(input="a", truncate=False, dimensions=0)).requests == (one,)
-    for nothing in ("", [], None):
-        assert requests.embed(encoded(input=nothing)).requests == ()
-    assert requests.embed(b"{}").requests == ()
+    for nothing in (b"{}", b'{"input": ""}', b'{"input": []}', b'{"input": null}'):
+        assert requests.embed(nothing).requests == ()
     assert requests.embeddings(encoded(prompt="a")).requests == (EmbedRequest(content="a"),)
     assert requests.embeddings(encoded(prompt="")).requests == ()
 
