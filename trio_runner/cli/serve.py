@@ -153,8 +153,8 @@ def serve(
         adapter_dir=adapter_dir,
         max_body_bytes=max_body_bytes(model),
         names=names,
-        app=app,
         model_path=Path(model.path),
+        app=app,
     )
 
     async def run_until_signal() -> None:
