@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import integer_complaint, parameters_of
+from trio_runner.parameters import integer_complaint, number_complaint, parameters_of
 from trio_runner.request import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_STOP_STRINGS, GenerateRequest
 from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.dialects import json_in
@@ -153,6 +153,14 @@ def _token_or_text(name: str, value: Any) -> int | str:
     return json_in.check_text(name, value) if isinstance(value, str) else _integer(0)(name, value)
 
 
+def _decay(name: str, value: Any) -> float:
+    number = json_in.check_number(name, value)
+    complaint = number_complaint(name, number, 0, 0.99)
+    if complaint is not None:
+        raise InvalidRequest(complaint, param=name)
+    return number
+
+
 def _response_fields(name: str, value: Any) -> tuple[str, ...]:
     return json_in.check_texts(name, value, MAX_RESPONSE_FIELDS)
 
@@ -274,7 +282,13 @@ _IGNORED: Fields = {
     "chat_format": field({}, _NO_CHAT, check=_any, default_text="ignored", ignored=True),
     "reasoning_format": ignored(STRING, _NO_CHAT),
     "parse_tool_calls": ignored(BOOLEAN, _NO_CHAT),
-    "adaptive_decay": ignored(NUMBER, "Checked and ignored: it belongs to `adaptive_target`."),
+    "adaptive_decay": field(
+        {**NUMBER, "minimum": 0, "maximum": 0.99},
+        "Checked and ignored: it belongs to `adaptive_target`.",
+        check=_decay,
+        default_text="ignored",
+        ignored=True,
+    ),
 }
 
 _UNCOVERED: Fields = {

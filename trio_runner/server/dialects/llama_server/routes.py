@@ -21,6 +21,7 @@ from trio_runner.server.dialects.llama_server.line_rules import LineRules, Ruled
 from trio_runner.server.dialects.llama_server.prompts import Mixed, Pictured, PromptForm
 from trio_runner.server.dialects.llama_server.requests import Completion, completion
 from trio_runner.server.dialects.llama_server.responses import CompletionPart, CompletionResult, CompletionState
+from trio_runner.server.dialects.llama_server.text_routes import TextRoutes, tokens_of
 from trio_runner.server.event_body import EventBody
 from trio_runner.server.ownership import own
 
@@ -45,6 +46,7 @@ class LlamaServerRoutes:
         self._engine = context.engine
         self._threads = context.threads
         self._names = context.names
+        self._texts = TextRoutes(context)
 
     def operations(self) -> tuple[Operation, ...]:
         """What is served."""
@@ -60,7 +62,7 @@ class LlamaServerRoutes:
             )
             for path in ("/llama/completion", "/llama/completions")
         ]
-        return (*completions,)
+        return (*completions, *self._texts.operations())
 
     # -- completions --------------------------------------------------------------------------------------------------
 
@@ -143,19 +145,8 @@ class LlamaServerRoutes:
             case Pictured(parts=parts):
                 return parts
             case Mixed():
-                return await self._tokens(form, add_special=True)
+                return await tokens_of(self._engine, form, add_special=True)
         return form
-
-    async def _tokens(self, mixed: Mixed, *, add_special: bool, parse_special: bool = True) -> tuple[int, ...]:
-        """The tokens of texts and tokens."""
-        tokens: list[int] = []
-        for place, part in enumerate(mixed.parts):
-            if isinstance(part, str):
-                special = add_special and place == 0
-                tokens += await self._engine.tokenize(part, add_special=special, parse_special=parse_special)
-            else:
-                tokens.append(part)
-        return tuple(tokens)
 
     async def _text_of(self, asked: Completion, form: PromptForm, prompt: Prompt) -> str | None:
         """The text of a prompt, for the answer."""
