@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from trio_runner.errors import InvalidRequest
 from trio_runner.image_source import ImageSource, is_image_source
+from trio_runner.json_schema import schema_text
 from trio_runner.parameters import (
     boolean,
     first_complaint,
@@ -185,6 +186,13 @@ class GenerateRequest:
         "continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no "
         "effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own prompt.",
     )
+    preferred_slot: int | None = integer(
+        None,
+        0,
+        2**31 - 1,
+        doc="Number of the slot to take if it is free: below `slots` of the engine. Otherwise the request takes "
+        "another one.",
+    )
     n_keep: int = integer(
         4,
         -(2**31),
@@ -215,6 +223,14 @@ class GenerateRequest:
         MAX_DEADLINE,
         unit="seconds",
         doc="Seconds from the start of the request, waiting included, after which it ends with the text it has.",
+    )
+    decode_seconds: float | None = number(
+        None,
+        0.001,
+        MAX_DEADLINE,
+        unit="seconds",
+        doc="Seconds from the first token after which generation ends with the text it has. The time that the prompt "
+        "takes does not count.",
     )
 
     def __post_init__(self) -> None:
@@ -302,7 +318,8 @@ def as_prompt(value: str | Chat | Sequence[int | Part]) -> Prompt:
 
 
 def make_request(prompt: Prompt, options: Mapping[str, Any]) -> GenerateRequest:
-    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name. `stop` may be one text.
+    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name. `stop` may be one text,
+    and `json_schema` an object or a class.
 
     Raises `InvalidRequest` for a value outside its bounds, and TypeError for a name that is no field.
     """
@@ -310,6 +327,8 @@ def make_request(prompt: Prompt, options: Mapping[str, Any]) -> GenerateRequest:
     sampling = {name: given.pop(name) for name in parameters_of(SamplingParams) if name in given}
     if sampling and "sampling" in given:
         raise TypeError(f"give either sampling or its fields by name: {', '.join(sorted(sampling))}")
+    if "json_schema" in sampling:
+        sampling["json_schema"] = schema_text(sampling["json_schema"])
     if sampling:
         given["sampling"] = SamplingParams(**sampling)
     if "stop" in given:

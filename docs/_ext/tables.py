@@ -200,6 +200,8 @@ BOUNDS: Final = (
     ("Adapters of one request", "trio_runner.request.MAX_ADAPTERS", "", "400"),
     ("Tokens with a bias", "trio_runner.sampling.MAX_LOGIT_BIAS", "", "400"),
     ("Bytes of a grammar", "trio_runner.sampling.MAX_GRAMMAR_BYTES", "bytes", "400"),
+    ("Bytes of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_BYTES", "bytes", "400"),
+    ("Levels of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_DEPTH", "", "400"),
     ("Texts of one embedding or ranking request", "trio_runner.request.MAX_DOCUMENTS", "", "400"),
     ("Open connections", "trio_runner.server.serve.MAX_CONNECTIONS", "", "503"),
     ("Seconds to send the head of a request", "trio_runner.server.connection.HEAD_SECONDS", "seconds", "closed"),

@@ -136,7 +136,7 @@ class FakeEngine:
         await self.admit()
         return np.array(self.scores, np.float32)
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self, at_most: float | None = None) -> None:
         self.calls.append("wait_ready")
         await self.admit()
 

@@ -85,8 +85,8 @@ class Engine:
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model. Raises `EngineBusy` while it loads, `LoadError` if it did not load, and `EngineBroken`
-        or `EngineClosed` after the engine has ended."""
+        """Facts about the model. Raises `EngineLoading` while it loads, `LoadError` if it did not load, and
+        `EngineBroken` or `EngineClosed` after the engine has ended."""
         return self._state.ready_runtime().model.info
 
     @property
@@ -128,10 +128,11 @@ class Engine:
             statistics, images_encoded=images.n_encoded, images_found=images.n_found, image_bytes=images.n_bytes
         )
 
-    async def wait_ready(self) -> None:
-        """Wait until the model is loaded. Raises `LoadError` if it did not load, `EngineBroken` if the engine broke,
-        and `EngineClosed` if the engine is closed or closing."""
-        await self._state.wait_ready()
+    async def wait_ready(self, at_most: float | None = None) -> None:
+        """Wait until the model is loaded, for at most `at_most` seconds; None means `config.load_wait`, as for a
+        request. Raises `EngineLoading` if it takes longer, `LoadError` if the model did not load, `EngineBroken` if the
+        engine broke, and `EngineClosed` if the engine is closed or closing."""
+        await self._state.wait_ready(at_most)
 
     # -- generating ---------------------------------------------------------------------------------------------------
 

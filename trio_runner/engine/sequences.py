@@ -39,6 +39,11 @@ def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: Enc
     model, capabilities = runtime.model, runtime.context.capabilities
     if not capabilities.can_generate:
         raise Unsupported("generation", "this model makes embeddings, it cannot generate text")
+    if request.preferred_slot is not None and request.preferred_slot >= capabilities.n_slots:
+        last = capabilities.n_slots - 1
+        raise InvalidRequest(
+            f"preferred_slot must be between 0 and {last}, not {request.preferred_slot}", param="preferred_slot"
+        )
     param = "messages" if isinstance(request.prompt, Chat) else "prompt"
     items: Sequence[Item]
     media: dict[Media, EncodedMedia] = {}
@@ -71,10 +76,12 @@ def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: Enc
         stop=request.stop,
         cache_prompt=request.cache_prompt,
         share_prompt=request.share_prompt,
+        preferred_slot=request.preferred_slot,
         shift=request.shift,
         background=request.priority == "background",
         progress=request.progress,
         logprobs=request.sampling.logprobs >= 0,
+        tells_first_token=request.decode_seconds is not None,
     )
     return Submit(spec, model.sampler(request.sampling, tokens) if samples else None, media)
 

@@ -11,6 +11,7 @@ from quart import Response, request
 from trio_runner.server.dialects.dialect import Dialect, Operation, RouteContext, json_response
 from trio_runner.server.docs_page import docs_page
 from trio_runner.server.front_page import front_page
+from trio_runner.server.metrics import Metrics
 from trio_runner.server.openapi import Document, describe
 from trio_runner.server.problems import Answer, Problem, plain_text
 
@@ -57,6 +58,7 @@ class Site:
                 summary="Describe every path of this server, for people.",
                 answer_type="text/html",
             ),
+            Metrics(context.engine, context.threads).operation("/metrics"),
         )
 
     @cached_property
