@@ -17,7 +17,7 @@ from trio_runner.engine.tokens import special_tokens, tokenize
 from trio_runner.errors import InvalidRequest, Unsupported
 from trio_runner.image_source import IMAGE_TAG, ImageSource
 from trio_runner.info import ModelInfo
-from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest
+from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest, Infill
 
 if TYPE_CHECKING:
     from trio_runner.core.chat import ChatTemplate
@@ -40,6 +40,8 @@ def has_parts(request: GenerateRequest, runtime: Runtime) -> bool:
     """Whether the prompt must be taken apart before it is tokenised."""
     if isinstance(request.prompt, str):
         return bool(request.image_data) or (runtime.projector is not None and "[img-" in request.prompt)
+    if isinstance(request.prompt, Infill):
+        return False
     return isinstance(request.prompt, Chat) or not isinstance(next(iter(request.prompt), 0), int)
 
 
@@ -58,6 +60,7 @@ def parts_of(request: GenerateRequest, runtime: Runtime) -> Parts:
         if isinstance(prompt, Chat):
             parts, param = _rendered(prompt, runtime.model.info), "messages"
         else:
+            assert not isinstance(prompt, Infill), "it has no parts"
             parts, param = _named(prompt), "prompt"
         names_images = any(isinstance(part, NamedImage) for part in parts)
     if names_images and runtime.projector is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,9 @@ def n_characters(request: AnyRequest) -> int:
     content = request.content if isinstance(request, EmbedRequest) else request.prompt
     if isinstance(content, Chat):
         return sum(map(len, _texts(content)))
+    if isinstance(content, Infill):
+        texts = (content.prefix, content.suffix, content.prompt, *(text for _, text in content.extra))
+        return sum(map(len, texts))
     if isinstance(content, str):
         return len(content)
     return len(content) + sum(len(part) for part in content if isinstance(part, str))

@@ -12,13 +12,14 @@ from dataclasses import replace
 from trio_runner.core.ports import EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media, fit_prompt
 from trio_runner.core.sequence import SequenceSpec, takes_embed_slot
+from trio_runner.engine.infill import infill_tokens
 from trio_runner.engine.mailbox import Submit
 from trio_runner.engine.prompt_parts import EncodedParts, join_parts
 from trio_runner.engine.requests import AnyRequest, PairRequest
 from trio_runner.engine.tokens import pair_tokens, special_tokens, tokens_of
 from trio_runner.errors import InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.info import Capabilities
-from trio_runner.request import Chat, EmbedRequest, GenerateRequest
+from trio_runner.request import Chat, EmbedRequest, GenerateRequest, Infill
 
 
 def prepare_sequence(request: AnyRequest, runtime: Runtime, uid: int, parts: EncodedParts | None = None) -> Submit:
@@ -44,19 +45,24 @@ def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: Enc
         raise InvalidRequest(
             f"preferred_slot must be between 0 and {last}, not {request.preferred_slot}", param="preferred_slot"
         )
+    has_encoder = capabilities.decoder_start is not None
+    n_ctx = capabilities.max_rows if has_encoder else capabilities.n_ctx
     param = "messages" if isinstance(request.prompt, Chat) else "prompt"
     items: Sequence[Item]
     media: dict[Media, EncodedMedia] = {}
     if parts is not None:
         is_chat = isinstance(request.prompt, Chat)
         items, media = join_parts(parts, model, param=param, parse_special=request.parse_special, is_chat=is_chat)
+    elif isinstance(request.prompt, Infill):
+        items = infill_tokens(
+            model, request.prompt, n_ctx=n_ctx, max_tokens=request.max_tokens, truncate=request.truncate
+        )
     else:
         items = tokens_of(model, request.prompt, param=param, parse_special=request.parse_special)
-    has_encoder = capabilities.decoder_start is not None
     samples = request.max_tokens != 0
     fitted = fit_prompt(
         items,
-        n_ctx=capabilities.max_rows if has_encoder else capabilities.n_ctx,
+        n_ctx=n_ctx,
         n_keep=request.n_keep,
         adds_bos=model.info.adds_bos,
         truncate=request.truncate,
