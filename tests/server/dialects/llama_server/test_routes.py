@@ -145,7 +145,7 @@ async def test_errors_before_the_stream() -> None:
         (EngineBusy("the queue is full", retry_after=2), 503, "unavailable_error", "the queue is full"),
         (InvalidGrammar("no root"), 400, "invalid_request_error", "grammar: no root"),
         (EngineBroken("the decode thread died"), 503, "unavailable_error", "the decode thread died"),
-        (LoadError("not a GGUF file", path="m"), 500, "server_error", "m: not a GGUF file"),
+        (LoadError("not a GGUF file", path="m"), 503, "unavailable_error", "m: not a GGUF file"),
         (Unsupported("images", "no images", param="prompt"), 400, "not_supported_error", "prompt: no images"),
         (KeyError("secret"), 500, "server_error", "internal error"),
     ]
@@ -214,7 +214,7 @@ async def test_embeddings() -> None:
         answer = await client.ask(post("/llama/embedding", {"input": ["x", [1, 2], [3, "y"]], "embd_normalize": -1}))
         assert [entry["index"] for entry in answer.json] == [0, 1, 2]
         assert answer.json[0]["embedding"] == [[3, -4]]
-        contents = ["x", (1, 2), (3, *b"y")]
+        contents: list[Any] = ["x", (1, 2), (3, *b"y")]
         assert [call for call in engine.calls[-3:] if isinstance(call, EmbedRequest)] == [
             EmbedRequest(content=content) for content in contents
         ]

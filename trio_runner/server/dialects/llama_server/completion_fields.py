@@ -6,6 +6,7 @@ this server cannot is refused; what has no effect there has none here.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -108,6 +109,15 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     return json_in.check_texts(name, value, MAX_STOP_STRINGS)
 
 
+def _schema(name: str, value: Any) -> str:
+    if not isinstance(value, (Object, bool)):
+        wrong(name, "an object", value)
+    try:
+        return json.dumps(value) if value != {} else '{"type": "object"}'
+    except RecursionError:
+        raise InvalidRequest(f"{name} is nested too deeply", param=name) from None
+
+
 def _adapter(name: str, value: Any) -> tuple[int, float]:
     if not isinstance(value, Object):
         wrong(name, "a list of objects", value)
@@ -187,6 +197,12 @@ _OWN_SAMPLING: Fields = {
         check=_biases,
         default_text="none",
     ),
+    "json_schema": field(
+        {"type": ["object", "boolean"]},
+        "JSON schema that the text obeys. `{}` means any object. Not together with `grammar`.",
+        check=_schema,
+        default_text="none",
+    ),
     "seed": field(INTEGER, "Seed of the random draw. Only the lowest 32 bits count; -1 chooses a seed.", default=-1),
     "n_probs": field(
         {**INTEGER, "minimum": 0, "maximum": MAX_LOGPROBS},
@@ -231,6 +247,7 @@ _OPTIONS: Fields = {
         "Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.",
         default=True,
     ),
+    "id_slot": _bounded(-1, "Number of the slot to take if it is free. -1 takes any.", default=-1),
     "n_keep": _bounded(
         -1, "Checked and ignored: nothing is dropped from a full context.", default_text="ignored", ignored=True
     ),

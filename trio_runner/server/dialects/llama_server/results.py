@@ -134,10 +134,10 @@ def scaled(vector: NDArray[np.float32], norm: int) -> NDArray[np.float32]:
     if norm < 0 or largest == 0:
         return vector
     if norm == 0:
-        return (vector / (largest / _LARGEST)).astype(np.float32)
-    # Scaled before and after the power, so that nothing overflows.
-    length = largest * np.sum((values / largest) ** norm) ** (1 / norm)
-    return (vector / length).astype(np.float32)
+        length = float(largest / _LARGEST)
+    else:  # the values are scaled before and after the power, so that nothing overflows
+        length = float(largest * np.sum((values / largest) ** norm) ** (1 / norm))
+    return np.asarray(vector / length, np.float32)
 
 
 def ranking(scores: Sequence[float], asked: Ranking, model: str) -> bytes:

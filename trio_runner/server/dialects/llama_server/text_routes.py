@@ -36,7 +36,7 @@ class TextRoutes:
         self._engine = context.engine
         self._threads = context.threads
         self._names = context.names
-        self._metrics = Metrics(context.engine, lambda: context.names.name)
+        self._metrics = Metrics(context.engine, context.threads)
 
     def operations(self) -> tuple[Operation, ...]:
         """What is served."""
@@ -107,13 +107,7 @@ class TextRoutes:
                 summary="Tell whether the model is loaded.",
                 answer=results.Health,
             ),
-            Operation(
-                method="GET",
-                path="/llama/metrics",
-                handler=self.metrics,
-                summary="Tell Prometheus what the server has done so far.",
-                answer_type="text/plain",
-            ),
+            self._metrics.operation("/llama/metrics"),
             *(
                 Operation(
                     method="POST",
@@ -181,10 +175,6 @@ class TextRoutes:
             case "loading":
                 return response(problem_words.loading())
         return response(problem_words.no_service())
-
-    async def metrics(self) -> Response:
-        body, content_type = self._metrics.text(request.headers.get("Accept", ""))
-        return Response(body, content_type=content_type)
 
     async def refuse(self, **_: str) -> Response:
         raise Unsupported("this", f"{request.path} cannot be changed here: send what you want with each request")
