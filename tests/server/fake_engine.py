@@ -104,8 +104,6 @@ class FakeEngine:
         self.status = "ready"
         self.progress = 1.0
         self.failure: Exception | None = None
-        self.info = ModelInfo(name="fake", architecture="", description="", n_vocab=1, n_ctx_train=1, n_embd=3)
-        self.capabilities = Capabilities(n_slots=4, n_ctx=4096, max_rows=512)
         self.admitting = trio.Event()
         self.admitting.set()
         self.refusal: Exception | None = None
