@@ -68,6 +68,8 @@ class ServiceConfig:
     """Bytes that the body of a request may have."""
     names: ModelNames = ANY_NAME
     """What clients may call the model."""
+    model_path: Path | None = None
+    """File of the model."""
     app: AppWatch | None = None
     """When it notices that the app has ended, the server ends at once."""
 
@@ -122,6 +124,7 @@ async def _start_serving(
             drain_timeout=service.drain_timeout,
             adapter_dir=service.adapter_dir,
             names=service.names,
+            model_path=service.model_path,
             max_body_bytes=service.max_body_bytes,
             api_key=service.api_key,
             allowed_hosts=service.allowed_hosts,

@@ -47,6 +47,7 @@ async def serve(
     allowed_origins: Iterable[str] = (),
     adapter_dir: Path | None = None,
     names: ModelNames = ANY_NAME,
+    model_path: Path | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     dialects: Sequence[Dialect] = DIALECTS,
     shutdown: trio.Event | None = None,
@@ -95,6 +96,7 @@ async def serve(
             max_body_bytes=max_body_bytes,
             adapter_dir=adapter_dir,
             names=names,
+            model_path=model_path,
             dialects=dialects,
         )
         server = _Server(app, engine.config.stall_timeout, max_connections)
