@@ -36,7 +36,7 @@ class TextRoutes:
         self._engine = context.engine
         self._threads = context.threads
         self._names = context.names
-        self._metrics = Metrics(context.engine, context.threads)
+        self._metrics = Metrics(context)
 
     def operations(self) -> tuple[Operation, ...]:
         """What is served."""
