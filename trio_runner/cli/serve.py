@@ -153,8 +153,8 @@ def serve(
         adapter_dir=adapter_dir,
         max_body_bytes=max_body_bytes(model),
         names=names,
-        app=app,
         model_path=Path(model.path),
+        app=app,
     )
 
     async def run_until_signal() -> None:
@@ -164,11 +164,11 @@ def serve(
     return run_to_exit_code(run_until_signal, report=report)
 
 
-def read_api_key(path: Path | None) -> str | None:
-    """The key in the file, or in the environment, or None. Raises `click.UsageError` for an empty key, because it would
-    silently mean "no key", and for one that a header cannot have."""
+def read_api_key(path: Path | None, variable: str = API_KEY_VARIABLE) -> str | None:
+    """The key in the file, or in the environment variable, or None. Raises `click.UsageError` for an empty key, because
+    it would silently mean "no key", and for one that a header cannot have."""
     try:
-        key = os.environ.get(API_KEY_VARIABLE) if path is None else path.read_text()
+        key = os.environ.get(variable) if path is None else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"the API key cannot be read: {error}") from error
     if key is None:
