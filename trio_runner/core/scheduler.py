@@ -22,12 +22,13 @@ Rule 3: whatever happens to one sequence, the others only ever lose time.
 
 `check_integrity` checks what follows from these rules. Parts of the scheduler have files of their own: `slots` (which
 slot), `cache_edits` (what it holds), `following` (who waits for whose prefix), `turns` (who goes first), `rows` (which
-rows), `pace` (how many rows), `fault_isolation` (who may share a batch after failures).
+rows), `pace` (how many rows), `scoring` (how probable a prompt is), `fault_isolation` (who may share a batch after
+failures).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -36,10 +37,8 @@ from trio_runner.core.batch import (
     MAX_SCORED_ROWS,
     Batch,
     BatchKind,
-    Chunk,
     DecodeOutcome,
     Sampled,
-    Scoring,
     StepResult,
     plan_batch,
 )
@@ -50,6 +49,7 @@ from trio_runner.core.following import MIN_FOLLOW, Following
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
 from trio_runner.core.rows import next_chunk, next_kind
+from trio_runner.core.scoring import keep_scores, scoring_of
 from trio_runner.core.sequence import (
     FirstToken,
     Sequence,
@@ -62,7 +62,7 @@ from trio_runner.core.slots import Slot, SlotPool
 from trio_runner.core.snapshot import SchedulerState, sequence_states, slot_states, statistics
 from trio_runner.core.turns import Turns
 from trio_runner.errors import DecodeFailed
-from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress, SampledToken
+from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
 from trio_runner.info import Capabilities, Phase, SchedulerStatistics
 
 Emission: TypeAlias = tuple[int, Event | Embedded | FirstToken]
@@ -208,7 +208,7 @@ class Scheduler:
             self._n_short_steps = max(self._n_short_steps - 1, 0)
             self._faults.succeeded(batch)
             if result.scores is not None:
-                self._keep_scores(result.scores)
+                keep_scores(result.scores, self._running)
             if not batch.kind.embedding and not batch.kind.scored:
                 self._pace.measured(sum(chunk.decoding for chunk in batch.chunks), batch.n_rows, result.seconds)
             return list(self._commit_rows(batch, result))
@@ -329,15 +329,7 @@ class Scheduler:
         n_rows = sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot)
         self._cache.edits += self._pool.make_room(n_rows)
         self._n_planned += 1
-        return Batch(chunks, kind, self._n_planned, self._scoring(chunks) if kind.scored else None)
-
-    def _scoring(self, chunks: tuple[Chunk, ...]) -> dict[int, Scoring]:
-        scoring = {}
-        for chunk in chunks:
-            sequence = self._running[chunk.uid]
-            after = sequence.pending[len(chunk.items) :]
-            scoring[chunk.uid] = Scoring(sequence.spec.prompt_logprobs, after[0] if after else None)
-        return scoring
+        return Batch(chunks, kind, self._n_planned, scoring_of(chunks, self._running) if kind.scored else None)
 
     def _ready(self) -> list[Sequence]:
         """The sequences that may share the next batch; those that waited longest come first."""
@@ -384,11 +376,6 @@ class Scheduler:
                         yield chunk.uid, FirstToken()
                 sequence.prompt_done = True
                 yield from self._take(sequence, result.sampled[chunk.uid])
-
-    def _keep_scores(self, scores: Mapping[int, Mapping[int, SampledToken]]) -> None:
-        for uid, found in scores.items():
-            if uid in self._running:
-                self._running[uid].scores.update(found)
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Iterator[Emission]:
         """Take one sampled token: an end token ends the sequence, then stop strings, then the limit."""
