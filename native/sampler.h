@@ -2,6 +2,7 @@
 #pragma once
 
 #include "internal.h"
+#include "schema.h"
 
 #include <limits>
 #include <unordered_map>
@@ -64,23 +65,28 @@ struct trio_sampler {
 
     // Chooses a token from one row of logits and remembers it. Throws Failure; then the sampler cannot be used again.
     int32_t sample(const float *logits, trio::Scratch &scratch);
+    bool ended() const { return schema && schema->ended(); } // the schema lets nothing follow
     void accept_prompt(const int32_t *tokens, int32_t n_tokens);
 
     trio::ModelReference model;
     int32_t n_top;
+    bool post_sampling_probs;
+    // The candidates that the last choice was made from, with post_sampling_probs. They lie in that choice's Scratch.
+    llama_token_data_array choice{nullptr, 0, -1, false};
     uint64_t step = 0;   // the last trio_step that used it: one sampler serves only one row
     bool broken = false; // it failed in the middle of a token
 
 private:
     void make_chain(const trio_sampler_params &params);
     void make_grammar(const char *text);
-    const float *adjust(const float *logits, trio::Scratch &scratch) const;
+    const float *adjust(const float *logits, trio::Scratch &scratch);
     llama_token_data_array all_candidates(const float *adjusted, trio::Scratch &scratch);
     llama_token_data_array head_candidates(const float *adjusted, trio::Scratch &scratch) const;
     int32_t choose(llama_token_data_array array);
     int32_t obey_grammar(int32_t token, const float *adjusted, trio::Scratch &scratch);
     void charge_grammar(double seconds);
 
+    std::unique_ptr<trio::SchemaMatcher> schema;
     std::vector<llama_logit_bias> bias;
     trio::Penalties penalties;
     int32_t prompt_window; // tokens at the end of the prompt that any penalty looks at

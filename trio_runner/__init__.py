@@ -11,6 +11,7 @@ from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
     EngineClosed,
+    EngineLoading,
     InvalidGrammar,
     InvalidImage,
     InvalidRequest,
@@ -35,7 +36,7 @@ from trio_runner.info import (
     Placement,
     SchedulerStatistics,
 )
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill, RerankRequest
 from trio_runner.sampling import SamplingParams
 from trio_runner.version import __version__ as __version__
 
@@ -76,11 +77,13 @@ __all__ = [
     "EngineBusy",
     "EngineClosed",
     "EngineConfig",
+    "EngineLoading",
     "EngineStatistics",
     "Event",
     "Finished",
     "GenerateRequest",
     "Generation",
+    "Infill",
     "InvalidGrammar",
     "InvalidImage",
     "InvalidRequest",

@@ -50,6 +50,7 @@ class Submit:
     stop: tuple[PartOfText, ...]
     cache_prompt: bool
     share_prompt: bool
+    preferred_slot: int | None
     shift: bool
     progress: bool
     logprobs: bool
@@ -139,6 +140,7 @@ SUBMISSIONS = st.builds(
     stop=st.lists(STOPS, max_size=3).map(tuple),
     cache_prompt=st.sampled_from([True, True, False]),
     share_prompt=st.booleans(),
+    preferred_slot=st.sampled_from([None, None, *range(4)]),
     shift=st.sampled_from([True, True, False]),
     progress=st.booleans(),
     logprobs=st.booleans(),
@@ -225,6 +227,7 @@ def fitted(move: Submit, capabilities: Capabilities) -> SequenceSpec:
         max_tokens=move.max_tokens,
         cache_prompt=move.cache_prompt,
         share_prompt=move.share_prompt and not move.embedding,
+        preferred_slot=None if move.preferred_slot is None else move.preferred_slot % capabilities.n_slots,
         shift=move.shift,
         progress=move.progress,
         logprobs=move.logprobs,

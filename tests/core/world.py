@@ -32,7 +32,7 @@ from trio_runner.core.pace import Pace
 from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
 from trio_runner.core.prompt import Item, Media, MediaRow, cut_before
 from trio_runner.core.scheduler import Scheduler
-from trio_runner.core.sequence import SequenceSpec
+from trio_runner.core.sequence import FirstToken, SequenceSpec
 from trio_runner.core.snapshot import SchedulerState
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.info import Capabilities
@@ -54,11 +54,13 @@ class Fields(TypedDict, total=False):
     stop: tuple[str, ...]
     cache_prompt: bool
     share_prompt: bool
+    preferred_slot: int | None
     shift: bool
     embedding: bool
     background: bool
     progress: bool
     logprobs: bool
+    tells_first_token: bool
 
 
 @dataclass
@@ -77,7 +79,7 @@ class World:
     """Called before each batch is decoded."""
     specs: dict[int, SequenceSpec] = field(default_factory=dict)
     """All requests that were submitted."""
-    events: dict[int, list[Event | Embedded]] = field(default_factory=dict)
+    events: dict[int, list[Event | Embedded | FirstToken]] = field(default_factory=dict)
     """What readers were told."""
     cancelled: set[int] = field(default_factory=set)
     expired: set[int] = field(default_factory=set)

@@ -100,9 +100,16 @@ class Model(Protocol):
     def detokenize(self, tokens: Sequence[int]) -> bytes:
         """The text of `tokens`. Raises `InvalidRequest` for a token outside the vocabulary."""
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, or the name of a special token. Raises `InvalidRequest` for a token outside the
+        vocabulary."""
+
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
-        """A sampler whose penalties count the tokens of `prompt`. Raises `InvalidGrammar`, or `InvalidRequest` for
-        other parameters that cannot be met."""
+        """A sampler whose penalties count the tokens of `prompt`. Raises `InvalidGrammar`, or `InvalidRequest` or
+        `Unsupported` for other parameters that cannot be met."""
+
+    def has_schema(self, text: str) -> bool:
+        """Whether a JSON schema is compiled already, so that a sampler with it takes little time to make."""
 
     def adapter(self, path: str) -> Adapter:
         """Load a LoRA for this model. Raises `LoadError` if the file is at fault."""

@@ -40,7 +40,14 @@ from trio_runner.core.following import MIN_FOLLOW, Following
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
 from trio_runner.core.rows import next_chunk, next_kind
-from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason, no_slot, takes_embed_slot
+from trio_runner.core.sequence import (
+    FirstToken,
+    Sequence,
+    SequenceSpec,
+    finish_reason,
+    no_slot,
+    takes_embed_slot,
+)
 from trio_runner.core.slots import Slot, SlotPool
 from trio_runner.core.snapshot import SchedulerState, sequence_states, slot_states, statistics
 from trio_runner.core.turns import Turns
@@ -48,8 +55,8 @@ from trio_runner.errors import DecodeFailed
 from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
 from trio_runner.info import Capabilities, Phase, SchedulerStatistics
 
-Emission: TypeAlias = tuple[int, Event | Embedded]
-"""(uid, event for its reader)"""
+Emission: TypeAlias = tuple[int, Event | Embedded | FirstToken]
+"""(uid, event for its reader, or for the one who hands the events out)"""
 
 N_SHORT_STEPS: Final = 10
 """Steps without streams that are short after one that was aborted. A client that cancelled once will soon do so again,
@@ -233,6 +240,7 @@ class Scheduler:
             uid=spec.uid,
             cache_key=spec.cache_key,
             n_encoder_tokens=len(spec.encoder_tokens),
+            preferred=spec.preferred_slot,
         )
 
     def _first_waiting(self, *, in_embed_slot: bool) -> Sequence | None:
@@ -347,6 +355,8 @@ class Scheduler:
                 yield chunk.uid, Embedded(result.embeddings[chunk.uid], sequence.usage)
                 self._release(sequence)
             else:
+                if was_prompt and sequence.spec.tells_first_token:
+                    yield chunk.uid, FirstToken()
                 sequence.prompt_done = True
                 yield from self._take(sequence, result.sampled[chunk.uid])
 

@@ -51,15 +51,22 @@ class Preparation:
         runtime = self._state.ready_runtime()
         n_text = n_characters(request)
         parts: list[str | EncodedImage] | None = None
+        images: dict[str, EncodedImage] = {}
         if isinstance(request, GenerateRequest) and has_parts(request, runtime):
             named = await self._helpers.run(partial(parts_of, request, runtime), kind_for(n_text))
             n_text = sum(len(part) for part in named if isinstance(part, str))
-            parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
+            parts = []
+            for part in named:
+                if isinstance(part, NamedImage):
+                    images[part.param] = await self._encode(part)
+                    parts.append(images[part.param])
+                else:
+                    parts.append(part)
             self._state.live_runtime()  # that took a while, and the model may be about to be freed
         kind = kind_for(n_text)
-        if kind == "short" and _compares_many_breakers(request, runtime.model):
+        if kind == "short" and _makes_slow_sampler(request, runtime.model):
             kind = "sampler"
-        call = partial(prepare_sequence, request, runtime, uid, parts)
+        call = partial(prepare_sequence, request, runtime, uid, parts, images)
         return await self._helpers.run(call, kind, discard=close_sampler)
 
     async def _encode(self, image: NamedImage) -> EncodedImage:
@@ -76,12 +83,14 @@ class Preparation:
                 raise
 
 
-def _compares_many_breakers(request: AnyRequest, model: Model) -> bool:
-    """Whether the sampler takes long to make: for every DRY breaker, llama.cpp looks at every token of the
-    vocabulary. With 16 breakers, a vocabulary of 250,000 tokens takes seconds."""
+def _makes_slow_sampler(request: AnyRequest, model: Model) -> bool:
+    """Whether the sampler takes long to make. A schema must be compiled. For every DRY breaker, llama.cpp looks at
+    every token of the vocabulary: with 16 breakers, a vocabulary of 250,000 tokens takes seconds."""
     if not isinstance(request, GenerateRequest):
         return False
     sampling: SamplingParams = request.sampling
+    if sampling.json_schema and not model.has_schema(sampling.json_schema):
+        return True
     if not sampling.dry_multiplier or not sampling.dry_penalty_last_n:
         return False
     return len(sampling.dry_sequence_breakers) * model.info.n_vocab >= LONG_DRY
