@@ -56,6 +56,6 @@ else
   # Compile here and not inside pip, which would hide the progress line.
   "$python" build_llama.py --inplace
   say "installing trio-runner and the test requirements"
-  "$python" -m pip install -qq --no-build-isolation --editable . --group test
+  "$python" -m pip install -qq --no-build-isolation --editable '.[schema]' --group test
   fingerprint >"$stamp"
 fi

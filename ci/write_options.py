@@ -35,6 +35,7 @@ from typing import TypedDict
 
 from trio_runner.config import FlashAttention, KvType, Pooling
 from trio_runner.image_source import ImageSource
+from trio_runner.json_schema import JsonSchema
 from trio_runner.request import AdapterChoice, Priority
 from trio_runner.sampling import SamplingParams
 '''
@@ -45,6 +46,7 @@ LOOSER = {
     "image_data": "Sequence[tuple[int, ImageSource]]",
     "adapters": "Sequence[AdapterChoice] | None",
     "stop": "str | Sequence[str]",
+    "json_schema": "JsonSchema",
 }
 """Types of the arguments where they are wider than those of the fields: any sequence becomes a tuple."""
 

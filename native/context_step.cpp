@@ -80,6 +80,7 @@ void sample_one(const trio_context &context, int32_t index, const trio_sample_re
         const int32_t n = llama_token_to_piece(model.vocab, sampled.token, piece, stride, 0, true);
         if (n < 0) throw Failure(TRIO_E_NATIVE, "the pieces buffer is too small");
         sampled.piece_length = n;
+        sampled.is_end = sampler.ended();
         return TRIO_OK;
     });
     if (sampled.status == TRIO_OK) return;

@@ -113,6 +113,10 @@ double thread_seconds();
 
 // ---- models and adapters -------------------------------------------------------------------------------------------
 
+namespace trio {
+class SchemaVocabulary; // schema.h
+}
+
 struct trio_load {
     std::atomic<float> progress{0.0f};
     std::atomic<bool> cancelled{false};
@@ -132,15 +136,19 @@ struct trio_model {
     trio_model_info info{};
     std::vector<std::string> control_texts;      // special tokens found only where the caller asks for them
     std::vector<std::string> user_defined_texts; // special tokens found always
+    std::vector<int32_t> end_tokens;             // those that end a generation
     // llama.cpp keeps a set of a model's adapters. Opening and freeing an adapter changes it. A context walks it when
     // it plans its graphs: when it is created, and in the step after its adapters were changed.
     std::mutex adapters_mutex;
+    std::mutex schema_mutex;
+    std::shared_ptr<trio::SchemaVocabulary> schema_vocabulary_; // made with the first schema
     std::atomic<int32_t> references{1};
 
     void retain() { references.fetch_add(1, std::memory_order_relaxed); }
     void release();
     void check_token(int32_t token) const;
     std::string piece(int32_t token) const; // special tokens are rendered
+    const trio::SchemaVocabulary &schema_vocabulary(); // defined in schema.cpp
 };
 
 namespace trio {

@@ -1,6 +1,6 @@
 // Samplers: from one row of logits to one token.
 //
-// The order is the original runner's: biases, penalties, DRY; then the truncating samplers; then temperature and the
+// A JSON schema comes first: what it does not allow is no candidate. Then the order is the original runner's: biases, penalties, DRY; then the truncating samplers; then temperature and the
 // draw. A grammar comes last: the token is chosen without it and checked against it alone. Only if the grammar refuses
 // it are all candidates checked, and the choice made again. So a grammar costs almost nothing while the model obeys it
 // by itself.
@@ -55,17 +55,21 @@ int32_t window_of(int32_t last_n, const trio_model &model) {
     return last_n < 0 ? n_ctx_train : std::min(last_n, n_ctx_train);
 }
 
-std::vector<llama_logit_bias> biases(const trio_sampler_params &params) {
+std::vector<llama_logit_bias> biases(const trio_sampler_params &params, const trio_model &model) {
     std::vector<llama_logit_bias> bias(static_cast<size_t>(params.n_bias));
     for (size_t i = 0; i < bias.size(); ++i)
         bias[i] = {params.bias_tokens[i], params.bias_values[i]};
+    if (params.ignore_eos != 0) {
+        for (const int32_t token : model.end_tokens)
+            bias.push_back({token, NEVER});
+    }
     return bias;
 }
 
 } // namespace
 
 trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
-    : model(owner), n_top(params.n_top), bias(biases(params)),
+    : model(owner), n_top(params.n_top), bias(biases(params, *owner)),
       penalties(window_of(params.repeat_last_n, *owner), params.repeat_penalty, params.frequency_penalty,
                 params.presence_penalty, params.penalize_nl ? -1 : owner->info.token_nl),
       prompt_window(penalties.enabled() ? window_of(params.repeat_last_n, *owner) : 0) {
@@ -84,6 +88,7 @@ trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
         n_head = n_enough <= MAX_HEAD ? n_enough : 0;
     }
     if (params.grammar != nullptr && params.grammar[0] != '\0') make_grammar(params.grammar);
+    if (params.json_schema != nullptr) schema = std::make_unique<SchemaMatcher>(*params.json_schema);
 }
 
 void trio_sampler::make_chain(const trio_sampler_params &params) {
@@ -131,10 +136,14 @@ void trio_sampler::accept_prompt(const int32_t *tokens, int32_t n_tokens) {
     }
 }
 
-// The logits with biases and penalties: a copy, unless there are none.
-const float *trio_sampler::adjust(const float *logits, Scratch &scratch) const {
-    if (bias.empty() && penalties.idle()) return logits;
-    std::copy_n(logits, model->info.n_vocab, scratch.logits.data());
+// The logits of the tokens that the schema allows, with biases and penalties: a copy, unless there is none of these.
+const float *trio_sampler::adjust(const float *logits, Scratch &scratch) {
+    if (!schema && bias.empty() && penalties.idle()) return logits;
+    if (schema) {
+        schema->mask(logits, scratch.logits.data());
+    } else {
+        std::copy_n(logits, model->info.n_vocab, scratch.logits.data());
+    }
     for (const llama_logit_bias &entry : bias)
         scratch.logits[size_t(entry.token)] += entry.bias;
     penalties.apply(scratch.logits.data());
@@ -215,8 +224,10 @@ int32_t trio_sampler::sample(const float *logits, Scratch &scratch) {
     }
     const float *adjusted = adjust(logits, scratch);
     int32_t token = choose(n_head > 0 ? head_candidates(adjusted, scratch) : all_candidates(adjusted, scratch));
+    if (token < 0 && schema) throw Failure(TRIO_E_GRAMMAR, "every token that the schema allows here is forbidden");
     if (token < 0) throw Failure(TRIO_E_NATIVE, "every token is forbidden");
     if (grammar) token = obey_grammar(token, adjusted, scratch);
+    if (schema) schema->accept(token);
     penalties.accept(token);
     if (dry) llama_sampler_accept(dry.get(), token);
     broken = false;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "internal.h"
+#include "schema.h"
 
 #include <limits>
 #include <unordered_map>
@@ -64,6 +65,7 @@ struct trio_sampler {
 
     // Chooses a token from one row of logits and remembers it. Throws Failure; then the sampler cannot be used again.
     int32_t sample(const float *logits, trio::Scratch &scratch);
+    bool ended() const { return schema && schema->ended(); } // the schema lets nothing follow
     void accept_prompt(const int32_t *tokens, int32_t n_tokens);
 
     trio::ModelReference model;
@@ -74,13 +76,14 @@ struct trio_sampler {
 private:
     void make_chain(const trio_sampler_params &params);
     void make_grammar(const char *text);
-    const float *adjust(const float *logits, trio::Scratch &scratch) const;
+    const float *adjust(const float *logits, trio::Scratch &scratch);
     llama_token_data_array all_candidates(const float *adjusted, trio::Scratch &scratch);
     llama_token_data_array head_candidates(const float *adjusted, trio::Scratch &scratch) const;
     int32_t choose(llama_token_data_array array);
     int32_t obey_grammar(int32_t token, const float *adjusted, trio::Scratch &scratch);
     void charge_grammar(double seconds);
 
+    std::unique_ptr<trio::SchemaMatcher> schema;
     std::vector<llama_logit_bias> bias;
     trio::Penalties penalties;
     int32_t prompt_window; // tokens at the end of the prompt that any penalty looks at

@@ -24,7 +24,7 @@ extern "C" {
 
 /* cdef: begin (cffi reads from here) */
 
-#define TRIO_LLAMA_ABI 5 /* grows with every incompatible change of this file */
+#define TRIO_LLAMA_ABI 7 /* grows with every incompatible change of this file */
 
 #define TRIO_OK 0
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
@@ -35,12 +35,13 @@ extern "C" {
 #define TRIO_E_FATAL -4     /* llama.cpp could not compute; finished micro-batches stay in the cache */
 #define TRIO_E_CANCELLED -5 /* loading, or the encoding of an image, was cancelled */
 #define TRIO_E_LOAD -6      /* the file could not be loaded; trio_last_error() has llama.cpp's reason */
-#define TRIO_E_GRAMMAR -7   /* the grammar does not parse, or can never produce a token */
+#define TRIO_E_GRAMMAR -7   /* the grammar or schema does not parse, or can never produce a token */
 
 typedef struct trio_model trio_model;
 typedef struct trio_adapter trio_adapter;
 typedef struct trio_context trio_context;
 typedef struct trio_sampler trio_sampler;
+typedef struct trio_schema trio_schema;
 typedef struct trio_projector trio_projector;
 typedef struct trio_media trio_media;
 typedef struct trio_load trio_load;
@@ -120,6 +121,8 @@ typedef struct trio_model_info {
     int32_t has_encoder, has_decoder, is_recurrent, is_hybrid, is_diffusion;
     int32_t has_vocab, add_bos, add_eos, add_sep;
     int32_t token_bos, token_eos, token_sep, token_eot, token_nl; /* -1: the model has none */
+    int32_t token_fim_pre, token_fim_suf, token_fim_mid;          /* fill in the middle; -1: none */
+    int32_t token_fim_rep, token_fim_sep; /* before the name of a repository, and between two files; -1: none */
     int32_t causal;       /* 0: attention is non-causal, as in BERT */
     int32_t pooling_type; /* in the file: -1 unspecified, 0 none, 1 mean, 2 cls, 3 last, 4 rank */
     int32_t max_piece;    /* bytes of the longest token's piece */
@@ -212,6 +215,24 @@ int32_t trio_seq_copy(trio_context *context, int32_t source, int32_t target, int
 int32_t trio_seq_add(trio_context *context, int32_t seq, int32_t start, int32_t end, int32_t delta);
 int32_t trio_seq_range(const trio_context *context, int32_t seq, int32_t *first, int32_t *last); /* -1, -1: empty */
 
+/* ---- JSON schemas ----------------------------------------------------------------------------------------------- */
+
+/* Functions of llguidance's C interface, each by its address. Their names there begin with llg_ or llg_matcher_. */
+typedef struct trio_schema_functions {
+    void *new_tokenizer_v2, *free_tokenizer;
+    void *new_matcher, *clone_matcher, *free_matcher;
+    void *compute_mask_into, *consume_token, *is_stopped, *get_error;
+} trio_schema_functions;
+
+/* Tells the shim where the functions are. The library that has them must stay loaded. Only the first call has an
+ * effect. */
+int32_t trio_schema_use(const trio_schema_functions *functions);
+
+/* Compiles a JSON schema. The first one of a model takes longer, a tenth of a second or more. Fails with TRIO_E_GRAMMAR
+ * if the schema cannot be honoured. From any thread. */
+int32_t trio_schema_open(trio_model *model, const char *text, trio_schema **schema);
+void trio_schema_free(trio_schema *schema); /* any number of samplers may have been made with it, and live on */
+
 /* ---- sampler ---------------------------------------------------------------------------------------------------- */
 
 typedef struct trio_sampler_params {
@@ -233,12 +254,14 @@ typedef struct trio_sampler_params {
     const int32_t *bias_tokens;
     const float *bias_values;
     int32_t n_bias;
+    int32_t ignore_eos; /* 1: tokens that end the generation are never chosen */
     const char *grammar; /* GBNF with a rule named root; NULL or "": none */
+    const trio_schema *json_schema; /* of the same model; NULL: none */
     int32_t n_top;       /* alternatives to report for each token; -1: not even the chosen token's log-probability */
 } trio_sampler_params;
 
 int32_t trio_sampler_open(const trio_model *model, const trio_sampler_params *params, trio_sampler **sampler);
-/* Prompt tokens count for the repetition penalties, but not for the grammar. */
+/* Prompt tokens count for the repetition penalties, but not for the grammar or the schema. */
 int32_t trio_sampler_accept_prompt(trio_sampler *sampler, const int32_t *tokens, int32_t n_tokens);
 void trio_sampler_free(trio_sampler *sampler);
 
@@ -267,10 +290,11 @@ typedef struct trio_sample_request {
 } trio_sample_request;
 
 typedef struct trio_sampled {
-    int32_t status; /* TRIO_OK; TRIO_E_GRAMMAR: no token is possible, or the grammar costs too much; TRIO_E_NATIVE.
+    int32_t status; /* TRIO_OK; TRIO_E_GRAMMAR: no token is possible, or the grammar or schema costs too much;
+                       TRIO_E_NATIVE.
                        A failure affects this sample only. Its piece is the message; its sampler cannot go on. */
     int32_t token;
-    int32_t is_end;       /* the token ends the generation; it has no piece */
+    int32_t is_end;       /* the token ends the generation. It has no piece, unless it ends a value of a schema */
     int32_t piece_offset; /* bytes of the token, in the pieces buffer */
     int32_t piece_length;
     float logprob; /* natural log of the model's probability before any sampler; 0 when n_top is -1 */

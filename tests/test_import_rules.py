@@ -15,7 +15,7 @@ import trio_runner
 PACKAGE = Path(trio_runner.__file__).parent
 VALUES = {
     *{"errors", "events", "parameters", "sampling", "request", "config", "info", "options"},
-    *{"image_source", "pixels"},
+    *{"image_source", "json_schema", "pixels", "version"},
 }
 """The values that everyone speaks in."""
 
@@ -25,12 +25,14 @@ ROOMS: dict[str, set[str]] = {
     "parameters": set(),
     "info": set(),
     "image_source": set(),
+    "json_schema": {"errors"},
     "pixels": set(),
+    "version": set(),
     "image_formats": set(),
     "images": {"errors", "image_formats", "image_source", "pixels"},
     "config": {"parameters"},
-    "sampling": {"errors", "parameters"},
-    "request": {"errors", "parameters", "sampling", "image_source"},
+    "sampling": {"errors", "json_schema", "parameters"},
+    "request": {"errors", "json_schema", "parameters", "sampling", "image_source"},
     "options": VALUES,
     "interface": VALUES,
     "core": {"core", *VALUES},
@@ -38,6 +40,13 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"engine", "core", "images", *VALUES},
     "server": {"server", "interface", *VALUES},
     "testing": {"core", *VALUES},
+    "cli.chat.blocks": set(),
+    "cli.chat.composer": set(),
+    "cli.chat.conversation": set(),
+    "cli.chat.entry": {"cli.chat.composer"},
+    "cli.chat.openai": {"cli.chat.conversation", "cli.chat.model"},
+    "cli.chat.painter": {"cli.chat.blocks"},
+    "cli.chat.sse": set(),
     "bench": {"bench", "errors"},
     "bench.bare": {"front_door", "interface", "core", *VALUES},
 }
@@ -55,10 +64,16 @@ OUTSIDE: dict[str, set[str]] = {
     "cffi": {"llama"},
     "trio": {"engine", "server", "bench", ""},
     "numpy": {"core.pooling", "core.grammar", "core.ports", "interface", "llama", "engine", "server", "testing", ""},
-    "msgspec": {"server", ""},
+    "msgspec": {"server", "json_schema", ""},
+    "llguidance": {"llama.schema"},
+    "ctypes": {"llama"},
     "jinja2": {f"core.template.{name}" for name in ("environment", "filters", "rewriter", "work")},
     "matplotlib": {"bench.report"},
+    "prometheus_client": {"server.metrics"},
     "PIL": {"images", "image_source"},
+    "httpx2": {"cli.chat.remote"},
+    "markdown_it": {"cli.chat.blocks"},
+    "prompt_toolkit": {"cli.chat.keyboard"},
 }
 """Who may import what is not ours: the packages that belong to some rooms only; "" are the front doors."""
 

@@ -11,6 +11,7 @@ from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
     EngineClosed,
+    EngineLoading,
     InvalidGrammar,
     InvalidImage,
     InvalidRequest,
@@ -21,6 +22,7 @@ from trio_runner.errors import (
     RequestError,
     RunnerError,
     UnknownAdapter,
+    UnknownModel,
     Unsupported,
 )
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
@@ -36,6 +38,7 @@ from trio_runner.info import (
 )
 from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams
+from trio_runner.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:
     from trio_runner.engine.engine import Engine
@@ -59,8 +62,6 @@ else:
         return sorted(globals().keys() | _SLOW.keys())
 
 
-__version__ = "0.2.0"
-
 __all__ = [
     "AdapterChoice",
     "AdapterConfig",
@@ -76,6 +77,7 @@ __all__ = [
     "EngineBusy",
     "EngineClosed",
     "EngineConfig",
+    "EngineLoading",
     "EngineStatistics",
     "Event",
     "Finished",
@@ -102,6 +104,7 @@ __all__ = [
     "TextPiece",
     "TokenInfo",
     "UnknownAdapter",
+    "UnknownModel",
     "Unsupported",
     "Usage",
     "open_engine",

@@ -7,8 +7,10 @@
     |  |- InvalidGrammar
     |  |- InvalidImage
     |  |- UnknownAdapter    (name)
+    |  |- UnknownModel      (name)
     |  '- Unsupported       (feature)
     |- EngineBusy           the queue is full; `retry_after` seconds
+    |  '- EngineLoading     the model is still loading
     |- EngineClosed         we shut the engine down
     |- EngineBroken         the decode thread died; `__cause__` says why
     |- ReaderStalled        the events of a generation were left unread for too long
@@ -55,7 +57,7 @@ class PromptTooLong(RequestError):
 
 
 class InvalidGrammar(RequestError):
-    """The grammar does not parse, can produce nothing, or would cost too much."""
+    """The grammar or the JSON schema does not parse, can produce nothing, or would cost too much."""
 
     def __init__(self, message: str, *, param: str = "grammar") -> None:
         super().__init__(message, param=param)
@@ -73,6 +75,18 @@ class UnknownAdapter(RequestError):
     def __init__(self, name: str, *, param: str = "adapters") -> None:
         super().__init__(f"{param}: there is no adapter {name!r}", param=param)
         self.name = name
+
+
+class UnknownModel(RequestError):
+    """The server has no model with this `name`. `known` are the names that it has."""
+
+    status = 404
+
+    def __init__(self, name: str, *, known: tuple[str, ...], param: str = "model") -> None:
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        super().__init__(f"{param}: there is no {shown!r} here, only {', '.join(map(repr, known))}", param=param)
+        self.name = name
+        self.known = known
 
 
 class Unsupported(RequestError):
@@ -93,6 +107,13 @@ class EngineBusy(RunnerError):
     def __init__(self, message: str = "the queue is full", *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class EngineLoading(EngineBusy):
+    """The model is still loading. It will probably take `retry_after` more seconds."""
+
+    def __init__(self, message: str = "the model is still loading", *, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after=retry_after)
 
 
 class EngineClosed(RunnerError):
@@ -126,6 +147,8 @@ class DecodeFailed(RunnerError):
 
 class LoadError(RunnerError):
     """A file could not be loaded. `path` names it, and the message says what is wrong with it."""
+
+    status = 503
 
     def __init__(self, message: str, *, path: str | None = None) -> None:
         super().__init__(message if path is None else f"{path}: {message}")

@@ -26,7 +26,7 @@ class SampledToken(TokenInfo):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost. Seconds count only steps with rows of this request, not the time that it waited."""
+    """What a request cost. Seconds of the prompt and of the completion count only steps with rows of this request."""
 
     prompt_tokens: int = 0
     """Tokens of the prompt after truncation, those found in the prompt cache included."""
@@ -36,6 +36,8 @@ class Usage:
     """Tokens that were sampled, the one that ended the generation included."""
     prompt_seconds: float = 0.0
     completion_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    """Seconds from when the request was prepared until its first rows began to be decoded, or until it ended."""
 
 
 @dataclass(frozen=True, slots=True)

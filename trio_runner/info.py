@@ -7,11 +7,13 @@ command line and to other processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
 DeviceKind: TypeAlias = Literal["CPU", "GPU", "integrated GPU", "accelerator", "other"]
 Status: TypeAlias = Literal["loading", "ready", "closing", "closed", "broken"]
+Phase: TypeAlias = Literal["preparing", "waiting", "prefill", "decode"]
+"""Where a request is: it is tokenised, it waits for a slot, its prompt is decoded, or its text is generated."""
 
 MIB: Final = 1 << 20
 
@@ -182,6 +184,83 @@ class SchedulerStatistics:
     """Rows of prompts that were decoded."""
     n_sampled: int = 0
     """Tokens that were sampled."""
+    n_used_tokens: int = 0
+    """Positions that slots in use hold."""
+    n_slots_used: int = 0
+    """The sum, over all batches that were not aborted, of the slots that were in use."""
+    n_preemptions: int = 0
+    """How often a sequence had to give up its slot and wait again."""
+    n_prompt_tokens: int = 0
+    """Tokens of all prompts that were read to their end, those found in the prompt cache included."""
+    n_looked_up: int = 0
+    """Tokens of prompts that could use the prompt cache."""
+    n_found: int = 0
+    """How many of them were found there."""
+    n_prompt_decoded: int = 0
+    """Tokens of the prompts of generations that were read to their end, without those found in the prompt cache."""
+    prompt_seconds: float = 0.0
+    """The sum of `Usage.prompt_seconds` of these generations."""
+    n_generated: int = 0
+    """Tokens of generations that have finished."""
+    generation_seconds: float = 0.0
+    """The sum of `Usage.completion_seconds` of these generations."""
+
+    def at_rest(self) -> SchedulerStatistics:
+        """The same counters of a scheduler that is gone: nothing waits, runs or is held."""
+        return replace(self, n_waiting=0, n_running=0, n_paused=0, n_preempted=0, n_cached_tokens=0, n_used_tokens=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many values there were in which range."""
+
+    bounds: tuple[float, ...] = ()
+    """Upper bounds of the ranges, in rising order. A value on a bound is in the range below it."""
+    counts: tuple[int, ...] = (0,)
+    """Values in each range. The last range has no upper bound."""
+    total: float = 0.0
+    """The sum of all values."""
+
+    @property
+    def count(self) -> int:
+        """Values in all ranges."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStatistics:
+    """How requests ended, and how many seconds they took. The numbers only rise.
+
+    A request that is cancelled is in `cancelled` and `cancel`, and the tokens that it had are in `first_token` and
+    `between_tokens`. It is in none of the other histograms.
+    """
+
+    finished: Mapping[str, int] = field(default_factory=dict)
+    """Generations that have ended, by the reason that `Finished` gives, and under "abort" those that were cancelled."""
+    cancelled: Mapping[Phase, int] = field(default_factory=dict)
+    """Generations and embeddings that were cancelled, by the phase they were in."""
+    n_refused: int = 0
+    """Requests that were refused because the queue was full."""
+    cancel: Mapping[Phase, Histogram] = field(default_factory=dict)
+    """From the moment a reader closes its request until the slot is free. None is in "preparing", which has no slot."""
+    first_token: Histogram = Histogram()
+    """From the arrival of a generation to its first token."""
+    between_tokens: Histogram = Histogram()
+    """From one token of a generation to the next."""
+    latency: Histogram = Histogram()
+    """From the arrival of a generation to its end."""
+    queue: Histogram = Histogram()
+    """`Usage.queue_seconds` of a generation."""
+    prefill: Histogram = Histogram()
+    """From when the first rows of a generation began to be decoded to its first token."""
+    decode: Histogram = Histogram()
+    """From the first token of a generation to its last."""
+    prompt_tokens: Histogram = Histogram()
+    """Tokens of the prompt of a generation."""
+    generated_tokens: Histogram = Histogram()
+    """Tokens that a generation sampled."""
+    embedding: Histogram = Histogram()
+    """From the arrival of a text to its embedding or score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +277,9 @@ class EngineStatistics:
     """Images found in the cache, or being encoded for another request already."""
     image_bytes: int = 0
     """Bytes of encoded images in the cache."""
+    preparing: int = 0
+    """Requests that are tokenised, whose images are encoded, or that wait for the model to load."""
+    requests: RequestStatistics = field(default_factory=RequestStatistics)
 
     @property
     def busy(self) -> int:

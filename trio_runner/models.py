@@ -100,6 +100,16 @@ def resolve_model(
     raise LoadError(f"there is no such file{'' if os.sep in text else hint}", path=text)
 
 
+def model_name(reference: str | os.PathLike[str]) -> str:
+    """What to call the model that `reference` names: the default model's own name, or else the name of the file
+    without its folders, ".gguf" and the number of a part. Neither looks for the file nor raises."""
+    text = os.fspath(reference)
+    if text.lower() in ("default", DEFAULT_MODEL.name.lower()):
+        return DEFAULT_MODEL.name
+    name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", re.split(r"[/\\]", text)[-1], flags=re.IGNORECASE)
+    return "".join(character if character.isprintable() else "_" for character in name)[:100].strip() or "model"
+
+
 def cache_directory() -> Path:
     """The directory of fetched models: $TRIO_RUNNER_CACHE, or else trio-runner in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("TRIO_RUNNER_CACHE"):

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from trio_runner.config import FlashAttention, KvType, Pooling
 from trio_runner.image_source import ImageSource
+from trio_runner.json_schema import JsonSchema
 from trio_runner.request import AdapterChoice, Priority
 from trio_runner.sampling import SamplingParams
 
@@ -19,6 +20,8 @@ class SamplingOptions(TypedDict, total=False):
 
     logit_bias: Sequence[tuple[int, float]]
     """Pairs of a token and a number that is added to the logit of that token. Negative infinity forbids it."""
+    ignore_eos: bool
+    """Never choose a token that ends the generation, so that it goes on up to its limit."""
     repeat_last_n: int
     """Tokens that the repeat, frequency and presence penalties look back on, the prompt included. 0 turns them
     off, -1 means the whole context."""
@@ -75,6 +78,10 @@ class SamplingOptions(TypedDict, total=False):
     grammar: str
     """GBNF grammar with a rule named root, which the text must follow. A token that the other samplers chose
     against the grammar is chosen anew under it."""
+    json_schema: JsonSchema
+    """JSON schema, as JSON text, that the text must obey: it is one value of the schema, and nothing before or
+    after it. Tokens that the schema does not allow are no candidates for the other samplers. Python callers may
+    give an object or a class, too. Not together with `grammar`."""
     logprobs: int
     """Number of most probable alternatives to report with every token. 0 reports the chosen token's own
     log-probability, -1 reports nothing."""
@@ -87,8 +94,8 @@ class ChatOptions(SamplingOptions, total=False):
     """LoRA adapters to apply. Without it, all adapters apply at the scales they were loaded with; an empty list
     means the bare model."""
     max_tokens: int | None
-    """Tokens to generate at most. Without it, generation goes on until the model ends it, or, with `shift` off,
-    until the context is full."""
+    """Tokens to generate at most. 0 only decodes the prompt, so that later requests find it in the cache.
+    Without it, generation goes on until the model ends it, or, with `shift` off, until the context is full."""
     stop: str | Sequence[str]
     """Generation ends before the first of these texts to be completed. Empty texts are ignored."""
     sampling: SamplingParams
@@ -97,6 +104,14 @@ class ChatOptions(SamplingOptions, total=False):
     """Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.
     On by default in Python and on the command line. The HTTP endpoints of the runner dialect have it off unless
     the request says so, as the original had."""
+    share_prompt: bool
+    """Wait for a running request that decodes the same beginning of the prompt, however short it is, and then
+    continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no
+    effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own
+    prompt."""
+    preferred_slot: int | None
+    """Number of the slot to take if it is free: below `slots` of the engine. Otherwise the request takes
+    another one."""
     n_keep: int
     """Tokens at the start of the prompt, after BOS, that truncation and context shift leave in place. Below 0
     means the whole prompt."""
@@ -114,6 +129,9 @@ class ChatOptions(SamplingOptions, total=False):
     background request goes on later and loses nothing of its text."""
     deadline: float | None
     """Seconds from the start of the request, waiting included, after which it ends with the text it has."""
+    decode_seconds: float | None
+    """Seconds from the first token after which generation ends with the text it has. The time that the prompt
+    takes does not count."""
 
 
 class GenerateOptions(ChatOptions, total=False):
@@ -154,6 +172,8 @@ class EngineOptions(TypedDict, total=False):
     max_queue: int | None
     """Requests that may wait for a slot. Further ones are refused and told when to come back. None means no
     bound."""
+    load_wait: float
+    """Seconds that a request may wait for the model to load. Then it ends with `EngineLoading`."""
     max_backlog: int
     """Unread events after which a generation is paused until its reader catches up."""
     stall_timeout: float

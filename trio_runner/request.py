@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from trio_runner.errors import InvalidRequest
 from trio_runner.image_source import ImageSource, is_image_source
+from trio_runner.json_schema import schema_text
 from trio_runner.parameters import (
     boolean,
     first_complaint,
@@ -162,10 +163,10 @@ class GenerateRequest:
     )
     max_tokens: int | None = integer(
         None,
-        1,
+        0,
         2**31 - 1,
-        doc="Tokens to generate at most. Without it, generation goes on until the model ends it, or, with `shift` off, "
-        "until the context is full.",
+        doc="Tokens to generate at most. 0 only decodes the prompt, so that later requests find it in the cache. "
+        "Without it, generation goes on until the model ends it, or, with `shift` off, until the context is full.",
     )
     stop: tuple[str, ...] = other(
         (),
@@ -178,6 +179,19 @@ class GenerateRequest:
         doc="Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again. "
         "On by default in Python and on the command line. The HTTP endpoints of the runner dialect have it off unless "
         "the request says so, as the original had.",
+    )
+    share_prompt: bool = boolean(
+        False,
+        doc="Wait for a running request that decodes the same beginning of the prompt, however short it is, and then "
+        "continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no "
+        "effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own prompt.",
+    )
+    preferred_slot: int | None = integer(
+        None,
+        0,
+        2**31 - 1,
+        doc="Number of the slot to take if it is free: below `slots` of the engine. Otherwise the request takes "
+        "another one.",
     )
     n_keep: int = integer(
         4,
@@ -209,6 +223,14 @@ class GenerateRequest:
         MAX_DEADLINE,
         unit="seconds",
         doc="Seconds from the start of the request, waiting included, after which it ends with the text it has.",
+    )
+    decode_seconds: float | None = number(
+        None,
+        0.001,
+        MAX_DEADLINE,
+        unit="seconds",
+        doc="Seconds from the first token after which generation ends with the text it has. The time that the prompt "
+        "takes does not count.",
     )
 
     def __post_init__(self) -> None:
@@ -296,7 +318,8 @@ def as_prompt(value: str | Chat | Sequence[int | Part]) -> Prompt:
 
 
 def make_request(prompt: Prompt, options: Mapping[str, Any]) -> GenerateRequest:
-    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name. `stop` may be one text.
+    """A request from a prompt and the fields of `GenerateRequest` and `SamplingParams` by name. `stop` may be one text,
+    and `json_schema` an object or a class.
 
     Raises `InvalidRequest` for a value outside its bounds, and TypeError for a name that is no field.
     """
@@ -304,6 +327,8 @@ def make_request(prompt: Prompt, options: Mapping[str, Any]) -> GenerateRequest:
     sampling = {name: given.pop(name) for name in parameters_of(SamplingParams) if name in given}
     if sampling and "sampling" in given:
         raise TypeError(f"give either sampling or its fields by name: {', '.join(sorted(sampling))}")
+    if "json_schema" in sampling:
+        sampling["json_schema"] = schema_text(sampling["json_schema"])
     if sampling:
         given["sampling"] = SamplingParams(**sampling)
     if "stop" in given:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trio_runner.errors import InvalidRequest
+from trio_runner.json_schema import MAX_SCHEMA_BYTES, check_schema
 from trio_runner.parameters import (
     boolean,
     first_complaint,
@@ -59,6 +60,9 @@ class SamplingParams:
         doc="Pairs of a token and a number that is added to the logit of that token. Negative infinity forbids it.",
         options=(),
         default_text="none",
+    )
+    ignore_eos: bool = boolean(
+        False, doc="Never choose a token that ends the generation, so that it goes on up to its limit."
     )
     repeat_last_n: int = integer(
         64,
@@ -158,6 +162,15 @@ class SamplingParams:
         options=(),
         default_text="none",
     )
+    json_schema: str = text(
+        "",
+        max_bytes=MAX_SCHEMA_BYTES,
+        doc="JSON schema, as JSON text, that the text must obey: it is one value of the schema, and nothing before or "
+        "after it. Tokens that the schema does not allow are no candidates for the other samplers. Python callers "
+        "may give an object or a class, too. Not together with `grammar`.",
+        options=(),
+        default_text="none",
+    )
     logprobs: int = integer(
         -1,
         -1,
@@ -173,6 +186,10 @@ class SamplingParams:
             raise InvalidRequest(complaint[1], param=complaint[0])
         if "\0" in self.grammar:
             raise InvalidRequest("grammar must not contain a NUL character", param="grammar")
+        if self.json_schema:
+            if self.grammar:
+                raise InvalidRequest("json_schema and grammar cannot be combined", param="json_schema")
+            check_schema(self.json_schema)
         object.__setattr__(self, "logit_bias", _token_biases(self.logit_bias))
         object.__setattr__(self, "dry_sequence_breakers", _breakers(self.dry_sequence_breakers))
 

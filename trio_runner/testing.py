@@ -40,7 +40,7 @@ from trio_runner.core.ports import (
     Sampler,
 )
 from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError
+from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError, Unsupported
 from trio_runner.events import TokenInfo
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.sampling import SamplingParams
@@ -69,19 +69,21 @@ def _named(item: Item) -> str:
     return f"{item.media.key.hex()}:{item.row}" if isinstance(item, MediaRow) else str(item)
 
 
-def toy_next(items: Sequence[Item], cache_key: str = "") -> int:
+def toy_next(items: Sequence[Item], cache_key: str = "", *, ignore_eos: bool = False) -> int:
     """The token that follows `items`, all that a slot holds. `cache_key` is made by `toy_cache_key`."""
     digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=4).digest()
     number = int.from_bytes(digest, "big")
-    return END if number % 61 == 0 else _ALPHABET[number % len(_ALPHABET)]
+    return END if number % 61 == 0 and not ignore_eos else _ALPHABET[number % len(_ALPHABET)]
 
 
-def toy_continuation(prompt: Sequence[Item], n_tokens: int, cache_key: str = "") -> list[int]:
+def toy_continuation(
+    prompt: Sequence[Item], n_tokens: int, cache_key: str = "", *, ignore_eos: bool = False
+) -> list[int]:
     """The first `n_tokens` tokens after `prompt`, up to and including the end token, in an endless context."""
     items = list(prompt)
     tokens: list[int] = []
     while len(tokens) < n_tokens and tokens[-1:] != [END]:
-        tokens.append(toy_next([*items, *tokens], cache_key))
+        tokens.append(toy_next([*items, *tokens], cache_key, ignore_eos=ignore_eos))
     return tokens
 
 
@@ -204,8 +206,13 @@ class ToyModel:
         assert not self.closed
         if "(" in params.grammar:
             raise InvalidGrammar("the toy grammar does not like parentheses")
+        if params.json_schema:
+            raise Unsupported("schemas", "the toy model takes no schema", param="json_schema")
         self.samplers.append(ToySampler(params))
         return self.samplers[-1]
+
+    def has_schema(self, text: str) -> bool:
+        return False
 
     def adapter(self, path: str) -> ToyAdapter:
         assert not self.closed
@@ -407,7 +414,7 @@ class ToyContext:
     def _sample(items: Sequence[Item], cache_key: str, sampler: Sampler) -> Sampled:
         assert isinstance(sampler, ToySampler)
         assert not sampler.closed
-        token = toy_next(items, cache_key)
+        token = toy_next(items, cache_key, ignore_eos=sampler.params.ignore_eos)
         logprob = -1.0
         if token == END:
             return Sampled(token, is_end=True, logprob=logprob)

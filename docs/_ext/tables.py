@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +19,8 @@ import click
 from trio_runner import errors
 from trio_runner.cli.main import cli
 from trio_runner.parameters import Parameter, parameters_of
-from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams
-from trio_runner.server.dialects import json_in
-from trio_runner.server.dialects.json_in import Check, Fields
+from trio_runner.server.dialects.fields import Body, Field, Schema
 from trio_runner.server.dialects.runner import requests
 
 
@@ -37,8 +36,6 @@ class Table:
 
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
-_TYPES: Final = {"number": "number", "integer": "integer", "boolean": "boolean", "text": "text", "choice": "text"}
-
 
 def parameters(cls: type[Any]) -> Table:
     """The fields of a dataclass of parameters, as a caller in Python gives them."""
@@ -50,15 +47,11 @@ def parameters(cls: type[Any]) -> Table:
     return Table(("field", "type", "default", "meaning"), tuple(rows), (20, 20, 15, 45))
 
 
-def _default(parameter: Parameter, *, json: bool = False) -> str:
-    if parameter.default_text:
-        return parameter.default_text
-    return f"`{_literal(parameter.default, json=json)}`"
+def _default(parameter: Parameter) -> str:
+    return parameter.default_text or f"`{_literal(parameter.default)}`"
 
 
-def _literal(value: object, *, json: bool) -> str:
-    if json and (value is None or isinstance(value, bool)):
-        return "null" if value is None else str(value).lower()
+def _literal(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return f"{value:g}"
     return f'"{value}"' if isinstance(value, str) else str(value)
@@ -78,7 +71,7 @@ def _with_range(parameter: Parameter) -> str:
 def _bounds(parameter: Parameter) -> str:
     low, high = parameter.low, parameter.high
     unit = f" {parameter.unit}" if parameter.unit else ""
-    if high == math.inf or (parameter.kind == "integer" and high == 2**31 - 1):
+    if high in (math.inf, 2**31 - 1):
         return f"{low:g} or more{unit}"
     return f"{_figure(low)} to {_figure(high)}{unit}"
 
@@ -90,147 +83,59 @@ def _figure(number: float) -> str:
 # ---- fields on the wire ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """A field of a JSON body; "" takes the type, default or text from the parameter of the same name."""
-
-    type: str = ""
-    default: str = ""
-    text: str = ""
-
-
-_IGNORED: Final = Field(default="ignored", text="Checked and ignored: this is settled when the model is loaded.")
-
-COMPLETION: Final[Mapping[str, Field]] = {
-    "prompt": Field("string", "required", "The text to continue. `[img-N]` in it stands for the image of that id."),
-    "image_data": Field(
-        "list of objects",
-        "none",
-        'Images of the prompt, as `{"id": N, "data": "..."}`: `data` is a file in base64.',
-    ),
-    "adapters": Field(
-        "list of objects",
-        "those loaded with the model",
-        'LoRA adapters to apply, as `{"name": "...", "scale": 1}`. An empty list means the bare model.',
-    ),
-    "n_predict": Field(
-        "integer",
-        "`-1`",
-        "Tokens to generate at most. 0 and below: until the model ends the text or, with `shift` false, the context is "
-        "full.",
-    ),
-    "stop": Field("list of strings", "none"),
-    "cache_prompt": Field(
-        default="`false`",
-        text="Continue from the longest beginning of the prompt that a slot still holds. As in the original runner, "
-        "this is off unless you ask for it.",
-    ),
-    "truncate": Field(default="`true`"),
-    "seed": Field(default="`-1`", text="Seed of the random draw. Only the lowest 32 bits count; -1 chooses a seed."),
-    "repeat_last_n": Field(
-        text="Tokens that the repeat, frequency and presence penalties look back on, the prompt included. 0 turns "
-        "them off, below 0 means 64."
-    ),
-    "logit_bias": Field(
-        "list or object",
-        "none",
-        'Numbers to add to the logits of tokens, as `[[token, bias], ...]` or `{"token": bias}`. A bias of `false` '
-        "forbids the token.",
-    ),
-    "dry_sequence_breakers": Field("list of strings"),
-    "n_probs": Field(
-        "integer",
-        "`0`",
-        "Number of most probable alternatives to report with every token; `logprobs` overrules it. 0 reports nothing.",
-    ),
-    **dict.fromkeys(
-        (
-            "num_ctx",
-            "num_batch",
-            "num_gpu",
-            "main_gpu",
-            "num_thread",
-            "low_vram",
-            "f16_kv",
-            "logits_all",
-            "vocab_only",
-            "use_mmap",
-            "use_mlock",
-        ),
-        _IGNORED,
-    ),
+BODIES: Final[Mapping[str, Body]] = {
+    "completion": requests.COMPLETION,
+    "embedding": requests.EMBEDDING,
+    "rerank": requests.RERANK,
+    "adapters": requests.ADAPTER,
+    "tokenize": requests.TOKENIZE,
+    "detokenize": requests.DETOKENIZE,
 }
-"""What the table of POST /completion says where the wire differs from the parameters in Python."""
-
-EMBEDDING: Final[Mapping[str, Field]] = {
-    "content": Field("string or list of strings", "required", "The text to embed, or several texts."),
-    "cache_prompt": Field("boolean", "ignored", "Accepted and ignored: embeddings use no prompt cache."),
-    "adapters": COMPLETION["adapters"],
-}
-RERANK: Final[Mapping[str, Field]] = {
-    "query": Field("string", "required", "The question."),
-    "documents": Field("list of strings", "required", "The texts to score."),
-    "top_n": Field("integer", "all", "Return only this many of the best documents."),
-    "adapters": COMPLETION["adapters"],
-}
-ADAPTER: Final[Mapping[str, Field]] = {
-    "file": Field("string", "required", "Name of a file in the directory that `--adapter-dir` names, without a path."),
-    "name": Field("string", "the file's name without its ending", "What requests choose the adapter by."),
-    "scale": Field("number", "`0`", "How strongly it applies to requests that choose no adapters."),
-}
-TOKENIZE: Final[Mapping[str, Field]] = {
-    "content": Field("string", '`""`', "The text to tokenise."),
-    "add_special": Field("boolean", "`false`", "Add the tokens that the model has around a text, such as BOS."),
-    "parse_special": Field("boolean", "`true`", "Read special tokens such as `<|im_end|>` as the tokens they name."),
-}
-DETOKENIZE: Final[Mapping[str, Field]] = {"tokens": Field("list of integers", "`[]`", "The tokens.")}
-
-_CHECKED_AS: Final[Mapping[Check, str]] = {json_in.check_integer: "integer", json_in.check_boolean: "boolean"}
-
-_BODIES: Final[Mapping[str, tuple[Fields, Mapping[str, Field], tuple[type[Any], ...]]]] = {
-    "completion": (requests.COMPLETION, COMPLETION, (SamplingParams, GenerateRequest)),
-    "embedding": (requests.EMBEDDING, EMBEDDING, (EmbedRequest,)),
-    "rerank": (requests.RERANK, RERANK, (RerankRequest,)),
-    "adapters": (requests.ADAPTER, ADAPTER, ()),
-    "tokenize": (requests.TOKENIZE, TOKENIZE, ()),
-    "detokenize": (requests.DETOKENIZE, DETOKENIZE, ()),
-}
+"""The body of each kind of request, by the name that the pages use."""
 
 
-def wire_fields(endpoint: str, *, part: str = "") -> Table:
-    """The fields that the body of a request to `endpoint` may have.
+def wire_fields(name: str, *, part: str = "") -> Table:
+    """The fields that a body of `BODIES` may have.
 
     `part` of them: "sampling" parameters, those that are "ignored", or "request", all others.
-    Raises KeyError for a field that the code reads and nothing here describes, and ValueError for the opposite.
     """
-    fields, described, classes = _BODIES[endpoint]
-    if unknown := set(described) - set(fields):
-        raise ValueError(f"the code reads no field {', '.join(sorted(unknown))} at /{endpoint}")
-    known: dict[str, Parameter] = {}
-    for cls in classes:
-        known.update(parameters_of(cls))
     rows = [
-        _wire_row(name, described.get(name, Field()), known.get(name), _CHECKED_AS.get(check, ""))
-        for name, check in fields.items()
-        if part in ("", _part_of(name, described))
+        _wire_row(name, field) for name, field in BODIES[name].fields.items() if part in ("", _part_of(name, field))
     ]
     return Table(("field", "type", "default", "meaning"), tuple(rows), (20, 15, 20, 45))
 
 
-def _part_of(name: str, described: Mapping[str, Field]) -> str:
-    if described.get(name) is _IGNORED:
+def _part_of(name: str, field: Field) -> str:
+    if field.ignored:
         return "ignored"
     return "sampling" if name in (*parameters_of(SamplingParams), "n_probs") else "request"
 
 
-def _wire_row(name: str, field: Field, parameter: Parameter | None, checked_as: str) -> tuple[str, str, str, str]:
-    if parameter is None and not field.text:
-        raise KeyError(f"nothing describes the field {name}")
-    kind = field.type or (_TYPES.get(parameter.kind, "") if parameter is not None else checked_as)
-    kind = "string" if kind == "text" else kind
-    default = field.default or (_default(parameter, json=True) if parameter is not None else "")
-    text = field.text or (_with_range(parameter) if parameter is not None else "")
-    return f"`{name}`", kind, "not given" if default == "`null`" else default, text
+def _wire_row(name: str, field: Field) -> tuple[str, str, str, str]:
+    default = "required" if field.required else field.default_text
+    if not default and "default" in field.schema:
+        default = f"`{json.dumps(field.schema['default'])}`"
+    return f"`{name}`", schema_words(field.schema), default or "not given", field.doc + _bounds_of(field.schema)
+
+
+def schema_words(schema: Schema, *, several: bool = False) -> str:
+    """The type that a JSON schema describes, in words; of `several` such values, in the plural."""
+    if "anyOf" in schema:
+        return " or ".join(schema_words(one, several=several) for one in schema["anyOf"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    kind = "list" if schema.get("type") == "array" else schema.get("type", "any value")
+    words = f"{kind}s" if several and kind != "any value" else kind
+    return f"{words} of {schema_words(schema['items'], several=True)}" if "items" in schema else words
+
+
+def _bounds_of(schema: Schema) -> str:
+    if "enum" in schema:
+        return f" Allowed: {', '.join(f'`{choice}`' for choice in schema['enum'])}."
+    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+    if (low, high) in ((-math.inf, math.inf), (-(2**31), 2**31 - 1)):
+        return ""
+    return f" Allowed: {_bounds(Parameter(kind='number', default=None, doc='', low=low, high=high))}."
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -295,6 +200,8 @@ BOUNDS: Final = (
     ("Adapters of one request", "trio_runner.request.MAX_ADAPTERS", "", "400"),
     ("Tokens with a bias", "trio_runner.sampling.MAX_LOGIT_BIAS", "", "400"),
     ("Bytes of a grammar", "trio_runner.sampling.MAX_GRAMMAR_BYTES", "bytes", "400"),
+    ("Bytes of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_BYTES", "bytes", "400"),
+    ("Levels of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_DEPTH", "", "400"),
     ("Texts of one embedding or ranking request", "trio_runner.request.MAX_DOCUMENTS", "", "400"),
     ("Open connections", "trio_runner.server.serve.MAX_CONNECTIONS", "", "503"),
     ("Seconds to send the head of a request", "trio_runner.server.connection.HEAD_SECONDS", "seconds", "closed"),

@@ -35,8 +35,15 @@ def on_load(progress, cancelled):
         print("the toy is loading", file=sys.stderr, flush=True)
     while os.environ.get("TOY_LOAD") == "never" and not cancelled():
         time.sleep(0.01)
+    if os.environ.get("TOY_LOAD") == "hang":
+        import trio
+        trio.from_thread.run_sync(hang)
     if os.environ.get("TOY_LOAD") == "bad":
         raise LoadError("this is no model\\nat all", path="toy.gguf")
+
+def hang():
+    print("the event loop hangs", file=sys.stderr, flush=True)
+    time.sleep(3600)
 
 def on_decode(batch):
     time.sleep(float(os.environ.get("TOY_STEP", "0")))

@@ -36,6 +36,9 @@ def test_the_request_of_run(tmp_path: Path, call: Call, monkeypatch: pytest.Monk
         shift=True,
         sampling=SamplingParams(temperature=0.0, top_k=5, seed=7, grammar='root ::= "é"'),
     )
+    (tmp_path / "schema").write_text('{"const": "é"}', encoding="utf-8")
+    assert main(["run", "prompt", "--json-schema", str(tmp_path / "schema")]) == 0
+    assert made[-1].sampling == SamplingParams(json_schema='{"const": "é"}')
 
 
 def test_the_prompt_of_run() -> None:

@@ -71,7 +71,7 @@ def check_admission(world: World, before: SchedulerState, after: SchedulerState)
     if len(started) != 1 or not world.capabilities.can_trim:
         return
     sequence = started[0]
-    if sequence.spec.cache_prompt and sequence.follows is None and not sequence.prompt_done:
+    if sequence.spec.reuses and sequence.follows is None and not sequence.prompt_done:
         prompt, cache_key = sequence.spec.prompt, sequence.spec.cache_key
         held = (slot.items for slot in before.slots if slot.cache_key == cache_key)
         longest = max((common_prefix(items, prompt) for items in held), default=0)
@@ -153,7 +153,7 @@ def check_survivors(world: World) -> None:
             continue
         assert last.usage.prompt_tokens == len(spec.prompt) + len(spec.encoder_tokens)
         assert last.usage.cached_tokens < len(spec.prompt)
-        assert spec.cache_prompt or last.usage.cached_tokens == 0
+        assert spec.reuses or last.usage.cached_tokens == 0
         if uid in world.expired and not last.usage.completion_tokens:
             assert world.outcome(uid) == world.alone(uid)
             continue

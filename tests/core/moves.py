@@ -49,6 +49,8 @@ class Submit:
     max_tokens: int
     stop: tuple[PartOfText, ...]
     cache_prompt: bool
+    share_prompt: bool
+    preferred_slot: int | None
     shift: bool
     progress: bool
     logprobs: bool
@@ -134,9 +136,11 @@ SUBMISSIONS = st.builds(
     images=st.lists(IMAGES, max_size=2).map(tuple),
     adapters=st.sampled_from([(), (), ((1, 1.0),), ((1, 0.5), (2, 1.0))]),
     n_keep=st.integers(0, 12),
-    max_tokens=st.integers(1, 60),
+    max_tokens=st.sampled_from([0, *range(1, 60)]),
     stop=st.lists(STOPS, max_size=3).map(tuple),
     cache_prompt=st.sampled_from([True, True, False]),
+    share_prompt=st.booleans(),
+    preferred_slot=st.sampled_from([None, None, *range(4)]),
     shift=st.sampled_from([True, True, False]),
     progress=st.booleans(),
     logprobs=st.booleans(),
@@ -222,6 +226,8 @@ def fitted(move: Submit, capabilities: Capabilities) -> SequenceSpec:
         n_keep=move.n_keep,
         max_tokens=move.max_tokens,
         cache_prompt=move.cache_prompt,
+        share_prompt=move.share_prompt and not move.embedding,
+        preferred_slot=None if move.preferred_slot is None else move.preferred_slot % capabilities.n_slots,
         shift=move.shift,
         progress=move.progress,
         logprobs=move.logprobs,

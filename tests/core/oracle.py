@@ -25,6 +25,8 @@ def alone(spec: SequenceSpec, n_ctx: int) -> Alone:
     held = list(spec.prompt)
     cache_key = cache_key_of(spec)
     data = b""
+    if spec.max_tokens == 0:
+        return Alone("", "length", None, 0)
     for n_sampled in count(1):
         token = toy_next(held, cache_key)
         if token == END:

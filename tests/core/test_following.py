@@ -109,7 +109,7 @@ def test_a_sequence_that_could_not_use_the_prefix_does_not_wait_for_it(cache_pro
     check_survivors(world)
 
 
-def test_followers_go_on_when_the_followed_sequence_is_paused() -> None:
+def test_followers_go_on_when_the_followed_sequence_is_paused_and_it_goes_on_from_there() -> None:
     prompts = make_prompts(2, 100)
     world = make_world(2, n_ctx=256, max_rows=32)
     followed, follower = (world.submit(prompt=prompt, max_tokens=5) for prompt in prompts)
@@ -119,7 +119,7 @@ def test_followers_go_on_when_the_followed_sequence_is_paused() -> None:
     assert world.finished(follower)
     world.resume(followed)
     world.run()
-    assert world.scheduler.statistics().n_prompt_rows == 100 + 2 * 3 + 100 - 32
+    assert world.scheduler.statistics().n_prompt_rows == 100 + 2 * 3
     check_survivors(world)
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_runner.errors import InvalidRequest
+from trio_runner.json_schema import MAX_SCHEMA_BYTES
 from trio_runner.request import (
     MAX_ADAPTER_NAME_BYTES,
     MAX_ADAPTER_SCALE,
@@ -96,6 +97,8 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     **{name: [*NOT_NUMBERS, low - 1, high * 2] for name, (low, high) in NUMBERS.items()},
     **{name: [*NOT_INTEGERS, low - 1, high + 1] for name, (low, high) in INTEGERS.items()},
     "penalize_nl": NOT_BOOLS,
+    "ignore_eos": NOT_BOOLS,
+    "json_schema": [*NOT_TEXTS, "{", "[]", "false", "NaN", " " * (MAX_SCHEMA_BYTES + 1)],
     "grammar": [*NOT_TEXTS, "root ::= \0", "a" * (MAX_GRAMMAR_BYTES + 1), "é" * (MAX_GRAMMAR_BYTES // 2 + 1)],
     "logit_bias": [
         *NOT_LISTS,
@@ -114,6 +117,8 @@ BAD_SAMPLING: dict[str, list[Any]] = {
         ("a",) * (MAX_DRY_BREAKERS + 1),
     ],
 }
+COUNTS: list[Any] = [-1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]]
+LIMITS: list[Any] = [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1]
 BAD_GENERATE: dict[str, list[Any]] = {
     "prompt": [
         *TOKENS,
@@ -128,7 +133,8 @@ BAD_GENERATE: dict[str, list[Any]] = {
         ((1, PICTURE),) * (MAX_IMAGES + 1),
     ],
     "adapters": ADAPTERS,
-    "max_tokens": [0, -1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]],
+    "max_tokens": COUNTS,
+    "preferred_slot": COUNTS,
     "stop": [
         *NOT_LISTS,
         *[(stop,) for stop in (*NOT_TEXTS, "a" * (MAX_STOP_BYTES + 1), "é" * (MAX_STOP_BYTES // 2 + 1))],
@@ -136,9 +142,10 @@ BAD_GENERATE: dict[str, list[Any]] = {
     ],
     "sampling": [None, {}, 1],
     "n_keep": [*NOT_INTEGERS, INT_MIN - 1, INT_MAX + 1],
-    **dict.fromkeys(["cache_prompt", "shift", "truncate", "parse_special", "progress"], NOT_BOOLS),
+    **dict.fromkeys(["cache_prompt", "share_prompt", "shift", "truncate", "parse_special", "progress"], NOT_BOOLS),
     "priority": [None, 1, True, "", "urgent", "Background", b"background", ["background"], {}],
-    "deadline": [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1],
+    "deadline": LIMITS,
+    "decode_seconds": LIMITS,
 }
 BAD_EMBED: dict[str, list[Any]] = {
     "content": [*TOKENS, ("a",), (PICTURE,)],
@@ -269,6 +276,7 @@ SAMPLING = st.builds(
     SamplingParams,
     **{name: st.floats(low, high) | st.just(int(high)) for name, (low, high) in NUMBERS.items()},
     **{name: st.integers(low, high) for name, (low, high) in INTEGERS.items()},
+    ignore_eos=st.booleans(),
     penalize_nl=st.booleans(),
     grammar=TEXT.map(lambda text: text.replace("\0", "")),
     logit_bias=st.lists(st.tuples(TOKEN, st.floats(-1e6, 1e6) | st.just(-math.inf)), max_size=3).map(tuple),
@@ -283,10 +291,11 @@ SAMPLING = st.builds(
         GenerateRequest,
         prompt=TOKENIZED | st.lists(TEXT | IMAGE, max_size=MAX_IMAGES).map(tuple),
         adapters=CHOICES,
-        max_tokens=st.none() | st.integers(1, INT_MAX),
+        max_tokens=st.none() | st.integers(0, INT_MAX),
         stop=st.lists(TEXT, max_size=MAX_STOP_STRINGS).map(tuple),
         sampling=SAMPLING,
         cache_prompt=st.booleans(),
+        share_prompt=st.booleans(),
         n_keep=st.integers(INT_MIN, INT_MAX),
         shift=st.booleans(),
         truncate=st.booleans(),
@@ -294,6 +303,8 @@ SAMPLING = st.builds(
         progress=st.booleans(),
         priority=st.sampled_from(["interactive", "background"]),
         deadline=st.none() | st.floats(0.001, MAX_DEADLINE) | st.integers(1, 10),
+        decode_seconds=st.none() | st.floats(0.001, MAX_DEADLINE),
+        preferred_slot=st.none() | st.integers(0, INT_MAX),
     )
 )
 def test_values_in_range_are_taken_unchanged(request: GenerateRequest) -> None:

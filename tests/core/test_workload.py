@@ -60,7 +60,7 @@ def test_the_same_text_alone_or_in_company(
         if uid not in world.cancelled | world.preempted and world.events[uid]:
             last = world.events[uid][-1]
             assert isinstance(last, (Finished, Embedded))
-            if isinstance(last, Embedded) or last.usage.completion_tokens:
+            if isinstance(last, Embedded) or last.usage.completion_tokens or last.reason == "length":
                 n_prompt = last.usage.prompt_tokens - len(spec.encoder_tokens)
                 assert last.usage.cached_tokens + world.n_prefilled[uid] == n_prompt
 

@@ -32,7 +32,7 @@ from trio_runner.core.pace import Pace
 from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
 from trio_runner.core.prompt import Item, Media, MediaRow, cut_before
 from trio_runner.core.scheduler import Scheduler
-from trio_runner.core.sequence import SequenceSpec
+from trio_runner.core.sequence import FirstToken, SequenceSpec
 from trio_runner.core.snapshot import SchedulerState
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.info import Capabilities
@@ -53,11 +53,14 @@ class Fields(TypedDict, total=False):
     max_tokens: int | None
     stop: tuple[str, ...]
     cache_prompt: bool
+    share_prompt: bool
+    preferred_slot: int | None
     shift: bool
     embedding: bool
     background: bool
     progress: bool
     logprobs: bool
+    tells_first_token: bool
 
 
 @dataclass
@@ -76,7 +79,7 @@ class World:
     """Called before each batch is decoded."""
     specs: dict[int, SequenceSpec] = field(default_factory=dict)
     """All requests that were submitted."""
-    events: dict[int, list[Event | Embedded]] = field(default_factory=dict)
+    events: dict[int, list[Event | Embedded | FirstToken]] = field(default_factory=dict)
     """What readers were told."""
     cancelled: set[int] = field(default_factory=set)
     expired: set[int] = field(default_factory=set)
@@ -118,7 +121,8 @@ class World:
         spec = self.specs[uid] = replace(spec, uid=uid)
         self.events[uid] = []
         self.n_prefilled[uid] = 0
-        self.samplers[uid] = ToySampler(sampling or SamplingParams())
+        if spec.samples:
+            self.samplers[uid] = ToySampler(sampling or SamplingParams())
         for item in spec.prompt:
             if isinstance(item, MediaRow):
                 self.media[item.media] = EncodedMedia(np.zeros((item.media.n_rows, N_EMBD), np.float32))
@@ -229,13 +233,15 @@ class World:
             self.preempted |= set(self.waiting)
 
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
+        running = self.state.running
+        last_rows = {chunk.uid for chunk in batch.chunks if len(chunk.items) == len(running[chunk.uid].pending)}
         needs_all_rows = batch.kind.embedding and not self.capabilities.embeds_last_row
         for chunk in batch.chunks:
             n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
-                # What an aborted batch has left counts, except a last row whose logits are lost.
+                # What an aborted batch has left counts, except the last row that the sequence needs.
                 n_rows = max(len(self.context.held(chunk.slot)) - chunk.start, 0)
-                n_rows = cut_before(chunk.items, n_rows - (chunk.output and n_rows == len(chunk.items)))
+                n_rows = cut_before(chunk.items, n_rows - (chunk.uid in last_rows and n_rows == len(chunk.items)))
                 if needs_all_rows or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
                     n_rows = 0
             if chunk.uid not in self.sampled:

@@ -352,3 +352,18 @@ def test_a_closed_sampler_is_refused(running: Running) -> None:
     sampler.close()
     sampler.close()
     assert running.step(Chunk(0, 0, 0, (5,), output=False)).outcome is DecodeOutcome.OK
+
+
+def test_ignore_eos_forbids_every_token_that_ends_the_generation(models: Models) -> None:
+    """This model counts to ten and ends, if it may."""
+    running = Running(models("chain"))
+    for params in (GREEDY, replace(FREE, temperature=1.0), replace(GREEDY, logit_bias=((2, 50.0),))):
+        assert running.generate("hello", 60, params=params)[-1].is_end
+        endless = running.generate("hello", 60, params=replace(params, ignore_eos=True))
+        assert len(endless) == 60
+        assert not any(sampled.is_end for sampled in endless)
+
+
+def test_a_model_whose_every_allowed_token_ends_the_generation(running: Running) -> None:
+    (sampled,) = running.generate(n_tokens=1, params=replace(GREEDY, ignore_eos=True, grammar='root ::= ""'))
+    assert isinstance(sampled.error, InvalidGrammar)

@@ -25,6 +25,7 @@ class FakeGeneration:
         self.closed = trio.Event()
         self._events: list[Event] = []
         self._error: Exception | None = None
+        self._ended = False
         self._arrived = trio.Event()
 
     # What the server uses.
@@ -43,12 +44,18 @@ class FakeGeneration:
         while not self._events:
             if self._error is not None:
                 raise self._error
+            if self._ended:
+                raise StopAsyncIteration
             await self._arrived.wait()
         await trio.lowlevel.checkpoint()
-        return self._events.pop(0)
+        return self._take(1)[0]
 
     def receive_nowait(self, at_most: int | None = None) -> list[Event]:
+        return self._take(at_most)
+
+    def _take(self, at_most: int | None) -> list[Event]:
         events, self._events = self._events[:at_most], self._events[at_most:] if at_most is not None else []
+        self._ended = self._ended or any(isinstance(event, Finished) for event in events)
         return events
 
     # What the test uses.
@@ -129,7 +136,7 @@ class FakeEngine:
         await self.admit()
         return np.array(self.scores, np.float32)
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self, at_most: float | None = None) -> None:
         self.calls.append("wait_ready")
         await self.admit()
 

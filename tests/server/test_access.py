@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trio_runner.server.access import Access, host_names
+from trio_runner.server.access import Access, allowed_headers, host_names, read_origin
 
 
 def status(access: Access, path: str = "/completion", method: str = "POST", **headers: bytes) -> int | None:
@@ -71,9 +71,85 @@ def test_the_api_key_comes_as_a_bearer_token(authorization: bytes, expected: int
     assert status(Access(api_key="key"), authorization=authorization) == expected
 
 
-def test_health_and_preflights_need_no_key() -> None:
+@pytest.mark.parametrize(("given", "expected"), [(b"key", None), (b" key ", None), (b"Key", 401), (b"", 401)])
+def test_the_api_key_comes_in_a_header_of_its_own(given: bytes, expected: int | None) -> None:
+    access = Access(api_key="key")
+    assert status(access, x_api_key=given) == expected
+    assert status(access, x_api_key=given, authorization=b"Bearer other") == expected
+    assert status(access, x_api_key=given, authorization=b"Bearer key") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("https://Example.ORG", "https://example.org"),
+        ("http://localhost:80", "http://localhost"),
+        ("https://a.example:443", "https://a.example"),
+        ("https://a.example:80", "https://a.example:80"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("tauri://localhost", "tauri://localhost"),
+        ("http://tauri.localhost", "http://tauri.localhost"),
+        ("app://-", "app://-"),
+        ("app://.", "app://."),
+        ("app://obsidian.md", "app://obsidian.md"),
+        ("chrome-extension://abcdefghijklmnopabcdefghijklmnop", "chrome-extension://abcdefghijklmnopabcdefghijklmnop"),
+        ("vscode-webview://*", "vscode-webview://*"),
+    ],
+)
+def test_origins(text: str, origin: str) -> None:
+    assert read_origin(text) == origin
+    access = Access(origins=frozenset({read_origin(text)}))
+    assert status(access, origin=origin.replace("*", "1u5hb2").encode()) is None
+    assert status(access, origin=origin.replace("*", "1u5hb2").upper().encode()) is None
+    for other in (b"null", b"", b"*", b"://", origin.encode() + b".evil", b"x" + origin.encode(), b"https://evil"):
+        assert status(access, origin=other) == (None if b"webview://*." in other else 403)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *[
+            "",
+            "localhost",
+            "localhost:3000",
+            "http://",
+            "http:///",
+            "http://localhost/",
+            "http://localhost/app",
+            "app:",
+        ],
+        *["app://", "http://user@host", "http://host:x", "http://host:", "http://a b", "file://", "file://x", "//host"],
+        *["http://a,http://b", "http://é", "http://host?x", "http://host#x", "1http://x", "data:text/html,x"],
+    ],
+)
+def test_what_is_no_origin_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(ValueError, match=r"http://localhost:3000, tauri://localhost, app://name or chrome-extension"):
+        read_origin(text)
+
+
+@pytest.mark.parametrize("text", ["*", "null", "NULL", "http://*", "https://*", "https://*:8443"])
+def test_an_origin_of_anybody_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="every"):
+        read_origin(text)
+
+
+def test_the_headers_of_sdks_are_allowed() -> None:
+    sent = "authorization,content-type,x-api-key,x-stainless-os,X-Stainless-Retry-Count,openai-organization,openai-beta"
+    sent += ",anthropic-version,anthropic-dangerous-direct-browser-access,user-agent"
+    assert allowed_headers(sent.encode()) == sent.lower().replace(",", ", ")
+    assert allowed_headers(b"Accept, cookie, x-forwarded-for , Content-Type,host") == "accept, content-type"
+    for nothing in (b"", b",", b"*", b"x-stainless-\xe9", b"x-stainless-a b", b"openai", b"x-stainless-\x00"):
+        assert allowed_headers(nothing) == ""
+    assert allowed_headers(b"accept,accept,ACCEPT") == "accept"
+
+
+def test_health_the_front_page_and_preflights_need_no_key() -> None:
     access = Access(api_key="key", origins=frozenset({"http://a"}))
     assert status(access, "/health") is None
+    assert [status(access, "/", method) for method in ("GET", "HEAD", "POST", "OPTIONS")] == [None, None, 401, 401]
+    assert status(access, "/", "GET", host=b"evil.example") == 403
+    assert status(access, "/", "GET", origin=b"http://b") == 403
     assert status(access) == 401
     post = b"POST"
     assert status(access, method="OPTIONS", origin=b"http://a", access_control_request_method=post) is None

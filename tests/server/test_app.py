@@ -157,10 +157,51 @@ async def test_host_and_origin() -> None:
         assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, page)
         assert "access-control-allow-origin" not in (await server.ask(request("POST", "/tokenize", tokenize))).headers
         preflight = "Access-Control-Request-Method: POST"
-        answer = await server.ask(request("OPTIONS", "/completion", b"", f"Origin: {page}", preflight))
-        assert (answer.status, answer.headers["access-control-allow-methods"]) == (204, "DELETE, GET, POST")
         assert (await server.ask(request("OPTIONS", "/x", b"", "Origin: http://a", preflight))).status == 403
         assert len(engine.calls) == 4
+
+
+async def test_scripts_of_an_allowed_origin() -> None:
+    async with serving(FakeEngine(), api_key="s3cret", allowed_origins=["app://-"]) as server:
+        preflight = ["Origin: app://-", "Access-Control-Request-Method: POST"]
+        answer = await server.ask(request("OPTIONS", "/completion", b"", *preflight))
+        assert (answer.status, answer.headers["access-control-allow-methods"]) == (204, "DELETE, GET, HEAD, POST")
+        assert answer.headers["access-control-allow-origin"] == "app://-"
+        assert "access-control-allow-headers" not in answer.headers
+        wanted = "Access-Control-Request-Headers: authorization,x-stainless-os,cookie"
+        answer = await server.ask(request("OPTIONS", "/completion", b"", *preflight, wanted))
+        assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+        # A script may read that it was refused, and when to come back.
+        answer = await server.ask(request("POST", "/tokenize", b"{}", "Origin: app://-"))
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (401, "app://-")
+        assert answer.headers["access-control-expose-headers"] == "retry-after, x-request-id, x-should-retry"
+        answer = await server.ask(request("POST", "/tokenize", b"{}", "Origin: https://evil"))
+        assert (answer.status, "access-control-allow-origin" in answer.headers) == (403, False)
+
+
+async def test_a_wrong_origin_is_a_mistake_of_the_caller() -> None:
+    with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="without a path"), flatten_subgroups=True):
+        async with serving(FakeEngine(), allowed_origins=["http://localhost:3000/app"]):
+            raise AssertionError("it serves")
+
+
+async def test_the_front_page() -> None:
+    async with serving(FakeEngine(), api_key="s3cret") as server:
+        for accept in ((), ("Accept: */*",), ("Accept: application/json",), ("Accept: text/html;q=0, */*",)):
+            answer = await server.ask(request("GET", "/", b"", *accept))
+            assert (answer.status, answer.body) == (200, b"Ollama is running")
+            assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        answer = await server.ask(request("HEAD", "/"))
+        assert (answer.status, answer.body, answer.headers["content-length"]) == (200, b"", "17")
+        answer = await server.ask(request("GET", "/", b"", "Accept: text/html,application/xhtml+xml,*/*;q=0.8"))
+        assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        assert b'<a href="/docs">' in answer.body
+        assert b'<a href="/health">' in answer.body
+        assert (await server.ask(request("GET", "/", host="evil.example"))).status == 403
+        assert (await server.ask(request("GET", "/", b"", "Origin: null"))).status == 403
+        for method in ("POST", "DELETE"):
+            answer = await server.ask(request(method, "/", b"", "X-Api-Key: s3cret"))
+            assert (answer.status, answer.headers["allow"]) == (405, "GET")
 
 
 async def test_api_key() -> None:
@@ -169,4 +210,6 @@ async def test_api_key() -> None:
         answer = await server.ask(request("POST", "/tokenize", tokenize))
         assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert (await server.ask(request("POST", "/tokenize", tokenize, "Authorization: Bearer s3cret"))).status == 200
+        assert (await server.ask(request("POST", "/tokenize", tokenize, "X-Api-Key: s3cret"))).status == 200
+        assert (await server.ask(request("POST", "/tokenize", tokenize, "X-Api-Key: secret"))).status == 401
         assert (await server.ask(request("GET", "/health"))).status == 200

@@ -17,7 +17,7 @@ async def test_no_event_is_taken_before_it_can_be_sent() -> None:
     """Events that are taken count as read, and a client that reads a little now and then has not stalled."""
     generation = FakeGeneration(FakeEngine(), GenerateRequest(prompt="x"))
     generation.say(*(TextPiece("word " * 1000) for _ in range(60)))
-    body = EventBody(generation, responses.CompletionLines())  # type: ignore[arg-type]
+    body = EventBody(generation, responses.CompletionLines())
     n_written = 0
     while n_written < 60:
         n_written += (await anext(body)).count(b'"stop":')
@@ -51,3 +51,11 @@ async def test_a_long_backlog_leaves_in_small_chunks(error: EngineBroken | None)
         assert lines == [responses.CompletionLines().event(piece) for piece in pieces]
         assert (b"it died" in last) == (error is not None)
         await generation.closed.wait()
+
+
+async def test_the_opening_is_sent_before_any_event() -> None:
+    generation = FakeGeneration(FakeEngine(), GenerateRequest(prompt="x"))
+    body = EventBody(generation, responses.CompletionLines(), opening=b": hello\n\n")
+    assert await anext(body) == b": hello\n\n"
+    generation.say("a")
+    assert b'"content":"a"' in await anext(body)

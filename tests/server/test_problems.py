@@ -15,13 +15,15 @@ EXPECTED = {
     errors.InvalidGrammar("x"): 400,
     errors.InvalidImage("x", param="image_data"): 400,
     errors.UnknownAdapter("x"): 404,
+    errors.UnknownModel("x", known=("y",)): 404,
     errors.Unsupported("images"): 422,
     errors.EngineBusy(): 503,
+    errors.EngineLoading(): 503,
     errors.EngineClosed("x"): 503,
     errors.EngineBroken("x"): 503,
     errors.ReaderStalled("x"): 500,
     errors.DecodeFailed("x"): 500,
-    errors.LoadError("x", path="model.gguf"): 500,
+    errors.LoadError("x", path="model.gguf"): 503,
     errors.NativeError("decode", -3, "x"): 500,
 }
 
@@ -42,6 +44,8 @@ def test_status_text_and_headers(error: errors.RunnerError, status: int) -> None
     assert answer.text
     assert "\n" not in answer.text
     assert ("Retry-After" in answer.headers) == isinstance(error, errors.EngineBusy)
+    # What is broken stays broken, so OpenAI's clients need not try again.
+    assert ("X-Should-Retry" in answer.headers) == isinstance(error, (errors.EngineBroken, errors.LoadError))
     if isinstance(error, errors.RequestError) and error.param is not None:
         assert error.param in answer.text
 

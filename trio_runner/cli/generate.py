@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,6 +46,13 @@ logger = logging.getLogger(__name__)
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="File with a GBNF grammar that the text must follow.",
 )
+@click.option(
+    "--json-schema",
+    "schema_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="File with a JSON schema that the text must obey. Needs the package llguidance.",
+)
 @table_options(SamplingParams)
 @engine_options(slots=1, stall_timeout=math.inf)  # a pager may keep the text waiting for as long as its user likes
 def run(
@@ -59,10 +66,12 @@ def run(
     stop: tuple[str, ...],
     shift: bool,
     grammar_file: Path | None,
+    schema_file: Path | None,
 ) -> int:
     """Continue PROMPT and stream the text to stdout. Without PROMPT, or with "-", read it from stdin."""
     set_up_logging(options.verbose)
-    request = request_of_run(make_prompt(prompt, images, chat), max_tokens, stop, shift, grammar_file, sampling)
+    files = {"grammar": grammar_file, "json_schema": schema_file}
+    request = request_of_run(make_prompt(prompt, images, chat), max_tokens, stop, shift, files, sampling)
     configs = options.configs()
 
     from trio_runner.cli.running import run_with_engine
@@ -101,13 +110,14 @@ def request_of_run(
     max_tokens: int | None,
     stop: tuple[str, ...],
     shift: bool,
-    grammar_file: Path | None,
+    files: Mapping[str, Path | None],
     sampling: dict[str, Any],
 ) -> GenerateRequest:
-    """The request of `run`; `sampling` has fields of `SamplingParams` by name. Raises `click.UsageError`."""
+    """The request of `run`; `sampling` has fields of `SamplingParams` by name, and `files` the files with others of
+    them, as far as there are any. Raises `click.UsageError`."""
     try:
-        grammar = grammar_file.read_text(encoding="utf-8") if grammar_file is not None else ""
-        params = SamplingParams(**{"grammar": grammar, **sampling})
+        texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path is not None}
+        params = SamplingParams(**{**texts, **sampling})
         return GenerateRequest(prompt=prompt, max_tokens=max_tokens, stop=stop, shift=shift, sampling=params)
     except (RunnerError, OSError, UnicodeDecodeError) as error:
         raise click.UsageError(str(error)) from error

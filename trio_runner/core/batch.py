@@ -117,7 +117,8 @@ class DecodeOutcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token sampled for a chunk. With `error` there is none: this sequence cannot go on, the others can."""
+    """The token sampled for a chunk. One that `is_end` is the last of its sequence; it has a piece only if it
+    completes a value of a JSON schema. With `error` there is none: this sequence cannot go on, the others can."""
 
     token: int = -1
     piece: bytes = b""

@@ -74,8 +74,8 @@ class CacheEdits:
             self.edits.append(slot.trim(cut_before(slot.items, max(len(slot.items) - n_cut, 0))))
 
     def keep_finished_rows(self, sequence: Sequence, chunk: Chunk, batch: Batch, result: StepResult) -> None:
-        """Keep the rows of a chunk that an aborted or failed batch left in the KV cache, for they cost time. A last row
-        that was decoded but not sampled is decoded again, for its logits are lost."""
+        """Keep the rows of a chunk that an aborted or failed batch left in the KV cache, for they cost time. The last
+        row that the sequence needs is decoded again: nothing was sampled from it, and its logits are lost."""
         if not self._capabilities.has_memory:
             return
         needs_all_rows = batch.kind.embedding and not self._capabilities.embeds_last_row
@@ -83,7 +83,7 @@ class CacheEdits:
         if needs_all_rows or n_kept is None:
             self.start_over(sequence)
             return
-        n_useful = cut_before(chunk.items, n_kept - (chunk.output and n_kept == len(chunk.items)))
+        n_useful = cut_before(chunk.items, n_kept - (n_kept == len(sequence.pending)))
         if n_useful < n_kept:
             self.edits.append(Trim(chunk.slot, chunk.position + n_useful))
         self.hold(sequence, chunk.items[:n_useful])

@@ -101,8 +101,11 @@ class Model(Protocol):
         """The text of `tokens`. Raises `InvalidRequest` for a token outside the vocabulary."""
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
-        """A sampler whose penalties count the tokens of `prompt`. Raises `InvalidGrammar`, or `InvalidRequest` for
-        other parameters that cannot be met."""
+        """A sampler whose penalties count the tokens of `prompt`. Raises `InvalidGrammar`, or `InvalidRequest` or
+        `Unsupported` for other parameters that cannot be met."""
+
+    def has_schema(self, text: str) -> bool:
+        """Whether a JSON schema is compiled already, so that a sampler with it takes little time to make."""
 
     def adapter(self, path: str) -> Adapter:
         """Load a LoRA for this model. Raises `LoadError` if the file is at fault."""

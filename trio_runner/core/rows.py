@@ -42,7 +42,7 @@ def next_chunk(sequence: Sequence, capabilities: Capabilities) -> Chunk:
         slot.id,
         start,
         rows,
-        output=embeds or (not spec.embedding and len(rows) == n_pending),
+        output=embeds or (spec.samples and len(rows) == n_pending),
         offset=offset,
         encoder_tokens=spec.encoder_tokens,
         whole=embeds or (isinstance(first, MediaRow) and first.media.whole),

@@ -34,21 +34,29 @@ from typing import Final, TypeAlias
 from trio_runner.core import integrity
 from trio_runner.core.batch import Batch, BatchKind, DecodeOutcome, Sampled, StepResult, plan_batch
 from trio_runner.core.cache_edits import CacheEdits
+from trio_runner.core.counters import Counters
 from trio_runner.core.fault_isolation import FaultIsolation
 from trio_runner.core.following import MIN_FOLLOW, Following
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
 from trio_runner.core.rows import next_chunk, next_kind
-from trio_runner.core.sequence import Sequence, SequenceSpec, finish_reason, no_slot, takes_embed_slot
+from trio_runner.core.sequence import (
+    FirstToken,
+    Sequence,
+    SequenceSpec,
+    finish_reason,
+    no_slot,
+    takes_embed_slot,
+)
 from trio_runner.core.slots import Slot, SlotPool
-from trio_runner.core.snapshot import SchedulerState, sequence_states, slot_states
+from trio_runner.core.snapshot import SchedulerState, sequence_states, slot_states, statistics
 from trio_runner.core.turns import Turns
 from trio_runner.errors import DecodeFailed
 from trio_runner.events import Embedded, Event, Finished, FinishReason, PromptProgress
-from trio_runner.info import Capabilities, SchedulerStatistics
+from trio_runner.info import Capabilities, Phase, SchedulerStatistics
 
-Emission: TypeAlias = tuple[int, Event | Embedded]
-"""(uid, event for its reader)"""
+Emission: TypeAlias = tuple[int, Event | Embedded | FirstToken]
+"""(uid, event for its reader, or for the one who hands the events out)"""
 
 N_SHORT_STEPS: Final = 10
 """Steps without streams that are short after one that was aborted. A client that cancelled once will soon do so again,
@@ -90,8 +98,8 @@ class Scheduler:
             self._running, self._pool, self._cache.edits, can_trim=capabilities.can_trim, min_follow=min_follow
         )
         self._crowded = False  # the KV cache was full: no sequence gets a slot before another one gives one up
-        self._n_short_steps = 0
-        self._n_batches = self._n_planned = self._n_aborted = self._n_sampled = 0
+        self._n_short_steps = self._n_planned = 0
+        self._counters = Counters()
 
     def submit(self, spec: SequenceSpec) -> None:
         """Queue a sequence. Its uid must be higher than all before.
@@ -101,13 +109,17 @@ class Scheduler:
         """
         self._waiting[spec.uid] = Sequence(spec, takes_embed_slot(spec, self._capabilities))
 
-    def cancel(self, uid: int) -> None:
+    def cancel(self, uid: int) -> Phase | None:
         """End a sequence without another event. Its slot keeps what was decoded, so that the same prompt goes on from
-        there. An unknown uid, such as that of a sequence that has ended, is ignored."""
+        there. Returns the phase it was in; None for an unknown uid, such as that of a sequence that has ended."""
         if uid in self._running:
-            self._release(self._running[uid])
-        elif uid in self._waiting:
+            sequence = self._running[uid]
+            self._release(sequence)
+            return "decode" if sequence.prompt_done else "prefill"
+        if uid in self._waiting:
             self._remove_waiting(uid)
+            return "waiting"
+        return None
 
     def expire(self, uid: int) -> list[Emission]:
         """End a sequence whose deadline has passed, with the text that it has. An unknown uid is ignored."""
@@ -124,8 +136,10 @@ class Scheduler:
         self._set_paused(uid, True)
 
     def resume(self, uid: int) -> None:
-        """Undo `pause`."""
+        """Undo `pause`. Others may have decoded meanwhile what the sequence needs: it goes on from there."""
         self._set_paused(uid, False)
+        if uid in self._running:
+            self._following.resumed(self._running[uid])
 
     def _set_paused(self, uid: int, paused: bool) -> None:
         sequence = self._running.get(uid) or self._waiting.get(uid)
@@ -139,17 +153,7 @@ class Scheduler:
 
     def statistics(self) -> SchedulerStatistics:
         """How full the scheduler is, and what it has done so far."""
-        return SchedulerStatistics(
-            n_waiting=len(self._waiting),
-            n_running=len(self._running),
-            n_paused=sum(sequence.paused for sequence in self._running.values()),
-            n_preempted=sum(sequence.preempted for sequence in self._waiting.values()),
-            n_cached_tokens=sum(len(slot.items) for slot in self._pool.slots),
-            n_batches=self._n_batches,
-            n_aborted=self._n_aborted,
-            n_prompt_rows=self._cache.n_prompt_rows,
-            n_sampled=self._n_sampled,
-        )
+        return statistics(self._waiting, self._running, self._pool.slots, self._counters, self._cache.n_prompt_rows)
 
     def state(self) -> SchedulerState:
         """A copy of what the scheduler knows."""
@@ -190,7 +194,7 @@ class Scheduler:
         """Take what came of a batch. The events are in the order in which readers should get them."""
         self._turns.count(batch, self._running)
         if result.outcome is DecodeOutcome.OK:
-            self._n_batches += 1
+            self._counters.batch_done(len(self._running))
             self._n_short_steps = max(self._n_short_steps - 1, 0)
             self._faults.succeeded(batch)
             if not batch.kind.embedding:
@@ -201,7 +205,7 @@ class Scheduler:
                 if chunk.uid in self._running:
                     self._cache.keep_finished_rows(self._running[chunk.uid], chunk, batch, result)
         if result.outcome is DecodeOutcome.ABORTED:
-            self._n_aborted += 1
+            self._counters.n_aborted += 1
             self._n_short_steps = N_SHORT_STEPS
             return []
         if result.outcome is DecodeOutcome.NO_KV_SPACE and self._make_space(batch):
@@ -225,17 +229,18 @@ class Scheduler:
             slot, edits = acquired
             self._cache.edits += edits
             self._start(sequence, slot)
-            if sequence.spec.cache_prompt:
+            if sequence.spec.reuses:
                 self._following.find(sequence)
 
     def _acquire(self, sequence: Sequence) -> tuple[Slot, list[MemoryOp]] | None:
         spec = sequence.spec
         return self._pool.acquire(
             sequence.pending,
-            reuse=spec.cache_prompt,
+            reuse=spec.reuses,
             uid=spec.uid,
             cache_key=spec.cache_key,
             n_encoder_tokens=len(spec.encoder_tokens),
+            preferred=spec.preferred_slot,
         )
 
     def _first_waiting(self, *, in_embed_slot: bool) -> Sequence | None:
@@ -265,6 +270,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let a running sequence wait, with all it has. What its slot holds stays while other slots are free."""
+        self._counters.n_preemptions += 1
         if len(sequence.items) > self._capabilities.n_ctx:
             self._cache.shift(sequence)  # as it would have done in the next step
         sequence.pending[:0] = sequence.slot.items
@@ -336,17 +342,22 @@ class Scheduler:
             else:
                 sequence.completion_seconds += result.seconds
             self._cache.hold(sequence, chunk.items)
+            if was_prompt and not sequence.pending:
+                self._counters.prompt_done(sequence)
             if sequence.spec.progress and was_prompt:
                 n_done = len(sequence.spec.prompt) - len(sequence.pending)
                 yield chunk.uid, PromptProgress(n_done, len(sequence.spec.prompt), sequence.n_cached)
             if not chunk.output:
+                if not sequence.pending:  # nothing is to be sampled
+                    yield self._finish(sequence, "length")
                 continue
             if chunk.uid in result.embeddings:
                 yield chunk.uid, Embedded(result.embeddings[chunk.uid], sequence.usage)
                 self._release(sequence)
             else:
+                if was_prompt and sequence.spec.tells_first_token:
+                    yield chunk.uid, FirstToken()
                 sequence.prompt_done = True
-                self._n_sampled += 1
                 yield from self._take(sequence, result.sampled[chunk.uid])
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Iterator[Emission]:
@@ -355,6 +366,7 @@ class Scheduler:
         if sampled.error is not None:
             yield self._finish(sequence, "error", error=sampled.error)
             return
+        self._counters.n_sampled += 1
         piece = text.end(sampled) if sampled.is_end else text.push(sampled)
         if piece is not None:
             yield spec.uid, piece
@@ -396,6 +408,7 @@ class Scheduler:
         return [self._finish(sequence, "error", error=DecodeFailed(result.message or result.outcome.value))]
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> Emission:
+        self._counters.finished(sequence)
         tokens = sequence.text.take_tokens()
         finished = Finished(reason, sequence.usage, sequence.text.stop_matched, error, tokens)
         self._release(sequence)

@@ -25,8 +25,13 @@ class SequenceSpec:
     adapters: AdapterSet = ()
     n_keep: int = 0
     max_tokens: int | None = None
+    """With 0, nothing is sampled: the sequence ends when its prompt is decoded."""
     stop: tuple[str, ...] = ()
     cache_prompt: bool = True
+    share_prompt: bool = False
+    """Follow other sequences for any number of tokens. It goes on from what slots hold, as with `cache_prompt`."""
+    preferred_slot: int | None = None
+    """The slot to take if it is free; see `SlotPool.acquire`."""
     shift: bool = True
     embedding: bool = False
     """The request is for the embedding of the prompt, not for a continuation."""
@@ -34,6 +39,18 @@ class SequenceSpec:
     """Interactive sequences go first, and may take its slot for a while."""
     progress: bool = False
     logprobs: bool = False
+    tells_first_token: bool = False
+    """Emit `FirstToken`."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled, or only the rows of the prompt are wanted."""
+        return not self.embedding and self.max_tokens != 0
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it may go on from what other sequences have decoded."""
+        return self.cache_prompt or self.share_prompt
 
     @property
     def cache_key(self) -> Hashable:
@@ -45,6 +62,11 @@ def takes_embed_slot(spec: SequenceSpec, capabilities: Capabilities) -> bool:
     """Whether the sequence runs in a slot for embeddings. Those slots together hold no more rows than one batch. A
     longer text, if its last row gives its embedding, takes a slot like a generation."""
     return spec.embedding and not (capabilities.embeds_last_row and len(spec.prompt) > capabilities.max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first token of a sequence was sampled, whether or not its text is certain yet. Not for readers."""
 
 
 def no_slot() -> Slot:
@@ -139,9 +161,13 @@ class GeneratedText:
         return self._emit(self._stop.push(text))
 
     def end(self, sampled: Sampled) -> TextPiece | None:
-        """Take the end token, which has no text. Returns what was held back."""
+        """Take the last token, which may have text. Returns it after what was held back."""
         self._count(sampled)
-        return self.flush()
+        text = self._utf8.push(sampled.piece)
+        self._n_assembled += len(text)
+        if self._track_ends and text:
+            self._ends.append(self._n_assembled)
+        return self._emit(self._stop.push(text + self._utf8.flush()) + self._stop.flush())
 
     def flush(self) -> TextPiece | None:
         """Take no more tokens. Returns what was held back; half a character is dropped."""

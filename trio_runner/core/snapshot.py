@@ -1,13 +1,15 @@
-"""The state of a scheduler as values: what it knows between two steps, for checks and tests."""
+"""The state of a scheduler as values: what it knows between two steps, for statistics, checks and tests."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
+from trio_runner.core.counters import Counters
 from trio_runner.core.prompt import Item
 from trio_runner.core.sequence import Sequence, SequenceSpec
 from trio_runner.core.slots import Slot
+from trio_runner.info import SchedulerStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +94,39 @@ def sequence_states(sequences: Mapping[int, Sequence]) -> dict[int, SequenceStat
         )
         for uid, sequence in sequences.items()
     }
+
+
+def statistics(
+    waiting: Mapping[int, Sequence],
+    running: Mapping[int, Sequence],
+    slots: Iterable[Slot],
+    counters: Counters,
+    n_prompt_rows: int,
+) -> SchedulerStatistics:
+    """How full a scheduler is, and what it has done so far. `slots` are those that are not for embeddings."""
+    n_cached = n_used = 0
+    for slot in slots:
+        n_cached += len(slot.items)
+        if slot.busy:
+            n_used += len(slot.items)
+    return SchedulerStatistics(
+        n_waiting=len(waiting),
+        n_running=len(running),
+        n_paused=sum(sequence.paused for sequence in running.values()),
+        n_preempted=sum(sequence.preempted for sequence in waiting.values()),
+        n_cached_tokens=n_cached,
+        n_used_tokens=n_used,
+        n_prompt_rows=n_prompt_rows,
+        n_batches=counters.n_batches,
+        n_aborted=counters.n_aborted,
+        n_slots_used=counters.n_slots_used,
+        n_sampled=counters.n_sampled,
+        n_preemptions=counters.n_preemptions,
+        n_prompt_tokens=counters.n_prompt_tokens,
+        n_looked_up=counters.n_looked_up,
+        n_found=counters.n_found,
+        n_prompt_decoded=counters.n_prompt_decoded,
+        prompt_seconds=counters.prompt_seconds,
+        n_generated=counters.n_generated,
+        generation_seconds=counters.generation_seconds,
+    )

@@ -8,15 +8,11 @@ from typing import Literal, TypeAlias
 import trio
 
 from trio_runner.engine.requests import AnyRequest
-from trio_runner.engine.state import EngineState
+from trio_runner.engine.state import MAX_RETRY_AFTER, MIN_RETRY_AFTER, EngineState
 from trio_runner.errors import EngineBusy
 from trio_runner.events import Usage
 from trio_runner.request import GenerateRequest
 
-MAX_RETRY_AFTER = 60.0
-"""Seconds after which a refused request is told to come back, at most. A longer estimate would be worth nothing."""
-MIN_RETRY_AFTER = 1.0
-"""Seconds after which a refused request is told to come back, at least: HTTP counts in whole seconds."""
 SHARE_OF_LAST = 0.1
 """Weight of the last request in the moving average of seconds: the average is over about ten requests."""
 
@@ -37,6 +33,8 @@ class Admission:
         self.seconds: dict[Queue, float] = {}
         """Seconds for which a request had rows in batches: a moving average of the requests that ended without an
         error. Read by tests."""
+        self.n_refused = 0
+        """Requests that found the queue full."""
         self._state = state
         self._n_admitted: Counter[Queue] = Counter()
         self._idle = trio.Event()
@@ -52,6 +50,7 @@ class Admission:
             n_waiting = self._n_admitted[queue] - n_slots
             n_excess = n_waiting - max_queue + 1
             if n_excess > 0:
+                self.n_refused += 1
                 raise EngineBusy(
                     f"{n_slots} requests are running and {n_waiting} waiting",
                     retry_after=self._seconds_until_ended(queue, n_excess, n_slots),
@@ -87,4 +86,6 @@ class Admission:
 
     def _seconds_until_ended(self, queue: Queue, n_requests: int, n_slots: int) -> float:
         seconds = self.seconds.get(queue, 0.0) * n_requests / n_slots
+        if self._state.status == "loading":
+            seconds = self._state.seconds_to_load()
         return min(max(seconds, MIN_RETRY_AFTER), MAX_RETRY_AFTER)

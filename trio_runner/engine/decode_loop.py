@@ -10,12 +10,14 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 from trio_runner.core.batch import Batch, DecodeOutcome, StepResult
 from trio_runner.core.ports import Adapter, Context, EncodedMedia, Sampler
 from trio_runner.core.prompt import Media
 from trio_runner.core.scheduler import Emission, Scheduler, Step
 from trio_runner.engine.mailbox import Cancel, Close, Expire, Mail, Mailbox, Pause, Resume, Retire, Submit
+from trio_runner.engine.request_times import RequestTimes
 from trio_runner.events import Embedded, Finished
 from trio_runner.info import SchedulerStatistics
 
@@ -50,6 +52,7 @@ class DecodeLoop:
         deliver: Callable[[list[Emission]], None],
         *,
         step_target: float | None = None,
+        times: RequestTimes | None = None,
     ) -> None:
         self.statistics = SchedulerStatistics()
         """The statistics after the last mail or step. Replaced, never mutated, so that any thread may read them."""
@@ -57,6 +60,7 @@ class DecodeLoop:
         self._mailbox = mailbox
         self._deliver = deliver
         self._scheduler = Scheduler(context.capabilities, step_target)
+        self._times = RequestTimes() if times is None else times
         self._submitted: dict[int, Submit] = {}
         self._samplers: dict[int, Sampler] = {}
         self._retired: dict[int, Adapter] = {}
@@ -128,14 +132,19 @@ class DecodeLoop:
         match mail:
             case Submit(spec, sampler):
                 self._submitted[spec.uid] = mail
+                self._times.submitted(
+                    spec.uid, arrived=mail.arrived, submitted=mail.submitted, embedding=spec.embedding
+                )
                 if sampler is not None:
                     self._samplers[spec.uid] = sampler
                 self._scheduler.submit(spec)
             case Retire(uid, adapter):
                 self._retired[uid] = adapter
                 self._close_retired()
-            case Cancel(uid):
-                self._scheduler.cancel(uid)
+            case Cancel(uid, closed):
+                phase = self._scheduler.cancel(uid)
+                if phase is not None:
+                    self._times.cancelled(uid, phase, closed=closed, now=perf_counter())
                 self._drop(uid)
             case Expire(uid):
                 self._hand_out(self._scheduler.expire(uid))
@@ -162,8 +171,10 @@ class DecodeLoop:
         if self._mailbox:
             self._running = None
             return
+        self._times.started(batch.chunks, perf_counter())
         result = self._decode(batch)
         self._running = None
+        self._times.sampled({uid for uid, sampled in result.sampled.items() if sampled.error is None}, perf_counter())
         # The batch after an aborted one runs to its end if anybody wants it, so that a client that cancels in a loop
         # cannot stop the others.
         self._may_abort_for_one = result.outcome is not DecodeOutcome.ABORTED
@@ -174,8 +185,12 @@ class DecodeLoop:
     def _hand_out(self, emissions: list[Emission]) -> None:
         # Before the events are delivered, so that a reader of a last event finds the slot free.
         self.statistics = self._scheduler.statistics()
-        for uid, event in emissions:
-            if isinstance(event, (Finished, Embedded)):
+        for index, (uid, event) in enumerate(emissions):
+            if isinstance(event, Finished):
+                emissions[index] = uid, self._times.finished(uid, event, perf_counter())
+                self._drop(uid)
+            elif isinstance(event, Embedded):
+                emissions[index] = uid, self._times.embedded(uid, event, perf_counter())
                 self._drop(uid)
         if emissions:
             self._deliver(emissions)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Protocol
 
 import trio
 
 from trio_runner.core.scheduler import Emission
+from trio_runner.core.sequence import FirstToken
 from trio_runner.engine.adapters import AdapterTable
 from trio_runner.engine.admission import Admission, Queue
 from trio_runner.engine.deadlines import Deadlines
@@ -25,6 +27,7 @@ from trio_runner.engine.requests import AnyRequest
 from trio_runner.engine.state import EngineState
 from trio_runner.errors import ReaderStalled, RunnerError
 from trio_runner.events import Embedded, Event, Finished, Usage
+from trio_runner.info import RequestStatistics
 from trio_runner.request import GenerateRequest
 
 
@@ -44,6 +47,8 @@ class _InFlight:
 
     reader: Reader
     queue: Queue
+    decode_seconds: float | None = None
+    """Seconds from its first token after which it ends."""
 
 
 class Dispatcher:
@@ -60,7 +65,11 @@ class Dispatcher:
         self.stall_deadlines = Deadlines(self._end_stalled)
         """When the readers of paused generations must have read something."""
         self.request_deadlines = Deadlines(self._expire)
-        """When requests with a deadline of their own end."""
+        """When requests with a deadline of their own end, or with a limit of the time after their first token."""
+        self.n_preparing = 0
+        """Requests that were admitted, and that the decode thread does not know yet."""
+        self._n_cancelled_preparing = 0
+        self._ended: Counter[str] = Counter()  # generations that ended without the decode thread, by reason
         self._state = state
         self._mailbox = mailbox
         self._admission = admission
@@ -75,6 +84,12 @@ class Dispatcher:
         """Requests that the decode thread knows, or whose last events it has not handed over yet."""
         return len(self._in_flight)
 
+    def statistics(self) -> RequestStatistics:
+        """How requests ended and how long they took."""
+        return self._state.times.statistics(
+            n_refused=self._admission.n_refused, n_cancelled_preparing=self._n_cancelled_preparing, ended=self._ended
+        )
+
     # -- for generations and embeddings -------------------------------------------------------------------------------
 
     @property
@@ -88,11 +103,13 @@ class Dispatcher:
         A deadline that passes before that ends the request here. Raises `EngineBusy` if the queue is full, and what
         `Preparation.prepare` raises.
         """
+        arrived = perf_counter()
         uid = next(self._uids)
         deadline = math.inf
         if isinstance(request, GenerateRequest) and request.deadline is not None:
             deadline = trio.current_time() + request.deadline
         queue = self._admission.admit(request)
+        self.n_preparing += 1
         try:
             mail: Submit | None = None
             with trio.CancelScope(deadline=deadline):
@@ -102,6 +119,7 @@ class Dispatcher:
             # No checkpoint from here to the return: a sequence that was submitted has a reader that knows its uid.
             if mail is None or deadline <= trio.current_time():
                 close_sampler(mail)
+                self._ended["deadline"] += 1
                 reader.deliver(Finished("deadline", Usage()))
                 self._admission.leave(queue)
                 return uid
@@ -111,11 +129,18 @@ class Dispatcher:
             except RunnerError:
                 close_sampler(mail)
                 raise
-        except BaseException:
+        except BaseException as error:
             self._admission.leave(queue)
+            if isinstance(error, trio.Cancelled):
+                self._n_cancelled_preparing += 1
+                self._ended["abort"] += queue == "generation"
             raise
-        self._in_flight[uid] = _InFlight(reader, queue)
-        self._mailbox.put(replace(mail, spec=replace(mail.spec, adapters=chosen), adapters=adapters))
+        finally:
+            self.n_preparing -= 1
+        decode_seconds = request.decode_seconds if isinstance(request, GenerateRequest) else None
+        self._in_flight[uid] = _InFlight(reader, queue, decode_seconds)
+        spec = replace(mail.spec, adapters=chosen)
+        self._mailbox.put(replace(mail, spec=spec, adapters=adapters, arrived=arrived, submitted=perf_counter()))
         if deadline < math.inf:
             self.request_deadlines.set(uid, deadline)
         return uid
@@ -163,6 +188,9 @@ class Dispatcher:
             request = self._in_flight.get(uid)
             if request is None:
                 continue
+            if isinstance(event, FirstToken):
+                self._limit_decoding(uid, request.decode_seconds)
+                continue
             if isinstance(event, (Finished, Embedded)):
                 del self._in_flight[uid]
                 self._forget(uid, request)
@@ -175,6 +203,7 @@ class Dispatcher:
         while self._in_flight:
             uid, request = self._in_flight.popitem()
             self._forget(uid, request)
+            self._ended["error"] += request.queue == "generation"
             request.reader.fail(make_error())
 
     def cancel_all(self, make_error: Callable[[], Exception]) -> None:
@@ -186,6 +215,10 @@ class Dispatcher:
 
     def _end_stalled(self, uid: int) -> None:
         self.cancel(uid, ReaderStalled(f"nothing was read for {self._state.config.stall_timeout:g} seconds"))
+
+    def _limit_decoding(self, uid: int, seconds: float | None) -> None:
+        moment = trio.current_time() + (math.inf if seconds is None else seconds)
+        self.request_deadlines.set(uid, min(moment, self.request_deadlines.moments.get(uid, math.inf)))
 
     def _expire(self, uid: int) -> None:
         self._tell(Expire(uid))

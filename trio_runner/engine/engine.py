@@ -31,7 +31,6 @@ from trio_runner.info import (
     EngineStatistics,
     ModelInfo,
     Placement,
-    SchedulerStatistics,
     Status,
 )
 from trio_runner.options import ChatOptions, GenerateOptions
@@ -86,8 +85,8 @@ class Engine:
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model. Raises `EngineBusy` while it loads, `LoadError` if it did not load, and `EngineBroken`
-        or `EngineClosed` after the engine has ended."""
+        """Facts about the model. Raises `EngineLoading` while it loads, `LoadError` if it did not load, and
+        `EngineBroken` or `EngineClosed` after the engine has ended."""
         return self._state.ready_runtime().model.info
 
     @property
@@ -114,8 +113,14 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """How busy the engine is. Never raises."""
         state = self._state
-        scheduler = state.loop.statistics if state.loop is not None else SchedulerStatistics()
-        statistics = EngineStatistics(state.status, state.config.slots, self._dispatcher.n_in_flight, scheduler)
+        statistics = EngineStatistics(
+            state.status,
+            state.config.slots,
+            self._dispatcher.n_in_flight,
+            state.last_statistics if state.loop is None else state.loop.statistics,
+            preparing=self._dispatcher.n_preparing,
+            requests=self._dispatcher.statistics(),
+        )
         images = state.images
         if images is None:
             return statistics
@@ -123,10 +128,11 @@ class Engine:
             statistics, images_encoded=images.n_encoded, images_found=images.n_found, image_bytes=images.n_bytes
         )
 
-    async def wait_ready(self) -> None:
-        """Wait until the model is loaded. Raises `LoadError` if it did not load, `EngineBroken` if the engine broke,
-        and `EngineClosed` if the engine is closed or closing."""
-        await self._state.wait_ready()
+    async def wait_ready(self, at_most: float | None = None) -> None:
+        """Wait until the model is loaded, for at most `at_most` seconds; None means `config.load_wait`, as for a
+        request. Raises `EngineLoading` if it takes longer, `LoadError` if the model did not load, `EngineBroken` if the
+        engine broke, and `EngineClosed` if the engine is closed or closing."""
+        await self._state.wait_ready(at_most)
 
     # -- generating ---------------------------------------------------------------------------------------------------
 

@@ -127,7 +127,8 @@ class Lifecycle:
         for loaded in runtime.adapters:
             self.adapters.add(AdapterInfo(loaded.name, loaded.path, loaded.scale), loaded.adapter)
         receive = dispatcher.receiver(trio.lowlevel.current_trio_token())
-        loop = DecodeLoop(runtime.context, self.mailbox, receive, step_target=state.config.step_target)
+        target = state.config.step_target
+        loop = DecodeLoop(runtime.context, self.mailbox, receive, step_target=target, times=state.times)
         state.runtime, state.loop = runtime, loop
         if state.status == "loading":
             state.status = "ready"
@@ -157,6 +158,8 @@ class Lifecycle:
         with trio.move_on_after(seconds, shield=True) as scope:
             await self._wait_for_users_of_the_model()
         loop, state.runtime, state.loop, state.images = state.loop, None, None, None
+        if loop is not None:
+            state.last_statistics = loop.statistics.at_rest()
         adapters = self.adapters.clear()
         if self._decode_thread_hangs:
             return  # should the thread ever come back, its last reference to the model frees it

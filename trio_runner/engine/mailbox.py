@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TypeAlias
 
 from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
@@ -24,6 +25,10 @@ class Submit:
     sampler: Sampler | None
     media: Mapping[Media, EncodedMedia] = field(default_factory=dict)
     adapters: Mapping[int, Adapter] = field(default_factory=dict)
+    arrived: float = field(default_factory=perf_counter, compare=False)
+    """When the request was asked for, in seconds of `perf_counter`."""
+    submitted: float = field(default_factory=perf_counter, compare=False)
+    """When it was prepared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,8 @@ class Cancel:
     """Cancel this sequence, without another event."""
 
     uid: int
+    closed: float = field(default_factory=perf_counter, compare=False)
+    """When its reader closed it, in seconds of `perf_counter`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class Preparation:
             parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
             self._state.live_runtime()  # that took a while, and the model may be about to be freed
         kind = kind_for(n_text)
-        if kind == "short" and _compares_many_breakers(request, runtime.model):
+        if kind == "short" and _makes_slow_sampler(request, runtime.model):
             kind = "sampler"
         call = partial(prepare_sequence, request, runtime, uid, parts)
         return await self._helpers.run(call, kind, discard=close_sampler)
@@ -76,12 +76,14 @@ class Preparation:
                 raise
 
 
-def _compares_many_breakers(request: AnyRequest, model: Model) -> bool:
-    """Whether the sampler takes long to make: for every DRY breaker, llama.cpp looks at every token of the
-    vocabulary. With 16 breakers, a vocabulary of 250,000 tokens takes seconds."""
+def _makes_slow_sampler(request: AnyRequest, model: Model) -> bool:
+    """Whether the sampler takes long to make. A schema must be compiled. For every DRY breaker, llama.cpp looks at
+    every token of the vocabulary: with 16 breakers, a vocabulary of 250,000 tokens takes seconds."""
     if not isinstance(request, GenerateRequest):
         return False
     sampling: SamplingParams = request.sampling
+    if sampling.json_schema and not model.has_schema(sampling.json_schema):
+        return True
     if not sampling.dry_multiplier or not sampling.dry_penalty_last_n:
         return False
     return len(sampling.dry_sequence_breakers) * model.info.n_vocab >= LONG_DRY

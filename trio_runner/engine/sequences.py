@@ -39,6 +39,11 @@ def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: Enc
     model, capabilities = runtime.model, runtime.context.capabilities
     if not capabilities.can_generate:
         raise Unsupported("generation", "this model makes embeddings, it cannot generate text")
+    if request.preferred_slot is not None and request.preferred_slot >= capabilities.n_slots:
+        last = capabilities.n_slots - 1
+        raise InvalidRequest(
+            f"preferred_slot must be between 0 and {last}, not {request.preferred_slot}", param="preferred_slot"
+        )
     param = "messages" if isinstance(request.prompt, Chat) else "prompt"
     items: Sequence[Item]
     media: dict[Media, EncodedMedia] = {}
@@ -48,6 +53,7 @@ def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: Enc
     else:
         items = tokens_of(model, request.prompt, param=param, parse_special=request.parse_special)
     has_encoder = capabilities.decoder_start is not None
+    samples = request.max_tokens != 0
     fitted = fit_prompt(
         items,
         n_ctx=capabilities.max_rows if has_encoder else capabilities.n_ctx,
@@ -57,20 +63,27 @@ def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: Enc
         param=param,
     )
     tokens = tuple(item for item in fitted.items if isinstance(item, int))
+    prompt = fitted.items if capabilities.decoder_start is None else (capabilities.decoder_start,)
+    if not samples and not capabilities.can_trim:
+        # The same prompt later needs the state before its last token, and this memory cannot go back to it.
+        prompt = prompt[:-1] or prompt
     spec = SequenceSpec(
         uid=uid,
-        prompt=fitted.items if capabilities.decoder_start is None else (capabilities.decoder_start,),
+        prompt=prompt,
         encoder_tokens=tokens if has_encoder else (),
         n_keep=1 if has_encoder else fitted.n_keep,
         max_tokens=request.max_tokens,
         stop=request.stop,
         cache_prompt=request.cache_prompt,
+        share_prompt=request.share_prompt,
+        preferred_slot=request.preferred_slot,
         shift=request.shift,
         background=request.priority == "background",
         progress=request.progress,
         logprobs=request.sampling.logprobs >= 0,
+        tells_first_token=request.decode_seconds is not None,
     )
-    return Submit(spec, model.sampler(request.sampling, tokens), media)
+    return Submit(spec, model.sampler(request.sampling, tokens) if samples else None, media)
 
 
 def _longest_text(capabilities: Capabilities) -> int:

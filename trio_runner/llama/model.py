@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.config import SPLIT_MODES, ModelConfig
-from trio_runner.errors import EngineClosed, InvalidRequest, LoadError
+from trio_runner.errors import EngineClosed, InvalidRequest, LoadError, Unsupported
 from trio_runner.info import ModelInfo
 from trio_runner.llama.adapter import Adapter
 from trio_runner.llama.library import check, drain_log, last_error, native, read_text
 from trio_runner.llama.sampler import Sampler
+from trio_runner.llama.schema import Schemas
 from trio_runner.request import MAX_TEXT_BYTES
 from trio_runner.sampling import SamplingParams
 
@@ -96,6 +97,7 @@ class Model:
         self.native_info = self._ffi.new("trio_model_info *")
         check("trio_model_get_info", self._lib.trio_model_get_info(self._handle, self.native_info))
         self._info = self._describe()
+        self._schemas = Schemas(self._handle)
         self._pieces: dict[int, bytes] = {}
 
     @property
@@ -217,12 +219,23 @@ class Model:
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
         """Create a sampler whose penalties have seen `prompt`.
 
-        Raises `InvalidGrammar`, or `InvalidRequest` for a token outside the vocabulary.
+        Raises `InvalidGrammar`, `InvalidRequest` for a token outside the vocabulary or a schema without llguidance, and
+        `Unsupported` for a schema without a vocabulary.
         """
         for token, _ in params.logit_bias:
             self._check_tokens((token,), "logit_bias")
         self._check_tokens(prompt, "prompt")
-        return Sampler(self.handle, params, prompt, n_vocab=self._info.n_vocab)
+        handle = self.handle
+        schema = None
+        if params.json_schema:
+            if not self.native_info.has_vocab:
+                raise Unsupported("schemas", "this model has no vocabulary for a schema", param="json_schema")
+            schema = self._schemas.compiled(params.json_schema)
+        return Sampler(handle, params, prompt, n_vocab=self._info.n_vocab, schema=schema)
+
+    def has_schema(self, text: str) -> bool:
+        """Whether the JSON schema is compiled already, so that a sampler with it takes little time to make."""
+        return self._schemas.has(text)
 
     def adapter(self, path: str) -> Adapter:
         """Load a LoRA adapter for this model and try it on a few tokens.

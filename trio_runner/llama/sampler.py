@@ -25,11 +25,16 @@ class Sampler:
     Raises `InvalidGrammar` for a grammar that does not parse or would cost too much.
     """
 
-    def __init__(self, model: Any, params: SamplingParams, prompt: Sequence[int] = (), *, n_vocab: int) -> None:
+    def __init__(
+        self, model: Any, params: SamplingParams, prompt: Sequence[int] = (), *, n_vocab: int, schema: Any = None
+    ) -> None:
+        """`schema` is the shim's trio_schema for `params.json_schema`, if that is not empty."""
         if params.grammar:
             check_grammar(params.grammar)
         loaded = native()
         ffi, lib = loaded.ffi, loaded.lib
+        self.grammar_param = "json_schema" if params.json_schema else "grammar"
+        """The parameter at fault if no token is possible."""
         self.n_top = min(params.logprobs, n_vocab)
         breakers = [ffi.new("char[]", breaker.encode()) for breaker in params.dry_sequence_breakers]
         breaker_pointers = ffi.new("char *[]", breakers)
@@ -40,6 +45,7 @@ class Sampler:
         for name in _BY_NAME:
             setattr(native_params, name, getattr(params, name))
         native_params.grammar = grammar
+        native_params.json_schema = ffi.NULL if schema is None else schema
         native_params.dry_breakers = ffi.cast("char const * const *", breaker_pointers)
         native_params.n_dry_breakers = len(breakers)
         native_params.bias_tokens, native_params.bias_values = bias_tokens, bias_values

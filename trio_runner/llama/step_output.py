@@ -36,6 +36,7 @@ class StepOutput:
         self._n_embd = n_embd
         self._rows = ffi.new("int32_t[]", n_samples)
         self._samplers = ffi.new("trio_sampler *[]", n_samples)
+        self._grammar_params = ["grammar"] * n_samples
         self.request = ffi.new("trio_sample_request *", {"rows": self._rows, "samplers": self._samplers})
         self._piece_bytes = max(_MIN_PIECE_BYTES, model.native_info.max_piece)
         self._sampled = ffi.new("trio_sampled[]", n_samples)
@@ -60,6 +61,7 @@ class StepOutput:
             assert isinstance(sampler, Sampler)
             self._rows[index] = row
             self._samplers[index] = sampler.handle
+            self._grammar_params[index] = sampler.grammar_param
         self.request.n_samples = len(outputs)
         self.result.pieces_size = len(outputs) * self._piece_bytes
 
@@ -73,7 +75,7 @@ class StepOutput:
         if raw.status < 0:
             message = piece.decode(errors="replace")
             if raw.status == self._lib.TRIO_E_GRAMMAR:
-                return Sampled(error=InvalidGrammar(message))
+                return Sampled(error=InvalidGrammar(message, param=self._grammar_params[index]))
             return Sampled(error=NativeError("trio_step", raw.status, message))
         if raw.n_top == 0:
             return Sampled(raw.token, piece, bool(raw.is_end), raw.logprob)

@@ -15,10 +15,13 @@ from trio_runner.interface import EngineInterface
 from trio_runner.server.access import Access
 from trio_runner.server.body_threads import BodyThreads
 from trio_runner.server.dialects import DIALECTS, Dialect
-from trio_runner.server.dialects.dialect import RouteContext, response
+from trio_runner.server.dialects.dialect import ANY_METHOD, Operation, RouteContext, response
 from trio_runner.server.gate import Gate
 from trio_runner.server.intake import Intake
+from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.problems import Answer, Problem, Wording, problem
+from trio_runner.server.site import Site
+from trio_runner.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +39,14 @@ def create_app(
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     adapter_dir: Path | None = None,
+    names: ModelNames = ANY_NAME,
+    model_path: Path | None = None,
     dialects: Sequence[Dialect] = DIALECTS,
 ) -> QuartTrio:
     """An application that serves `engine`, which may still be loading. It needs no lifespan and starts no task.
 
-    Clients may load the adapters in `adapter_dir`. The last of `dialects` gets the paths that belong to none.
+    Clients may load the adapters in `adapter_dir`, and call the model by any of `names`. `model_path` is its
+    file. The last of `dialects` gets the paths that belong to none.
     """
     app = QuartTrio("trio_runner.server", static_folder=None)
     app.config.update(
@@ -53,12 +59,26 @@ def create_app(
         speaker = next((dialect for dialect in dialects if dialect.speaks_at(path)), dialects[-1])
         return speaker.word(refusal)
 
-    context = RouteContext(engine, BodyThreads(), adapter_dir)
-    for dialect in dialects:
-        dialect.add_routes(app, context)
+    context = RouteContext(engine, BodyThreads(), adapter_dir, names, model_path)
+    access = access or Access()
+    site = Site(dialects, version=__version__, needs_key=access.api_key is not None)
+    for dialect in (*dialects, site):
+        for operation in dialect.operations(context):
+            _add_route(app, dialect.name, operation)
     _handle_errors(app, word, max_body_bytes)
-    app.asgi_app = Gate(Intake(app.asgi_app, word), access or Access(), word)  # type: ignore[method-assign,assignment]
+    app.asgi_app = Gate(Intake(app.asgi_app, word), access, word)  # type: ignore[method-assign,assignment]
     return app
+
+
+def _add_route(app: QuartTrio, dialect: str, operation: Operation) -> None:
+    endpoint = f"{dialect}.{operation.method} {operation.path}".replace(".", ":")
+    if operation.method == ANY_METHOD:  # which add_url_rule cannot say
+        rule = app.url_rule_class(operation.path, endpoint=endpoint)
+        rule.provide_automatic_options = False
+        app.url_map.add(rule)
+        app.view_functions[endpoint] = operation.handler
+    else:
+        app.add_url_rule(operation.path, endpoint, operation.handler, methods=[operation.method])
 
 
 def _handle_errors(app: QuartTrio, word: Wording, max_body_bytes: int) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from trio_runner.server.access import Access
+from trio_runner.server.access import Access, allowed_headers
 from trio_runner.server.asgi import Application, Receive, Send, send_answer
 from trio_runner.server.ownership import owning
 from trio_runner.server.problems import Answer, Wording
 
-_PREFLIGHT = {
-    "Access-Control-Allow-Methods": "DELETE, GET, POST",
-    "Access-Control-Allow-Headers": "authorization, content-type",
-    "Access-Control-Max-Age": "600",
-}
+_EXPOSED = b"retry-after, x-request-id, x-should-retry"
+"""What scripts may read of an answer's headers, besides those that browsers show them anyway."""
 
 
 class Gate:
@@ -30,27 +28,35 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        refusal = self._access.refusal(scope["method"], scope["path"], headers)
+        origin = headers.get(b"origin")
+        if origin is not None and self._access.origin_allowed(origin):
+            send = _with_cors(send, origin)  # scripts also want to read why they were refused
+        server = scope.get("server")
+        by_unix_socket = server is not None and server[1] is None
+        refusal = self._access.refusal(scope["method"], scope["path"], headers, by_unix_socket=by_unix_socket)
         if refusal is not None:
             await send_answer(send, self._word(scope["path"], refusal))
-            return
-        origin = headers.get(b"origin")
-        if origin is not None:
-            send = _with_cors(send, origin)
-            if self._access.is_preflight(scope["method"], headers):
-                await send_answer(send, Answer(204, _PREFLIGHT, b""))
-                return
-        with owning(scope):
-            await self._app(scope, receive, send)
+        elif self._access.is_preflight(scope["method"], headers):
+            await send_answer(send, Answer(204, _preflight(headers), b""))
+        else:
+            with owning(scope):
+                await self._app(scope, receive, send)
+
+
+def _preflight(headers: Mapping[bytes, bytes]) -> dict[str, str]:
+    """What a preflight with these headers is answered with."""
+    answered = {"Access-Control-Allow-Methods": "DELETE, GET, HEAD, POST", "Access-Control-Max-Age": "600"}
+    names = allowed_headers(headers.get(b"access-control-request-headers", b""))
+    return answered | ({"Access-Control-Allow-Headers": names} if names else {})
 
 
 def _with_cors(send: Send, origin: bytes) -> Send:
     """`send` that also tells the browser that pages of `origin` may read the answer."""
+    added = [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", _EXPOSED)]
 
     async def send_with_cors(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            added = [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
-            message = {**message, "headers": [*message["headers"], *added]}
+            message = {**message, "headers": [*message["headers"], *added, (b"vary", b"origin")]}
         await send(message)
 
     return send_with_cors

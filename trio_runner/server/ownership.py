@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from quart import request
-
-from trio_runner.interface import GenerationInterface
 
 _OWNED = "trio_runner.owned"
 """Key of the ASGI scope."""
 
 
+class Closable(Protocol):
+    """A generation, or several of them."""
+
+    def close(self) -> None: ...
+
+
 @contextmanager
 def owning(scope: dict[str, Any]) -> Iterator[None]:
     """Close, at the end of the block, the generations that were given to `own` for the request of `scope`."""
-    owned: list[GenerationInterface] = []
+    owned: list[Closable] = []
     scope[_OWNED] = owned
     try:
         yield
@@ -31,6 +35,6 @@ def owning(scope: dict[str, Any]) -> Iterator[None]:
             generation.close()
 
 
-def own(generation: GenerationInterface) -> None:
+def own(generation: Closable) -> None:
     """Close `generation` when the current request is over."""
     cast(dict[str, Any], request.scope)[_OWNED].append(generation)

@@ -7,11 +7,36 @@ the text of a caller's mistake always names the field. A dialect makes an `Answe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
-from trio_runner.errors import EngineBusy, RequestError, RunnerError
+from trio_runner.errors import (
+    EngineBroken,
+    EngineBusy,
+    EngineLoading,
+    InvalidImage,
+    LoadError,
+    PromptTooLong,
+    RequestError,
+    RunnerError,
+    UnknownAdapter,
+    UnknownModel,
+    Unsupported,
+)
+
+CODES: Final[Mapping[type[RunnerError], str]] = {
+    PromptTooLong: "context_length_exceeded",
+    InvalidImage: "invalid_image",
+    UnknownAdapter: "adapter_not_found",
+    UnknownModel: "model_not_found",
+    Unsupported: "unsupported",
+    EngineBusy: "server_busy",
+    EngineLoading: "model_loading",
+    EngineBroken: "engine_broken",
+    LoadError: "engine_broken",
+}
+"""Words for programs. OpenAI's clients know the first one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +46,10 @@ class Problem:
     status: int
     text: str
     headers: dict[str, str] = field(default_factory=dict)
+    param: str | None = None
+    """The field of the request that is at fault, as a path such as `messages[2].content`."""
+    code: str | None = None
+    """A word that programs can compare, where there is one; see `CODES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +78,10 @@ def problem(error: Exception) -> Problem:
     headers = {}
     if isinstance(error, EngineBusy):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return Problem(error.status, problem_text(error), headers)
+    elif isinstance(error, (EngineBroken, LoadError)):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would try twice more, as they do with every 503
+    param = error.param if isinstance(error, RequestError) else None
+    return Problem(error.status, problem_text(error), headers, param, CODES.get(type(error)))
 
 
 def problem_text(error: Exception) -> str:

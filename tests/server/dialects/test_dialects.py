@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 from quart import Response
-from quart_trio import QuartTrio
 
 import trio_runner.server.dialects
 from tests.server.client import post, request, serving
 from tests.server.fake_engine import FakeEngine
 from trio_runner.errors import EngineBusy
 from trio_runner.server.dialects import DIALECTS
-from trio_runner.server.dialects.dialect import RouteContext, json_response
+from trio_runner.server.dialects.dialect import Operation, RouteContext, json_response
 from trio_runner.server.problems import Answer, Problem
 
 ROOM = Path(trio_runner.server.dialects.__file__).parent
@@ -46,19 +45,23 @@ def test_a_dialect_knows_bytes_requests_and_events_and_never_an_engine(path: Pat
 class LoudDialect:
     """Says everything in capitals, below /loud."""
 
+    name = "loud"
+    about = "Says everything in capitals."
+    error_type = None
+
     def speaks_at(self, path: str) -> bool:
         return path.startswith("/loud/")
 
     def word(self, problem: Problem) -> Answer:
         return Answer(problem.status, {"Content-Type": "text/loud", **problem.headers}, problem.text.upper().encode())
 
-    def add_routes(self, app: QuartTrio, context: RouteContext) -> None:
+    def operations(self, context: RouteContext) -> list[Operation]:
         async def length() -> Response:
             text = await context.threads.read_body(bytes.decode)
             tokens = await context.engine.tokenize(text)
             return json_response(b"%d" % len(tokens))
 
-        app.add_url_rule("/loud/length", "loud.length", length, methods=["POST"])
+        return [Operation(method="POST", path="/loud/length", handler=length, summary="Count the tokens of a text.")]
 
 
 async def test_each_dialect_words_the_problems_of_its_paths() -> None:

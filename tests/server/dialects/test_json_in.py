@@ -7,10 +7,8 @@ import json
 import pytest
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import parameters_of
-from trio_runner.request import EmbedRequest
-from trio_runner.sampling import SamplingParams
 from trio_runner.server.dialects import json_in
+from trio_runner.server.dialects.fields import Body, field
 from trio_runner.server.dialects.runner import requests
 
 MANY = json_in.MAX_VALUES
@@ -46,11 +44,8 @@ def test_text_and_numbers_do_not_count() -> None:
 
 def test_only_the_fields_of_the_request_match_in_any_case_and_lose_their_nulls() -> None:
     """A JSON schema has names and nulls of its own."""
-    given = json_in.read_fields(
-        b'{"SCHEMA": {"firstName": null, "a": {"B": null}}, "Other": 1}',
-        {"schema": lambda name, value: value},
-        refusal="no",
-    )
+    schema = field({}, "A schema.", check=lambda name, value: value)
+    given = Body({"schema": schema}, {}).read(b'{"SCHEMA": {"firstName": null, "a": {"B": null}}, "Other": 1}')
     assert given == {"schema": {"firstName": None, "a": {"B": None}}}
     assert json_in.fold(given["schema"]["a"]) == {}
 
@@ -70,18 +65,4 @@ def test_the_last_duplicate_wins_whatever_its_case(body: bytes, expected: dict[s
 @pytest.mark.parametrize("body", [b"[1]", b"1", b'"x"', b"", b"{", b"true"])
 def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match=r"^no: ."):
-        json_in.read_fields(body, {}, refusal="no: {}")
-
-
-def test_every_sampling_parameter_has_a_check() -> None:
-    fields = json_in.fields_of(SamplingParams)
-    assert list(fields) == list(parameters_of(SamplingParams))
-    for name, check in fields.items():
-        with pytest.raises(InvalidRequest, match=name):
-            check(name, None)
-
-
-def test_the_checks_of_some_parameters() -> None:
-    assert list(json_in.fields_of(EmbedRequest, "dimensions", "truncate")) == ["dimensions", "truncate"]
-    with pytest.raises(KeyError):
-        json_in.fields_of(EmbedRequest, "no_such_name")
+        Body({}, {}, "no: {}").read(body)

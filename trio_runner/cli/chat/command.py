@@ -65,7 +65,7 @@ def chat(
     conversation. Ctrl-D leaves.
     """
     set_up_logging(options.verbose)
-    request = request_of_run("", max_tokens, stop, False, None, sampling)
+    request = request_of_run("", max_tokens, stop, False, {}, sampling)
     if url is not None:
         return _chat_with_server(
             url, options, _wire_options(sampling, max_tokens, stop), api_key_file, (system, plain, no_history)

@@ -1,4 +1,5 @@
-"""JSON that clients send, for every dialect: bytes -> an object, and the checks of its fields. Pure.
+"""JSON that clients send, for every dialect: bytes -> an object, and checks of single values. Pure. `fields.py` has the
+fields of a whole body.
 
 Rules of the wire, from Go's encoding/json, which accepts what stricter readers accept and more:
 Rule 1: only the first JSON value of a body is read; what follows it is ignored.
@@ -13,15 +14,14 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import Kind, parameters_of, text_complaint
+from trio_runner.parameters import text_complaint
 from trio_runner.request import MAX_TEXT_BYTES
 
 MAX_VALUES = 1 << 16
@@ -33,8 +33,6 @@ BASE64_PIECE = 1 << 20
 
 Check: TypeAlias = Callable[[str, Any], Any]
 """(name of the field, its JSON value) -> the value to use. Raises `InvalidRequest`, which names the field."""
-Fields: TypeAlias = Mapping[str, Check]
-"""The fields of a request, by name in lower case. They are checked in this order."""
 
 
 class Object(dict[str, Any]):
@@ -48,21 +46,6 @@ class Object(dict[str, Any]):
 
 
 # --- Bodies ----------------------------------------------------------------------------------------------------------
-
-
-def read_fields(body: bytes, fields: Fields, *, refusal: str) -> dict[str, Any]:
-    """The known fields of the object that `body` starts with, each checked. Raises `InvalidRequest`: `refusal` if there
-    is no object, where {} stands for the reason, and otherwise what the check of a field raises."""
-    try:
-        value = decode(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(refusal.format(error)) from None
-    if value is None:
-        return {}
-    if not isinstance(value, Object):
-        raise InvalidRequest(refusal.format("the body must be a JSON object"))
-    given = fold(value)
-    return {name: check(name, given[name]) for name, check in fields.items() if name in given}
 
 
 def decode(body: bytes) -> Any:
@@ -201,38 +184,3 @@ def base64_bytes(name: str, value: str) -> bytes:
     except ValueError:
         raise InvalidRequest(f"{name} must be base64", param=name) from None
     return b"".join(pieces)
-
-
-# --- Checks from the tables of parameters ----------------------------------------------------------------------------
-
-
-def _token_biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """Both [[token, bias], ...] and {"token": bias, ...}; a bias of false forbids the token."""
-    if isinstance(value, Object):
-        pairs = fold(value).items()
-        value = [[int(token) if re.fullmatch("[0-9]{1,10}", token) else token, bias] for token, bias in pairs]
-    if not isinstance(value, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in value):
-        wrong(name, "a list of [token, bias] or an object", value)
-    return tuple(
-        (check_integer(name, token), -math.inf if bias is False else check_number(name, bias)) for token, bias in value
-    )
-
-
-_CHECKS: dict[Kind, Check] = {
-    "number": check_number,
-    "integer": check_integer,
-    "boolean": check_boolean,
-    "text": check_text,
-    "choice": check_text,
-}
-_CHECKS_OF_OTHERS: dict[str, Check] = {
-    "logit_bias": _token_biases,
-    "dry_sequence_breakers": list_of(check_text, "strings"),
-}
-"""Checks of parameters that have a type of their own."""
-
-
-def fields_of(table: type[Any], *names: str) -> dict[str, Check]:
-    """Checks of the JSON types of a dataclass's parameters: of `names`, or of all. The dataclass checks the ranges."""
-    parameters = parameters_of(table)
-    return {name: _CHECKS_OF_OTHERS.get(name) or _CHECKS[parameters[name].kind] for name in (names or parameters)}

@@ -20,7 +20,7 @@ from trio_runner.errors import InvalidImage, RequestError
 from trio_runner.image_source import MAX_IMAGE_BYTES
 from trio_runner.request import AdapterChoice, EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import RANDOM_SEED, SamplingParams
-from trio_runner.server.dialects.json_in import Fields
+from trio_runner.server.dialects.fields import Fields
 from trio_runner.server.dialects.runner import requests
 
 
@@ -60,7 +60,7 @@ def test_defaults() -> None:
 
 
 def test_null_leaves_every_default() -> None:
-    names = [*requests.COMPLETION, "unknown"]
+    names = [*requests.COMPLETION.fields, "unknown"]
     assert completion(**{name: None for name in names if name != "prompt"}) == completion()
 
 
@@ -143,7 +143,7 @@ def test_sampling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def test_every_sampling_parameter_is_a_field() -> None:
     ours = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert ours <= requests.COMPLETION.keys()
+    assert ours <= requests.COMPLETION.fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,10 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 
 
 FIELDS: dict[str, Fields] = {
-    "/completion": requests.COMPLETION,
-    "/embedding": requests.EMBEDDING,
-    "/rerank": requests.RERANK,
-    "/adapters": requests.ADAPTER,
+    "/completion": requests.COMPLETION.fields,
+    "/embedding": requests.EMBEDDING.fields,
+    "/rerank": requests.RERANK.fields,
+    "/adapters": requests.ADAPTER.fields,
 }
 
 

@@ -10,19 +10,32 @@ from typing import Any
 
 from trio_runner.errors import InvalidImage, InvalidRequest
 from trio_runner.image_source import IMAGE_TAG, MAX_IMAGE_BYTES
-from trio_runner.parameters import integer_complaint
+from trio_runner.parameters import integer_complaint, parameters_of
 from trio_runner.request import (
     MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
     MAX_IMAGES,
-    AdapterChoice,
     EmbedRequest,
     GenerateRequest,
     RerankRequest,
 )
 from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.dialects import json_in
-from trio_runner.server.dialects.json_in import Fields, Object, fields_of, fold, list_of, read_fields, wrong
+from trio_runner.server.dialects.fields import (
+    ADAPTERS,
+    BOOLEAN,
+    INTEGER,
+    NUMBER,
+    STRING,
+    Body,
+    Fields,
+    array,
+    either,
+    field,
+    fields_of,
+    ignored,
+)
+from trio_runner.server.dialects.json_in import Object, fold, list_of, wrong
 
 NO_SEQUENCE = "Failed to create new sequence: "
 """How the original begins the refusal of a request that it could read."""
@@ -63,18 +76,6 @@ def _images(name: str, value: Any) -> tuple[tuple[int, bytes], ...]:
     return tuple(_image(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
-def _adapter(name: str, value: Any) -> AdapterChoice:
-    if not isinstance(value, Object):
-        wrong(name, "a list of objects", value)
-    given = fold(value)
-    if "name" not in given:
-        raise InvalidRequest(f"{name} must have a name", param=name)
-    return AdapterChoice(
-        json_in.check_text(f"{name}.name", given["name"]),
-        json_in.check_number(f"{name}.scale", given.get("scale", 1.0)),
-    )
-
-
 def _alternatives(name: str, value: Any) -> int:
     count = json_in.check_integer(name, value)
     if count > MAX_LOGPROBS:
@@ -96,45 +97,132 @@ def _text_or_texts(name: str, value: Any) -> str | tuple[str, ...]:
 
 _SAMPLING = fields_of(SamplingParams)
 
+_SETTLED_INTEGERS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread")
+_SETTLED_BOOLEANS = ("low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock")
+_SETTLED = "Checked and ignored: this is settled when the model is loaded."
 _LOAD_OPTIONS: Fields = {
-    **dict.fromkeys(["num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"], json_in.check_integer),
-    **dict.fromkeys(["low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock"], json_in.check_boolean),
+    **{name: ignored(INTEGER, _SETTLED) for name in _SETTLED_INTEGERS},
+    **{name: ignored(BOOLEAN, _SETTLED) for name in _SETTLED_BOOLEANS},
 }
-"""Sent with every request, but settled when the model was loaded: checked and ignored."""
+"""Sent with every request of Ollama's server."""
 
-COMPLETION: Fields = {
-    "prompt": json_in.check_text,
-    "image_data": _images,
-    "adapters": list_of(_adapter, "objects"),
-    "n_predict": json_in.check_integer,
-    "n_keep": json_in.check_integer,
-    "stop": list_of(_go_text, "strings"),
-    **fields_of(GenerateRequest, "cache_prompt", "shift", "truncate", "priority", "deadline"),
-    "n_probs": _alternatives,
-    **_SAMPLING,
-    "logprobs": _alternatives,
-    **_LOAD_OPTIONS,
-}
-EMBEDDING: Fields = {
-    "content": _text_or_texts,
-    "cache_prompt": json_in.check_boolean,
-    **fields_of(EmbedRequest, "normalize", "truncate", "dimensions"),
-    "adapters": list_of(_adapter, "objects"),
-}
-RERANK: Fields = {
-    "query": json_in.check_text,
-    "documents": _documents,
-    "top_n": json_in.check_integer,
-    **fields_of(RerankRequest, "truncate"),
-    "adapters": list_of(_adapter, "objects"),
-}
-ADAPTER: Fields = {"file": json_in.check_text, "name": json_in.check_text, "scale": json_in.check_number}
-TOKENIZE: Fields = {
-    "content": json_in.check_text,
-    "add_special": json_in.check_boolean,
-    "parse_special": json_in.check_boolean,
-}
-DETOKENIZE: Fields = {"tokens": json_in.check_tokens}
+COMPLETION = Body(
+    {
+        "prompt": field(
+            STRING,
+            "The text to continue. `[img-N]` in it stands for the image of that id.",
+            default_text="required",
+        ),
+        "image_data": field(
+            array({"type": "object", "properties": {"id": INTEGER, "data": STRING}}, maxItems=MAX_IMAGES),
+            'Images of the prompt, as `{"id": N, "data": "..."}`: `data` is a file in base64.',
+            check=_images,
+            default_text="none",
+        ),
+        "adapters": ADAPTERS,
+        "n_predict": field(
+            INTEGER,
+            "Tokens to generate at most. 0 and below: until the model ends the text or, with `shift` false, the "
+            "context is full.",
+            default=-1,
+        ),
+        **fields_of(GenerateRequest, "n_keep"),
+        "stop": field(
+            array(STRING),
+            parameters_of(GenerateRequest)["stop"].doc,
+            check=list_of(_go_text, "strings"),
+            default_text="none",
+        ),
+        "cache_prompt": field(
+            BOOLEAN,
+            "Continue from the longest beginning of the prompt that a slot still holds. As in the original runner, "
+            "this is off unless you ask for it.",
+            default=False,
+        ),
+        **fields_of(GenerateRequest, "shift", "truncate", "priority", "deadline", truncate=True),
+        "n_probs": field(
+            INTEGER,
+            "Number of most probable alternatives to report with every token; `logprobs` overrules it. 0 reports "
+            "nothing.",
+            check=_alternatives,
+            default=0,
+        ),
+        **_SAMPLING,
+        "repeat_last_n": field(
+            INTEGER,
+            "Tokens that the repeat, frequency and presence penalties look back on, the prompt included. 0 turns "
+            "them off, below 0 means 64.",
+            default=64,
+        ),
+        "seed": field(
+            INTEGER, "Seed of the random draw. Only the lowest 32 bits count; -1 chooses a seed.", default=-1
+        ),
+        "logprobs": field(INTEGER, _SAMPLING["logprobs"].doc, check=_alternatives, default=-1),
+        **_LOAD_OPTIONS,
+    },
+    {"prompt": "The capital of France is", "n_predict": 4, "temperature": 0},
+    "Bad request",
+)
+_REFUSAL = "bad request: {}"
+EMBEDDING = Body(
+    {
+        "content": field(
+            either(STRING, array(STRING, maxItems=MAX_DOCUMENTS)),
+            "The text to embed, or several texts.",
+            check=_text_or_texts,
+            default_text="required",
+        ),
+        "cache_prompt": ignored(BOOLEAN, "Accepted and ignored: embeddings use no prompt cache."),
+        **fields_of(EmbedRequest, "normalize", "truncate", "dimensions"),
+        "adapters": ADAPTERS,
+    },
+    {"content": ["one", "two"], "normalize": True},
+    _REFUSAL,
+)
+RERANK = Body(
+    {
+        "query": field(STRING, "The question.", default_text="required"),
+        "documents": field(
+            array(STRING, maxItems=MAX_DOCUMENTS), "The texts to score.", check=_documents, default_text="required"
+        ),
+        "top_n": field(INTEGER, "Return only this many of the best documents.", default_text="all"),
+        **fields_of(RerankRequest, "truncate"),
+        "adapters": ADAPTERS,
+    },
+    {"query": "Who wrote Faust?", "documents": ["Goethe did.", "It rains."]},
+    _REFUSAL,
+)
+ADAPTER = Body(
+    {
+        "file": field(
+            STRING,
+            "Name of a file in the directory that `--adapter-dir` names, without a path.",
+            default_text="required",
+        ),
+        "name": field(
+            STRING, "What requests choose the adapter by.", default_text="the file's name without its ending"
+        ),
+        "scale": field(NUMBER, "How strongly it applies to requests that choose no adapters.", default=0),
+    },
+    {"file": "style.gguf", "name": "style"},
+    _REFUSAL,
+)
+TOKENIZE = Body(
+    {
+        "content": field(STRING, "The text to tokenise.", default=""),
+        "add_special": field(BOOLEAN, "Add the tokens that the model has around a text, such as BOS.", default=False),
+        "parse_special": field(
+            BOOLEAN, "Read special tokens such as `<|im_end|>` as the tokens they name.", default=True
+        ),
+    },
+    {"content": "Hello"},
+    _REFUSAL,
+)
+DETOKENIZE = Body(
+    {"tokens": field(array(INTEGER), "The tokens.", check=json_in.check_tokens, default=[])},
+    {"tokens": [1, 2, 3]},
+    _REFUSAL,
+)
 
 
 # --- Requests --------------------------------------------------------------------------------------------------------
@@ -146,7 +234,7 @@ def completion(body: bytes) -> GenerateRequest:
     An image that the prompt does not name is left out, as in the original: its server sends all images of a
     conversation, and a raw prompt or a suffix may name none of them.
     """
-    given = read_fields(body, COMPLETION, refusal="Bad request")
+    given = COMPLETION.read(body)
     if not given.get("prompt"):
         raise InvalidRequest(f"{NO_SEQUENCE}no input provided: prompt is empty", param="prompt")
     named = {int(number) for number in IMAGE_TAG.findall(given["prompt"])}
@@ -179,7 +267,7 @@ def _sampling(given: Mapping[str, Any]) -> SamplingParams:
 
 def embedding(body: bytes) -> EmbedRequest | tuple[EmbedRequest, ...]:
     """The request in the body of POST /embedding; several if its content is a list."""
-    given = read_fields(body, EMBEDDING, refusal="bad request: {}")
+    given = EMBEDDING.read(body)
     content = given.get("content")
     if not content:
         raise InvalidRequest(f"{NO_SEQUENCE}no input provided: content is empty", param="content")
@@ -198,7 +286,7 @@ def embedding(body: bytes) -> EmbedRequest | tuple[EmbedRequest, ...]:
 
 def rerank(body: bytes) -> tuple[RerankRequest, int | None]:
     """The request in the body of POST /rerank, and how many of the best documents to return; None for all."""
-    given = read_fields(body, RERANK, refusal="bad request: {}")
+    given = RERANK.read(body)
     for name in ("query", "documents"):
         if not given.get(name):
             raise InvalidRequest(f"{name} is missing or empty", param=name)
@@ -216,7 +304,7 @@ def rerank(body: bytes) -> tuple[RerankRequest, int | None]:
 
 def adapter(body: bytes) -> tuple[str, str | None, float]:
     """(file, name, scale) of POST /adapters."""
-    given = read_fields(body, ADAPTER, refusal="bad request: {}")
+    given = ADAPTER.read(body)
     file = given.get("file", "")
     # The name of a file in one directory, and never a path: clients must not learn which files this machine has.
     if not 0 < len(file.encode()) <= MAX_FILE_NAME_BYTES or file.startswith(".") or set(file) & set("/\\\0"):
@@ -231,11 +319,11 @@ def adapter(body: bytes) -> tuple[str, str | None, float]:
 
 def tokenize(body: bytes) -> tuple[str, bool, bool]:
     """(text, add_special, parse_special) of POST /tokenize."""
-    given = read_fields(body, TOKENIZE, refusal="bad request: {}")
+    given = TOKENIZE.read(body)
     return given.get("content", ""), given.get("add_special", False), given.get("parse_special", True)
 
 
 def detokenize(body: bytes) -> tuple[int, ...]:
     """The tokens of POST /detokenize."""
-    tokens: tuple[int, ...] = read_fields(body, DETOKENIZE, refusal="bad request: {}").get("tokens", ())
+    tokens: tuple[int, ...] = DETOKENIZE.read(body).get("tokens", ())
     return tokens

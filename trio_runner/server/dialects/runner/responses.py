@@ -12,7 +12,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from trio_runner.errors import EngineBusy, LoadError, RequestError, RunnerError
+from trio_runner.errors import EngineBusy, EngineLoading, LoadError, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
 from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement
 from trio_runner.server.dialects.json_out import (
@@ -39,7 +39,7 @@ NO_SLOT = "Failed to load cache: no available cache slots"
 def not_admitted(error: RunnerError) -> Problem:
     """The problem of a request that was well formed, but got no sequence or no slot, in the words of the original."""
     refusal = problem(error)
-    if isinstance(error, EngineBusy):
+    if isinstance(error, EngineBusy) and not isinstance(error, EngineLoading):
         return replace(refusal, text=NO_SLOT)
     if isinstance(error, RequestError):
         return replace(refusal, text=NO_SEQUENCE + refusal.text)

@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from quart import Response
-from quart_trio import QuartTrio
 
 from trio_runner.errors import LoadError, RunnerError, Unsupported
-from trio_runner.server.dialects.dialect import RouteContext, json_response, response
+from trio_runner.server.dialects.dialect import ANY_METHOD, Operation, RouteContext, json_response, response
 from trio_runner.server.dialects.runner import requests, responses
 from trio_runner.server.event_body import EventBody
 from trio_runner.server.ownership import own
@@ -24,26 +23,71 @@ class RunnerRoutes:
         self._threads = context.threads
         self._adapter_dir = context.adapter_dir
 
-    def add_to(self, app: QuartTrio) -> None:
-        """Serve the paths."""
-        for path, method, handler in (
-            ("/completion", "POST", self.completion),
-            ("/embedding", "POST", self.embedding),
-            ("/tokenize", "POST", self.tokenize),
-            ("/detokenize", "POST", self.detokenize),
-            ("/rerank", "POST", self.rerank),
-            ("/props", "GET", self.props),
-            ("/statistics", "GET", self.statistics),
-            ("/adapters", "GET", self.list_adapters),
-            ("/adapters", "POST", self.load_adapter),
-            ("/adapters/<name>", "DELETE", self.unload_adapter),
-        ):
-            app.add_url_rule(path, f"runner.{handler.__name__}", handler, methods=[method])
-        # Any method at all, which add_url_rule cannot say.
-        rule = app.url_rule_class("/health", endpoint="runner.health")
-        rule.provide_automatic_options = False
-        app.url_map.add(rule)
-        app.view_functions["runner.health"] = self.health
+    def operations(self) -> tuple[Operation, ...]:
+        """What is served."""
+        return (
+            Operation(
+                method="POST",
+                path="/completion",
+                handler=self.completion,
+                summary="Continue a prompt, and stream the text.",
+                body=requests.COMPLETION,
+                stream_type="application/json",
+            ),
+            Operation(
+                method="POST",
+                path="/embedding",
+                handler=self.embedding,
+                summary="Make embeddings of one text or of many.",
+                body=requests.EMBEDDING,
+            ),
+            Operation(
+                method="POST",
+                path="/tokenize",
+                handler=self.tokenize,
+                summary="Turn a text into tokens.",
+                body=requests.TOKENIZE,
+            ),
+            Operation(
+                method="POST",
+                path="/detokenize",
+                handler=self.detokenize,
+                summary="Turn tokens into a text.",
+                body=requests.DETOKENIZE,
+            ),
+            Operation(
+                method="POST",
+                path="/rerank",
+                handler=self.rerank,
+                summary="Score documents for a query.",
+                body=requests.RERANK,
+            ),
+            Operation(method="GET", path="/props", handler=self.props, summary="Tell what the model is."),
+            Operation(
+                method="GET", path="/statistics", handler=self.statistics, summary="Tell how busy the engine is."
+            ),
+            Operation(method="GET", path="/adapters", handler=self.list_adapters, summary="List the LoRA adapters."),
+            Operation(
+                method="POST",
+                path="/adapters",
+                handler=self.load_adapter,
+                summary="Load a LoRA adapter.",
+                body=requests.ADAPTER,
+            ),
+            Operation(
+                method="DELETE",
+                path="/adapters/<name>",
+                handler=self.unload_adapter,
+                summary="Unload a LoRA adapter.",
+                refusals=(404,),
+            ),
+            Operation(
+                method=ANY_METHOD,
+                path="/health",
+                handler=self.health,
+                summary="Tell whether the model is loaded and served.",
+            ),
+        )
 
     async def completion(self) -> Response:
         request = await self._threads.read_body(requests.completion)

@@ -1,0 +1,115 @@
+"""Schemas as callers give them, and what is refused before anything is compiled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+
+from trio_runner.errors import InvalidRequest
+from trio_runner.json_schema import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, guided_schema, schema_text
+from trio_runner.request import make_request
+from trio_runner.sampling import SamplingParams
+
+
+class Struct(msgspec.Struct):
+    name: str
+    age: int = 0
+
+
+@dataclass
+class Data:
+    name: str
+
+
+class LikePydantic:
+    """A class with the method that pydantic's models have."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {"type": "object", "properties": {"name": {"type": "string"}}}
+
+
+def test_a_request_takes_a_text_an_object_or_a_class() -> None:
+    def schema_of(value: object) -> Any:
+        return json.loads(make_request("hello", {"json_schema": value}).sampling.json_schema)
+
+    assert schema_of('{"type": "null"}') == {"type": "null"}
+    assert schema_of({"type": "null"}) == {"type": "null"}
+    assert schema_of(LikePydantic) == LikePydantic.model_json_schema()
+    assert schema_of(Struct) == msgspec.json.schema(Struct)
+    assert schema_of(Data)["$defs"]["Data"]["required"] == ["name"]
+    assert schema_of(list[int]) == {"type": "array", "items": {"type": "integer"}}
+    assert make_request("hello", {"json_schema": ""}).sampling.json_schema == ""
+
+
+@pytest.mark.parametrize("value", [{"a": object()}, {"a": float("nan")}, {"a": b""}, complex, 5, [], b"{}", None])
+def test_what_describes_no_schema_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match="json_schema") as refused:
+        make_request("hello", {"json_schema": value})
+    assert refused.value.param == "json_schema"
+
+
+def test_an_object_that_contains_itself_is_refused() -> None:
+    endless: dict[str, Any] = {}
+    endless["properties"] = endless
+    with pytest.raises(InvalidRequest, match="json_schema"):
+        schema_text(endless)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is no JSON"),
+        ('{"a": NaN}', "is no JSON"),
+        ('{"a": 1e999', "is no JSON"),
+        ("5", "must be an object, true or false"),
+        ("[]", "must be an object, true or false"),
+        ("false", "no value obeys"),
+        ("null", "must be an object, true or false"),
+        ('"object"', "must be an object, true or false"),
+        ('{"items":' * MAX_SCHEMA_DEPTH + "{}" + "}" * MAX_SCHEMA_DEPTH, "levels deep"),
+        ('{"items":' * 10_000 + "{}" + "}" * 10_000, "nested too deeply"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"title": "' + "x" * MAX_SCHEMA_BYTES + '"}', "bytes"),
+        ('{"x-guidance": 5}', "x-guidance"),
+        ('{"x-guidance": {"item_separator": ";"}}', "item_separator"),
+        ('{"x-guidance": {"whitespace_pattern": "x"}}', "whitespace_pattern"),
+        ('{"x-guidance": {"lenient": 1}}', "lenient"),
+    ],
+)
+def test_bad_schemas_are_refused(text: str, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint) as refused:
+        SamplingParams(json_schema=text)
+    assert refused.value.param == "json_schema"
+    assert len(str(refused.value)) < 300
+
+
+def test_a_schema_beside_a_grammar_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="cannot be combined") as refused:
+        SamplingParams(json_schema="{}", grammar='root ::= "x"')
+    assert refused.value.param == "json_schema"
+
+
+@pytest.mark.parametrize(
+    ("schema", "whitespace"),
+    [
+        ({}, {"whitespace_pattern"}),
+        ({"x-guidance": {"lenient": True}}, {"lenient", "whitespace_pattern"}),
+        ({"x-guidance": {"whitespace_flexible": True}}, {"whitespace_flexible"}),
+    ],
+)
+def test_white_space_is_bounded_unless_the_schema_says_how(schema: Mapping[str, Any], whitespace: set[str]) -> None:
+    guided = json.loads(guided_schema(json.dumps({"type": "object", **schema})))
+    assert set(guided.pop("x-guidance")) == whitespace
+    assert guided == {"type": "object"}
+
+
+def test_the_order_of_properties_is_kept() -> None:
+    properties: dict[str, Any] = {"b": {}, "a": {}, "z": {}, "c": {}}
+    guided = guided_schema(json.dumps({"properties": properties}))
+    assert list(json.loads(guided)["properties"]) == list(properties)

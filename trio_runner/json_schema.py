@@ -1,0 +1,111 @@
+"""JSON schemas that a text must obey: what callers give, as the JSON text that a request has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn, TypeAlias
+
+import msgspec
+
+from trio_runner.errors import InvalidRequest
+
+JsonSchema: TypeAlias = str | Mapping[str, Any] | type[Any]
+"""A JSON text, an object, or a class: a pydantic model, or any other that msgspec can describe, such as a Struct."""
+
+MAX_SCHEMA_BYTES: Final = 256 * 1024
+"""Bytes that the JSON text of a schema may have."""
+MAX_SCHEMA_DEPTH: Final = 64
+"""Objects and lists of a schema that may lie within each other."""
+
+EXTENSIONS: Final = "x-guidance"
+"""The key at the top of a schema with settings of llguidance's own."""
+EXTENSION_SETTINGS: Final = ("whitespace_flexible", "coerce_one_of", "lenient")
+"""Those that a caller may set, each true or false. Others could turn JSON into something else."""
+WHITESPACE: Final = r"\x20|\r?\n[\x20\t]{0,20}"
+"""White space between the tokens of JSON: a space, or a new line that is indented. Without a bound, some models write
+white space until something stops them."""
+
+
+def schema_text(value: JsonSchema) -> str:
+    """`value` as the field `json_schema` of a request. Raises `InvalidRequest` for what describes no schema."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        _refuse("must not be None")
+    if isinstance(value, Mapping):
+        try:
+            return json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            _refuse(f"is no JSON: {error}")
+    describe = getattr(value, "model_json_schema", None)  # of pydantic, which nobody has to install for us
+    if callable(describe):
+        return json.dumps(describe())
+    try:
+        return json.dumps(msgspec.json.schema(value))
+    except (TypeError, RuntimeError):
+        _refuse(f"must be a JSON text, an object or a class that has a schema, not {type(value).__name__}")
+
+
+def check_schema(text: str) -> None:
+    """Raises `InvalidRequest` unless `text` is a JSON object or boolean that is not nested too deeply."""
+    _parse(text)
+
+
+def guided_schema(text: str) -> str:
+    """The schema as llguidance gets it: with a bound on white space. Raises what `check_schema` raises."""
+    schema = _parse(text)
+    if isinstance(schema, bool):
+        schema = {}  # true: false is refused
+    settings = schema.get(EXTENSIONS, {})
+    if "whitespace_flexible" not in settings:
+        settings = {**settings, "whitespace_pattern": WHITESPACE}
+    return json.dumps({**schema, EXTENSIONS: settings}, allow_nan=False)
+
+
+def _parse(text: str) -> dict[str, Any] | bool:
+    try:
+        schema = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        _refuse(f"is no JSON: {reason}")
+    if not isinstance(schema, (dict, bool)):
+        _refuse("must be an object, true or false")
+    if schema is False:
+        _refuse("is false, which no value obeys")
+    _check_depth(schema)
+    if isinstance(schema, dict):
+        _check_settings(schema.get(EXTENSIONS, {}))
+    return schema
+
+
+def _check_depth(schema: object) -> None:
+    level: list[object] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    _refuse(f"is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+
+
+def _check_settings(settings: object) -> None:
+    if not isinstance(settings, dict):
+        _refuse(f"has {EXTENSIONS}, which must be an object")
+    for name, value in settings.items():
+        if name not in EXTENSION_SETTINGS:
+            _refuse(f"has {EXTENSIONS} with {name[:40]!r}: only {', '.join(EXTENSION_SETTINGS)} may be set")
+        if not isinstance(value, bool):
+            _refuse(f"has {EXTENSIONS} with {name}, which must be true or false")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise InvalidRequest(f"json_schema {what}", param="json_schema")
