@@ -36,7 +36,7 @@ from trio_runner.info import (
     Placement,
     SchedulerStatistics,
 )
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill, RerankRequest
 from trio_runner.sampling import SamplingParams
 from trio_runner.version import __version__ as __version__
 
@@ -83,6 +83,7 @@ __all__ = [
     "Finished",
     "GenerateRequest",
     "Generation",
+    "Infill",
     "InvalidGrammar",
     "InvalidImage",
     "InvalidRequest",

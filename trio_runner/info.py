@@ -39,6 +39,15 @@ class ModelInfo:
     token_bos: int | None = None
     token_eos: int | None = None
     token_sep: int | None = None
+    token_fim_pre: int | None = None
+    """Stands before the text in front of a gap that is to be filled. `token_fim_suf` stands before the text behind it,
+    and `token_fim_mid` before what fills it."""
+    token_fim_suf: int | None = None
+    token_fim_mid: int | None = None
+    token_fim_rep: int | None = None
+    """Stands before the name of a repository."""
+    token_fim_sep: int | None = None
+    """Stands before the name of a file in it."""
     adds_bos: bool = False
     """Tokenised text begins with `token_bos`."""
     adds_eos: bool = False
@@ -53,6 +62,11 @@ class ModelInfo:
     """The Jinja template in the file that turns a conversation into a prompt."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The file's scalar keys and values, as text."""
+
+    @property
+    def can_infill(self) -> bool:
+        """Whether the model has the tokens to fill a gap between a prefix and a suffix."""
+        return None not in (self.token_fim_pre, self.token_fim_suf, self.token_fim_mid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

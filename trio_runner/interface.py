@@ -20,7 +20,7 @@ from trio_runner.config import EngineConfig
 from trio_runner.events import Embedded, Event, Usage
 from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement, Status
 from trio_runner.options import ChatOptions, GenerateOptions
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Part, RerankRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill, Part, RerankRequest
 
 
 class GenerationInterface(Protocol):
@@ -84,7 +84,7 @@ class EngineInterface(Protocol):
 
     def generate(
         self,
-        request: GenerateRequest | Chat | str | Sequence[int | Part],
+        request: GenerateRequest | Chat | Infill | str | Sequence[int | Part],
         /,
         **options: Unpack[GenerateOptions],
     ) -> GenerationInterface: ...

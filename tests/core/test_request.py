@@ -21,6 +21,8 @@ from trio_runner.request import (
     MAX_ADAPTERS,
     MAX_DEADLINE,
     MAX_DOCUMENTS,
+    MAX_EXTRA_FILES,
+    MAX_FILE_NAME_BYTES,
     MAX_IMAGES,
     MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
@@ -29,6 +31,7 @@ from trio_runner.request import (
     Chat,
     EmbedRequest,
     GenerateRequest,
+    Infill,
     Part,
     RerankRequest,
     as_prompt,
@@ -168,6 +171,20 @@ BAD_CHOICE: dict[str, list[Any]] = {
     "name": [*NOT_TEXTS, "a" * (MAX_ADAPTER_NAME_BYTES + 1)],
     "scale": [*NOT_NUMBERS, MAX_ADAPTER_SCALE + 1, -MAX_ADAPTER_SCALE - 1],
 }
+LONG = [*NOT_TEXTS, "a" * (MAX_TEXT_BYTES + 1)]
+BAD_INFILL: dict[str, list[Any]] = {
+    "prefix": LONG,
+    "suffix": LONG,
+    "prompt": LONG,
+    "extra": [
+        *NOT_LISTS,
+        *[(pair,) for pair in (None, "ab", ("a",), ("a", "b", "c"), ["a", "b"])],
+        *[(("a", text),) for text in LONG],
+        *[((name, "a"),) for name in (*NOT_TEXTS, "a" * (MAX_FILE_NAME_BYTES + 1))],
+        (("a", "b"),) * (MAX_EXTRA_FILES + 1),
+        (("a", "é" * (MAX_TEXT_BYTES // 4)), ("b", "é" * (MAX_TEXT_BYTES // 4)), ("c", "c")),
+    ],
+}
 BAD_CHAT: dict[str, list[Any]] = {"messages": [None, 1, "ab", b"ab", {"role": "user"}, {1}, iter(())]}
 
 
@@ -210,6 +227,14 @@ def test_adapter_choice_names_the_bad_field(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=name) as caught:
         AdapterChoice(**{"name": "a", name: value})
     assert caught.value.param == f"adapters.{name}"
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_INFILL))
+def test_infill_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        Infill(**{"prefix": "", "suffix": "", name: value})
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(name)
 
 
 @pytest.mark.parametrize(("name", "value"), cases(BAD_CHAT))

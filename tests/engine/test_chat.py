@@ -207,9 +207,9 @@ async def test_long_conversations_do_not_hold_up_short_texts(toy: Toy) -> None:
     talking(toy, "x" * LONG_TEXT + TEMPLATE)
     latch = Latch()
     toy.on_tokenize = lambda text: latch() if len(text) > LONG_TEXT else None
-    async with toy.engine() as engine, trio.open_nursery() as nursery:
+    async with toy.engine(context_length=2 * LONG_TEXT) as engine, trio.open_nursery() as nursery:
         for _ in range(2):
-            nursery.start_soon(engine.chat(turns("hello"), truncate=True, max_tokens=1).start)
+            nursery.start_soon(engine.chat(turns("hello"), max_tokens=1).start)
         await latch.reached()
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
         latch.open()

@@ -11,9 +11,30 @@ import trio
 from trio_runner.config import EngineConfig
 from trio_runner.errors import EngineClosed, LoadError
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
-from trio_runner.info import AdapterInfo, EngineStatistics
+from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 
+INFO = ModelInfo(
+    name="Fake 2B",
+    architecture="fake",
+    description="fake 2B Q4_K - Medium",
+    n_vocab=257,
+    n_ctx_train=4096,
+    n_embd=3,
+    n_layer=2,
+    n_params=2_400_000_000,
+    size=1500,
+    chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    metadata={
+        "general.file_type": "15",
+        "general.size_label": "2B",
+        "general.license": "mit",
+        "fake.context_length": "4096",
+        "fake.rope.freq_base": "10000.000000",
+        "tokenizer.ggml.add_bos_token": "true",
+        "tokenizer.chat_template": "{% for message in messages %}{{ message.content }}{% endfor %}",
+    },
+)
 DONE = Finished("stop", Usage(3, 1, 5, 0.0129, 0.25))
 
 
@@ -94,6 +115,10 @@ class FakeEngine:
         self.scores: list[float] = []
         self.adapters = [AdapterInfo("one", "/srv/secret/one.gguf", 0.5)]
         self.load_error: LoadError | None = None
+        self.info = INFO
+        self.capabilities = Capabilities(n_slots=2, n_ctx=100, max_rows=32, embedding_size=3)
+        self.placement: Placement | None = None
+        self.has_projector = False
         self.drained = False
         self._asked = trio.Event()
 

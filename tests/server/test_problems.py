@@ -17,6 +17,7 @@ EXPECTED = {
     errors.UnknownAdapter("x"): 404,
     errors.UnknownModel("x", known=("y",)): 404,
     errors.Unsupported("images"): 422,
+    errors.Unsupported("infill", param="suffix"): 400,
     errors.EngineBusy(): 503,
     errors.EngineLoading(): 503,
     errors.EngineClosed("x"): 503,

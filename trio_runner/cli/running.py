@@ -96,10 +96,16 @@ def die_of_next_signal() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def run_to_exit_code(main: Callable[[], Awaitable[int | None]], *, load_error: str = "error: ") -> int:
+def run_to_exit_code(
+    main: Callable[[], Awaitable[int | None]],
+    *,
+    load_error: str = "error: ",
+    report: Callable[[str], None] | None = None,
+) -> int:
     """Run `main` under trio and return the exit code. An expected failure is one line on stderr and exit code 1.
 
-    Any other exception propagates. `load_error` is how the line about a model that cannot be loaded begins.
+    Any other exception propagates. `load_error` is how the line about a model that cannot be loaded begins. `report`
+    is given the reason instead, if it is not None.
     """
     code: int | None = 0
     failures: list[BaseException] = []
@@ -114,7 +120,10 @@ def run_to_exit_code(main: Callable[[], Awaitable[int | None]], *, load_error: s
     if failures:
         # A model that did not load also breaks its engine. Report the cause, not the consequence.
         failure = next((error for error in failures if isinstance(error, LoadError)), failures[0])
-        print(f"{load_error if isinstance(failure, LoadError) else 'error: '}{_explain(failure)}", file=sys.stderr)
+        if report is not None:
+            report(_explain(failure))
+        else:
+            print(f"{load_error if isinstance(failure, LoadError) else 'error: '}{_explain(failure)}", file=sys.stderr)
         return 1
     return code or 0
 

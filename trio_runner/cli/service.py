@@ -68,10 +68,10 @@ class ServiceConfig:
     """Bytes that the body of a request may have."""
     names: ModelNames = ANY_NAME
     """What clients may call the model."""
-    app: AppWatch | None = None
-    """When it notices that the app has ended, the server ends at once."""
     model_path: Path | None = None
     """File of the model."""
+    app: AppWatch | None = None
+    """When it notices that the app has ended, the server ends at once."""
 
 
 def max_body_bytes(model: ModelConfig) -> int:

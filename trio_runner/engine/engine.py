@@ -39,6 +39,7 @@ from trio_runner.request import (
     Chat,
     EmbedRequest,
     GenerateRequest,
+    Infill,
     Part,
     RerankRequest,
     as_prompt,
@@ -138,15 +139,15 @@ class Engine:
 
     def generate(
         self,
-        request: GenerateRequest | Chat | str | Sequence[int | Part],
+        request: GenerateRequest | Chat | Infill | str | Sequence[int | Part],
         /,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Continue a prompt. Nothing happens before the generation is entered, started or iterated.
 
-        `request` is a whole request, or a prompt: text, a list of tokens, a list of texts and images, or a
-        conversation. With a prompt, `options` are fields of `GenerateRequest` and `SamplingParams` by name. Raises
-        `InvalidRequest` for a value outside its range, and TypeError for a name that is no field.
+        `request` is a whole request, or a prompt: text, a list of tokens, a list of texts and images, a conversation,
+        or a gap in a text. With a prompt, `options` are fields of `GenerateRequest` and `SamplingParams` by name.
+        Raises `InvalidRequest` for a value outside its range, and TypeError for a name that is no field.
         """
         if not isinstance(request, GenerateRequest):
             request = make_request(as_prompt(request), options)

@@ -27,6 +27,8 @@ class Choices:
 
     def __init__(self, generations: Sequence[Choice]) -> None:
         self._generations = tuple(generations)
+        self.n_started = 0
+        """Generations that have started. If `start` raises, this is the number of the one that could not."""
         self._open = set(range(len(self._generations)))
         self._arrived: deque[tuple[int, Event]] = deque()
         self._error: Exception | None = None
@@ -36,6 +38,7 @@ class Choices:
         try:
             for generation in self._generations:
                 await generation.start()
+                self.n_started += 1
         except BaseException:
             self.close()
             raise

@@ -81,7 +81,9 @@ def problem(error: Exception) -> Problem:
     elif isinstance(error, (EngineBroken, LoadError)):
         headers["X-Should-Retry"] = "false"  # OpenAI's clients would try twice more, as they do with every 503
     param = error.param if isinstance(error, RequestError) else None
-    return Problem(error.status, problem_text(error), headers, param, CODES.get(type(error)))
+    # Editors that ask for completions take a 400 as "not with this model", and other statuses as a failure.
+    cannot_infill = isinstance(error, Unsupported) and error.feature == "infill"
+    return Problem(400 if cannot_infill else error.status, problem_text(error), headers, param, CODES.get(type(error)))
 
 
 def problem_text(error: Exception) -> str:

@@ -177,5 +177,23 @@ def test_tokens_are_asked_for_only_when_the_answer_needs_them(fields: dict[str, 
 
 def test_every_sampling_parameter_is_a_field_and_a_setting() -> None:
     assert parameters_of(SamplingParams).keys() <= COMPLETION.fields.keys()
-    hidden = {"logprobs", "penalize_nl", "tfs_z"}
+    hidden = {"logprobs", "penalize_nl", "tfs_z", "json_schema"}
     assert parameters_of(SamplingParams).keys() - hidden <= default_settings().keys()
+
+
+def test_schemas() -> None:
+    assert json.loads(read(json_schema={"type": "integer"}).request.sampling.json_schema) == {"type": "integer"}
+    assert json.loads(read(json_schema={}).request.sampling.json_schema) == {"type": "object"}
+    with pytest.raises(InvalidRequest, match="json_schema and grammar"):
+        read(json_schema={}, grammar="root ::= [a]")
+    deep: Any = {}
+    for _ in range(900):
+        deep = {"items": deep}
+    with pytest.raises(InvalidRequest, match="json_schema"):
+        read(json_schema=deep)
+
+
+def test_only_the_first_completion_of_a_prompt_prefers_the_slot() -> None:
+    requests = read(id_slot=1, n_cmpl=2).requests(["a", "b"])
+    assert [request.preferred_slot for request in requests] == [1, None, 1, None]
+    assert read(id_slot=-1).requests(["a"])[0].preferred_slot is None

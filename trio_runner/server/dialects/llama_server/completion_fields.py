@@ -6,12 +6,13 @@ this server cannot is refused; what has no effect there has none here.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import integer_complaint, parameters_of
+from trio_runner.parameters import integer_complaint, number_complaint, parameters_of
 from trio_runner.request import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_STOP_STRINGS, GenerateRequest
 from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.dialects import json_in
@@ -108,6 +109,15 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     return json_in.check_texts(name, value, MAX_STOP_STRINGS)
 
 
+def _schema(name: str, value: Any) -> str:
+    if not isinstance(value, (Object, bool)):
+        wrong(name, "an object", value)
+    try:
+        return json.dumps(value) if value != {} else '{"type": "object"}'
+    except RecursionError:
+        raise InvalidRequest(f"{name} is nested too deeply", param=name) from None
+
+
 def _adapter(name: str, value: Any) -> tuple[int, float]:
     if not isinstance(value, Object):
         wrong(name, "a list of objects", value)
@@ -153,6 +163,14 @@ def _token_or_text(name: str, value: Any) -> int | str:
     return json_in.check_text(name, value) if isinstance(value, str) else _integer(0)(name, value)
 
 
+def _decay(name: str, value: Any) -> float:
+    number = json_in.check_number(name, value)
+    complaint = number_complaint(name, number, 0, 0.99)
+    if complaint is not None:
+        raise InvalidRequest(complaint, param=name)
+    return number
+
+
 def _response_fields(name: str, value: Any) -> tuple[str, ...]:
     return json_in.check_texts(name, value, MAX_RESPONSE_FIELDS)
 
@@ -177,6 +195,12 @@ _OWN_SAMPLING: Fields = {
         'Numbers that are added to the logits of tokens, as `[[token, bias], ...]` or `{"token": bias}`. `false` '
         "forbids a token. In place of a token, a text stands for all its tokens.",
         check=_biases,
+        default_text="none",
+    ),
+    "json_schema": field(
+        {"type": ["object", "boolean"]},
+        "JSON schema that the text obeys. `{}` means any object. Not together with `grammar`.",
+        check=_schema,
         default_text="none",
     ),
     "seed": field(INTEGER, "Seed of the random draw. Only the lowest 32 bits count; -1 chooses a seed.", default=-1),
@@ -223,6 +247,7 @@ _OPTIONS: Fields = {
         "Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.",
         default=True,
     ),
+    "id_slot": _bounded(-1, "Number of the slot to take if it is free. -1 takes any.", default=-1),
     "n_keep": _bounded(
         -1, "Checked and ignored: nothing is dropped from a full context.", default_text="ignored", ignored=True
     ),
@@ -274,7 +299,13 @@ _IGNORED: Fields = {
     "chat_format": field({}, _NO_CHAT, check=_any, default_text="ignored", ignored=True),
     "reasoning_format": ignored(STRING, _NO_CHAT),
     "parse_tool_calls": ignored(BOOLEAN, _NO_CHAT),
-    "adaptive_decay": ignored(NUMBER, "Checked and ignored: it belongs to `adaptive_target`."),
+    "adaptive_decay": field(
+        {**NUMBER, "minimum": 0, "maximum": 0.99},
+        "Checked and ignored: it belongs to `adaptive_target`.",
+        check=_decay,
+        default_text="ignored",
+        ignored=True,
+    ),
 }
 
 _UNCOVERED: Fields = {

@@ -66,5 +66,10 @@ def loading() -> Answer:
     return worded(Problem(503, "Loading model"))
 
 
+def no_service() -> Answer:
+    """The answer of GET /health of an engine that takes no more requests."""
+    return worded(Problem(503, "the server takes no more requests"))
+
+
 def _answer(fields: ErrorFields, headers: dict[str, str]) -> Answer:
     return Answer(fields.code, {**_JSON, **headers}, msgspec.json.encode(Refusal(fields)))

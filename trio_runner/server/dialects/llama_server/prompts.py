@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from trio_runner.errors import InvalidImage, InvalidRequest
 from trio_runner.image_source import MAX_IMAGE_BYTES
-from trio_runner.request import MAX_IMAGES, Part
+from trio_runner.request import MAX_IMAGES, Infill, Part
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import INTEGER, STRING, Schema, array, either
 from trio_runner.server.dialects.json_in import Object, fold, wrong
@@ -36,6 +36,7 @@ class Pictured:
 
 
 PromptForm: TypeAlias = str | tuple[int, ...] | Mixed | Pictured
+GivenPrompt: TypeAlias = PromptForm | Infill
 
 TEXT_OR_TOKENS: Final = either(STRING, array(either(STRING, INTEGER)))
 """The schema of a text, or of a list of texts and tokens."""

@@ -13,7 +13,7 @@ from trio_runner.errors import InvalidRequest
 from trio_runner.request import AdapterChoice, GenerateRequest, Prompt
 from trio_runner.sampling import RANDOM_SEED, SamplingParams
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION, DEFAULTS, MAX_COMPLETIONS, SAMPLING
-from trio_runner.server.dialects.llama_server.prompts import PromptForm
+from trio_runner.server.dialects.llama_server.prompts import GivenPrompt
 from trio_runner.server.dialects.llama_server.samplers import OFF, switched_off
 
 # --- What is asked ---------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class Completion:
 
     request: GenerateRequest
     """All of the request but what follows."""
-    prompts: tuple[PromptForm, ...]
+    prompts: tuple[GivenPrompt, ...]
     n_choices: int = 1
     """Completions of each prompt."""
     biased_texts: tuple[tuple[str, float], ...] = ()
@@ -63,6 +63,8 @@ class Completion:
     min_indent: int = 0
     max_seconds: float | None = None
     """See `line_rules.LineRules`."""
+    id_slot: int | None = None
+    """The slot to take if it is free."""
     model: str | None = None
 
     def settled(self, biases: tuple[tuple[int, float], ...], adapters: tuple[AdapterChoice, ...] | None) -> Completion:
@@ -80,6 +82,7 @@ class Completion:
         sampling, seed = self.request.sampling, self.request.sampling.seed
         seeds = [seed if seed == RANDOM_SEED else (seed + i) % RANDOM_SEED for i in range(self.n_choices)]
         variants = [replace(self.request, sampling=replace(sampling, seed=one)) for one in seeds]
+        variants[0] = replace(variants[0], preferred_slot=self.id_slot)
         return [replace(variant, prompt=prompt) for prompt in prompts for variant in variants]
 
 
@@ -89,10 +92,11 @@ class Completion:
 def completion(body: bytes) -> Completion:
     """The request in the body of POST /completion."""
     given = COMPLETION.read(body)
-    return _completion(given, given["prompt"])
+    return completion_of(given, given["prompt"])
 
 
-def _completion(given: Mapping[str, Any], prompts: tuple[PromptForm, ...]) -> Completion:
+def completion_of(given: Mapping[str, Any], prompts: Sequence[GivenPrompt], *, truncate: bool = False) -> Completion:
+    """The request with the fields `given`. Raises `InvalidRequest` for what they may not be together."""
     n_choices = _first(given, "n_cmpl", "n", default=1)
     if len(prompts) * n_choices > MAX_COMPLETIONS:
         raise InvalidRequest(
@@ -111,19 +115,21 @@ def _completion(given: Mapping[str, Any], prompts: tuple[PromptForm, ...]) -> Co
         share_prompt=n_choices > 1,
         n_keep=0,
         shift=False,
+        truncate=truncate,
         progress=True,
         priority=given.get("priority", "interactive"),
         deadline=given.get("deadline"),
     )
     return Completion(
         request=request,
-        prompts=prompts,
+        prompts=tuple(prompts),
         n_choices=n_choices,
         biased_texts=tuple((token, bias) for token, bias in given.get("logit_bias", ()) if isinstance(token, str)),
         lora=given.get("lora"),
         report=_report(given, sampling, n_predict),
         min_indent=given.get("n_indent", 0),
         max_seconds=milliseconds / 1000 if milliseconds > 0 else None,
+        id_slot=given["id_slot"] if given.get("id_slot", -1) >= 0 else None,
         model=given.get("model"),
     )
 
@@ -152,9 +158,8 @@ def _logprobs(given: Mapping[str, Any]) -> int:
 
 def _report(given: Mapping[str, Any], sampling: SamplingParams, n_predict: int) -> Report:
     n_probs = int(_first(given, "n_probs", "logprobs", default=0))
-    stream = given.get("stream", False)
     return Report(
-        stream=stream,
+        stream=given.get("stream", False),
         n_probs=n_probs,
         return_tokens=given.get("return_tokens", False),
         progress=given.get("return_progress", False),
@@ -170,7 +175,7 @@ def _settings(given: Mapping[str, Any], sampling: SamplingParams, n_predict: int
     own = {
         name: getattr(sampling, name)
         for name in SAMPLING
-        if name not in ("logit_bias", "logprobs", "seed", "penalize_nl", "tfs_z")
+        if name not in ("logit_bias", "logprobs", "seed", "penalize_nl", "tfs_z", "json_schema")
     }
     return {
         "seed": sampling.seed,

@@ -11,16 +11,18 @@ from quart import Response
 
 from trio_runner.errors import InvalidRequest, PromptTooLong
 from trio_runner.events import Finished
-from trio_runner.request import AdapterChoice, GenerateRequest, Prompt
+from trio_runner.request import AdapterChoice, GenerateRequest, Infill, Prompt
 from trio_runner.server.body_threads import LARGE
 from trio_runner.server.choices import Choice, Choices
 from trio_runner.server.dialects.dialect import Handler, Operation, RouteContext, json_response, response
 from trio_runner.server.dialects.llama_server import problem_words, responses
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION
+from trio_runner.server.dialects.llama_server.infill import INFILL, infill
 from trio_runner.server.dialects.llama_server.line_rules import LineRules, RuledGeneration
-from trio_runner.server.dialects.llama_server.prompts import Mixed, Pictured, PromptForm
+from trio_runner.server.dialects.llama_server.prompts import GivenPrompt, Mixed, Pictured
 from trio_runner.server.dialects.llama_server.requests import Completion, completion
 from trio_runner.server.dialects.llama_server.responses import CompletionPart, CompletionResult, CompletionState
+from trio_runner.server.dialects.llama_server.text_routes import TextRoutes, tokens_of
 from trio_runner.server.event_body import EventBody
 from trio_runner.server.ownership import own
 
@@ -45,6 +47,7 @@ class LlamaServerRoutes:
         self._engine = context.engine
         self._threads = context.threads
         self._names = context.names
+        self._texts = TextRoutes(context)
 
     def operations(self) -> tuple[Operation, ...]:
         """What is served."""
@@ -60,7 +63,16 @@ class LlamaServerRoutes:
             )
             for path in ("/llama/completion", "/llama/completions")
         ]
-        return (*completions,)
+        infills = Operation(
+            method="POST",
+            path="/llama/infill",
+            handler=with_lengths(self.infill),
+            summary="Fill a gap in a text, such as source code.",
+            body=INFILL,
+            answer=CompletionResult | list[CompletionResult],
+            stream=CompletionPart,
+        )
+        return (*completions, infills, *self._texts.operations())
 
     # -- completions --------------------------------------------------------------------------------------------------
 
@@ -69,7 +81,13 @@ class LlamaServerRoutes:
         self._names.check(asked.model)
         return await self._complete(asked)
 
+    async def infill(self) -> Response:
+        asked = await self._threads.read_body(infill)
+        self._names.check(asked.model)
+        return await self._complete(asked)
+
     async def _complete(self, asked: Completion) -> Response:
+        await self._check_slot(asked.id_slot)
         asked = asked.settled(await self._biases(asked), await self._adapters(asked))
         prompts = [await self._prompt(form) for form in asked.prompts]
         requests = asked.requests(prompts)
@@ -137,27 +155,24 @@ class LlamaServerRoutes:
                 raise InvalidRequest(f"lora: there is no adapter with id {number}", param="lora")
         return tuple(AdapterChoice(adapters[number].name, scale) for number, scale in asked.lora)
 
-    async def _prompt(self, form: PromptForm) -> Prompt:
+    async def _check_slot(self, number: int | None) -> None:
+        if number is None:
+            return
+        await self._engine.wait_ready()
+        last = self._engine.capabilities.n_slots - 1
+        if number > last:
+            raise InvalidRequest(f"id_slot must be between -1 and {last}, not {number}", param="id_slot")
+
+    async def _prompt(self, form: GivenPrompt) -> Prompt:
         """A prompt as the engine takes it."""
         match form:
             case Pictured(parts=parts):
                 return parts
             case Mixed():
-                return await self._tokens(form, add_special=True)
+                return await tokens_of(self._engine, form, add_special=True)
         return form
 
-    async def _tokens(self, mixed: Mixed, *, add_special: bool, parse_special: bool = True) -> tuple[int, ...]:
-        """The tokens of texts and tokens."""
-        tokens: list[int] = []
-        for place, part in enumerate(mixed.parts):
-            if isinstance(part, str):
-                special = add_special and place == 0
-                tokens += await self._engine.tokenize(part, add_special=special, parse_special=parse_special)
-            else:
-                tokens.append(part)
-        return tuple(tokens)
-
-    async def _text_of(self, asked: Completion, form: PromptForm, prompt: Prompt) -> str | None:
+    async def _text_of(self, asked: Completion, form: GivenPrompt, prompt: Prompt) -> str | None:
         """The text of a prompt, for the answer."""
         if not asked.report.wants("prompt"):
             return None
@@ -166,4 +181,6 @@ class LlamaServerRoutes:
                 return form
             case Pictured(text=text):
                 return text
+            case Infill():
+                return None
         return await self._engine.detokenize(cast(tuple[int, ...], prompt))

@@ -198,7 +198,7 @@ class ServedModel:
 
     def _template(self) -> str:
         template = self.info.chat_template or NO_TEMPLATE
-        return INSERT + template if False else template
+        return INSERT + template if self.info.can_infill else template
 
     def _abilities(self) -> list[str]:
         """In Ollama's words. Tools are never among them: this server does not read tool calls from a text."""
@@ -209,7 +209,7 @@ class ServedModel:
         has = {
             "completion": True,
             "vision": self.has_projector,
-            "insert": False,
+            "insert": info.can_infill,
             "thinking": thinking_style(info.chat_template).tags is not None,
         }
         return [name for name, is_there in has.items() if is_there]

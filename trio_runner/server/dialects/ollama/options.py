@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from trio_runner.errors import InvalidRequest, RequestError, Unsupported
+from trio_runner.errors import InvalidRequest, RequestError
 from trio_runner.parameters import parameters_of
 from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
@@ -116,10 +116,6 @@ def _sampling(given: Mapping[str, Any], more: Mapping[str, Any]) -> SamplingPara
     params: dict[str, Any] = {"repeat_penalty": REPEAT_PENALTY, **more}
     params.update((name, given[name]) for name in _SAMPLING if name in given)
     params["seed"] = params.get("seed", -1) & 0xFFFFFFFF
-    if not params.get("json_schema"):
-        params.pop("json_schema", None)
-    elif "json_schema" not in parameters_of(SamplingParams):
-        raise Unsupported("format", param="format")
     if "penalize_newline" in given:
         params["penalize_nl"] = given["penalize_newline"]
     return SamplingParams(**params)

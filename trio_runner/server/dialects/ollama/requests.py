@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from trio_runner.errors import InvalidRequest, RequestError, Unsupported
 from trio_runner.image_source import IMAGE_TAG
-from trio_runner.request import Chat, EmbedRequest, GenerateRequest, Prompt
+from trio_runner.request import Chat, EmbedRequest, GenerateRequest, Infill, Prompt
 from trio_runner.server.dialects.ollama.bodies import CHAT, EMBED, EMBEDDINGS, GENERATE, PULL, SHOW
 from trio_runner.server.dialects.ollama.options import CONTEXTS_OF_TEXT, MAX_INT32, renamed, settings
 from trio_runner.server.dialects.ollama.thinking import template_variables, thinking_style
@@ -65,7 +65,7 @@ def generate(body: bytes) -> GenerateCall:
         raise InvalidRequest(f"{name} cannot be combined with suffix", param=name)
     is_idle = not (text or suffix or images)
     if suffix:
-        raise Unsupported("infill", param="suffix")
+        return _call(given, Infill(prefix=text, suffix=suffix))
     if given.get("raw") or is_idle:
         return _call(given, text, is_idle=is_idle, image_data=_numbered(text, images))
     system = given.get("system", "")
@@ -132,10 +132,10 @@ def _template_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     content: Any = message.get("content", "")
     if images := message.get("images"):
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": content}]
-    others = {name: message[name] for name in ("tool_calls", "tool_call_id") if name in message}
-    if "thinking" in message:  # templates read either name
+    others = {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
+    if message.get("thinking"):  # templates read either name
         others |= {"thinking": message["thinking"], "reasoning_content": message["thinking"]}
-    if "tool_name" in message:
+    if message.get("tool_name"):
         others |= {"tool_name": message["tool_name"], "name": message["tool_name"]}
     return {"role": message["role"], "content": content, **others}
 
