@@ -139,6 +139,8 @@ def _make_loop(system: str, *, plain: bool, no_history: bool) -> ChatLoop:
     def notify(text: str) -> None:
         print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
+    if sys.stdin is None or sys.stdout is None:  # the program was started with a closed descriptor
+        raise click.UsageError("stdin and stdout must be open")
     descriptor = sys.stdin.fileno()
     reader: Reader = LineReader(descriptor)
     if os.isatty(descriptor) and (sys.stdout.isatty() or sys.stderr.isatty()):

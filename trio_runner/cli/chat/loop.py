@@ -148,13 +148,15 @@ class ChatLoop:
             case System(text):
                 conversation.system = text or ""
             case AttachImage(path):
-                conversation.attach(await files.read_image(path))
-                self._notify(f"The next message has {_count(conversation.n_images, 'image')}.")
+                with self._interruptible():
+                    conversation.attach(await files.read_image(path))
+                    self._notify(f"The next message has {_count(conversation.n_images, 'image')}.")
             case Save(path, overwrite):
                 await self._save(path, overwrite)
             case Load(path):
-                conversation.restore(await files.load(path))
-                self._notify(f"The conversation has {_count(len(conversation.messages), 'message')}.")
+                with self._interruptible():
+                    conversation.restore(await files.load(path))
+                    self._notify(f"The conversation has {_count(len(conversation.messages), 'message')}.")
             case Clear():
                 conversation.clear()
             case Help():
