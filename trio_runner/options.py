@@ -85,6 +85,9 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int
     """Number of most probable alternatives to report with every token. 0 reports the chosen token's own
     log-probability, -1 reports nothing."""
+    post_sampling_probs: bool
+    """Report log-probabilities as they are after all samplers, in place of the model's own. Tokens that a
+    sampler ruled out are no alternatives. A token that is chosen without a draw has the probability 1."""
 
 
 class ChatOptions(SamplingOptions, total=False):

@@ -47,6 +47,8 @@ class ChatWindow:
         self._n_ctx = n_ctx
         self._parse_special = parse_special
         self._now = datetime.now()
+        self._names = {name: index for index, name in named_images(chat) if name in images}
+        """The images whose rows are known, by their names, and the numbers of their messages."""
         roles = [message.get("role") for message in chat.messages]
         last = len(roles) - 1
         self._droppable = [index for index in range(last) if roles[index] not in _SYSTEM]
@@ -82,8 +84,8 @@ class ChatWindow:
         """A number in `self._starts` after which the rest is about as long as the context."""
         lengths = [sum(map(len, texts_of(message))) for message in self._chat.messages]
         n_rows = [0] * len(lengths)
-        for index, name in named_images(self._chat):
-            n_rows[index] += len(self._images[name].items) if name in self._images else 0
+        for name, index in self._names.items():
+            n_rows[index] += len(self._images[name].items)
         share = (n_items - sum(n_rows)) / max(sum(lengths), 1)
         n_excess, n_dropped = float(n_items - self._n_ctx), 0
         for index in self._droppable:
@@ -104,7 +106,8 @@ class ChatWindow:
                 named = render_chat(self._chat, self._model.info, kept=kept, now=self._now)
             except RequestError:
                 continue
-            if all(not isinstance(part, NamedImage) or part.param in self._images for part in named):
+            # A template that shows an image twice leaves it open which one is which.
+            if all(isinstance(part, str) or part.param in self._names for part in named):
                 parts = [self._images[part.param] if isinstance(part, NamedImage) else part for part in named]
                 special = self._parse_special
                 return ChatItems(*join_parts(parts, self._model, param="messages", parse_special=special, is_chat=True))

@@ -15,7 +15,7 @@ from trio_runner.core.ports import EncodedImage, EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media
 from trio_runner.engine.tokens import special_tokens, tokenize
 from trio_runner.errors import InvalidRequest, Unsupported
-from trio_runner.image_source import IMAGE_TAG, ImageSource
+from trio_runner.image_source import IMAGE_MARKER, IMAGE_TAG, ImageSource
 from trio_runner.info import ModelInfo
 from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest, Infill
 
@@ -69,6 +69,11 @@ def parts_of(request: GenerateRequest, runtime: Runtime) -> Parts:
     if n_images > MAX_IMAGES:
         raise InvalidRequest(f"{param} has {n_images} images, but at most {MAX_IMAGES} are allowed", param=param)
     return parts
+
+
+def rendered_text(request: GenerateRequest, runtime: Runtime) -> str:
+    """The prompt of a conversation as text, with a marker for each image. Raises what `parts_of` raises."""
+    return "".join(part if isinstance(part, str) else IMAGE_MARKER for part in parts_of(request, runtime))
 
 
 def join_parts(

@@ -40,6 +40,8 @@ MAX_COMPLETIONS: Final = 128
 """Completions of one request: prompts, times `n_cmpl`."""
 MAX_RESPONSE_FIELDS: Final = 256
 """Fields that one request may name for its answer."""
+NOT_COVERED: Final = "not covered"
+"""The default, in words, of a field of which only values without an effect are let through."""
 _INT32: Final = 2**31 - 1
 
 DEFAULTS: Final[Mapping[str, Any]] = {
@@ -80,7 +82,7 @@ def _uncovered(schema: Schema, check: Check, is_harmless: Callable[[Any], bool],
             raise InvalidRequest(f"{name} is not covered by this server", param=name)
         return checked
 
-    return field(schema, doc, check=refuse, default_text="not covered")
+    return field(schema, doc, check=refuse, default_text=NOT_COVERED)
 
 
 def _prompts(name: str, value: Any) -> tuple[PromptForm, ...]:
@@ -198,7 +200,7 @@ _OWN_SAMPLING: Fields = {
         default_text="none",
     ),
     "json_schema": field(
-        {"type": ["object", "boolean"]},
+        either(OBJECT, BOOLEAN),
         "JSON schema that the text obeys. `{}` means any object. Not together with `grammar`.",
         check=_schema,
         default_text="none",

@@ -11,7 +11,7 @@ from typing import Any, Final
 from trio_runner.errors import InvalidRequest
 from trio_runner.request import MAX_EXTRA_FILES, Infill
 from trio_runner.server.dialects import json_in
-from trio_runner.server.dialects.fields import STRING, Body, array, field
+from trio_runner.server.dialects.fields import STRING, Body, Fields, array, field
 from trio_runner.server.dialects.json_in import Object, fold, wrong
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION_FIELDS
 from trio_runner.server.dialects.llama_server.requests import Completion, completion_of
@@ -45,24 +45,22 @@ def _wire_names(text: str) -> str:
     return re.sub(r"\b(prefix|suffix|extra)\b", r"input_\1", text)
 
 
+GAP_FIELDS: Final[Fields] = {
+    "input_prefix": field(STRING, "The text before the gap.", required=True),
+    "input_suffix": field(STRING, "The text behind the gap.", required=True),
+    "input_extra": field(
+        array(
+            {"type": "object", "properties": {"text": STRING, "filename": STRING}, "required": ["text"]},
+            maxItems=MAX_EXTRA_FILES,
+        ),
+        'Other files of the project, as `{"filename": "...", "text": "..."}`.',
+        check=_files,
+        default_text="none",
+    ),
+    "prompt": field(STRING, "What the filling begins with, such as the line up to the cursor.", default_text="nothing"),
+}
 INFILL: Final = Body(
-    {
-        "input_prefix": field(STRING, "The text before the gap.", required=True),
-        "input_suffix": field(STRING, "The text behind the gap.", required=True),
-        "input_extra": field(
-            array(
-                {"type": "object", "properties": {"text": STRING, "filename": STRING}, "required": ["text"]},
-                maxItems=MAX_EXTRA_FILES,
-            ),
-            'Other files of the project, as `{"filename": "...", "text": "..."}`.',
-            check=_files,
-            default_text="none",
-        ),
-        "prompt": field(
-            STRING, "What the filling begins with, such as the line up to the cursor.", default_text="nothing"
-        ),
-        **COMPLETION_FIELDS,
-    },
+    {**GAP_FIELDS, **COMPLETION_FIELDS},
     {"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "n_predict": 8},
 )
 

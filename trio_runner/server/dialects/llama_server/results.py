@@ -95,7 +95,7 @@ class Props(msgspec.Struct):
     total_slots: int
     model_alias: str
     model_path: str
-    """The name of the model, without a directory."""
+    """The name of the model: where its file is, is not told."""
     modalities: Modalities
     chat_template: str
     bos_token: str
@@ -184,13 +184,13 @@ def slots(statistics: EngineStatistics, capabilities: Capabilities) -> bytes:
 
 
 def props(info: ModelInfo, capabilities: Capabilities, name: str, *, sees: bool) -> bytes:
-    """The answer of GET /props. With `sees`, prompts may have images."""
+    """The answer of GET /props, for a model called `name`. With `sees`, prompts may have images."""
     return msgspec.json.encode(
         Props(
             default_generation_settings={"params": default_settings(), "n_ctx": capabilities.n_ctx},
             total_slots=capabilities.n_slots,
             model_alias=whole_characters(name),
-            model_path=whole_characters(info.name),
+            model_path=whole_characters(name),
             modalities=Modalities(vision=sees),
             chat_template=whole_characters(info.chat_template or ""),
             bos_token=whole_characters(info.bos_text),

@@ -87,7 +87,10 @@ EMBEDDING: Final = Body(
             default_text="required",
         ),
         "input": field(
-            PROMPTS, "Another name of `content`, which it comes before.", check=_contents, default_text="`content`"
+            PROMPTS,
+            "Another name of `content`. If both are given, this one counts.",
+            check=_contents,
+            default_text="`content`",
         ),
         "embd_normalize": field(
             {**INTEGER, "minimum": -1, "maximum": MAX_NORM},
