@@ -53,6 +53,28 @@ void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, l
     }
 }
 
+// The same of the candidates that all samplers have left, of which one was drawn. Changes their order.
+void report_choice(llama_token_data_array choice, int32_t n_top, trio_sampled &sampled, int32_t *top_tokens,
+                   float *top_logprobs) {
+    const float chosen = choice.data[choice.selected].logit;
+    const auto precedes = [](const llama_token_data &a, const llama_token_data &b) {
+        return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+    };
+    sampled.n_top = int32_t(std::min(choice.size, size_t(std::max(n_top, 0))));
+    llama_token_data *end = choice.data + choice.size;
+    std::partial_sort(choice.data, choice.data + std::max(sampled.n_top, 1), end, precedes);
+    const float highest = choice.data[0].logit;
+    double sum = 0.0;
+    for (const llama_token_data *candidate = choice.data; candidate != end; ++candidate)
+        sum += std::exp(candidate->logit - highest);
+    const double log_sum = highest + std::log(sum);
+    sampled.logprob = float(chosen - log_sum);
+    for (int32_t i = 0; i < sampled.n_top; ++i) {
+        top_tokens[i] = choice.data[i].id;
+        top_logprobs[i] = float(choice.data[i].logit - log_sum);
+    }
+}
+
 // A failure affects its own sequence only: it becomes the status of this sample, and the message takes the place of its
 // piece.
 void sample_one(const trio_context &context, int32_t index, const trio_sample_request &request, Scratch &scratch,
@@ -71,8 +93,14 @@ void sample_one(const trio_context &context, int32_t index, const trio_sample_re
         sampled.token = sampler.sample(logits, scratch);
         if (sampler.n_top >= 0) {
             const size_t offset = size_t(index) * size_t(result.top_stride);
-            report_probabilities(logits, model.info.n_vocab, sampler.n_top, scratch.candidates.data(),
-                                 sampled, result.top_tokens + offset, result.top_logprobs + offset);
+            int32_t *top_tokens = result.top_tokens + offset;
+            float *top_logprobs = result.top_logprobs + offset;
+            if (sampler.post_sampling_probs) {
+                report_choice(sampler.choice, sampler.n_top, sampled, top_tokens, top_logprobs);
+            } else {
+                report_probabilities(logits, model.info.n_vocab, sampler.n_top, scratch.candidates.data(), sampled,
+                                     top_tokens, top_logprobs);
+            }
         }
         if (!model.info.has_vocab) return TRIO_OK;
         sampled.is_end = llama_vocab_is_eog(model.vocab, sampled.token);

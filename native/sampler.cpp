@@ -69,7 +69,7 @@ std::vector<llama_logit_bias> biases(const trio_sampler_params &params, const tr
 } // namespace
 
 trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
-    : model(owner), n_top(params.n_top), bias(biases(params, *owner)),
+    : model(owner), n_top(params.n_top), post_sampling_probs(params.post_sampling_probs != 0), bias(biases(params, *owner)),
       penalties(window_of(params.repeat_last_n, *owner), params.repeat_penalty, params.frequency_penalty,
                 params.presence_penalty, params.penalize_nl ? -1 : owner->info.token_nl),
       prompt_window(penalties.enabled() ? window_of(params.repeat_last_n, *owner) : 0) {
@@ -175,15 +175,19 @@ int32_t trio_sampler::choose(llama_token_data_array array) {
     array.size = size_t(end - array.data);
     if (array.size == 0) return -1;
     if (chain.empty()) {
-        return std::max_element(array.data, end,
-                                [](const llama_token_data &a, const llama_token_data &b) { return a.logit < b.logit; })
-            ->id;
+        llama_token_data *best =
+            std::max_element(array.data, end, [](const llama_token_data &a, const llama_token_data &b) {
+                return a.logit < b.logit;
+            });
+        choice = {best, 1, 0, true};
+        return best->id;
     }
     for (const SamplerPtr &sampler : chain)
         llama_sampler_apply(sampler.get(), &array);
     if (array.selected < 0 || size_t(array.selected) >= array.size) {
         throw Failure(TRIO_E_NATIVE, "the samplers chose no token");
     }
+    choice = array;
     return array.data[array.selected].id;
 }
 

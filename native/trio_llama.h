@@ -24,7 +24,7 @@ extern "C" {
 
 /* cdef: begin (cffi reads from here) */
 
-#define TRIO_LLAMA_ABI 7 /* grows with every incompatible change of this file */
+#define TRIO_LLAMA_ABI 8 /* grows with every incompatible change of this file */
 
 #define TRIO_OK 0
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
@@ -258,6 +258,7 @@ typedef struct trio_sampler_params {
     const char *grammar; /* GBNF with a rule named root; NULL or "": none */
     const trio_schema *json_schema; /* of the same model; NULL: none */
     int32_t n_top;       /* alternatives to report for each token; -1: not even the chosen token's log-probability */
+    int32_t post_sampling_probs; /* 1: report probabilities as they are after all samplers, not the model's own */
 } trio_sampler_params;
 
 int32_t trio_sampler_open(const trio_model *model, const trio_sampler_params *params, trio_sampler **sampler);
@@ -297,7 +298,8 @@ typedef struct trio_sampled {
     int32_t is_end;       /* the token ends the generation. It has no piece, unless it ends a value of a schema */
     int32_t piece_offset; /* bytes of the token, in the pieces buffer */
     int32_t piece_length;
-    float logprob; /* natural log of the model's probability before any sampler; 0 when n_top is -1 */
+    float logprob; /* natural log of the model's probability before any sampler, or, with post_sampling_probs, of that
+                      after all of them; 0 when n_top is -1 */
     int32_t n_top; /* alternatives written to the top arrays */
 } trio_sampled;
 

@@ -10,7 +10,8 @@ FinishReason: TypeAlias = Literal["stop", "length", "deadline", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """One token, and the natural logarithm of its probability before any sampler changed it."""
+    """One token, and the natural logarithm of its probability before any sampler changed it, or after all of them with
+    `SamplingParams.post_sampling_probs`."""
 
     token: int
     piece: bytes

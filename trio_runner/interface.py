@@ -130,6 +130,10 @@ class EngineInterface(Protocol):
 
     async def detokenize(self, tokens: Sequence[int]) -> str: ...
 
+    async def pieces(self, tokens: Sequence[int]) -> list[bytes]: ...
+
+    async def render(self, chat: Chat) -> str: ...
+
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - running out of time is no error
         """Take no more requests. Wait at most `timeout` seconds for those in flight, those still in preparation
         included, then end the rest with `EngineClosed`."""

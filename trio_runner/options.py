@@ -85,6 +85,9 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int
     """Number of most probable alternatives to report with every token. 0 reports the chosen token's own
     log-probability, -1 reports nothing."""
+    post_sampling_probs: bool
+    """Report log-probabilities as they are after all samplers, in place of the model's own. Tokens that a
+    sampler ruled out are no alternatives. A token that is chosen without a draw has the probability 1."""
 
 
 class ChatOptions(SamplingOptions, total=False):
@@ -119,7 +122,9 @@ class ChatOptions(SamplingOptions, total=False):
     """When the context is full, drop the older half after `n_keep` and go on. Otherwise generation ends
     there."""
     truncate: bool
-    """Cut out the middle of a prompt that is longer than the context. Otherwise it is refused."""
+    """Shorten a prompt that is longer than the context. Otherwise it is refused. Text loses its middle. A
+    conversation loses its oldest messages, but never system messages or the last one. A gap to fill loses what
+    is far from it."""
     parse_special: bool
     """Read special tokens such as `<|im_end|>` in the text of the prompt as the tokens they name."""
     progress: bool

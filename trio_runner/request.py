@@ -240,7 +240,10 @@ class GenerateRequest:
         doc="When the context is full, drop the older half after `n_keep` and go on. Otherwise generation ends there.",
     )
     truncate: bool = boolean(
-        False, doc="Cut out the middle of a prompt that is longer than the context. Otherwise it is refused."
+        False,
+        doc="Shorten a prompt that is longer than the context. Otherwise it is refused. Text loses its middle. A "
+        "conversation loses its oldest messages, but never system messages or the last one. A gap to fill loses what "
+        "is far from it.",
     )
     parse_special: bool = boolean(
         True, doc="Read special tokens such as `<|im_end|>` in the text of the prompt as the tokens they name."

@@ -179,6 +179,12 @@ class SamplingParams:
         "log-probability, -1 reports nothing.",
         options=(),
     )
+    post_sampling_probs: bool = boolean(
+        False,
+        doc="Report log-probabilities as they are after all samplers, in place of the model's own. Tokens that a "
+        "sampler ruled out are no alternatives. A token that is chosen without a draw has the probability 1.",
+        options=(),
+    )
 
     def __post_init__(self) -> None:
         complaint = first_complaint(self)

@@ -202,6 +202,9 @@ class ToyModel:
             raise InvalidRequest("a token is outside the vocabulary", param="tokens")
         return bytes(token for token in tokens if token != END)
 
+    def piece(self, token: int) -> bytes:
+        return self.detokenize([token])
+
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> ToySampler:
         assert not self.closed
         if "(" in params.grammar:
@@ -415,13 +418,14 @@ class ToyContext:
         assert isinstance(sampler, ToySampler)
         assert not sampler.closed
         token = toy_next(items, cache_key, ignore_eos=sampler.params.ignore_eos)
-        logprob = -1.0
+        logprob = 0.0 if sampler.params.post_sampling_probs else -1.0
         if token == END:
             return Sampled(token, is_end=True, logprob=logprob)
         piece = bytes([token])
         if sampler.params.grammar and token not in sampler.params.grammar.encode():
             return Sampled(error=InvalidGrammar("the grammar allows no token here"))
-        top = tuple(TokenInfo(token, piece, logprob) for _ in range(max(sampler.params.logprobs, 0)))
+        n_top = min(sampler.params.logprobs, 1 if sampler.params.post_sampling_probs else sampler.params.logprobs)
+        top = tuple(TokenInfo(token, piece, logprob) for _ in range(n_top))
         return Sampled(token, piece, logprob=logprob, top=top)
 
 

@@ -21,6 +21,9 @@ from trio_runner.cli.main import cli
 from trio_runner.parameters import Parameter, parameters_of
 from trio_runner.sampling import SamplingParams
 from trio_runner.server.dialects.fields import Body, Field, Schema
+from trio_runner.server.dialects.llama_server import text_requests
+from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION, NOT_COVERED
+from trio_runner.server.dialects.llama_server.infill import GAP_FIELDS
 from trio_runner.server.dialects.runner import requests
 
 
@@ -90,6 +93,12 @@ BODIES: Final[Mapping[str, Body]] = {
     "adapters": requests.ADAPTER,
     "tokenize": requests.TOKENIZE,
     "detokenize": requests.DETOKENIZE,
+    "llama-completion": COMPLETION,
+    "llama-infill": Body(GAP_FIELDS, {}),
+    "llama-embedding": text_requests.EMBEDDING,
+    "llama-rerank": text_requests.RERANK,
+    "llama-tokenize": text_requests.TOKENIZE,
+    "llama-detokenize": text_requests.DETOKENIZE,
 }
 """The body of each kind of request, by the name that the pages use."""
 
@@ -97,7 +106,7 @@ BODIES: Final[Mapping[str, Body]] = {
 def wire_fields(name: str, *, part: str = "") -> Table:
     """The fields that a body of `BODIES` may have.
 
-    `part` of them: "sampling" parameters, those that are "ignored", or "request", all others.
+    `part` of them: "sampling" parameters, those that are "ignored" or "uncovered", or "request", all others.
     """
     rows = [
         _wire_row(name, field) for name, field in BODIES[name].fields.items() if part in ("", _part_of(name, field))
@@ -108,7 +117,9 @@ def wire_fields(name: str, *, part: str = "") -> Table:
 def _part_of(name: str, field: Field) -> str:
     if field.ignored:
         return "ignored"
-    return "sampling" if name in (*parameters_of(SamplingParams), "n_probs") else "request"
+    if field.default_text == NOT_COVERED:
+        return "uncovered"
+    return "sampling" if name in (*parameters_of(SamplingParams), "n_probs", "samplers") else "request"
 
 
 def _wire_row(name: str, field: Field) -> tuple[str, str, str, str]:

@@ -1,55 +1,20 @@
-"""One server with the default model, in a process of its own, for the clients that people use."""
-
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
-import httpx
 import pytest
-import trio
 
-from tests.cli.programs import ROOT
-
-DEADLINE = 60.0
-"""Seconds that anything may take on a busy machine."""
-N_CTX = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """The server."""
-
-    url: str
-
-    async def until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Wait until the numbers of GET /statistics meet the condition. Returns them."""
-        async with httpx.AsyncClient(base_url=self.url) as client:
-            with trio.fail_after(DEADLINE):
-                while True:
-                    statistics: dict[str, Any] = (await client.get("/statistics")).json()
-                    if condition(statistics):
-                        return statistics
-                    await trio.sleep(0.005)
+from tests.clients.served import DATA, Served, served
 
 
 @pytest.fixture(scope="session")
-def service() -> Iterator[Service]:
-    """The server, shared by all tests of a run. It ends with its stdin, and so with the tests in any case."""
-    command = [sys.executable, "-m", "trio_runner", "serve", "--port=0", "--announce", "--exit-with-stdin"]
-    options = [
-        *["--model=default", f"--mmproj={ROOT / 'tests' / 'data' / 'mmproj-shapes.gguf'}", "--alias=smol"],
-        *["--slots=2", f"--context-length={N_CTX}", "--threads=1", "--device=none"],
-    ]
-    with subprocess.Popen([*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield Service(json.loads(process.stdout.readline())["url"])
-        finally:
-            process.stdin.close()
-            process.wait(DEADLINE)
+def server() -> Iterator[Served]:
+    """One server for all clients. It sees images, and no request of one test is left when the next begins."""
+    with served(f"--mmproj={DATA / 'mmproj-shapes.gguf'}", "--alias", "gpt-4o") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: Served) -> Iterator[None]:
+    yield
+    server.wait_until_idle()

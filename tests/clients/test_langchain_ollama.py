@@ -14,15 +14,15 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 
-from tests.clients.conftest import Service
+from tests.clients.served import MODEL, Served
 from tests.real.pictures import picture
 
 GREEDY: dict[str, Any] = {"temperature": 0, "num_predict": 8}
 
 
 @pytest.fixture
-def model(service: Service) -> Iterator[ChatOllama]:
-    model = ChatOllama(model="smol", base_url=service.url, validate_model_on_init=True, **GREEDY)
+def model(server: Served) -> Iterator[ChatOllama]:
+    model = ChatOllama(model=MODEL, base_url=server.url, validate_model_on_init=True, **GREEDY)
     with model._client:
         yield model
 
@@ -81,14 +81,14 @@ def test_images(model: ChatOllama) -> None:
     assert "red" in str(model.invoke([HumanMessage(content)]).content)
 
 
-def test_texts(service: Service) -> None:
-    model = OllamaLLM(model="smol", base_url=service.url, **GREEDY)
+def test_texts(server: Served) -> None:
+    model = OllamaLLM(model=MODEL, base_url=server.url, **GREEDY)
     with model._client:
         assert "".join(model.stream("Hello")) == model.invoke("Hello") != ""
 
 
-def test_embeddings(service: Service) -> None:
-    model = OllamaEmbeddings(model="smol", base_url=service.url)
+def test_embeddings(server: Served) -> None:
+    model = OllamaEmbeddings(model=MODEL, base_url=server.url)
     with model._client:
         first, second = model.embed_documents(["The sky is blue.", "It rains."])
         assert len(first) == len(second) == 576
@@ -96,7 +96,7 @@ def test_embeddings(service: Service) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_errors(service: Service, model: ChatOllama) -> None:
+def test_errors(server: Served, model: ChatOllama) -> None:
     cases: list[tuple[int, str, Any]] = [
         (404, "model 'llama3' not found", lambda: model.invoke("Hello", model="llama3")),
         (400, "tools", lambda: model.bind_tools([Mood]).invoke("Hello")),
@@ -108,5 +108,5 @@ def test_errors(service: Service, model: ChatOllama) -> None:
             call()
         assert caught.value.status_code == status
     with pytest.raises(ValueError, match="not found"):
-        ChatOllama(model="llama3", base_url=service.url, validate_model_on_init=True)
+        ChatOllama(model="llama3", base_url=server.url, validate_model_on_init=True)
     gc.collect()  # such a model leaves its connection behind, and the warning about that belongs here

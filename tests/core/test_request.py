@@ -101,6 +101,7 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     **{name: [*NOT_INTEGERS, low - 1, high + 1] for name, (low, high) in INTEGERS.items()},
     "penalize_nl": NOT_BOOLS,
     "ignore_eos": NOT_BOOLS,
+    "post_sampling_probs": NOT_BOOLS,
     "json_schema": [*NOT_TEXTS, "{", "[]", "false", "NaN", " " * (MAX_SCHEMA_BYTES + 1)],
     "grammar": [*NOT_TEXTS, "root ::= \0", "a" * (MAX_GRAMMAR_BYTES + 1), "é" * (MAX_GRAMMAR_BYTES // 2 + 1)],
     "logit_bias": [
@@ -302,6 +303,7 @@ SAMPLING = st.builds(
     **{name: st.floats(low, high) | st.just(int(high)) for name, (low, high) in NUMBERS.items()},
     **{name: st.integers(low, high) for name, (low, high) in INTEGERS.items()},
     ignore_eos=st.booleans(),
+    post_sampling_probs=st.booleans(),
     penalize_nl=st.booleans(),
     grammar=TEXT.map(lambda text: text.replace("\0", "")),
     logit_bias=st.lists(st.tuples(TOKEN, st.floats(-1e6, 1e6) | st.just(-math.inf)), max_size=3).map(tuple),

@@ -53,6 +53,16 @@ def test_the_page_shows_each_table_of_fields() -> None:
     assert set(shown) == {"completion", "embedding", "rerank", "adapters", "tokenize", "detokenize"}
 
 
+def test_the_page_of_llama_servers_dialect_shows_each_of_its_tables() -> None:
+    page = read(ROOT / "docs" / "llama-server.md")
+    shown = re.findall(r"^```\{wire-fields\} ([\w-]+)\n(?::part: (\w+))?", page, re.MULTILINE)
+    names = {name for name in tables.BODIES if name.startswith("llama-")}
+    assert {name for name, _ in shown} == names
+    rows = [row for name, part in shown for row in tables.wire_fields(name, part=part).rows]
+    assert sorted(rows) == sorted(row for name in names for row in tables.wire_fields(name).rows)
+    assert all(all(row) for row in rows), "an empty cell"
+
+
 def test_statistics_are_those_of_the_server() -> None:
     statistics = EngineStatistics("ready", 4, 0, SchedulerStatistics())
     assert first_cells("GET /statistics") == set(json.loads(responses.statistics_line(statistics)))

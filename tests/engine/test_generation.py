@@ -335,6 +335,10 @@ async def test_facts_of_a_ready_engine(toy: Toy) -> None:
         assert await engine.detokenize(list("été".encode())[:-1]) == "ét\ufffd"
         with pytest.raises(InvalidRequest):
             await engine.detokenize([N_VOCAB])
+        assert await engine.pieces(list("é".encode())) == [b"\xc3", b"\xa9"]
+        with pytest.raises(InvalidRequest) as caught:
+            await engine.pieces([65, N_VOCAB])
+        assert caught.value.param == "tokens"
 
 
 async def test_facts_of_a_loading_engine_raise(toy: Toy) -> None:

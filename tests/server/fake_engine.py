@@ -12,7 +12,7 @@ from trio_runner.config import EngineConfig
 from trio_runner.errors import EngineClosed, LoadError
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
 from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement
-from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
+from trio_runner.request import Chat, EmbedRequest, GenerateRequest, RerankRequest
 
 INFO = ModelInfo(
     name="Fake 2B",
@@ -185,6 +185,16 @@ class FakeEngine:
         self.calls.append(tuple(tokens))
         await self.admit()
         return bytes(tokens).decode()
+
+    async def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        self.calls.append(tuple(tokens))
+        await self.admit()
+        return [bytes([token]) for token in tokens]
+
+    async def render(self, chat: Chat) -> str:
+        self.calls.append(chat)
+        await self.admit()
+        return "".join(str(message.get("content")) for message in chat.messages)
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109
         self.drained = True

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from trio_runner.cli.app_watch import AppWatch
-from trio_runner.cli.logs import set_up_logging
+from trio_runner.cli.logs import LogFormat, set_up_logging
 from trio_runner.cli.options import EngineChoice, engine_options
 from trio_runner.models import model_name as name_of_model
 
@@ -95,6 +95,13 @@ def _read_origins(context: click.Context, parameter: click.Parameter, values: Se
     help="End at once when stdin ends, as a pipe does when the program that holds it has ended. From /dev/null that is "
     "right after the start.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How to log to stderr: for people, or one JSON object on each line.",
+)
 @engine_options(load_wait=120.0)
 def serve(
     options: EngineChoice,
@@ -113,13 +120,14 @@ def serve(
     adapter_dir: Path | None,
     parent_pid: int | None,
     exit_with_stdin: bool,
+    log_format: LogFormat,
 ) -> int:
     """Serve the model over HTTP.
 
     The server answers while the model is still loading. SIGTERM or Ctrl-C lets running requests finish within the
     drain timeout. A second signal stops at once.
     """
-    set_up_logging(options.verbose, base=logging.INFO)
+    set_up_logging(options.verbose, base=logging.INFO, log_format=log_format)
     app = AppWatch(pid=parent_pid, stdin=exit_with_stdin) if parent_pid or exit_with_stdin else None
     api_key = read_api_key(api_key_file)
 
@@ -152,14 +160,15 @@ def serve(
     async def run_until_signal() -> None:
         await run_service(model, engine, service)
 
-    return run_to_exit_code(run_until_signal)
+    report = logging.getLogger("trio_runner.cli").error if log_format == "json" else None
+    return run_to_exit_code(run_until_signal, report=report)
 
 
-def read_api_key(path: Path | None) -> str | None:
-    """The key in the file, or in the environment, or None. Raises `click.UsageError` for an empty key, because it would
-    silently mean "no key", and for one that a header cannot have."""
+def read_api_key(path: Path | None, variable: str = API_KEY_VARIABLE) -> str | None:
+    """The key in the file, or in the environment variable, or None. Raises `click.UsageError` for an empty key, because
+    it would silently mean "no key", and for one that a header cannot have."""
     try:
-        key = os.environ.get(API_KEY_VARIABLE) if path is None else path.read_text()
+        key = os.environ.get(variable) if path is None else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"the API key cannot be read: {error}") from error
     if key is None:

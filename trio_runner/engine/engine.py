@@ -22,8 +22,9 @@ from trio_runner.engine.generation import Generation
 from trio_runner.engine.helper_threads import kind_for
 from trio_runner.engine.lifecycle import Lifecycle
 from trio_runner.engine.mailbox import Retire
-from trio_runner.engine.requests import PairRequest
-from trio_runner.engine.tokens import tokenize
+from trio_runner.engine.prompt_parts import rendered_text
+from trio_runner.engine.requests import PairRequest, n_characters
+from trio_runner.engine.tokens import pieces_of, tokenize
 from trio_runner.events import Embedded
 from trio_runner.info import (
     AdapterInfo,
@@ -286,6 +287,23 @@ class Engine:
         call = partial(self._state.ready_runtime().model.detokenize, tokens)
         data = await self._lifecycle.helpers.run(call, kind_for(len(tokens)))
         return data.decode(errors="replace")
+
+    async def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        """The bytes of each token, which may be no whole character; of a special token, its name. Raises
+        `InvalidRequest` for a token outside the vocabulary, and what `wait_ready` raises."""
+        await self.wait_ready()
+        call = partial(pieces_of, self._state.ready_runtime().model, tokens)
+        return await self._lifecycle.helpers.run(call, kind_for(len(tokens)))
+
+    async def render(self, chat: Chat) -> str:
+        """The prompt that the model's chat template makes of a conversation. `<__media__>` stands for each image.
+
+        Raises `Unsupported` for a model without a template, and for images if it has no projector; `InvalidRequest` for
+        a conversation that the template refuses; and what `wait_ready` raises.
+        """
+        await self.wait_ready()
+        call = partial(rendered_text, GenerateRequest(prompt=chat), self._state.ready_runtime())
+        return await self._lifecycle.helpers.run(call, kind_for(n_characters(GenerateRequest(prompt=chat))))
 
     # -- ending -------------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,10 @@ from prometheus_client.utils import floatToGoString
 from quart import Response, request
 
 from trio_runner.info import Histogram, SchedulerStatistics
-from trio_runner.interface import EngineInterface
-from trio_runner.server.body_threads import BodyThreads
-from trio_runner.server.dialects.dialect import Operation
+from trio_runner.server.dialects.dialect import Operation, RouteContext
 from trio_runner.server.dialects.json_out import whole_characters
 from trio_runner.server.metric_table import LLAMA_SERVER_METRICS, METRICS, PREFIX, Entry, Scrape
+from trio_runner.server.names import ANY_NAME
 
 _FAMILIES: Final[Mapping[str, Any]] = {
     "counter": CounterMetricFamily,
@@ -33,12 +32,12 @@ class Metrics:
     """The metrics of one engine. Nothing is shared with other engines of the process, and what llama-server counts
     since the last scrape is counted for each `Metrics`."""
 
-    def __init__(self, engine: EngineInterface, threads: BodyThreads, model_name: str | None = None) -> None:
-        """`model_name` is the value of the label of that name. Without it, that is the name in the model's file, and
-        empty until the model is loaded."""
-        self._engine = engine
-        self._threads = threads
-        self._name = model_name
+    def __init__(self, context: RouteContext) -> None:
+        """The value of the label `model_name` is what the server calls its model. If it was not told, that is the name
+        in the model's file, and empty until the model is loaded."""
+        self._engine = context.engine
+        self._threads = context.threads
+        self._name = None if context.names is ANY_NAME else context.names.name
         self._before = SchedulerStatistics()
 
     def scrape(self) -> Scrape:
@@ -61,7 +60,13 @@ class Metrics:
 
     def operation(self, path: str) -> Operation:
         """What serves the metrics at `path`."""
-        return Operation(method="GET", path=path, handler=self.respond, summary="Tell Prometheus how the engine is.")
+        return Operation(
+            method="GET",
+            path=path,
+            handler=self.respond,
+            summary="Tell Prometheus how busy the engine is, and how long requests took.",
+            answer_type="text/plain",
+        )
 
 
 class Families:

@@ -1,4 +1,4 @@
-"""What the server says of itself, whatever the dialect: /, /openapi.json and /docs."""
+"""What the server says of itself, whatever the dialect: /, /openapi.json, /docs and /metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Site:
         self._context: RouteContext | None = None
 
     def speaks_at(self, path: str) -> bool:
-        return path in ("/", "/openapi.json", "/docs")
+        return path in ("/", "/openapi.json", "/docs", "/metrics")
 
     def word(self, problem: Problem) -> Answer:
         return plain_text(problem)
@@ -58,7 +58,7 @@ class Site:
                 summary="Describe every path of this server, for people.",
                 answer_type="text/html",
             ),
-            Metrics(context.engine, context.threads).operation("/metrics"),
+            Metrics(context).operation("/metrics"),
         )
 
     @cached_property
