@@ -79,8 +79,8 @@ def test_options(client: ollama.Client) -> None:
     assert said(temperature=0, stop=["help"], num_predict=40).done_reason == "stop"
     assert "help" not in said(temperature=0, stop=["help"], num_predict=40).message.content
     every = ollama.Options(
-        num_ctx=2 * CONTEXT, num_batch=64, num_gpu=0, num_thread=2, num_keep=5, seed=1, num_predict=2, top_k=9, top_p=0.8,
-        typical_p=0.9, repeat_last_n=8, temperature=0.5, repeat_penalty=1.2, presence_penalty=0.1,
+        num_ctx=2 * CONTEXT, num_batch=64, num_gpu=0, num_thread=2, num_keep=5, seed=1, num_predict=2, top_k=9,
+        top_p=0.8, typical_p=0.9, repeat_last_n=8, temperature=0.5, repeat_penalty=1.2, presence_penalty=0.1,
         frequency_penalty=0.1, mirostat=0, mirostat_tau=4, mirostat_eta=0.2, penalize_newline=False, stop=["x y z"],
         numa=False, low_vram=False, f16_kv=True, use_mmap=True, embedding_only=False, tfs_z=0.9,
     )  # fmt: skip
