@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 MIN_RETRY_AFTER = 1.0
 """Seconds after which a refused request is told to come back, at least: HTTP counts in whole seconds."""
 MAX_RETRY_AFTER = 60.0
-"""Seconds after which a refused request is told to come back, at most. OpenAI's clients take no longer time seriously:
-they come back at once."""
+"""Seconds after which a refused request is told to come back, at most. OpenAI's clients ignore longer times: they
+come back within a few seconds."""
 
 
 def seconds_left(progress: float, elapsed: float) -> float:
