@@ -99,6 +99,7 @@ BODIES: Final[Mapping[str, Body]] = {
     "llama-rerank": text_requests.RERANK,
     "llama-tokenize": text_requests.TOKENIZE,
     "llama-detokenize": text_requests.DETOKENIZE,
+    "llama-template": text_requests.TEMPLATE,
 }
 """The body of each kind of request, by the name that the pages use."""
 
