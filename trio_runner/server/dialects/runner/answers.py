@@ -6,6 +6,8 @@ types; requests that are drawn from the document show in the tests that the answ
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -128,7 +130,7 @@ class Properties(msgspec.Struct):
     model: Model
     slots: int
     context_length: int
-    placement: dict[str, object] | UnsetType = UNSET
+    placement: dict[str, Any] | UnsetType = UNSET
     """Which devices hold what."""
 
 
