@@ -53,10 +53,11 @@ def test_the_page_shows_each_table_of_fields() -> None:
     assert set(shown) == {"completion", "embedding", "rerank", "adapters", "tokenize", "detokenize"}
 
 
-def test_the_page_of_llama_servers_dialect_shows_each_of_its_tables() -> None:
-    page = read(ROOT / "docs" / "llama-server.md")
+@pytest.mark.parametrize(("file", "prefix"), [("llama-server.md", "llama-"), ("ollama.md", "ollama-")])
+def test_the_page_of_a_dialect_shows_each_of_its_tables(file: str, prefix: str) -> None:
+    page = read(ROOT / "docs" / file)
     shown = re.findall(r"^```\{wire-fields\} ([\w-]+)\n(?::part: (\w+))?", page, re.MULTILINE)
-    names = {name for name in tables.BODIES if name.startswith("llama-")}
+    names = {name for name in tables.BODIES if name.startswith(prefix)}
     assert {name for name, _ in shown} == names
     rows = [row for name, part in shown for row in tables.wire_fields(name, part=part).rows]
     assert sorted(rows) == sorted(row for name in names for row in tables.wire_fields(name).rows)
