@@ -24,6 +24,8 @@ from trio_runner.server.dialects.fields import Body, Field, Schema
 from trio_runner.server.dialects.llama_server import text_requests
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION, NOT_COVERED
 from trio_runner.server.dialects.llama_server.infill import GAP_FIELDS
+from trio_runner.server.dialects.ollama import bodies as ollama
+from trio_runner.server.dialects.ollama.options import OPTIONS
 from trio_runner.server.dialects.openai.requests_chat import CHAT
 from trio_runner.server.dialects.openai.requests_embeddings import EMBEDDINGS
 from trio_runner.server.dialects.openai.requests_text import TEXT
@@ -96,6 +98,14 @@ BODIES: Final[Mapping[str, Body]] = {
     "adapters": requests.ADAPTER,
     "tokenize": requests.TOKENIZE,
     "detokenize": requests.DETOKENIZE,
+    "ollama-generate": ollama.GENERATE,
+    "ollama-chat": ollama.CHAT,
+    "ollama-message": Body(ollama.MESSAGE, {}),
+    "ollama-options": Body(OPTIONS, {}),
+    "ollama-embed": ollama.EMBED,
+    "ollama-embeddings": ollama.EMBEDDINGS,
+    "ollama-show": ollama.SHOW,
+    "ollama-pull": ollama.PULL,
     "openai-chat": CHAT,
     "openai-text": TEXT,
     "openai-embeddings": EMBEDDINGS,

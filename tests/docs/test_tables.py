@@ -53,7 +53,7 @@ def test_the_page_shows_each_table_of_fields() -> None:
     assert set(shown) == {"completion", "embedding", "rerank", "adapters", "tokenize", "detokenize"}
 
 
-@pytest.mark.parametrize(("page", "prefix"), [("llama-server", "llama-"), ("openai", "openai-")])
+@pytest.mark.parametrize(("page", "prefix"), [("llama-server", "llama-"), ("ollama", "ollama-"), ("openai", "openai-")])
 def test_the_page_of_a_dialect_shows_each_of_its_tables(page: str, prefix: str) -> None:
     text = read(ROOT / "docs" / f"{page}.md")
     shown = re.findall(r"^```\{wire-fields\} ([\w-]+)\n(?::(\w+): ([\w-]+))?", text, re.MULTILINE)
