@@ -25,6 +25,7 @@ from trio_runner.server.dialects.llama_server import text_requests
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION, NOT_COVERED
 from trio_runner.server.dialects.llama_server.infill import GAP_FIELDS
 from trio_runner.server.dialects.runner import requests
+from trio_runner.server.metric_table import LLAMA_SERVER_METRICS, METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,16 @@ BOUNDS: Final = (
     ("Seconds between two requests", "trio_runner.server.serve.KEEP_ALIVE_SECONDS", "seconds", "closed"),
 )
 """(what, its constant, the unit, what a request beyond it gets)"""
+
+
+def metrics(whose: str = "") -> Table:
+    """The metrics of /metrics: ours, without their prefix, or those of llama-server."""
+    entries = LLAMA_SERVER_METRICS if whose == "llama-server" else METRICS
+    rows = [
+        (f"`{entry.name}`" + (f", by `{entry.label}`" if entry.label else ""), entry.kind, entry.doc)
+        for entry in entries
+    ]
+    return Table(("name", "kind", "meaning"), tuple(rows), (40, 15, 45))
 
 
 def bounds() -> Table:
