@@ -30,6 +30,7 @@ from trio_runner.server.dialects.openai.requests_chat import CHAT
 from trio_runner.server.dialects.openai.requests_embeddings import EMBEDDINGS
 from trio_runner.server.dialects.openai.requests_text import TEXT
 from trio_runner.server.dialects.runner import requests
+from trio_runner.server.metric_table import LLAMA_SERVER_METRICS, METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,16 @@ BOUNDS: Final = (
     ("Seconds between two requests", "trio_runner.server.serve.KEEP_ALIVE_SECONDS", "seconds", "closed"),
 )
 """(what, its constant, the unit, what a request beyond it gets)"""
+
+
+def metrics(whose: str = "") -> Table:
+    """The metrics of /metrics: ours, without their prefix, or those of llama-server."""
+    entries = LLAMA_SERVER_METRICS if whose == "llama-server" else METRICS
+    rows = [
+        (f"`{entry.name}`" + (f", by `{entry.label}`" if entry.label else ""), entry.kind, entry.doc)
+        for entry in entries
+    ]
+    return Table(("name", "kind", "meaning"), tuple(rows), (40, 15, 45))
 
 
 def bounds() -> Table:

@@ -33,7 +33,7 @@ from trio_runner.cli.chat.reader import Interrupted, Reader
 
 _GREETING: Final = "/help lists the commands, Ctrl-D leaves."
 _FULL: Final = 0.75
-"""The share of a context above which the oldest messages are forgotten, so that there is room for the next turn."""
+"""The share of a context above which the oldest messages are forgotten, so that there is room for the next exchange."""
 _HOW_TO_LEAVE: Final = "To leave, press Ctrl-D or type /bye."
 
 
@@ -138,11 +138,11 @@ class ChatLoop:
         match action:
             case Say(text):
                 conversation.ask(text)
-                await self._turn(model)
+                await self._exchange(model)
             case Retry():
                 if not conversation.retry():
                     raise ChatError("there is no message to answer again")
-                await self._turn(model)
+                await self._exchange(model)
             case System(None):
                 self._notify(conversation.system or "There is no system message.")
             case System(text):
@@ -177,9 +177,9 @@ class ChatLoop:
             await files.save(path, messages, overwrite=True)
         self._notify(f"Saved {_count(len(messages), 'message')}.")
 
-    # Turns.
+    # Exchanges.
 
-    async def _turn(self, model: ChatModel) -> None:
+    async def _exchange(self, model: ChatModel) -> None:
         """Let the model answer. Raises `ChatError`. What there is of an answer stays in the conversation."""
         said: list[str] = []
         try:
