@@ -261,9 +261,7 @@ LLAMA_SERVER_METRICS: Final = (
         ),
     ),
     Entry("llamacpp:requests_processing", "gauge", "Requests in a slot.", lambda s: s.now.scheduler.n_running),
-    Entry(
-        "llamacpp:requests_deferred", "gauge", "Requests that wait for a slot.", lambda s: s.now.scheduler.n_waiting
-    ),
+    Entry("llamacpp:requests_deferred", "gauge", "Requests that wait for a slot.", lambda s: s.now.scheduler.n_waiting),
     Entry("llamacpp:n_decode_total", "counter", "Batches that were decoded.", lambda s: s.now.scheduler.n_batches),
     Entry(
         "llamacpp:n_busy_slots_per_decode",
