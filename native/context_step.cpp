@@ -53,6 +53,28 @@ void report_probabilities(const float *logits, int32_t n_vocab, int32_t n_top, l
     }
 }
 
+// The same of the candidates that all samplers have left, of which one was drawn. Changes their order.
+void report_choice(llama_token_data_array choice, int32_t n_top, trio_sampled &sampled, int32_t *top_tokens,
+                   float *top_logprobs) {
+    const float chosen = choice.data[choice.selected].logit;
+    const auto precedes = [](const llama_token_data &a, const llama_token_data &b) {
+        return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+    };
+    sampled.n_top = int32_t(std::min(choice.size, size_t(std::max(n_top, 0))));
+    llama_token_data *end = choice.data + choice.size;
+    std::partial_sort(choice.data, choice.data + std::max(sampled.n_top, 1), end, precedes);
+    const float highest = choice.data[0].logit;
+    double sum = 0.0;
+    for (const llama_token_data *candidate = choice.data; candidate != end; ++candidate)
+        sum += std::exp(candidate->logit - highest);
+    const double log_sum = highest + std::log(sum);
+    sampled.logprob = float(chosen - log_sum);
+    for (int32_t i = 0; i < sampled.n_top; ++i) {
+        top_tokens[i] = choice.data[i].id;
+        top_logprobs[i] = float(choice.data[i].logit - log_sum);
+    }
+}
+
 // A failure affects its own sequence only: it becomes the status of this sample, and the message takes the place of its
 // piece.
 void sample_one(const trio_context &context, int32_t index, const trio_sample_request &request, Scratch &scratch,
@@ -71,8 +93,14 @@ void sample_one(const trio_context &context, int32_t index, const trio_sample_re
         sampled.token = sampler.sample(logits, scratch);
         if (sampler.n_top >= 0) {
             const size_t offset = size_t(index) * size_t(result.top_stride);
-            report_probabilities(logits, model.info.n_vocab, sampler.n_top, scratch.candidates.data(),
-                                 sampled, result.top_tokens + offset, result.top_logprobs + offset);
+            int32_t *top_tokens = result.top_tokens + offset;
+            float *top_logprobs = result.top_logprobs + offset;
+            if (sampler.post_sampling_probs) {
+                report_choice(sampler.choice, sampler.n_top, sampled, top_tokens, top_logprobs);
+            } else {
+                report_probabilities(logits, model.info.n_vocab, sampler.n_top, scratch.candidates.data(), sampled,
+                                     top_tokens, top_logprobs);
+            }
         }
         if (!model.info.has_vocab) return TRIO_OK;
         sampled.is_end = llama_vocab_is_eog(model.vocab, sampled.token);
@@ -272,6 +300,7 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
             return TRIO_ABORTED;
         }
         context->has_embeddings = false;
+        context->outputs.clear();
         const int32_t code = finish_decode(*context, *batch, decode(*context, *batch, is_narrow));
         if (code != TRIO_OK) return code;
         context->outputs.assign(batch->outputs, batch->outputs + batch->n_rows);
@@ -294,12 +323,37 @@ int32_t trio_encode(trio_context *context, const trio_batch *batch) {
             return TRIO_ABORTED;
         }
         context->has_embeddings = false;
+        context->outputs.clear();
         const int32_t code = finish_decode(*context, *batch, encode(*context, *batch, is_narrow));
         if (code != TRIO_OK) return code;
         std::fill(context->has_encoder_tokens.begin(), context->has_encoder_tokens.end(), int8_t(0));
         for (int32_t row = 0; row < batch->n_rows; ++row)
             context->has_encoder_tokens[size_t(batch->seqs[row])] = 1;
         return TRIO_OK;
+    });
+}
+
+int32_t trio_score(trio_context *context, int32_t row, int32_t token, int32_t n_top, float *logprob,
+                   int32_t *top_tokens, float *top_logprobs) {
+    return guard([&] {
+        check_pointer(context, "context")->check_alive();
+        check_pointer(logprob, "logprob");
+        check(!context->has_embeddings && row >= 0 && size_t(row) < context->outputs.size() &&
+                  context->outputs[size_t(row)] == 1,
+              "the row has no logits");
+        const int32_t n_vocab = context->model->info.n_vocab;
+        context->model->check_token(token);
+        check(n_top >= 0 && n_top <= n_vocab, "n_top is out of range");
+        check(n_top == 0 || (top_tokens != nullptr && top_logprobs != nullptr), "the top arrays are NULL");
+        const float *logits = llama_get_logits_ith(context->native.get(), row);
+        if (logits == nullptr || !are_numbers(logits, n_vocab))
+            throw Failure(TRIO_E_NATIVE, "the model computed logits that are not numbers");
+        trio_sampled scored{};
+        scored.token = token;
+        report_probabilities(logits, n_vocab, n_top, context->scratch.front().candidates.data(), scored, top_tokens,
+                             top_logprobs);
+        *logprob = scored.logprob;
+        return scored.n_top;
     });
 }
 

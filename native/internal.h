@@ -136,6 +136,7 @@ struct trio_model {
     trio_model_info info{};
     std::vector<std::string> control_texts;      // special tokens found only where the caller asks for them
     std::vector<std::string> user_defined_texts; // special tokens found always
+    std::vector<int32_t> end_tokens;             // those that end a generation
     // llama.cpp keeps a set of a model's adapters. Opening and freeing an adapter changes it. A context walks it when
     // it plans its graphs: when it is created, and in the step after its adapters were changed.
     std::mutex adapters_mutex;

@@ -60,6 +60,11 @@ trio_model_info describe(const trio_model &model) {
     info.token_sep = llama_vocab_sep(vocab);
     info.token_eot = llama_vocab_eot(vocab);
     info.token_nl = llama_vocab_nl(vocab);
+    info.token_fim_pre = llama_vocab_fim_pre(vocab);
+    info.token_fim_suf = llama_vocab_fim_suf(vocab);
+    info.token_fim_mid = llama_vocab_fim_mid(vocab);
+    info.token_fim_rep = llama_vocab_fim_rep(vocab);
+    info.token_fim_sep = llama_vocab_fim_sep(vocab);
     info.causal = meta_value(native, model.architecture + ".attention.causal") != "false" && !info.is_diffusion;
     const std::string pooling = meta_value(native, model.architecture + ".pooling_type");
     info.pooling_type = pooling.empty() ? -1 : std::atoi(pooling.c_str());
@@ -74,9 +79,10 @@ trio_model_info describe(const trio_model &model) {
     return info;
 }
 
-void collect_special_texts(trio_model &model) {
+void collect_special_tokens(trio_model &model) {
     if (!model.info.has_vocab) return;
     for (int32_t token = 0; token < model.info.n_vocab; ++token) {
+        if (llama_vocab_is_eog(model.vocab, token)) model.end_tokens.push_back(token);
         const int attributes = llama_vocab_get_attr(model.vocab, token);
         const char *text = llama_vocab_get_text(model.vocab, token);
         if (text == nullptr || *text == '\0') continue;
@@ -222,7 +228,7 @@ int32_t trio_model_open(const char *path, const trio_model_params *params, trio_
         try {
             opened->architecture = meta_value(native, "general.architecture");
             opened->info = describe(*opened);
-            collect_special_texts(*opened);
+            collect_special_tokens(*opened);
         } catch (...) {
             opened->release();
             throw;

@@ -55,17 +55,21 @@ int32_t window_of(int32_t last_n, const trio_model &model) {
     return last_n < 0 ? n_ctx_train : std::min(last_n, n_ctx_train);
 }
 
-std::vector<llama_logit_bias> biases(const trio_sampler_params &params) {
+std::vector<llama_logit_bias> biases(const trio_sampler_params &params, const trio_model &model) {
     std::vector<llama_logit_bias> bias(static_cast<size_t>(params.n_bias));
     for (size_t i = 0; i < bias.size(); ++i)
         bias[i] = {params.bias_tokens[i], params.bias_values[i]};
+    if (params.ignore_eos != 0) {
+        for (const int32_t token : model.end_tokens)
+            bias.push_back({token, NEVER});
+    }
     return bias;
 }
 
 } // namespace
 
 trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
-    : model(owner), n_top(params.n_top), bias(biases(params)),
+    : model(owner), n_top(params.n_top), post_sampling_probs(params.post_sampling_probs != 0), bias(biases(params, *owner)),
       penalties(window_of(params.repeat_last_n, *owner), params.repeat_penalty, params.frequency_penalty,
                 params.presence_penalty, params.penalize_nl ? -1 : owner->info.token_nl),
       prompt_window(penalties.enabled() ? window_of(params.repeat_last_n, *owner) : 0) {
@@ -171,15 +175,19 @@ int32_t trio_sampler::choose(llama_token_data_array array) {
     array.size = size_t(end - array.data);
     if (array.size == 0) return -1;
     if (chain.empty()) {
-        return std::max_element(array.data, end,
-                                [](const llama_token_data &a, const llama_token_data &b) { return a.logit < b.logit; })
-            ->id;
+        llama_token_data *best =
+            std::max_element(array.data, end, [](const llama_token_data &a, const llama_token_data &b) {
+                return a.logit < b.logit;
+            });
+        choice = {best, 1, 0, true};
+        return best->id;
     }
     for (const SamplerPtr &sampler : chain)
         llama_sampler_apply(sampler.get(), &array);
     if (array.selected < 0 || size_t(array.selected) >= array.size) {
         throw Failure(TRIO_E_NATIVE, "the samplers chose no token");
     }
+    choice = array;
     return array.data[array.selected].id;
 }
 

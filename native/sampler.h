@@ -70,6 +70,9 @@ struct trio_sampler {
 
     trio::ModelReference model;
     int32_t n_top;
+    bool post_sampling_probs;
+    // The candidates that the last choice was made from, with post_sampling_probs. They lie in that choice's Scratch.
+    llama_token_data_array choice{nullptr, 0, -1, false};
     uint64_t step = 0;   // the last trio_step that used it: one sampler serves only one row
     bool broken = false; // it failed in the middle of a token
 

@@ -24,7 +24,7 @@ extern "C" {
 
 /* cdef: begin (cffi reads from here) */
 
-#define TRIO_LLAMA_ABI 7 /* grows with every incompatible change of this file */
+#define TRIO_LLAMA_ABI 8 /* grows with every incompatible change of this file */
 
 #define TRIO_OK 0
 #define TRIO_NO_KV_SPACE 1  /* the batch does not fit into the KV cache; the cache is unchanged */
@@ -121,6 +121,8 @@ typedef struct trio_model_info {
     int32_t has_encoder, has_decoder, is_recurrent, is_hybrid, is_diffusion;
     int32_t has_vocab, add_bos, add_eos, add_sep;
     int32_t token_bos, token_eos, token_sep, token_eot, token_nl; /* -1: the model has none */
+    int32_t token_fim_pre, token_fim_suf, token_fim_mid;          /* fill in the middle; -1: none */
+    int32_t token_fim_rep, token_fim_sep; /* before the name of a repository, and between two files; -1: none */
     int32_t causal;       /* 0: attention is non-causal, as in BERT */
     int32_t pooling_type; /* in the file: -1 unspecified, 0 none, 1 mean, 2 cls, 3 last, 4 rank */
     int32_t max_piece;    /* bytes of the longest token's piece */
@@ -253,9 +255,11 @@ typedef struct trio_sampler_params {
     const int32_t *bias_tokens;
     const float *bias_values;
     int32_t n_bias;
+    int32_t ignore_eos; /* 1: tokens that end the generation are never chosen */
     const char *grammar; /* GBNF with a rule named root; NULL or "": none */
     const trio_schema *json_schema; /* of the same model; NULL: none */
     int32_t n_top;       /* alternatives to report for each token; -1: not even the chosen token's log-probability */
+    int32_t post_sampling_probs; /* 1: report probabilities as they are after all samplers, not the model's own */
 } trio_sampler_params;
 
 int32_t trio_sampler_open(const trio_model *model, const trio_sampler_params *params, trio_sampler **sampler);
@@ -295,7 +299,8 @@ typedef struct trio_sampled {
     int32_t is_end;       /* the token ends the generation. It has no piece, unless it ends a value of a schema */
     int32_t piece_offset; /* bytes of the token, in the pieces buffer */
     int32_t piece_length;
-    float logprob; /* natural log of the model's probability before any sampler; 0 when n_top is -1 */
+    float logprob; /* natural log of the model's probability before any sampler, or, with post_sampling_probs, of that
+                      after all of them; 0 when n_top is -1 */
     int32_t n_top; /* alternatives written to the top arrays */
 } trio_sampled;
 
@@ -311,6 +316,11 @@ typedef struct trio_sample_result {
 /* Decodes the batch and samples every requested row. The only call in the decode loop. */
 int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sample_request *request,
                   trio_sample_result *result);
+
+/* How probable the model found `token` after a row of the last step that had an output: writes the natural log of that.
+ * Also writes the n_top most probable tokens, most probable first, and returns how many these are. */
+int32_t trio_score(trio_context *context, int32_t row, int32_t token, int32_t n_top, float *logprob,
+                   int32_t *top_tokens, float *top_logprobs);
 
 /* Runs the encoder on the batch: for each sequence in it, all its encoder tokens, at positions 0, 1, 2, ...; at most
  * n_ubatch rows in all. If the result is TRIO_OK, the encoder tokens of all other sequences are forgotten. */

@@ -7,6 +7,7 @@ on every token before it. Only "chain" says something: `CHAIN_TEXT` and then the
     llama         two layers of grouped-query attention, byte-level BPE, a chat template; never ends by itself
     single        llama with one layer: what a position holds does not depend on the positions before it
     tiles         llama with the tokens that stand between the tiles of an image
+    fim           llama with tokens to fill in the middle
     chain         each token has exactly one successor
     spm           llama with a SentencePiece vocabulary with byte fallback; text begins with BOS
     swa           gemma3: five of six layers see only a window of the last 32 tokens
@@ -51,6 +52,8 @@ CHAIN_WORDS: Final = (" one", " two", " three", " four", " five", " six", " seve
 CHAIN_TAIL: Final = " \N{SLIGHTLY SMILING FACE}."
 """The character is spread over four tokens, one for each of its bytes."""
 CHAIN_TEXT: Final = "".join(CHAIN_WORDS) + CHAIN_TAIL
+FIM_TOKENS: Final = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>")
+"""llama.cpp knows them by their names."""
 
 
 def tiny_model(name: str, directory: Path) -> Path:
@@ -83,6 +86,10 @@ def _write_single(path: Path) -> None:
 
 def _write_tiles(path: Path) -> None:
     _write_llama(path, name="tiny-tiles", seed=10, whole=("\n\n", "<fake_token_around_image>", "<global-img>"))
+
+
+def _write_fim(path: Path) -> None:
+    _write_llama(path, name="tiny-fim", seed=17, whole=FIM_TOKENS)
 
 
 def _write_chain(path: Path) -> None:
@@ -292,6 +299,7 @@ MODELS: Final[dict[str, Callable[[Path], None]]] = {
     "llama": _write_llama,
     "single": _write_single,
     "tiles": _write_tiles,
+    "fim": _write_fim,
     "chain": _write_chain,
     "spm": _write_spm,
     "swa": _write_swa,

@@ -11,6 +11,7 @@ from trio_runner.errors import (
     EngineBroken,
     EngineBusy,
     EngineClosed,
+    EngineLoading,
     InvalidGrammar,
     InvalidImage,
     InvalidRequest,
@@ -30,12 +31,14 @@ from trio_runner.info import (
     Capabilities,
     Device,
     EngineStatistics,
+    Histogram,
     MemoryUse,
     ModelInfo,
     Placement,
+    RequestStatistics,
     SchedulerStatistics,
 )
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, RerankRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill, RerankRequest
 from trio_runner.sampling import SamplingParams
 from trio_runner.version import __version__ as __version__
 
@@ -76,11 +79,14 @@ __all__ = [
     "EngineBusy",
     "EngineClosed",
     "EngineConfig",
+    "EngineLoading",
     "EngineStatistics",
     "Event",
     "Finished",
     "GenerateRequest",
     "Generation",
+    "Histogram",
+    "Infill",
     "InvalidGrammar",
     "InvalidImage",
     "InvalidRequest",
@@ -94,6 +100,7 @@ __all__ = [
     "PromptTooLong",
     "ReaderStalled",
     "RequestError",
+    "RequestStatistics",
     "RerankRequest",
     "RunnerError",
     "SampledToken",

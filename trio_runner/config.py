@@ -305,6 +305,20 @@ class EngineConfig:
         doc="Requests that may wait for a slot. Further ones are refused and told when to come back. None means no "
         "bound.",
     )
+    load_wait: float = number(
+        math.inf,
+        0,
+        math.inf,
+        unit="seconds",
+        options=(
+            Option(
+                commands=("serve",),
+                doc="Seconds that a request may wait for the model to load. Then it is refused and told when to come "
+                "back. Longer than proxies and clients wait is of no use.",
+            ),
+        ),
+        doc="Seconds that a request may wait for the model to load. Then it ends with `EngineLoading`.",
+    )
     max_backlog: int = integer(
         256,
         1,

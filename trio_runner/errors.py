@@ -10,6 +10,7 @@
     |  |- UnknownModel      (name)
     |  '- Unsupported       (feature)
     |- EngineBusy           the queue is full; `retry_after` seconds
+    |  '- EngineLoading     the model is still loading
     |- EngineClosed         we shut the engine down
     |- EngineBroken         the decode thread died; `__cause__` says why
     |- ReaderStalled        the events of a generation were left unread for too long
@@ -108,6 +109,13 @@ class EngineBusy(RunnerError):
         self.retry_after = retry_after
 
 
+class EngineLoading(EngineBusy):
+    """The model is still loading. It will probably take `retry_after` more seconds."""
+
+    def __init__(self, message: str = "the model is still loading", *, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after=retry_after)
+
+
 class EngineClosed(RunnerError):
     """The engine was shut down before or during the request."""
 
@@ -139,6 +147,8 @@ class DecodeFailed(RunnerError):
 
 class LoadError(RunnerError):
     """A file could not be loaded. `path` names it, and the message says what is wrong with it."""
+
+    status = 503
 
     def __init__(self, message: str, *, path: str | None = None) -> None:
         super().__init__(message if path is None else f"{path}: {message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -52,7 +53,7 @@ async def open_engine(
             nursery.start_soon(lifecycle.live)
             try:
                 if wait:
-                    await engine.wait_ready()
+                    await engine.wait_ready(math.inf)
                 yield engine
             except BaseException as error:
                 own = error

@@ -16,6 +16,9 @@ ImageSource: TypeAlias = Union[bytes, os.PathLike[str], "Image.Image"]  # `|` do
 MAX_IMAGE_BYTES: Final = 20 << 20
 """The largest encoded file that is accepted, in bytes."""
 
+IMAGE_MARKER: Final = "<__media__>"
+"""What stands for an image in a conversation that is shown as text. It is llama.cpp's own marker."""
+
 IMAGE_TAG: Final = re.compile(r"\[img-([0-9]{1,10})\]")
 """Where the image with a number stands in a prompt that is text."""
 

@@ -7,8 +7,8 @@ command line and to other processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Final, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 DeviceKind: TypeAlias = Literal["CPU", "GPU", "integrated GPU", "accelerator", "other"]
 Status: TypeAlias = Literal["loading", "ready", "closing", "closed", "broken"]
@@ -39,6 +39,15 @@ class ModelInfo:
     token_bos: int | None = None
     token_eos: int | None = None
     token_sep: int | None = None
+    token_fim_pre: int | None = None
+    """Stands before the text in front of a gap that is to be filled. `token_fim_suf` stands before the text behind it,
+    and `token_fim_mid` before what fills it."""
+    token_fim_suf: int | None = None
+    token_fim_mid: int | None = None
+    token_fim_rep: int | None = None
+    """Stands before the name of a repository."""
+    token_fim_sep: int | None = None
+    """Stands before the name of a file in it."""
     adds_bos: bool = False
     """Tokenised text begins with `token_bos`."""
     adds_eos: bool = False
@@ -53,6 +62,11 @@ class ModelInfo:
     """The Jinja template in the file that turns a conversation into a prompt."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The file's scalar keys and values, as text."""
+
+    @property
+    def can_infill(self) -> bool:
+        """Whether the model has the tokens to fill a gap between a prefix and a suffix."""
+        return None not in (self.token_fim_pre, self.token_fim_suf, self.token_fim_mid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +180,10 @@ class Placement:
         return next((use for use in self.memory if use.device == device), MemoryUse(device, 0, 0, 0))
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerStatistics:
+class SchedulerStatistics(NamedTuple):
     """How full the scheduler is, and counters of what it has done so far."""
+
+    # A tuple: two are made in every step, and a frozen dataclass takes several times as long.
 
     n_waiting: int = 0
     n_running: int = 0
@@ -207,7 +222,7 @@ class SchedulerStatistics:
 
     def at_rest(self) -> SchedulerStatistics:
         """The same counters of a scheduler that is gone: nothing waits, runs or is held."""
-        return replace(self, n_waiting=0, n_running=0, n_paused=0, n_preempted=0, n_cached_tokens=0, n_used_tokens=0)
+        return self._replace(n_waiting=0, n_running=0, n_paused=0, n_preempted=0, n_cached_tokens=0, n_used_tokens=0)
 
 
 @dataclass(frozen=True, slots=True)

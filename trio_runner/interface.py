@@ -20,7 +20,7 @@ from trio_runner.config import EngineConfig
 from trio_runner.events import Embedded, Event, Usage
 from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement, Status
 from trio_runner.options import ChatOptions, GenerateOptions
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Part, RerankRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill, Part, RerankRequest
 
 
 class GenerationInterface(Protocol):
@@ -80,11 +80,11 @@ class EngineInterface(Protocol):
 
     def statistics(self) -> EngineStatistics: ...
 
-    async def wait_ready(self) -> None: ...
+    async def wait_ready(self, at_most: float | None = None) -> None: ...
 
     def generate(
         self,
-        request: GenerateRequest | Chat | str | Sequence[int | Part],
+        request: GenerateRequest | Chat | Infill | str | Sequence[int | Part],
         /,
         **options: Unpack[GenerateOptions],
     ) -> GenerationInterface: ...
@@ -129,6 +129,10 @@ class EngineInterface(Protocol):
     async def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
 
     async def detokenize(self, tokens: Sequence[int]) -> str: ...
+
+    async def pieces(self, tokens: Sequence[int]) -> list[bytes]: ...
+
+    async def render(self, chat: Chat) -> str: ...
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - running out of time is no error
         """Take no more requests. Wait at most `timeout` seconds for those in flight, those still in preparation

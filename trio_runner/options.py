@@ -20,6 +20,8 @@ class SamplingOptions(TypedDict, total=False):
 
     logit_bias: Sequence[tuple[int, float]]
     """Pairs of a token and a number that is added to the logit of that token. Negative infinity forbids it."""
+    ignore_eos: bool
+    """Never choose a token that ends the generation, so that it goes on up to its limit."""
     repeat_last_n: int
     """Tokens that the repeat, frequency and presence penalties look back on, the prompt included. 0 turns them
     off, -1 means the whole context."""
@@ -83,6 +85,9 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int
     """Number of most probable alternatives to report with every token. 0 reports the chosen token's own
     log-probability, -1 reports nothing."""
+    post_sampling_probs: bool
+    """Report log-probabilities as they are after all samplers, in place of the model's own. Tokens that a
+    sampler ruled out are no alternatives. A token that is chosen without a draw has the probability 1."""
 
 
 class ChatOptions(SamplingOptions, total=False):
@@ -107,6 +112,9 @@ class ChatOptions(SamplingOptions, total=False):
     continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no
     effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own
     prompt."""
+    preferred_slot: int | None
+    """Number of the slot to take if it is free: below `slots` of the engine. Otherwise the request takes
+    another one."""
     n_keep: int
     """Tokens at the start of the prompt, after BOS, that truncation and context shift leave in place. Below 0
     means the whole prompt."""
@@ -114,16 +122,25 @@ class ChatOptions(SamplingOptions, total=False):
     """When the context is full, drop the older half after `n_keep` and go on. Otherwise generation ends
     there."""
     truncate: bool
-    """Cut out the middle of a prompt that is longer than the context. Otherwise it is refused."""
+    """Shorten a prompt that is longer than the context. Otherwise it is refused. Text loses its middle. A
+    conversation loses its oldest messages, but never system messages or the last one. A gap to fill loses what
+    is far from it."""
     parse_special: bool
     """Read special tokens such as `<|im_end|>` in the text of the prompt as the tokens they name."""
     progress: bool
     """Report how much of the prompt is decoded, as `PromptProgress` events."""
+    prompt_logprobs: int
+    """Number of most probable alternatives to report with every token of the prompt but the first, in
+    `Finished`. 0 reports the log-probability of the prompt's own token, -1 reports nothing. To report them, the
+    whole prompt is decoded anew, whatever is in the cache."""
     priority: Priority
     """Interactive requests go before background requests in the queue, and may take over the slot of one. The
     background request goes on later and loses nothing of its text."""
     deadline: float | None
     """Seconds from the start of the request, waiting included, after which it ends with the text it has."""
+    decode_seconds: float | None
+    """Seconds from the first token after which generation ends with the text it has. The time that the prompt
+    takes does not count."""
 
 
 class GenerateOptions(ChatOptions, total=False):
@@ -164,6 +181,8 @@ class EngineOptions(TypedDict, total=False):
     max_queue: int | None
     """Requests that may wait for a slot. Further ones are refused and told when to come back. None means no
     bound."""
+    load_wait: float
+    """Seconds that a request may wait for the model to load. Then it ends with `EngineLoading`."""
     max_backlog: int
     """Unread events after which a generation is paused until its reader catches up."""
     stall_timeout: float

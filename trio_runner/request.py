@@ -26,7 +26,7 @@ from trio_runner.parameters import (
     parameters_of,
     text_complaint,
 )
-from trio_runner.sampling import SamplingParams, as_tuple
+from trio_runner.sampling import MAX_LOGPROBS, SamplingParams, as_tuple
 
 MAX_TEXT_BYTES = 4 << 20
 """Bytes of one prompt or content. Longer ones are refused before tokenising, which takes seconds per megabyte."""
@@ -44,6 +44,10 @@ MAX_ADAPTER_NAME_BYTES = 256
 """Bytes of an adapter's name in a request. No adapter has so long a name, and the error repeats it."""
 MAX_DOCUMENTS = 4096
 """Documents that one request may rank, or texts that it may embed."""
+MAX_EXTRA_FILES = 256
+"""Other files that come with a gap to fill."""
+MAX_FILE_NAME_BYTES = 1024
+"""Bytes of the name of such a file."""
 MAX_DEADLINE = 86400 * 365.0
 """Seconds of the longest deadline: a year."""
 
@@ -80,7 +84,7 @@ def _check_content(name: str, value: object) -> None:
 
 
 def _check_prompt(name: str, value: object) -> None:
-    if isinstance(value, Chat):
+    if isinstance(value, (Chat, Infill)):
         return
     if not isinstance(value, tuple) or all(isinstance(part, int) for part in value):
         _check_content(name, value)
@@ -140,8 +144,39 @@ class Chat:
         object.__setattr__(self, "messages", tuple(self.messages))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infill:
+    """A gap in a text that is to be filled. Only for models with tokens for it; see `ModelInfo.can_infill`."""
+
+    prefix: str
+    """The text before the gap."""
+    suffix: str
+    """The text behind the gap."""
+    prompt: str = ""
+    """What the filling begins with, such as the line up to the cursor. It is never shortened."""
+    extra: tuple[tuple[str, str], ...] = ()
+    """Other files of the same project, as pairs of a name and a text."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefix", "suffix", "prompt"):
+            _check_text(name, getattr(self, name), MAX_TEXT_BYTES)
+        object.__setattr__(self, "extra", as_tuple("extra", self.extra, MAX_EXTRA_FILES))
+        for index, pair in enumerate(self.extra):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise InvalidRequest(f"extra[{index}] must be (name, text)", param="extra")
+            _check_text(f"extra[{index}].name", pair[0], MAX_FILE_NAME_BYTES)
+            _check_text(f"extra[{index}].text", pair[1], MAX_TEXT_BYTES)
+        texts = (self.prefix, self.suffix, self.prompt, *(text for _, text in self.extra))
+        n_bytes = sum(len(text.encode()) for text in texts)
+        if n_bytes > MAX_TEXT_BYTES:
+            names = "prefix, suffix, prompt and extra"
+            raise InvalidRequest(
+                f"{names} have {n_bytes} bytes together, but at most {MAX_TEXT_BYTES} are allowed", param="extra"
+            )
+
+
 Part: TypeAlias = str | ImageSource
-Prompt: TypeAlias = str | tuple[int, ...] | tuple[Part, ...] | Chat
+Prompt: TypeAlias = str | tuple[int, ...] | tuple[Part, ...] | Chat | Infill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +187,7 @@ class GenerateRequest:
     """
 
     prompt: Prompt
-    """Text, or tokens, or a list of texts and images, or a conversation."""
+    """Text, or tokens, or a list of texts and images, or a conversation, or a gap in a text."""
     image_data: tuple[tuple[int, ImageSource], ...] = other(
         (), doc="Pairs of a number N and an image, which stands where a prompt that is text has `[img-N]`."
     )
@@ -186,6 +221,13 @@ class GenerateRequest:
         "continue from there. For several answers to one prompt, which is then decoded once. `cache_prompt` has no "
         "effect beside it. With recurrent state, which cannot be copied in part, each request decodes its own prompt.",
     )
+    preferred_slot: int | None = integer(
+        None,
+        0,
+        2**31 - 1,
+        doc="Number of the slot to take if it is free: below `slots` of the engine. Otherwise the request takes "
+        "another one.",
+    )
     n_keep: int = integer(
         4,
         -(2**31),
@@ -198,12 +240,23 @@ class GenerateRequest:
         doc="When the context is full, drop the older half after `n_keep` and go on. Otherwise generation ends there.",
     )
     truncate: bool = boolean(
-        False, doc="Cut out the middle of a prompt that is longer than the context. Otherwise it is refused."
+        False,
+        doc="Shorten a prompt that is longer than the context. Otherwise it is refused. Text loses its middle. A "
+        "conversation loses its oldest messages, but never system messages or the last one. A gap to fill loses what "
+        "is far from it.",
     )
     parse_special: bool = boolean(
         True, doc="Read special tokens such as `<|im_end|>` in the text of the prompt as the tokens they name."
     )
     progress: bool = boolean(False, doc="Report how much of the prompt is decoded, as `PromptProgress` events.")
+    prompt_logprobs: int = integer(
+        -1,
+        -1,
+        MAX_LOGPROBS,
+        doc="Number of most probable alternatives to report with every token of the prompt but the first, in "
+        "`Finished`. 0 reports the log-probability of the prompt's own token, -1 reports nothing. To report them, the "
+        "whole prompt is decoded anew, whatever is in the cache.",
+    )
     priority: Priority = one_of(
         "interactive",
         ("interactive", "background"),
@@ -216,6 +269,14 @@ class GenerateRequest:
         MAX_DEADLINE,
         unit="seconds",
         doc="Seconds from the start of the request, waiting included, after which it ends with the text it has.",
+    )
+    decode_seconds: float | None = number(
+        None,
+        0.001,
+        MAX_DEADLINE,
+        unit="seconds",
+        doc="Seconds from the first token after which generation ends with the text it has. The time that the prompt "
+        "takes does not count.",
     )
 
     def __post_init__(self) -> None:
@@ -286,13 +347,13 @@ class RerankRequest:
         object.__setattr__(self, "adapters", _check_adapters(self.adapters))
 
 
-def as_prompt(value: str | Chat | Sequence[int | Part]) -> Prompt:
-    """The prompt of a request: text and conversations unchanged, a list of tokens or of texts and images as a tuple.
+def as_prompt(value: str | Chat | Infill | Sequence[int | Part]) -> Prompt:
+    """The prompt of a request: a list of tokens or of texts and images as a tuple, everything else unchanged.
 
     Raises `InvalidRequest` for bytes, which would be taken for a list of tokens, and for other values that are no such
     list.
     """
-    if isinstance(value, (str, Chat)):
+    if isinstance(value, (str, Chat, Infill)):
         return value
     if isinstance(value, (bytes, bytearray, memoryview, Mapping, Set)) or not isinstance(value, Iterable):
         kind = type(value).__name__

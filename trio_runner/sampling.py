@@ -61,6 +61,9 @@ class SamplingParams:
         options=(),
         default_text="none",
     )
+    ignore_eos: bool = boolean(
+        False, doc="Never choose a token that ends the generation, so that it goes on up to its limit."
+    )
     repeat_last_n: int = integer(
         64,
         -1,
@@ -174,6 +177,12 @@ class SamplingParams:
         MAX_LOGPROBS,
         doc="Number of most probable alternatives to report with every token. 0 reports the chosen token's own "
         "log-probability, -1 reports nothing.",
+        options=(),
+    )
+    post_sampling_probs: bool = boolean(
+        False,
+        doc="Report log-probabilities as they are after all samplers, in place of the model's own. Tokens that a "
+        "sampler ruled out are no alternatives. A token that is chosen without a draw has the probability 1.",
         options=(),
     )
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.config import AdapterConfig, EngineConfig
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.batch import MAX_SCORED_ROWS, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
 from trio_runner.core.ports import (
     NO_ADAPTERS,
@@ -41,7 +41,7 @@ from trio_runner.core.ports import (
 )
 from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError, Unsupported
-from trio_runner.events import TokenInfo
+from trio_runner.events import SampledToken, TokenInfo
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.sampling import SamplingParams
 
@@ -69,19 +69,21 @@ def _named(item: Item) -> str:
     return f"{item.media.key.hex()}:{item.row}" if isinstance(item, MediaRow) else str(item)
 
 
-def toy_next(items: Sequence[Item], cache_key: str = "") -> int:
+def toy_next(items: Sequence[Item], cache_key: str = "", *, ignore_eos: bool = False) -> int:
     """The token that follows `items`, all that a slot holds. `cache_key` is made by `toy_cache_key`."""
     digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=4).digest()
     number = int.from_bytes(digest, "big")
-    return END if number % 61 == 0 else _ALPHABET[number % len(_ALPHABET)]
+    return END if number % 61 == 0 and not ignore_eos else _ALPHABET[number % len(_ALPHABET)]
 
 
-def toy_continuation(prompt: Sequence[Item], n_tokens: int, cache_key: str = "") -> list[int]:
+def toy_continuation(
+    prompt: Sequence[Item], n_tokens: int, cache_key: str = "", *, ignore_eos: bool = False
+) -> list[int]:
     """The first `n_tokens` tokens after `prompt`, up to and including the end token, in an endless context."""
     items = list(prompt)
     tokens: list[int] = []
     while len(tokens) < n_tokens and tokens[-1:] != [END]:
-        tokens.append(toy_next([*items, *tokens], cache_key))
+        tokens.append(toy_next([*items, *tokens], cache_key, ignore_eos=ignore_eos))
     return tokens
 
 
@@ -199,6 +201,9 @@ class ToyModel:
         if any(not 0 <= token < N_VOCAB for token in tokens):
             raise InvalidRequest("a token is outside the vocabulary", param="tokens")
         return bytes(token for token in tokens if token != END)
+
+    def piece(self, token: int) -> bytes:
+        return self.detokenize([token])
 
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> ToySampler:
         assert not self.closed
@@ -349,7 +354,8 @@ class ToyContext:
                 embeddings[chunk.uid] = toy_vector(items, cache_key)
             elif chunk.output:
                 sampled[chunk.uid] = self._sample(items, cache_key, samplers[chunk.uid])
-        return StepResult(DecodeOutcome.OK, sampled, embeddings, {}, seconds=0.001 * batch.n_rows)
+        seconds = 0.001 * batch.n_rows
+        return StepResult(DecodeOutcome.OK, sampled, embeddings, {}, seconds, scores=self._scores(batch, named))
 
     def abort(self, number: int) -> None:
         self.aborted_number = number
@@ -408,19 +414,47 @@ class ToyContext:
         assert n_cells <= self.capabilities.n_slots * self.capabilities.n_ctx, "the KV cache is full"
         return self.held(chunk.slot)
 
+    def _scores(self, batch: Batch, named: ToyAdapters) -> dict[int, dict[int, SampledToken]] | None:
+        """The scores of a batch that was decoded."""
+        if batch.scoring is None:
+            return None
+        assert batch.n_rows <= MAX_SCORED_ROWS or any(chunk.whole for chunk in batch.chunks)
+        scores: dict[int, dict[int, SampledToken]] = {}
+        for chunk in batch.chunks:
+            held, cache_key = self.held(chunk.slot), toy_cache_key(named, chunk.encoder_tokens)
+            scoring = batch.scoring[chunk.uid]
+            scores[chunk.uid] = {
+                chunk.start + row + 1: toy_score(held[: chunk.start + row + 1], token, scoring.n_top, cache_key)
+                for row, token in scoring.rows(chunk)
+            }
+        return scores
+
     @staticmethod
     def _sample(items: Sequence[Item], cache_key: str, sampler: Sampler) -> Sampled:
         assert isinstance(sampler, ToySampler)
         assert not sampler.closed
-        token = toy_next(items, cache_key)
-        logprob = -1.0
+        token = toy_next(items, cache_key, ignore_eos=sampler.params.ignore_eos)
+        logprob = 0.0 if sampler.params.post_sampling_probs else -1.0
         if token == END:
             return Sampled(token, is_end=True, logprob=logprob)
         piece = bytes([token])
         if sampler.params.grammar and token not in sampler.params.grammar.encode():
             return Sampled(error=InvalidGrammar("the grammar allows no token here"))
-        top = tuple(TokenInfo(token, piece, logprob) for _ in range(max(sampler.params.logprobs, 0)))
+        n_top = min(sampler.params.logprobs, 1 if sampler.params.post_sampling_probs else sampler.params.logprobs)
+        top = tuple(TokenInfo(token, piece, logprob) for _ in range(n_top))
         return Sampled(token, piece, logprob=logprob, top=top)
+
+
+def toy_score(items: Sequence[Item], token: int, n_top: int = 0, cache_key: str = "") -> SampledToken:
+    """How probable the toy finds `token` after `items`. All alternatives are the token that it would say."""
+    digest = hashlib.blake2b((",".join(map(_named, items)) + f" {token} {cache_key}").encode(), digest_size=2).digest()
+    said = toy_next(items, cache_key)
+    top = (TokenInfo(said, _piece(said), -1.0),) * n_top
+    return SampledToken(token, _piece(token), -float(int.from_bytes(digest, "big")), top)
+
+
+def _piece(token: int) -> bytes:
+    return b"" if token == END else bytes([token])
 
 
 def _path(adapter: Adapter) -> str:

@@ -31,7 +31,7 @@ def call(monkeypatch: pytest.MonkeyPatch, restored_logging: None) -> Call:
     async def run_service(model: ModelConfig, engine: EngineConfig, options: service.ServiceConfig) -> None:
         made.model, made.engine, made.service = model, engine, options
 
-    def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: object) -> int:
+    def run_with_engine(configs: tuple[ModelConfig, EngineConfig], main: object, **options: object) -> int:
         made.model, made.engine = configs
         return 0
 

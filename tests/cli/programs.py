@@ -35,8 +35,15 @@ def on_load(progress, cancelled):
         print("the toy is loading", file=sys.stderr, flush=True)
     while os.environ.get("TOY_LOAD") == "never" and not cancelled():
         time.sleep(0.01)
+    if os.environ.get("TOY_LOAD") == "hang":
+        import trio
+        trio.from_thread.run_sync(hang)
     if os.environ.get("TOY_LOAD") == "bad":
         raise LoadError("this is no model\\nat all", path="toy.gguf")
+
+def hang():
+    print("the event loop hangs", file=sys.stderr, flush=True)
+    time.sleep(3600)
 
 def on_decode(batch):
     time.sleep(float(os.environ.get("TOY_STEP", "0")))
@@ -44,7 +51,7 @@ def on_decode(batch):
         raise NativeError("trio_step", -3, "the toy broke\\nin two")
 
 if os.environ.get("TOY_ENDLESS"):
-    testing.toy_next = lambda items, cache_key: ord("a") + len(items) % 26
+    testing.toy_next = lambda items, cache_key, **options: ord("a") + len(items) % 26
 
 def loader(model):
     projector = testing.ToyProjector() if model.projector is not None else None

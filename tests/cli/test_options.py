@@ -22,8 +22,10 @@ from trio_runner.server.names import ModelNames
 def test_the_defaults_are_those_of_the_configuration(call: Call) -> None:
     assert main(["serve"]) == 0
     assert call.model == ModelConfig(path="/fetched/SmolLM2-135M-Instruct")
-    assert call.engine == EngineConfig()
-    assert call.service == ServiceConfig(names=ModelNames("SmolLM2-135M-Instruct"))
+    assert call.engine == EngineConfig(load_wait=120)
+    assert call.service == ServiceConfig(
+        names=ModelNames("SmolLM2-135M-Instruct"), model_path=Path("/fetched/SmolLM2-135M-Instruct")
+    )
     assert main(["run", "hello"]) == 0
     assert call.engine == EngineConfig(slots=1, stall_timeout=float("inf"))
     for command in (["embed", "hello"], ["rerank", "hello", "you"]):
@@ -39,7 +41,7 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
     command += f" --mmproj p.gguf --flash-attention on --kv-type q8_0 --no-mmap --adapter-dir {tmp_path}"
     command += " --mlock --check-tensors --step-target 40 --pooling mean --max-queue 9 --host ::1 --port 0"
     command += " --drain-timeout 2.5 --allowed-host a.example --allowed-origin https://b.example -v"
-    command += " --allowed-origin app://- --model-name small --alias gpt-4o --alias tiny --any-model"
+    command += " --allowed-origin app://- --model-name small --alias gpt-4o --alias tiny --any-model --load-wait 3"
     assert main(command.split()) == 0
     assert call.model == ModelConfig(
         path="/fetched/m.gguf",
@@ -70,6 +72,7 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
         step_target=0.04,
         pooling="mean",
         max_queue=9,
+        load_wait=3,
     )
     assert call.service == ServiceConfig(
         host="::1",
@@ -78,9 +81,29 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
         allowed_hosts=("a.example",),
         allowed_origins=("https://b.example", "app://-"),
         names=ModelNames("small", ("gpt-4o", "tiny"), any_model=True),
+        model_path=Path("/fetched/m.gguf"),
         adapter_dir=tmp_path,
         max_body_bytes=64 << 20,
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "port", "path"),
+    [
+        ("", "127.0.0.1", 8080, None),
+        ("--socket s", "127.0.0.1", None, "s"),
+        ("--socket s --port 1", "127.0.0.1", 1, "s"),
+        ("--socket s --host ::1", "::1", 8080, "s"),
+        ("--host ::1 --port 0", "::1", 0, None),
+    ],
+)
+def test_a_port_is_opened_unless_there_is_only_a_socket(
+    options: str, host: str, port: int | None, path: str | None, call: Call
+) -> None:
+    assert main(["serve", *options.split()]) == 0
+    assert call.service is not None
+    assert (call.service.host, call.service.port) == (host, port)
+    assert call.service.socket == (None if path is None else Path(path))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +155,7 @@ def test_bench_gives_its_server_the_same_engine(more: str, call: Call) -> None:
         "serve --model-name=",
         "serve --alias=",
         "serve --port x",
+        "serve --parent-pid 0",
         "serve --slots 0",
         "serve --slots 1000",
         "serve --context-length 1",
@@ -174,7 +198,7 @@ def test_bench_gives_its_server_the_same_engine(more: str, call: Call) -> None:
         "run x --temperature nan",
         "run x --min-p 2",
         "run x --seed -1",
-        "run x -n 0",
+        "run x -n -1",
         "run x --stop " + "y" * 2000,
         "run x --grammar-file /no/such/file",
         "run x y",
@@ -285,4 +309,5 @@ def test_a_value_outside_its_range_is_refused_in_the_units_of_the_option(argumen
 @pytest.mark.parametrize("table", [ModelConfig, EngineConfig, SamplingParams])
 def test_every_parameter_of_an_engine_is_an_option_or_says_that_it_is_none(table: type[Any]) -> None:
     without = {name for name, parameter in parameters_of(table).items() if not parameter.options}
-    assert without <= {"logit_bias", "penalize_nl", "dry_sequence_breakers", "grammar", "json_schema", "logprobs"}
+    lists = {"logit_bias", "dry_sequence_breakers"}
+    assert without <= lists | {"penalize_nl", "grammar", "json_schema", "logprobs", "post_sampling_probs"}

@@ -50,11 +50,13 @@ class Submit:
     stop: tuple[PartOfText, ...]
     cache_prompt: bool
     share_prompt: bool
+    preferred_slot: int | None
     shift: bool
     progress: bool
     logprobs: bool
     embedding: bool
     background: bool
+    prompt_logprobs: int
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,13 @@ SUBMISSIONS = st.builds(
     stop=st.lists(STOPS, max_size=3).map(tuple),
     cache_prompt=st.sampled_from([True, True, False]),
     share_prompt=st.booleans(),
+    preferred_slot=st.sampled_from([None, None, *range(4)]),
     shift=st.sampled_from([True, True, False]),
     progress=st.booleans(),
     logprobs=st.booleans(),
     embedding=st.sampled_from([False] * 5 + [True]),
     background=st.sampled_from([False, False, True]),
+    prompt_logprobs=st.sampled_from([-1, -1, -1, -1, 0, 2]),
 )
 MOVES: st.SearchStrategy[list[Move]] = st.lists(
     st.one_of(
@@ -225,11 +229,13 @@ def fitted(move: Submit, capabilities: Capabilities) -> SequenceSpec:
         max_tokens=move.max_tokens,
         cache_prompt=move.cache_prompt,
         share_prompt=move.share_prompt and not move.embedding,
+        preferred_slot=None if move.preferred_slot is None else move.preferred_slot % capabilities.n_slots,
         shift=move.shift,
         progress=move.progress,
         logprobs=move.logprobs,
         embedding=move.embedding,
         background=move.background,
+        prompt_logprobs=-1 if move.embedding or capabilities.decoder_start is not None else move.prompt_logprobs,
     )
     if capabilities.decoder_start is not None:
         encoder_tokens = move.prompt[: capabilities.max_rows]

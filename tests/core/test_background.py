@@ -147,3 +147,15 @@ def test_the_embedding_of_a_long_text_goes_on_from_where_it_was() -> None:
     assert world.n_prefilled[text] == 60
     check_survivors(world)
     check_idle(world)
+
+
+def test_a_preferred_slot_that_is_kept_for_a_preempted_sequence_is_not_taken() -> None:
+    world = make_world(1, n_spare_slots=1, n_ctx=64)
+    preempted = world.submit(prompt=(A,) * 20, max_tokens=3, background=True)
+    world.step()
+    interactive = world.submit(prompt=(C,) * 3, max_tokens=3, preferred_slot=0)
+    world.run()
+    check_survivors(world)
+    assert world.preempted == {preempted}
+    assert world.n_prefilled[preempted] == 20
+    assert world.finished(interactive)

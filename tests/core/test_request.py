@@ -21,6 +21,8 @@ from trio_runner.request import (
     MAX_ADAPTERS,
     MAX_DEADLINE,
     MAX_DOCUMENTS,
+    MAX_EXTRA_FILES,
+    MAX_FILE_NAME_BYTES,
     MAX_IMAGES,
     MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
@@ -29,6 +31,7 @@ from trio_runner.request import (
     Chat,
     EmbedRequest,
     GenerateRequest,
+    Infill,
     Part,
     RerankRequest,
     as_prompt,
@@ -97,6 +100,8 @@ BAD_SAMPLING: dict[str, list[Any]] = {
     **{name: [*NOT_NUMBERS, low - 1, high * 2] for name, (low, high) in NUMBERS.items()},
     **{name: [*NOT_INTEGERS, low - 1, high + 1] for name, (low, high) in INTEGERS.items()},
     "penalize_nl": NOT_BOOLS,
+    "ignore_eos": NOT_BOOLS,
+    "post_sampling_probs": NOT_BOOLS,
     "json_schema": [*NOT_TEXTS, "{", "[]", "false", "NaN", " " * (MAX_SCHEMA_BYTES + 1)],
     "grammar": [*NOT_TEXTS, "root ::= \0", "a" * (MAX_GRAMMAR_BYTES + 1), "é" * (MAX_GRAMMAR_BYTES // 2 + 1)],
     "logit_bias": [
@@ -116,6 +121,8 @@ BAD_SAMPLING: dict[str, list[Any]] = {
         ("a",) * (MAX_DRY_BREAKERS + 1),
     ],
 }
+COUNTS: list[Any] = [-1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]]
+LIMITS: list[Any] = [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1]
 BAD_GENERATE: dict[str, list[Any]] = {
     "prompt": [
         *TOKENS,
@@ -130,7 +137,9 @@ BAD_GENERATE: dict[str, list[Any]] = {
         ((1, PICTURE),) * (MAX_IMAGES + 1),
     ],
     "adapters": ADAPTERS,
-    "max_tokens": [0, -1, INT_MAX + 1, *[value for value in NOT_INTEGERS if value is not None]],
+    "max_tokens": COUNTS,
+    "prompt_logprobs": [*NOT_INTEGERS, -2, MAX_LOGPROBS + 1],
+    "preferred_slot": COUNTS,
     "stop": [
         *NOT_LISTS,
         *[(stop,) for stop in (*NOT_TEXTS, "a" * (MAX_STOP_BYTES + 1), "é" * (MAX_STOP_BYTES // 2 + 1))],
@@ -138,9 +147,10 @@ BAD_GENERATE: dict[str, list[Any]] = {
     ],
     "sampling": [None, {}, 1],
     "n_keep": [*NOT_INTEGERS, INT_MIN - 1, INT_MAX + 1],
-    **dict.fromkeys(["cache_prompt", "shift", "truncate", "parse_special", "progress"], NOT_BOOLS),
+    **dict.fromkeys(["cache_prompt", "share_prompt", "shift", "truncate", "parse_special", "progress"], NOT_BOOLS),
     "priority": [None, 1, True, "", "urgent", "Background", b"background", ["background"], {}],
-    "deadline": [*[value for value in NOT_NUMBERS if value is not None], 0, -1, 0.0009, MAX_DEADLINE + 1],
+    "deadline": LIMITS,
+    "decode_seconds": LIMITS,
 }
 BAD_EMBED: dict[str, list[Any]] = {
     "content": [*TOKENS, ("a",), (PICTURE,)],
@@ -162,6 +172,20 @@ BAD_RERANK: dict[str, list[Any]] = {
 BAD_CHOICE: dict[str, list[Any]] = {
     "name": [*NOT_TEXTS, "a" * (MAX_ADAPTER_NAME_BYTES + 1)],
     "scale": [*NOT_NUMBERS, MAX_ADAPTER_SCALE + 1, -MAX_ADAPTER_SCALE - 1],
+}
+LONG = [*NOT_TEXTS, "a" * (MAX_TEXT_BYTES + 1)]
+BAD_INFILL: dict[str, list[Any]] = {
+    "prefix": LONG,
+    "suffix": LONG,
+    "prompt": LONG,
+    "extra": [
+        *NOT_LISTS,
+        *[(pair,) for pair in (None, "ab", ("a",), ("a", "b", "c"), ["a", "b"])],
+        *[(("a", text),) for text in LONG],
+        *[((name, "a"),) for name in (*NOT_TEXTS, "a" * (MAX_FILE_NAME_BYTES + 1))],
+        (("a", "b"),) * (MAX_EXTRA_FILES + 1),
+        (("a", "é" * (MAX_TEXT_BYTES // 4)), ("b", "é" * (MAX_TEXT_BYTES // 4)), ("c", "c")),
+    ],
 }
 BAD_CHAT: dict[str, list[Any]] = {"messages": [None, 1, "ab", b"ab", {"role": "user"}, {1}, iter(())]}
 
@@ -205,6 +229,14 @@ def test_adapter_choice_names_the_bad_field(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=name) as caught:
         AdapterChoice(**{"name": "a", name: value})
     assert caught.value.param == f"adapters.{name}"
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD_INFILL))
+def test_infill_names_the_bad_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        Infill(**{"prefix": "", "suffix": "", name: value})
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(name)
 
 
 @pytest.mark.parametrize(("name", "value"), cases(BAD_CHAT))
@@ -271,6 +303,8 @@ SAMPLING = st.builds(
     SamplingParams,
     **{name: st.floats(low, high) | st.just(int(high)) for name, (low, high) in NUMBERS.items()},
     **{name: st.integers(low, high) for name, (low, high) in INTEGERS.items()},
+    ignore_eos=st.booleans(),
+    post_sampling_probs=st.booleans(),
     penalize_nl=st.booleans(),
     grammar=TEXT.map(lambda text: text.replace("\0", "")),
     logit_bias=st.lists(st.tuples(TOKEN, st.floats(-1e6, 1e6) | st.just(-math.inf)), max_size=3).map(tuple),
@@ -285,10 +319,11 @@ SAMPLING = st.builds(
         GenerateRequest,
         prompt=TOKENIZED | st.lists(TEXT | IMAGE, max_size=MAX_IMAGES).map(tuple),
         adapters=CHOICES,
-        max_tokens=st.none() | st.integers(1, INT_MAX),
+        max_tokens=st.none() | st.integers(0, INT_MAX),
         stop=st.lists(TEXT, max_size=MAX_STOP_STRINGS).map(tuple),
         sampling=SAMPLING,
         cache_prompt=st.booleans(),
+        share_prompt=st.booleans(),
         n_keep=st.integers(INT_MIN, INT_MAX),
         shift=st.booleans(),
         truncate=st.booleans(),
@@ -296,6 +331,9 @@ SAMPLING = st.builds(
         progress=st.booleans(),
         priority=st.sampled_from(["interactive", "background"]),
         deadline=st.none() | st.floats(0.001, MAX_DEADLINE) | st.integers(1, 10),
+        decode_seconds=st.none() | st.floats(0.001, MAX_DEADLINE),
+        prompt_logprobs=st.integers(-1, MAX_LOGPROBS),
+        preferred_slot=st.none() | st.integers(0, INT_MAX),
     )
 )
 def test_values_in_range_are_taken_unchanged(request: GenerateRequest) -> None:

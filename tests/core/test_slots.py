@@ -59,7 +59,7 @@ class PoolWorld:
         usable = self.capabilities.can_trim or (n_kept == len(held) and not self.records[slot].busy)
         return n_kept if usable else 0
 
-    def predict(self, prompt: list[int], reuse: bool) -> tuple[int, int] | None:
+    def predict(self, prompt: list[int], reuse: bool, preferred: int | None = None) -> tuple[int, int] | None:
         """(the slot that is taken, how many positions it starts with)"""
         slots = range(self.capabilities.first_embed_slot)
         free = [slot for slot in slots if not self.records[slot].busy]
@@ -68,6 +68,8 @@ class PoolWorld:
         oldest = min(free, key=lambda slot: (self.records[slot].last_used, slot))
         kept = [self.reusable(slot, prompt) if reuse else 0 for slot in slots]
         most = max(kept)
+        if preferred in free:
+            return preferred, most if self.capabilities.can_trim else kept[preferred]
         holding = [slot for slot in free if kept[slot] == most]
         if most and holding:
             first = min(holding, key=lambda slot: self.records[slot].last_used)
@@ -76,10 +78,10 @@ class PoolWorld:
                 return first, most
         return oldest, most
 
-    def acquire(self, prompt: list[int], reuse: bool) -> Slot | None:
-        predicted = self.predict(prompt, reuse)
+    def acquire(self, prompt: list[int], reuse: bool, preferred: int | None = None) -> Slot | None:
+        predicted = self.predict(prompt, reuse, preferred)
         others = {slot.id: list(slot.items) for slot in self.pool.slots}
-        acquired = self.pool.acquire(tuple(prompt), reuse=reuse)
+        acquired = self.pool.acquire(tuple(prompt), reuse=reuse, preferred=preferred)
         if acquired is None or predicted is None:
             assert acquired is None
             assert predicted is None
@@ -182,6 +184,7 @@ class PoolWorld:
 class Acquire:
     prompt: list[int]
     reuse: bool
+    preferred: int | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=10)
 MOVE: st.SearchStrategy[Move] = st.one_of(
     st.builds(Acquire, PROMPT, st.sampled_from([True, True, True, False])),
     st.builds(Acquire, PROMPT, st.just(True)),
+    st.builds(Acquire, PROMPT, st.booleans(), st.integers(0, 2)),
     st.builds(Release, NUMBER),
     st.builds(Decode, NUMBER, PROMPT),
     st.builds(Extend, NUMBER, PROMPT),
@@ -240,7 +244,8 @@ MOVE: st.SearchStrategy[Move] = st.one_of(
 def play(world: PoolWorld, move: Move, busy: list[Slot]) -> None:
     """Make one move. `busy` has the slots in use, and is changed."""
     if isinstance(move, Acquire):
-        slot = world.acquire(move.prompt, move.reuse)
+        preferred = None if move.preferred is None else move.preferred % world.capabilities.n_slots
+        slot = world.acquire(move.prompt, move.reuse, preferred)
         if slot is not None:
             # Sometimes only part of the prompt is decoded before the sequence is cancelled.
             rest = move.prompt[len(slot.items) :]
@@ -380,3 +385,18 @@ def test_without_reuse_the_least_recently_used_is_emptied() -> None:
     assert acquired is not None
     assert acquired[0].id == 0
     assert acquired[1] == [Trim(0, 0)]
+
+
+def test_a_preferred_slot_is_taken_though_another_one_holds_more_of_the_prompt() -> None:
+    world = PoolWorld(make_capabilities(3))
+    first = world.acquire([0, 1, 0, 1], reuse=True)
+    assert first is not None
+    assert first.id == 0
+    world.decode(first, [0, 1, 0, 1])
+    world.release(first)
+    second = world.acquire([0, 1, 0, 1], reuse=True, preferred=2)
+    assert second is not None
+    assert (second.id, second.items) == (2, [0, 1, 0])
+    third = world.acquire([0, 1, 0, 1], reuse=True, preferred=2)
+    assert third is not None
+    assert (third.id, third.items) == (1, [0, 1, 0])

@@ -32,7 +32,7 @@ from trio_runner.core.pace import Pace
 from trio_runner.core.ports import Adapter, EncodedMedia, Sampler
 from trio_runner.core.prompt import Item, Media, MediaRow, cut_before
 from trio_runner.core.scheduler import Scheduler
-from trio_runner.core.sequence import SequenceSpec
+from trio_runner.core.sequence import FirstToken, SequenceSpec
 from trio_runner.core.snapshot import SchedulerState
 from trio_runner.events import Embedded, Event, Finished, TextPiece
 from trio_runner.info import Capabilities
@@ -54,11 +54,14 @@ class Fields(TypedDict, total=False):
     stop: tuple[str, ...]
     cache_prompt: bool
     share_prompt: bool
+    preferred_slot: int | None
     shift: bool
     embedding: bool
     background: bool
     progress: bool
     logprobs: bool
+    prompt_logprobs: int
+    tells_first_token: bool
 
 
 @dataclass
@@ -77,7 +80,7 @@ class World:
     """Called before each batch is decoded."""
     specs: dict[int, SequenceSpec] = field(default_factory=dict)
     """All requests that were submitted."""
-    events: dict[int, list[Event | Embedded]] = field(default_factory=dict)
+    events: dict[int, list[Event | Embedded | FirstToken]] = field(default_factory=dict)
     """What readers were told."""
     cancelled: set[int] = field(default_factory=set)
     expired: set[int] = field(default_factory=set)
@@ -233,14 +236,14 @@ class World:
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
         running = self.state.running
         last_rows = {chunk.uid for chunk in batch.chunks if len(chunk.items) == len(running[chunk.uid].pending)}
-        needs_all_rows = batch.kind.embedding and not self.capabilities.embeds_last_row
+        is_lost = batch.kind.scored or (batch.kind.embedding and not self.capabilities.embeds_last_row)
         for chunk in batch.chunks:
             n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
                 # What an aborted batch has left counts, except the last row that the sequence needs.
                 n_rows = max(len(self.context.held(chunk.slot)) - chunk.start, 0)
                 n_rows = cut_before(chunk.items, n_rows - (chunk.uid in last_rows and n_rows == len(chunk.items)))
-                if needs_all_rows or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
+                if is_lost or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
                     n_rows = 0
             if chunk.uid not in self.sampled:
                 self.n_prefilled[chunk.uid] += n_rows

@@ -16,7 +16,7 @@ from trio_runner.cli.main import cli
 PATH = re.compile(r"(?<![\w./-])(?:(?:trio_runner|tests|native|docs|ci)/[\w*./-]*|build_llama\.py)")
 MEMBER = re.compile(r"([A-Z]\w+)\.(\w+)(?:\(.*\))?")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]+)?\)")
-NOT_OURS = {"--help", "--hypothesis-profile"}
+NOT_OURS = {"--help", "--hypothesis-profile", "--unix-socket"}
 VARIABLE = re.compile(r"\bTRIO_RUNNER_[A-Z_]+\b")
 OF_TESTS = {"TRIO_RUNNER_TEST_DEVICES"}
 

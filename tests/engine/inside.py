@@ -11,6 +11,7 @@ from trio_runner.engine.dispatcher import Dispatcher
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.image_store import ImageStore
+from trio_runner.engine.state import EngineState
 
 
 def dispatcher_of(engine: Engine) -> Dispatcher:
@@ -21,6 +22,11 @@ def dispatcher_of(engine: Engine) -> Dispatcher:
 def admission_of(engine: Engine) -> Admission:
     """The queues of an engine."""
     return engine._lifecycle.admission
+
+
+def state_of(engine: Engine) -> EngineState:
+    """What an engine knows of itself."""
+    return engine._state
 
 
 def images_of(engine: Engine) -> ImageStore:

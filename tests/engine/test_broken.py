@@ -36,6 +36,7 @@ from trio_runner.engine import lifecycle
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.helper_threads import LONG_TEXT, MAX_HELPERS
 from trio_runner.errors import EngineBroken, NativeError, RunnerError
+from trio_runner.request import Chat
 from trio_runner.testing import ToyContext, toy_text
 
 
@@ -150,6 +151,8 @@ def uses(engine: Engine) -> list[Callable[[], Awaitable[object]]]:
         lambda: engine.rerank("query", ["one", "two"]),
         lambda: engine.tokenize("hello"),
         lambda: engine.detokenize([65]),
+        lambda: engine.pieces([65]),
+        lambda: engine.render(Chat(messages=({"role": "user", "content": "hello"},))),
         lambda: engine.load_adapter("two"),
         unload,
     ]

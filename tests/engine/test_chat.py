@@ -207,9 +207,9 @@ async def test_long_conversations_do_not_hold_up_short_texts(toy: Toy) -> None:
     talking(toy, "x" * LONG_TEXT + TEMPLATE)
     latch = Latch()
     toy.on_tokenize = lambda text: latch() if len(text) > LONG_TEXT else None
-    async with toy.engine() as engine, trio.open_nursery() as nursery:
+    async with toy.engine(context_length=2 * LONG_TEXT) as engine, trio.open_nursery() as nursery:
         for _ in range(2):
-            nursery.start_soon(engine.chat(turns("hello"), truncate=True, max_tokens=1).start)
+            nursery.start_soon(engine.chat(turns("hello"), max_tokens=1).start)
         await latch.reached()
         assert await engine.generate("hello", max_tokens=20).collect() == toy_text("hello", 20)
         latch.open()
@@ -297,3 +297,54 @@ async def test_images_need_a_projector(toy: Toy) -> None:
             await engine.chat(with_images("see ", b"a cat")).start()
         assert (caught.value.feature, caught.value.param) == ("images", "messages")
         assert await engine.chat(with_images("see"), max_tokens=20).collect() == toy_text(rendered(turns("see")), 20)
+
+
+# -- the prompt as text -----------------------------------------------------------------------------------------------
+
+
+async def test_the_rendered_text_is_the_prompt(toy: Toy) -> None:
+    talking(toy, TEMPLATE + "{{ mood }}")
+    messages = turns("hello", "hi", "\u00e9t\u00e9")
+    chat = Chat(messages=tuple(messages), variables={"mood": "good"})
+    async with toy.engine() as engine:
+        text = await engine.render(chat)
+        assert text == rendered(messages) + "good"
+        assert await engine.generate(chat, max_tokens=9).collect() == toy_text(text, 9)
+        assert await engine.render(Chat(messages=tuple(messages), add_generation_prompt=False)) == (
+            rendered(messages).removesuffix("<assistant>")
+        )
+        assert is_idle(engine)
+
+
+async def test_a_marker_stands_for_an_image_in_the_rendered_text(toy: Toy) -> None:
+    talking(toy)
+    toy.projector = Projector()
+    chat = Chat(messages=tuple(with_images("a", b"no picture", "b")))
+    async with toy.engine() as engine:
+        assert await engine.render(chat) == "<user>a<__media__>b</><assistant>"
+    assert toy.projector.encoded == []
+
+
+@pytest.mark.parametrize("wrong", WRONG.keys() - {"too long", "no picture"})
+async def test_what_is_wrong_with_a_conversation_is_told_when_it_is_rendered(toy: Toy, wrong: str) -> None:
+    messages, options, error, param = WRONG[wrong]
+    talking(toy)
+    toy.projector = Projector()
+    async with toy.engine() as engine:
+        chat = Chat(messages=tuple(messages), variables=options.get("template_variables", {}))
+        with pytest.raises(error) as caught:
+            await engine.render(chat)
+    assert caught.value.param == param
+
+
+async def test_a_model_without_a_template_or_a_projector_renders_nothing(toy: Toy) -> None:
+    async with toy.engine() as engine:
+        with pytest.raises(Unsupported) as caught:
+            await engine.render(Chat(messages=tuple(turns("hello"))))
+        assert caught.value.feature == "chat"
+    blind = Toy()
+    talking(blind)
+    async with blind.engine() as engine:
+        with pytest.raises(Unsupported) as caught:
+            await engine.render(Chat(messages=tuple(with_images("a", b"x"))))
+        assert caught.value.feature == "images"

@@ -16,6 +16,8 @@ from trio_runner.events import Event, Finished, Usage
 from trio_runner.testing import toy_text
 
 SECONDS = 8.0
+PROMPT_BATCHES = 2
+"""Batches that the first prompt of an engine takes."""
 
 
 @pytest.fixture
@@ -140,3 +142,56 @@ async def test_deadlines_pass_in_order_and_once(autojump_clock: trio.testing.Moc
             nursery.cancel_scope.cancel()
     assert passed == [(5, start), (2, start + 10), (1, start + 30), (3, start + 40)]
     assert deadlines.moments == {}
+
+
+async def test_the_time_from_the_first_token_on_is_limited(toy: Toy, clock: trio.testing.MockClock) -> None:
+    """Also while its text is held back, since it may be the beginning of a stop string."""
+    toy.on_decode = gate = Gate(toy)
+    stop = toy_text(PROMPT, 4)
+    async with toy.engine() as engine:
+        generation = engine.generate(PROMPT, decode_seconds=SECONDS, stop=[stop + "no"])
+        await generation.start()
+        await gate.reached(1)
+        clock.jump(SECONDS)  # the prompt may take its time
+        await trio.testing.wait_all_tasks_blocked()
+        assert dispatcher_of(engine).request_deadlines.moments == {}
+        gate.let(PROMPT_BATCHES)
+        await until(lambda: bool(dispatcher_of(engine).request_deadlines.moments))
+        gate.let(1)
+        await gate.reached(PROMPT_BATCHES + 2)
+        clock.jump(SECONDS)
+        await until(lambda: not dispatcher_of(engine).request_deadlines.moments)
+        gate.open()
+        events = [event async for event in generation]
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason == "deadline"
+    assert "".join(event.text for event in events) == toy_text(PROMPT, events[-1].usage.completion_tokens)
+    assert events[-1].usage.completion_tokens in (2, 3)
+
+
+@pytest.mark.parametrize(("deadline", "decode_seconds"), [(SECONDS, 2 * SECONDS), (2 * SECONDS, SECONDS)])
+async def test_the_earlier_of_two_limits_counts(
+    toy: Toy, clock: trio.testing.MockClock, deadline: float, decode_seconds: float
+) -> None:
+    toy.on_decode = gate = Gate(toy)
+    async with toy.engine() as engine:
+        generation = engine.generate(PROMPT, deadline=deadline, decode_seconds=decode_seconds)
+        async with generation:
+            gate.let(PROMPT_BATCHES)
+            await anext(generation)
+            await gate.reached(PROMPT_BATCHES + 1)
+            clock.jump(SECONDS)
+            await until(lambda: not dispatcher_of(engine).request_deadlines.moments)
+            gate.open()
+            *_, last = [event async for event in generation]
+    assert isinstance(last, Finished)
+    assert last.reason == "deadline"
+
+
+async def test_requests_without_a_limit_are_not_timed(toy: Toy) -> None:
+    toy.on_decode = gate = Gate(toy)
+    async with toy.engine() as engine, engine.generate(PROMPT, max_tokens=5) as generation:
+        gate.let(PROMPT_BATCHES)
+        await anext(generation)
+        assert dispatcher_of(engine).request_deadlines.moments == {}
+        gate.open()

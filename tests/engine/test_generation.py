@@ -288,7 +288,7 @@ async def test_a_field_that_does_not_exist_is_a_programming_error(toy: Toy) -> N
         with pytest.raises(InvalidRequest):
             engine.generate("hello", temperature="hot")  # type: ignore[arg-type]
         with pytest.raises(InvalidRequest):
-            engine.generate("hello", max_tokens=0)
+            engine.generate("hello", max_tokens=-1)
 
 
 async def test_a_full_context_that_may_not_shift_ends_with_length(toy: Toy) -> None:
@@ -335,6 +335,10 @@ async def test_facts_of_a_ready_engine(toy: Toy) -> None:
         assert await engine.detokenize(list("été".encode())[:-1]) == "ét\ufffd"
         with pytest.raises(InvalidRequest):
             await engine.detokenize([N_VOCAB])
+        assert await engine.pieces(list("é".encode())) == [b"\xc3", b"\xa9"]
+        with pytest.raises(InvalidRequest) as caught:
+            await engine.pieces([65, N_VOCAB])
+        assert caught.value.param == "tokens"
 
 
 async def test_facts_of_a_loading_engine_raise(toy: Toy) -> None:
@@ -350,3 +354,11 @@ async def test_facts_of_a_loading_engine_raise(toy: Toy) -> None:
         with pytest.raises(EngineBusy):
             _ = engine.capabilities
         assert is_idle(engine)
+
+
+async def test_ignore_eos_goes_on_to_the_limit(toy: Toy) -> None:
+    prompt = next(f"prompt {i}" for i in range(1000) if toy_continuation(list(f"prompt {i}".encode()), 30)[-1] == END)
+    async with toy.engine() as engine:
+        end = finished(await events_of(engine.generate(prompt, max_tokens=50, ignore_eos=True)))
+    assert end.reason == "length"
+    assert end.usage.completion_tokens == 50

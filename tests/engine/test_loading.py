@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.engine.inside import state_of
 from tests.engine.toys import (
     DEADLINE,
     Latch,
@@ -16,7 +20,8 @@ from tests.engine.toys import (
     until,
 )
 from trio_runner.engine.engine import Engine
-from trio_runner.errors import EngineBroken, EngineClosed, LoadError, RunnerError
+from trio_runner.engine.state import MAX_RETRY_AFTER, seconds_left
+from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, EngineLoading, LoadError, RunnerError
 from trio_runner.front_door import open_engine
 from trio_runner.testing import toy_text
 
@@ -80,6 +85,52 @@ async def test_requests_wait_for_the_model(toy: Toy) -> None:
         assert engine.status == "loading"
         latch.open()
     assert texts == [toy_text("hello", 10)] * 3
+
+
+async def test_requests_do_not_wait_for_the_model_for_ever(toy: Toy) -> None:
+    latch = Latch()
+
+    def load(report: Callable[[float], None], cancelled: object) -> None:
+        report(0.5)
+        latch()
+
+    toy.on_load = load
+    async with toy.engine(wait=False, load_wait=0, slots=1, max_queue=0) as engine:
+        await latch.reached()
+        generation = engine.generate("hello")
+        for use in (generation.start, engine.wait_ready, lambda: engine.embed(["x"]), lambda: engine.tokenize("x")):
+            with pytest.raises(EngineLoading, match=r"^the model is still loading \(50%\)$") as caught:
+                await use()
+            assert caught.value.retry_after >= 1
+        with pytest.raises(EngineLoading):
+            _ = engine.info
+        latch.open()
+        await engine.wait_ready(math.inf)
+        await engine.wait_ready()
+        assert await engine.generate("hello", max_tokens=10).collect() == toy_text("hello", 10)
+
+
+async def test_a_full_queue_waits_for_the_load(toy: Toy) -> None:
+    latch = Latch()
+    toy.on_load = latch
+    async with toy.engine(wait=False, slots=1, max_queue=0) as engine, trio.open_nursery() as nursery:
+        await latch.reached()
+        nursery.start_soon(engine.generate("hello", max_tokens=1).collect)
+        await trio.testing.wait_all_tasks_blocked()
+        state_of(engine).begun -= 20  # as if it had taken so long already
+        with pytest.raises(EngineBusy) as caught:
+            await engine.generate("hello").start()
+        assert 20 <= caught.value.retry_after <= MAX_RETRY_AFTER
+        latch.open()
+
+
+@given(st.floats(0, 1), st.floats(0, 1e9))
+def test_the_rest_of_a_load_goes_on_as_it_began(progress: float, elapsed: float) -> None:
+    seconds = seconds_left(progress, elapsed)
+    assert 1 <= seconds <= MAX_RETRY_AFTER
+    assert seconds_left(progress, elapsed * 2) >= seconds
+    if 1 < seconds < MAX_RETRY_AFTER and progress > 0:
+        assert elapsed / (elapsed + seconds) == pytest.approx(progress)
 
 
 async def test_progress_of_loading(toy: Toy) -> None:

@@ -7,11 +7,11 @@ import trio
 
 from tests.engine.inside import admission_of
 from tests.engine.toys import Gate, Latch, Toy, prompts, until, until_idle
-from trio_runner.engine.admission import MAX_RETRY_AFTER
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
 from trio_runner.engine.helper_threads import LONG_TEXT
-from trio_runner.errors import EngineBusy, InvalidGrammar
+from trio_runner.engine.state import MAX_RETRY_AFTER
+from trio_runner.errors import EngineBusy, InvalidGrammar, InvalidRequest
 from trio_runner.testing import toy_text
 
 
@@ -350,3 +350,17 @@ async def test_requests_with_a_shared_prefix_decode_it_once(toy: Toy) -> None:
         texts = await read_all(engine, requests, 10)
         assert texts == {prompt: toy_text(prompt, 10) for prompt in requests}
         assert engine.statistics().scheduler.n_prompt_rows == len(prefix) + 4
+
+
+async def test_a_request_takes_the_slot_that_it_prefers(toy: Toy) -> None:
+    toy.on_decode = gate = Gate(toy)
+    async with toy.engine(slots=2) as engine:
+        for preferred in (1, 1, 0):
+            generation = engine.generate("hello", max_tokens=1, preferred_slot=preferred)
+            gate.let(1)
+            await generation.collect()
+        gate.open()
+        assert [batch.chunks[0].slot for batch in gate.batches] == [1, 1, 0]
+        with pytest.raises(InvalidRequest) as caught:
+            await engine.generate("hello", preferred_slot=2).start()
+        assert caught.value.param == "preferred_slot"

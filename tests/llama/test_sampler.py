@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.llama.running import GREEDY, PROMPT, Running, tokens_of
-from trio_runner.core.batch import Chunk, DecodeOutcome
+from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Trim
 from trio_runner.errors import InvalidGrammar, InvalidRequest, NativeError
 from trio_runner.sampling import RANDOM_SEED, SamplingParams
@@ -352,3 +352,84 @@ def test_a_closed_sampler_is_refused(running: Running) -> None:
     sampler.close()
     sampler.close()
     assert running.step(Chunk(0, 0, 0, (5,), output=False)).outcome is DecodeOutcome.OK
+
+
+def test_ignore_eos_forbids_every_token_that_ends_the_generation(models: Models) -> None:
+    """This model counts to ten and ends, if it may."""
+    running = Running(models("chain"))
+    for params in (GREEDY, replace(FREE, temperature=1.0), replace(GREEDY, logit_bias=((2, 50.0),))):
+        assert running.generate("hello", 60, params=params)[-1].is_end
+        endless = running.generate("hello", 60, params=replace(params, ignore_eos=True))
+        assert len(endless) == 60
+        assert not any(sampled.is_end for sampled in endless)
+
+
+def test_a_model_whose_every_allowed_token_ends_the_generation(running: Running) -> None:
+    (sampled,) = running.generate(n_tokens=1, params=replace(GREEDY, ignore_eos=True, grammar='root ::= ""'))
+    assert isinstance(sampled.error, InvalidGrammar)
+
+
+def reported(running: Running, params: SamplingParams, n_tokens: int = 12) -> list[Sampled]:
+    return running.generate(n_tokens=n_tokens, params=replace(params, logprobs=100, post_sampling_probs=True))
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(FREE, top_k=1), replace(GREEDY, grammar="root ::= [a-z ]+")])
+def test_a_token_that_is_chosen_without_a_draw_has_probability_1_after_the_samplers(
+    running: Running, params: SamplingParams
+) -> None:
+    for sampled in reported(running, params):
+        assert sampled.logprob == 0.0
+        assert [(top.token, top.logprob) for top in sampled.top] == [(sampled.token, 0.0)]
+
+
+def test_without_samplers_that_change_anything_they_are_the_models_own(running: Running) -> None:
+    params = replace(FREE, temperature=1.0)
+    own = running.generate(params=replace(params, logprobs=100))
+    for after, before in zip(reported(running, params), own, strict=True):
+        assert after.token == before.token
+        assert after.logprob == pytest.approx(before.logprob, abs=1e-3)
+        assert [top.logprob for top in after.top] == pytest.approx([top.logprob for top in before.top], abs=1e-3)
+
+
+def test_they_follow_the_temperature(running: Running) -> None:
+    (cold,) = reported(running, replace(FREE, temperature=1.0), 1)
+    (hot,) = reported(running, replace(FREE, temperature=2.0), 1)
+    assert [top.token for top in hot.top[:5]] == [top.token for top in cold.top[:5]]
+    for one, other in zip(hot.top[1:5], cold.top[1:5], strict=True):
+        assert one.logprob - hot.top[0].logprob == pytest.approx((other.logprob - cold.top[0].logprob) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        replace(FREE, top_k=5),
+        replace(FREE, top_k=20, top_p=0.9, min_p=0.01, repeat_penalty=1.1),
+        replace(FREE, top_k=50, xtc_probability=1.0, xtc_threshold=0.01),
+        replace(FREE, top_k=50, grammar="root ::= [a-z ]+"),
+        replace(FREE, top_p=0.5, dry_multiplier=1.0),
+        replace(FREE, top_n_sigma=1.0, temperature=0.7),
+        replace(FREE, mirostat=1),
+        replace(FREE, mirostat=2),
+    ],
+)
+def test_the_candidates_that_are_left_share_all_of_the_probability(running: Running, params: SamplingParams) -> None:
+    """And the text is the same as without the report."""
+    result = reported(running, params)
+    assert tokens_of(result) == drawn(running, params)
+    for sampled in result:
+        logprobs = [top.logprob for top in sampled.top]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert len({top.token for top in sampled.top}) == len(sampled.top)
+        if len(sampled.top) < 100:  # otherwise there are more candidates
+            assert sum(map(math.exp, logprobs)) == pytest.approx(1, abs=1e-4)
+            assert sampled.logprob in [top.logprob for top in sampled.top if top.token == sampled.token]
+
+
+def test_only_the_chosen_token_is_reported_without_alternatives(running: Running) -> None:
+    params = replace(FREE, top_k=5, post_sampling_probs=True)
+    for sampled, full in zip(
+        running.generate(params=replace(params, logprobs=0)), reported(running, replace(FREE, top_k=5)), strict=True
+    ):
+        assert sampled.top == ()
+        assert sampled.logprob == full.logprob
+    assert all(sampled.logprob == 0.0 for sampled in running.generate(params=params))

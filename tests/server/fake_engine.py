@@ -11,9 +11,30 @@ import trio
 from trio_runner.config import EngineConfig
 from trio_runner.errors import EngineClosed, LoadError
 from trio_runner.events import Embedded, Event, Finished, TextPiece, Usage
-from trio_runner.info import AdapterInfo, EngineStatistics
-from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
+from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement
+from trio_runner.request import Chat, EmbedRequest, GenerateRequest, RerankRequest
 
+INFO = ModelInfo(
+    name="Fake 2B",
+    architecture="fake",
+    description="fake 2B Q4_K - Medium",
+    n_vocab=257,
+    n_ctx_train=4096,
+    n_embd=3,
+    n_layer=2,
+    n_params=2_400_000_000,
+    size=1500,
+    chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    metadata={
+        "general.file_type": "15",
+        "general.size_label": "2B",
+        "general.license": "mit",
+        "fake.context_length": "4096",
+        "fake.rope.freq_base": "10000.000000",
+        "tokenizer.ggml.add_bos_token": "true",
+        "tokenizer.chat_template": "{% for message in messages %}{{ message.content }}{% endfor %}",
+    },
+)
 DONE = Finished("stop", Usage(3, 1, 5, 0.0129, 0.25))
 
 
@@ -94,6 +115,10 @@ class FakeEngine:
         self.scores: list[float] = []
         self.adapters = [AdapterInfo("one", "/srv/secret/one.gguf", 0.5)]
         self.load_error: LoadError | None = None
+        self.info = INFO
+        self.capabilities = Capabilities(n_slots=2, n_ctx=100, max_rows=32, embedding_size=3)
+        self.placement: Placement | None = None
+        self.has_projector = False
         self.drained = False
         self._asked = trio.Event()
 
@@ -136,7 +161,7 @@ class FakeEngine:
         await self.admit()
         return np.array(self.scores, np.float32)
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self, at_most: float | None = None) -> None:
         self.calls.append("wait_ready")
         await self.admit()
 
@@ -160,6 +185,16 @@ class FakeEngine:
         self.calls.append(tuple(tokens))
         await self.admit()
         return bytes(tokens).decode()
+
+    async def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        self.calls.append(tuple(tokens))
+        await self.admit()
+        return [bytes([token]) for token in tokens]
+
+    async def render(self, chat: Chat) -> str:
+        self.calls.append(chat)
+        await self.admit()
+        return "".join(str(message.get("content")) for message in chat.messages)
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109
         self.drained = True

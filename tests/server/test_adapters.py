@@ -287,7 +287,7 @@ async def test_a_model_that_does_not_load_is_not_blamed_on_an_adapter(tmp_path: 
     async with toy.engine(wait=False) as engine, serving(engine, adapter_dir=tmp_path) as server:
         for raw in (LIST, post("/adapters", {"file": "a.gguf"}), delete("a")):
             answer = await server.ask(raw)
-            assert (answer.status, answer.body) == (500, b"model.gguf: not a GGUF file\n")
+            assert (answer.status, answer.body) == (503, b"model.gguf: not a GGUF file\n")
 
 
 async def test_adapters_need_the_api_key(toy: Toy, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trio_runner.server.choices import Choices
 def some(n: int) -> tuple[list[FakeGeneration], Choices]:
     engine = FakeEngine()
     generations = [FakeGeneration(engine, GenerateRequest(prompt="x")) for _ in range(n)]
-    return generations, Choices(generations)  # type: ignore[arg-type]
+    return generations, Choices(generations)
 
 
 @given(st.lists(st.lists(st.integers(1, 3), max_size=4), min_size=1, max_size=4), st.booleans())
@@ -79,7 +79,7 @@ async def test_a_cancelled_wait_loses_nothing() -> None:
 async def test_if_one_cannot_start_none_is_left() -> None:
     engine = FakeEngine()
     generations = [FakeGeneration(engine, GenerateRequest(prompt="x")) for _ in range(3)]
-    choices = Choices(generations)  # type: ignore[arg-type]
+    choices = Choices(generations)
     engine.refusal = EngineBusy("full")
     with pytest.raises(EngineBusy):
         await choices.start()

@@ -57,10 +57,12 @@ def try_all(document: Mapping[str, Any], url: str, mode: GenerationMode) -> dict
         operation = cast(Any, found).ok()
         if mode is GenerationMode.NEGATIVE and not operation.body:
             continue  # nothing of it can be wrong
+        if "501" in operation.definition.raw["responses"]:
+            continue  # it refuses everything
 
         @given(case=operation.as_strategy(generation_mode=mode))
         @settings(
-            max_examples=12,
+            max_examples=6,
             deadline=None,
             database=None,
             derandomize=True,
@@ -86,5 +88,5 @@ async def test_drawn_requests_get_only_answers_that_are_described(mode: Generati
         call: Callable[[], dict[str, int]] = lambda: try_all(with_short_texts(document), url, mode)  # noqa: E731
         statuses = await trio.to_thread.run_sync(call, abandon_on_cancel=True)
         wanted = "200" if mode is GenerationMode.POSITIVE else "400"
-        assert statuses[wanted] > 30, json.dumps(statuses)
+        assert statuses[wanted] > 20, json.dumps(statuses)
         assert engine.statistics().generations == 0

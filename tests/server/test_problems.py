@@ -17,12 +17,14 @@ EXPECTED = {
     errors.UnknownAdapter("x"): 404,
     errors.UnknownModel("x", known=("y",)): 404,
     errors.Unsupported("images"): 422,
+    errors.Unsupported("infill", param="suffix"): 400,
     errors.EngineBusy(): 503,
+    errors.EngineLoading(): 503,
     errors.EngineClosed("x"): 503,
     errors.EngineBroken("x"): 503,
     errors.ReaderStalled("x"): 500,
     errors.DecodeFailed("x"): 500,
-    errors.LoadError("x", path="model.gguf"): 500,
+    errors.LoadError("x", path="model.gguf"): 503,
     errors.NativeError("decode", -3, "x"): 500,
 }
 
@@ -43,6 +45,8 @@ def test_status_text_and_headers(error: errors.RunnerError, status: int) -> None
     assert answer.text
     assert "\n" not in answer.text
     assert ("Retry-After" in answer.headers) == isinstance(error, errors.EngineBusy)
+    # What is broken stays broken, so OpenAI's clients need not try again.
+    assert ("X-Should-Retry" in answer.headers) == isinstance(error, (errors.EngineBroken, errors.LoadError))
     if isinstance(error, errors.RequestError) and error.param is not None:
         assert error.param in answer.text
 

@@ -16,7 +16,7 @@ from tests.server.fake_engine import DONE, FakeEngine, endless
 from trio_runner.config import EngineConfig
 from trio_runner.interface import EngineInterface
 from trio_runner.server import serve
-from trio_runner.server.listener import addresses, close_all, is_loopback, open_listeners
+from trio_runner.server.listener import addresses, close_all, is_local, open_listeners
 
 
 async def refuse(**options: Any) -> None:
@@ -43,14 +43,14 @@ async def test_other_machines_are_served_if_they_have_the_key() -> None:
 
 async def test_a_port_in_use_is_named() -> None:
     async with serving(FakeEngine()) as server:
-        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {server.port}"):
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{server.port}"):
             await serve(cast(EngineInterface, FakeEngine()), port=server.port)
 
 
 async def test_a_name_is_listened_on_at_all_its_addresses() -> None:
     listeners = await open_listeners("localhost", 0)
     try:
-        assert all(map(is_loopback, listeners))
+        assert all(map(is_local, listeners))
         assert len({port for _, port in addresses(listeners)}) == 1
     finally:
         close_all(listeners)

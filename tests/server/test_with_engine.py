@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -74,13 +75,41 @@ async def test_requests_wait_for_the_model() -> None:
         assert (await server.ask(request("GET", "/health"))).json["status"] == "ok"
 
 
+async def test_a_request_does_not_wait_for_the_model_for_ever() -> None:
+    """What is wrong with it is said at once, whether the model is loaded or not."""
+    loaded = threading.Event()
+
+    def wait(progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
+        progress(0.25)
+        while not cancelled() and not loaded.wait(0.005):
+            pass
+
+    async with open_engine(ToyLoader(on_load=wait), wait=False, load_wait=0) as engine, serving(engine) as server:
+        await until(lambda: engine.progress > 0)
+        fields = {"prompt": "x", "content": "x", "n_predict": 5}
+        for path in ("/completion", "/embedding", "/tokenize", "/rerank", "/detokenize"):
+            answer = await server.ask(post(path, {**fields, "query": "x", "documents": ["x"], "tokens": [1]}))
+            assert (answer.status, answer.body) == (503, b"the model is still loading (25%)\n")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "x-should-retry" not in answer.headers
+        for path in ("/props", "/adapters"):
+            answer = await server.ask(request("GET", path))
+            assert (answer.status, answer.body) == (503, b"the model is still loading (25%)\n")
+        assert (await server.ask(post("/completion", {"prompt": 1}))).status == 400
+        loaded.set()
+        await engine.wait_ready(math.inf)
+        assert (await server.ask(post("/completion", fields))).text == toy_text("x", 5)
+
+
 async def test_every_request_says_why_the_model_does_not_load() -> None:
     def fail(progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
         raise LoadError("not a GGUF file", path="model.gguf")
 
     async with open_engine(ToyLoader(on_load=fail), wait=False) as engine, serving(engine) as server:
         answer = await server.ask(post("/completion", {"prompt": "x"}))
-        assert (answer.status, answer.body) == (500, b"model.gguf: not a GGUF file\n")
+        assert (answer.status, answer.body) == (503, b"model.gguf: not a GGUF file\n")
+        assert "retry-after" not in answer.headers
+        assert answer.headers["x-should-retry"] == "false"
         health = await server.ask(request("GET", "/health"))
         assert (health.status, health.json["status"], health.json["error"]) == (503, "server error", "not a GGUF file")
 

@@ -28,7 +28,7 @@ async def own_server(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]
     The server runs in a session of its own, so that Ctrl-C reaches only us. If we are killed, it ends by itself within
     two seconds. Raises `Unavailable` if the server ends before it has loaded the model.
     """
-    options = ["--port", "0", "--drain-timeout", "0", "--parent", str(os.getpid())]
+    options = ["--port", "0", "--drain-timeout", "0", "--parent-pid", str(os.getpid())]
     command = [sys.executable, "-m", "trio_runner", "serve", *options, *arguments]
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True

@@ -1,4 +1,4 @@
-"""The command line: `trio-runner serve | run | embed | rerank | info | bench | fetch`, and the drop-in mode.
+"""The command line: `trio-runner serve | run | chat | embed | rerank | info | bench | fetch`, and the drop-in mode.
 
 Rule 1: what the user asked for goes to stdout, everything else to stderr.
 Rule 2: exit codes are 0; 1 for a failure that one line on stderr explains; 2 for a wrong command line; 128 plus the

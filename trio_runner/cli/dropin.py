@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from trio_runner import __version__
+from trio_runner.cli.app_watch import AppWatch
 from trio_runner.cli.go_flags import Flag, FlagError, FlagSet, HelpRequested, Value
 from trio_runner.cli.logs import set_up_slog
 from trio_runner.config import MAX_BATCH_ROWS, MAX_THREADS, AdapterConfig, EngineConfig, ModelConfig
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str], program: str = "trio-runner") -> int:
         print(f"{LOAD_ERROR if isinstance(error, LoadError) else 'error: '}{error}", file=sys.stderr)
         return 1
 
-    parent = os.getppid()  # now, because the parent may be gone after the imports
+    app = AppWatch(pid=os.getppid())  # now, because the parent may be gone after the imports
     # These imports are slow, and everything above works without the native library.
     from trio_runner.cli.running import run_to_exit_code
     from trio_runner.cli.service import ServiceConfig, max_body_bytes, run_service
@@ -225,7 +226,7 @@ def main(arguments: Sequence[str], program: str = "trio-runner") -> int:
         port=settings.port,
         drain_timeout=1.0,
         max_body_bytes=max_body_bytes(settings.model),
-        parent=parent,
+        app=app,
     )
 
     async def serve() -> None:

@@ -11,6 +11,7 @@ import click
 
 from trio_runner import __version__
 from trio_runner.cli.bench import bench
+from trio_runner.cli.chat.command import chat
 from trio_runner.cli.fetch import fetch
 from trio_runner.cli.generate import embed, rerank, run
 from trio_runner.cli.info import info
@@ -60,5 +61,5 @@ def cli() -> None:
     """
 
 
-for _command in (serve, run, embed, rerank, info, bench, fetch):
+for _command in (serve, run, chat, embed, rerank, info, bench, fetch):
     cli.add_command(_command)

@@ -19,16 +19,19 @@ class ListenError(Exception):
 
 
 def run_with_engine(
-    configs: tuple[ModelConfig, EngineConfig], main: Callable[[EngineInterface], Awaitable[None]]
+    configs: tuple[ModelConfig, EngineConfig],
+    main: Callable[[EngineInterface], Awaitable[None]],
+    *,
+    interrupt: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Load the model, run `main` with the engine, and return the exit code. The first SIGINT or SIGTERM cancels it."""
+    """Load the model, run `main` with the engine, and return the exit code. Signals do what `run_until_signal` says."""
 
     async def with_engine() -> None:
         async with open_engine(*configs, wait=False) as engine:
             await _wait_ready(engine)
             await main(engine)
 
-    return run_until_signal(with_engine)
+    return run_until_signal(with_engine, interrupt=interrupt)
 
 
 async def _wait_ready(engine: EngineInterface) -> None:
@@ -56,26 +59,30 @@ async def _wait_ready(engine: EngineInterface) -> None:
             nursery.cancel_scope.cancel()
 
 
-def run_until_signal(main: Callable[[], Awaitable[None]]) -> int:
-    """Run `main` and return the exit code. The first SIGINT or SIGTERM cancels it."""
+def run_until_signal(main: Callable[[], Awaitable[None]], *, interrupt: Callable[[], bool] = lambda: False) -> int:
+    """Run `main` and return the exit code. The first SIGTERM cancels it, and so does the first SIGINT for which
+    `interrupt` returns False."""
 
     async def interruptible() -> int:
-        return await _until_signal(main)
+        return await _until_signal(main, interrupt)
 
     return run_to_exit_code(interruptible)
 
 
-async def _until_signal(main: Callable[[], Awaitable[None]]) -> int:
-    """Run `main`, and cancel it at the first SIGINT or SIGTERM. Returns 0, or 128 plus the number of the signal."""
+async def _until_signal(main: Callable[[], Awaitable[None]], interrupt: Callable[[], bool]) -> int:
+    """Run `main`, and cancel it at the first signal. Returns 0, or 128 plus the number of the signal."""
     code = 0
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
                 nonlocal code
-                code = 128 + await anext(signals)
-                die_of_next_signal()
-                nursery.cancel_scope.cancel()
+                async for number in signals:
+                    if number == signal.SIGINT and interrupt():
+                        continue
+                    code = 128 + number
+                    die_of_next_signal()
+                    nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
             await main()
@@ -89,10 +96,16 @@ def die_of_next_signal() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def run_to_exit_code(main: Callable[[], Awaitable[int | None]], *, load_error: str = "error: ") -> int:
+def run_to_exit_code(
+    main: Callable[[], Awaitable[int | None]],
+    *,
+    load_error: str = "error: ",
+    report: Callable[[str], None] | None = None,
+) -> int:
     """Run `main` under trio and return the exit code. An expected failure is one line on stderr and exit code 1.
 
-    Any other exception propagates. `load_error` is how the line about a model that cannot be loaded begins.
+    Any other exception propagates. `load_error` is how the line about a model that cannot be loaded begins. `report`
+    is given the reason instead, if it is not None.
     """
     code: int | None = 0
     failures: list[BaseException] = []
@@ -107,7 +120,10 @@ def run_to_exit_code(main: Callable[[], Awaitable[int | None]], *, load_error: s
     if failures:
         # A model that did not load also breaks its engine. Report the cause, not the consequence.
         failure = next((error for error in failures if isinstance(error, LoadError)), failures[0])
-        print(f"{load_error if isinstance(failure, LoadError) else 'error: '}{_explain(failure)}", file=sys.stderr)
+        if report is not None:
+            report(_explain(failure))
+        else:
+            print(f"{load_error if isinstance(failure, LoadError) else 'error: '}{_explain(failure)}", file=sys.stderr)
         return 1
     return code or 0
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import trio
 
+from trio_runner.cli.app_watch import AppWatch
 from trio_runner.cli.running import ListenError, die_of_next_signal
 from trio_runner.config import EngineConfig, ModelConfig
 from trio_runner.errors import EngineClosed
 from trio_runner.front_door import open_engine
 from trio_runner.server.app import MAX_BODY_BYTES, MAX_BODY_BYTES_WITH_IMAGES
+from trio_runner.server.listener import host_and_port
 from trio_runner.server.names import ANY_NAME, ModelNames
 from trio_runner.server.serve import serve
 
@@ -44,8 +48,12 @@ class ServiceConfig:
     """Where to serve, to whom, and for how long."""
 
     host: str = "127.0.0.1"
-    port: int = 8080
-    """0 lets the system choose. The log says which port it chose."""
+    port: int | None = 8080
+    """0 lets the system choose, and the log says which port it chose. None: no port, only the socket."""
+    socket: Path | None = None
+    """Path of a Unix socket to serve on as well."""
+    announce: bool = False
+    """Say on stdout where the server listens, as one line of JSON."""
     drain_timeout: float = 10.0
     """Seconds that running requests may take after the first signal."""
     api_key: str | None = None
@@ -60,8 +68,10 @@ class ServiceConfig:
     """Bytes that the body of a request may have."""
     names: ModelNames = ANY_NAME
     """What clients may call the model."""
-    parent: int | None = None
-    """Process that started this one: when it is gone, the server ends at once."""
+    model_path: Path | None = None
+    """File of the model."""
+    app: AppWatch | None = None
+    """When it notices that the app has ended, the server ends at once."""
 
 
 def max_body_bytes(model: ModelConfig) -> int:
@@ -85,16 +95,15 @@ async def run_service(model: ModelConfig | Loader, engine_config: EngineConfig, 
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as root:
             root.start_soon(_shut_down_on_signal, signals, shutdown, service.drain_timeout, root.cancel_scope)
-            if service.parent is not None:
-                root.start_soon(_cancel_without_parent, service.parent, root.cancel_scope)
+            if service.app is not None:
+                root.start_soon(_end_with_app, service.app, root.cancel_scope)
             async with (
                 open_engine(model, engine_config, wait=False, cancel_when_broken=False) as engine,
                 trio.open_nursery() as nursery,
             ):
-                for host, port in await _start_serving(engine, service, shutdown, nursery):
-                    logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+                _tell(await _start_serving(engine, service, shutdown, nursery), service)
                 with suppress(EngineClosed):  # a signal came while the model was loading
-                    await engine.wait_ready()
+                    await engine.wait_ready(math.inf)
                     logger.info("model loaded: %s", engine.info.description)
             root.cancel_scope.cancel()
 
@@ -110,10 +119,12 @@ async def _start_serving(
             engine,
             host=service.host,
             port=service.port,
+            socket_path=service.socket,
             shutdown=shutdown,
             drain_timeout=service.drain_timeout,
             adapter_dir=service.adapter_dir,
             names=service.names,
+            model_path=service.model_path,
             max_body_bytes=service.max_body_bytes,
             api_key=service.api_key,
             allowed_hosts=service.allowed_hosts,
@@ -125,11 +136,39 @@ async def _start_serving(
     try:
         addresses: list[Address] = await nursery.start(serve_to_the_end)
     except OSError as error:
-        where = f"{service.host}:{service.port}"
-        raise ListenError(f"cannot listen on {where}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        where = "" if reason.startswith("cannot listen") else f"cannot listen on {service.host}:{service.port}: "
+        raise ListenError(where + reason) from error
     except ValueError as error:
         raise ListenError(str(error)) from error
     return addresses
+
+
+def _tell(addresses: Sequence[Address], service: ServiceConfig) -> None:
+    """Tell the log, and the app if it wants to know, where the server listens."""
+    for address in addresses:
+        logger.info("listening on http://%s", host_and_port(address))
+    if service.socket is not None:
+        logger.info("listening on %s", service.socket)
+    if service.announce and sys.stdout is not None:
+        sys.stdout.write(announcement(addresses, service.socket))
+        sys.stdout.flush()
+
+
+def announcement(addresses: Sequence[Address], socket: Path | None) -> str:
+    """One line of JSON: where a program of this machine reaches the server, and the id of its process."""
+    url = "http://localhost"  # for a socket, any host does
+    if addresses:
+        host, port = addresses[0]
+        url = f"http://{host_and_port((_EVERY_ADDRESS.get(host, host), port))}"
+    fields: dict[str, object] = {"url": url, "pid": os.getpid()}
+    if socket is not None:
+        fields["socket"] = str(socket.absolute())
+    return json.dumps(fields) + "\n"
+
+
+_EVERY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses that stand for all of a machine, and those to reach it by."""
 
 
 async def _shut_down_on_signal(
@@ -145,8 +184,6 @@ async def _shut_down_on_signal(
     everything.cancel()
 
 
-async def _cancel_without_parent(parent: int, everything: trio.CancelScope) -> None:
-    while os.getppid() == parent:  # noqa: ASYNC110  # the system reports nothing, so ask it every second
-        await trio.sleep(1)
-    logger.warning("the process that started this one is gone")
+async def _end_with_app(app: AppWatch, everything: trio.CancelScope) -> None:
+    await app.wait()
     everything.cancel()

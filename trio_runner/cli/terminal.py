@@ -1,4 +1,4 @@
-"""Writes text to stdout from a task that must stay cancellable."""
+"""Text for a terminal, and for stdout from a task that must stay cancellable."""
 
 from __future__ import annotations
 
@@ -35,3 +35,17 @@ class TextOutput:
                 self._can_wait = False
         if not self._can_wait:
             await trio.lowlevel.checkpoint()
+
+
+_CONTROLS = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n\r"},
+    ord("\r"): None,
+    0x7F: "\u2421",
+    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
+}
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal, with a visible character for each control character, which could take the terminal over.
+    Tabs and line breaks stay."""
+    return text.translate(_CONTROLS)

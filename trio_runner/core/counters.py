@@ -34,7 +34,7 @@ class Counters:
         spec = sequence.spec
         n_tokens = len(spec.prompt) + len(spec.encoder_tokens)
         self.n_prompt_tokens += n_tokens
-        if spec.cache_prompt:
+        if spec.reuses:
             self.n_looked_up += n_tokens
             self.n_found += sequence.n_cached
         if not spec.embedding:

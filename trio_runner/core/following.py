@@ -50,7 +50,7 @@ class Following:
         self._find(sequence, takewhile(lambda other: other is not sequence, self._running.values()))
 
     def resumed(self, sequence: Sequence) -> None:
-        """It was paused and runs again. Others that took its prompt over may have decoded more of it by now, or will."""
+        """It was paused and runs again. Others may have decoded more of its prompt by now, or will do so."""
         if sequence.prompt_done or sequence.in_embed_slot or sequence.follows is not None:
             return
         if not sequence.spec.reuses or not self._can_trim:

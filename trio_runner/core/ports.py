@@ -100,6 +100,10 @@ class Model(Protocol):
     def detokenize(self, tokens: Sequence[int]) -> bytes:
         """The text of `tokens`. Raises `InvalidRequest` for a token outside the vocabulary."""
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, or the name of a special token. Raises `InvalidRequest` for a token outside the
+        vocabulary."""
+
     def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> Sampler:
         """A sampler whose penalties count the tokens of `prompt`. Raises `InvalidGrammar`, or `InvalidRequest` or
         `Unsupported` for other parameters that cannot be met."""

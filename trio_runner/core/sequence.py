@@ -30,6 +30,8 @@ class SequenceSpec:
     cache_prompt: bool = True
     share_prompt: bool = False
     """Follow other sequences for any number of tokens. It goes on from what slots hold, as with `cache_prompt`."""
+    preferred_slot: int | None = None
+    """The slot to take if it is free; see `SlotPool.acquire`."""
     shift: bool = True
     embedding: bool = False
     """The request is for the embedding of the prompt, not for a continuation."""
@@ -37,6 +39,10 @@ class SequenceSpec:
     """Interactive sequences go first, and may take its slot for a while."""
     progress: bool = False
     logprobs: bool = False
+    prompt_logprobs: int = -1
+    """Alternatives to report with every token of the prompt; -1 reports nothing. All rows are decoded anew."""
+    tells_first_token: bool = False
+    """Emit `FirstToken`."""
 
     @property
     def samples(self) -> bool:
@@ -46,7 +52,7 @@ class SequenceSpec:
     @property
     def reuses(self) -> bool:
         """Whether it may go on from what other sequences have decoded."""
-        return self.cache_prompt or self.share_prompt
+        return (self.cache_prompt or self.share_prompt) and self.prompt_logprobs < 0
 
     @property
     def cache_key(self) -> Hashable:
@@ -58,6 +64,11 @@ def takes_embed_slot(spec: SequenceSpec, capabilities: Capabilities) -> bool:
     """Whether the sequence runs in a slot for embeddings. Those slots together hold no more rows than one batch. A
     longer text, if its last row gives its embedding, takes a slot like a generation."""
     return spec.embedding and not (capabilities.embeds_last_row and len(spec.prompt) > capabilities.max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first token of a sequence was sampled, whether or not its text is certain yet. Not for readers."""
 
 
 def no_slot() -> Slot:
@@ -92,11 +103,13 @@ class Sequence:
     """The turn in which it last had rows in a batch, or got its slot."""
     prompt_seconds: float = 0.0
     completion_seconds: float = 0.0
+    scores: dict[int, SampledToken] = field(default_factory=dict)
+    """How probable each token of the prompt was, by its place in the prompt, as far as that is known and wanted."""
     text: GeneratedText = field(init=False)
 
     def __post_init__(self) -> None:
         self.pending = list(self.spec.prompt)
-        self.kind = BatchKind(self.spec.adapters)
+        self.kind = BatchKind(self.spec.adapters, scored=self.spec.prompt_logprobs >= 0)
         self.text = GeneratedText(self.spec.stop, keep_tokens=self.spec.logprobs)
 
     @property

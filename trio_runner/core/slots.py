@@ -94,6 +94,7 @@ class SlotPool:
         uid: int | None = None,
         cache_key: Hashable = None,
         n_encoder_tokens: int = 0,
+        preferred: int | None = None,
     ) -> tuple[Slot, list[MemoryOp]] | None:
         """Take a free slot for `items` of the sequence `uid`. Returns the slot and edits of the KV cache.
 
@@ -105,7 +106,8 @@ class SlotPool:
 
         The longest prefix that any slot holds, in use or not, is kept. A free slot that holds it is taken itself,
         unless that forgets more than giving up the slot that was unused for longest. In that case the latter copies
-        the prefix. A slot that is parked for another sequence is taken only when no other one is free.
+        the prefix. A slot that is parked for another sequence is taken only when no other one is free. The slot
+        `preferred` is taken if it is free and not parked, unless the sequence itself has left one.
         """
         free = sorted((slot for slot in self.slots if not slot.busy), key=_worth)
         if len(self.slots) - len(free) == self._capabilities.n_slots or not self._has_room(n_encoder_tokens):
@@ -114,7 +116,11 @@ class SlotPool:
         n_kept = {slot: self._n_reusable(slot, items, cache_key) if reuse or slot is own else 0 for slot in self.slots}
         slot = oldest = free[0]
         source = max(self.slots, key=lambda slot: (n_kept[slot], not slot.busy, -slot.last_used))
-        if n_kept[source] > 0 and not source.busy and (source is own or source.parked_for is None):
+        wanted = self.slots[preferred] if preferred is not None and own is None else None
+        if wanted is not None and not wanted.busy and wanted.parked_for is None:
+            slot = wanted
+            source = source if self._capabilities.can_trim else wanted
+        elif n_kept[source] > 0 and not source.busy and (source is own or source.parked_for is None):
             n_lost, n_lost_oldest = (len(slot.items) - n_kept[slot] for slot in (source, oldest))
             if n_lost <= n_lost_oldest:
                 slot = source

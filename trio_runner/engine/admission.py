@@ -8,15 +8,11 @@ from typing import Literal, TypeAlias
 import trio
 
 from trio_runner.engine.requests import AnyRequest
-from trio_runner.engine.state import EngineState
+from trio_runner.engine.state import MAX_RETRY_AFTER, MIN_RETRY_AFTER, EngineState
 from trio_runner.errors import EngineBusy
 from trio_runner.events import Usage
 from trio_runner.request import GenerateRequest
 
-MAX_RETRY_AFTER = 60.0
-"""Seconds after which a refused request is told to come back, at most. A longer estimate would be worth nothing."""
-MIN_RETRY_AFTER = 1.0
-"""Seconds after which a refused request is told to come back, at least: HTTP counts in whole seconds."""
 SHARE_OF_LAST = 0.1
 """Weight of the last request in the moving average of seconds: the average is over about ten requests."""
 
@@ -90,4 +86,6 @@ class Admission:
 
     def _seconds_until_ended(self, queue: Queue, n_requests: int, n_slots: int) -> float:
         seconds = self.seconds.get(queue, 0.0) * n_requests / n_slots
+        if self._state.status == "loading":
+            seconds = self._state.seconds_to_load()
         return min(max(seconds, MIN_RETRY_AFTER), MAX_RETRY_AFTER)

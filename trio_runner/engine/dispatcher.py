@@ -17,6 +17,7 @@ from typing import Protocol
 import trio
 
 from trio_runner.core.scheduler import Emission
+from trio_runner.core.sequence import FirstToken
 from trio_runner.engine.adapters import AdapterTable
 from trio_runner.engine.admission import Admission, Queue
 from trio_runner.engine.deadlines import Deadlines
@@ -46,6 +47,8 @@ class _InFlight:
 
     reader: Reader
     queue: Queue
+    decode_seconds: float | None = None
+    """Seconds from its first token after which it ends."""
 
 
 class Dispatcher:
@@ -62,7 +65,7 @@ class Dispatcher:
         self.stall_deadlines = Deadlines(self._end_stalled)
         """When the readers of paused generations must have read something."""
         self.request_deadlines = Deadlines(self._expire)
-        """When requests with a deadline of their own end."""
+        """When requests with a deadline of their own end, or with a limit of the time after their first token."""
         self.n_preparing = 0
         """Requests that were admitted, and that the decode thread does not know yet."""
         self._n_cancelled_preparing = 0
@@ -134,7 +137,8 @@ class Dispatcher:
             raise
         finally:
             self.n_preparing -= 1
-        self._in_flight[uid] = _InFlight(reader, queue)
+        decode_seconds = request.decode_seconds if isinstance(request, GenerateRequest) else None
+        self._in_flight[uid] = _InFlight(reader, queue, decode_seconds)
         spec = replace(mail.spec, adapters=chosen)
         self._mailbox.put(replace(mail, spec=spec, adapters=adapters, arrived=arrived, submitted=perf_counter()))
         if deadline < math.inf:
@@ -184,6 +188,9 @@ class Dispatcher:
             request = self._in_flight.get(uid)
             if request is None:
                 continue
+            if isinstance(event, FirstToken):
+                self._limit_decoding(uid, request.decode_seconds)
+                continue
             if isinstance(event, (Finished, Embedded)):
                 del self._in_flight[uid]
                 self._forget(uid, request)
@@ -208,6 +215,10 @@ class Dispatcher:
 
     def _end_stalled(self, uid: int) -> None:
         self.cancel(uid, ReaderStalled(f"nothing was read for {self._state.config.stall_timeout:g} seconds"))
+
+    def _limit_decoding(self, uid: int, seconds: float | None) -> None:
+        moment = trio.current_time() + (math.inf if seconds is None else seconds)
+        self.request_deadlines.set(uid, min(moment, self.request_deadlines.moments.get(uid, math.inf)))
 
     def _expire(self, uid: int) -> None:
         self._tell(Expire(uid))

@@ -22,8 +22,9 @@ from trio_runner.engine.generation import Generation
 from trio_runner.engine.helper_threads import kind_for
 from trio_runner.engine.lifecycle import Lifecycle
 from trio_runner.engine.mailbox import Retire
-from trio_runner.engine.requests import PairRequest
-from trio_runner.engine.tokens import tokenize
+from trio_runner.engine.prompt_parts import rendered_text
+from trio_runner.engine.requests import PairRequest, n_characters
+from trio_runner.engine.tokens import pieces_of, tokenize
 from trio_runner.events import Embedded
 from trio_runner.info import (
     AdapterInfo,
@@ -39,6 +40,7 @@ from trio_runner.request import (
     Chat,
     EmbedRequest,
     GenerateRequest,
+    Infill,
     Part,
     RerankRequest,
     as_prompt,
@@ -85,8 +87,8 @@ class Engine:
 
     @property
     def info(self) -> ModelInfo:
-        """Facts about the model. Raises `EngineBusy` while it loads, `LoadError` if it did not load, and `EngineBroken`
-        or `EngineClosed` after the engine has ended."""
+        """Facts about the model. Raises `EngineLoading` while it loads, `LoadError` if it did not load, and
+        `EngineBroken` or `EngineClosed` after the engine has ended."""
         return self._state.ready_runtime().model.info
 
     @property
@@ -128,24 +130,25 @@ class Engine:
             statistics, images_encoded=images.n_encoded, images_found=images.n_found, image_bytes=images.n_bytes
         )
 
-    async def wait_ready(self) -> None:
-        """Wait until the model is loaded. Raises `LoadError` if it did not load, `EngineBroken` if the engine broke,
-        and `EngineClosed` if the engine is closed or closing."""
-        await self._state.wait_ready()
+    async def wait_ready(self, at_most: float | None = None) -> None:
+        """Wait until the model is loaded, for at most `at_most` seconds; None means `config.load_wait`, as for a
+        request. Raises `EngineLoading` if it takes longer, `LoadError` if the model did not load, `EngineBroken` if the
+        engine broke, and `EngineClosed` if the engine is closed or closing."""
+        await self._state.wait_ready(at_most)
 
     # -- generating ---------------------------------------------------------------------------------------------------
 
     def generate(
         self,
-        request: GenerateRequest | Chat | str | Sequence[int | Part],
+        request: GenerateRequest | Chat | Infill | str | Sequence[int | Part],
         /,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Continue a prompt. Nothing happens before the generation is entered, started or iterated.
 
-        `request` is a whole request, or a prompt: text, a list of tokens, a list of texts and images, or a
-        conversation. With a prompt, `options` are fields of `GenerateRequest` and `SamplingParams` by name. Raises
-        `InvalidRequest` for a value outside its range, and TypeError for a name that is no field.
+        `request` is a whole request, or a prompt: text, a list of tokens, a list of texts and images, a conversation,
+        or a gap in a text. With a prompt, `options` are fields of `GenerateRequest` and `SamplingParams` by name.
+        Raises `InvalidRequest` for a value outside its range, and TypeError for a name that is no field.
         """
         if not isinstance(request, GenerateRequest):
             request = make_request(as_prompt(request), options)
@@ -284,6 +287,23 @@ class Engine:
         call = partial(self._state.ready_runtime().model.detokenize, tokens)
         data = await self._lifecycle.helpers.run(call, kind_for(len(tokens)))
         return data.decode(errors="replace")
+
+    async def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        """The bytes of each token, which may be no whole character; of a special token, its name. Raises
+        `InvalidRequest` for a token outside the vocabulary, and what `wait_ready` raises."""
+        await self.wait_ready()
+        call = partial(pieces_of, self._state.ready_runtime().model, tokens)
+        return await self._lifecycle.helpers.run(call, kind_for(len(tokens)))
+
+    async def render(self, chat: Chat) -> str:
+        """The prompt that the model's chat template makes of a conversation. `<__media__>` stands for each image.
+
+        Raises `Unsupported` for a model without a template, and for images if it has no projector; `InvalidRequest` for
+        a conversation that the template refuses; and what `wait_ready` raises.
+        """
+        await self.wait_ready()
+        call = partial(rendered_text, GenerateRequest(prompt=chat), self._state.ready_runtime())
+        return await self._lifecycle.helpers.run(call, kind_for(n_characters(GenerateRequest(prompt=chat))))
 
     # -- ending -------------------------------------------------------------------------------------------------------
 

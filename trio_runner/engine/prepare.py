@@ -51,15 +51,22 @@ class Preparation:
         runtime = self._state.ready_runtime()
         n_text = n_characters(request)
         parts: list[str | EncodedImage] | None = None
+        images: dict[str, EncodedImage] = {}
         if isinstance(request, GenerateRequest) and has_parts(request, runtime):
             named = await self._helpers.run(partial(parts_of, request, runtime), kind_for(n_text))
             n_text = sum(len(part) for part in named if isinstance(part, str))
-            parts = [await self._encode(part) if isinstance(part, NamedImage) else part for part in named]
+            parts = []
+            for part in named:
+                if isinstance(part, NamedImage):
+                    images[part.param] = await self._encode(part)
+                    parts.append(images[part.param])
+                else:
+                    parts.append(part)
             self._state.live_runtime()  # that took a while, and the model may be about to be freed
         kind = kind_for(n_text)
         if kind == "short" and _makes_slow_sampler(request, runtime.model):
             kind = "sampler"
-        call = partial(prepare_sequence, request, runtime, uid, parts)
+        call = partial(prepare_sequence, request, runtime, uid, parts, images)
         return await self._helpers.run(call, kind, discard=close_sampler)
 
     async def _encode(self, image: NamedImage) -> EncodedImage:

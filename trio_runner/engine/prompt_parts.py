@@ -15,9 +15,9 @@ from trio_runner.core.ports import EncodedImage, EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media
 from trio_runner.engine.tokens import special_tokens, tokenize
 from trio_runner.errors import InvalidRequest, Unsupported
-from trio_runner.image_source import IMAGE_TAG, ImageSource
+from trio_runner.image_source import IMAGE_MARKER, IMAGE_TAG, ImageSource
 from trio_runner.info import ModelInfo
-from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest
+from trio_runner.request import MAX_IMAGES, Chat, GenerateRequest, Infill
 
 if TYPE_CHECKING:
     from trio_runner.core.chat import ChatTemplate
@@ -40,6 +40,8 @@ def has_parts(request: GenerateRequest, runtime: Runtime) -> bool:
     """Whether the prompt must be taken apart before it is tokenised."""
     if isinstance(request.prompt, str):
         return bool(request.image_data) or (runtime.projector is not None and "[img-" in request.prompt)
+    if isinstance(request.prompt, Infill):
+        return False
     return isinstance(request.prompt, Chat) or not isinstance(next(iter(request.prompt), 0), int)
 
 
@@ -56,8 +58,9 @@ def parts_of(request: GenerateRequest, runtime: Runtime) -> Parts:
         param = "image_data"
     else:
         if isinstance(prompt, Chat):
-            parts, param = _rendered(prompt, runtime.model.info), "messages"
+            parts, param = render_chat(prompt, runtime.model.info), "messages"
         else:
+            assert not isinstance(prompt, Infill), "it has no parts"
             parts, param = _named(prompt), "prompt"
         names_images = any(isinstance(part, NamedImage) for part in parts)
     if names_images and runtime.projector is None:
@@ -66,6 +69,11 @@ def parts_of(request: GenerateRequest, runtime: Runtime) -> Parts:
     if n_images > MAX_IMAGES:
         raise InvalidRequest(f"{param} has {n_images} images, but at most {MAX_IMAGES} are allowed", param=param)
     return parts
+
+
+def rendered_text(request: GenerateRequest, runtime: Runtime) -> str:
+    """The prompt of a conversation as text, with a marker for each image. Raises what `parts_of` raises."""
+    return "".join(part if isinstance(part, str) else IMAGE_MARKER for part in parts_of(request, runtime))
 
 
 def join_parts(
@@ -126,7 +134,14 @@ def _named(prompt: Sequence[str | int | ImageSource]) -> Parts:
     return tuple(named)
 
 
-def _rendered(chat: Chat, info: ModelInfo) -> Parts:
+def render_chat(
+    chat: Chat, info: ModelInfo, *, kept: Sequence[int] | None = None, now: datetime | None = None
+) -> Parts:
+    """The texts and images of a conversation, as the chat template of the model writes them.
+
+    `kept` has the numbers of the messages to render, in order, if not all. `now` is the time that the template may
+    write. Raises `Unsupported` without a template or if it fails, and `InvalidRequest` if it refuses the conversation.
+    """
     if info.chat_template is None:
         raise Unsupported("chat", "there is no chat template in the model's file", param="messages")
     for name in ("tools", "documents", "add_generation_prompt", "now"):
@@ -134,25 +149,25 @@ def _rendered(chat: Chat, info: ModelInfo) -> Parts:
             raise InvalidRequest(f"{name} cannot be a variable of a chat template", param=name)
     template = _template(info.chat_template, info.bos_text, info.eos_text)
     parts = template.render(
-        chat.messages,
+        chat.messages if kept is None else [chat.messages[index] for index in kept],
         add_generation_prompt=chat.add_generation_prompt,
         tools=chat.tools,
         documents=chat.documents,
-        now=datetime.now(),
+        now=now or datetime.now(),
         **chat.variables,
     )
-    places = _places(chat)
+    places = [name for index, name in named_images(chat) if kept is None or index in kept]
     if len(places) != sum(not isinstance(part, str) for part in parts):
         places = ["messages"] * len(parts)
     remaining = iter(places)
     return tuple(part if isinstance(part, str) else NamedImage(next(remaining), part) for part in parts)
 
 
-def _places(chat: Chat) -> list[str]:
-    """The names of a conversation's images, in the order of the messages, which is the order of most templates. The
-    template has checked the conversation by now."""
+def named_images(chat: Chat) -> list[tuple[int, str]]:
+    """The images of a conversation that was checked, each as the number of its message and its name in error messages.
+    They are in the order of the messages, which is the order of most templates."""
     return [
-        f"messages[{index}].content[{at}]"
+        (index, f"messages[{index}].content[{at}]")
         for index, message in enumerate(chat.messages)
         if isinstance(message.get("content"), (list, tuple))
         for at, part in enumerate(message["content"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,19 @@ def n_characters(request: AnyRequest) -> int:
         return len(request.query) + len(request.document)
     content = request.content if isinstance(request, EmbedRequest) else request.prompt
     if isinstance(content, Chat):
-        return sum(map(len, _texts(content)))
+        return sum(len(text) for message in content.messages for text in texts_of(message))
+    if isinstance(content, Infill):
+        texts = (content.prefix, content.suffix, content.prompt, *(text for _, text in content.extra))
+        return sum(map(len, texts))
     if isinstance(content, str):
         return len(content)
     return len(content) + sum(len(part) for part in content if isinstance(part, str))
 
 
-def _texts(chat: Chat) -> Iterator[str]:
-    """The texts of a conversation. It is not checked yet: whatever is no text is skipped."""
-    for message in chat.messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, (list, tuple)) else (content,):
-            text = part.get("text") if isinstance(part, Mapping) else part
-            if isinstance(text, str):
-                yield text
+def texts_of(message: object) -> Iterator[str]:
+    """The texts of a message. It need not be checked yet: whatever is no text is skipped."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    for part in content if isinstance(content, (list, tuple)) else (content,):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if isinstance(text, str):
+            yield text

@@ -6,60 +6,82 @@ and costs other requests nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
 
-from trio_runner.core.ports import EncodedMedia, Model, Runtime
+from trio_runner.core.ports import EncodedImage, EncodedMedia, Model, Runtime
 from trio_runner.core.prompt import Item, Media, fit_prompt
 from trio_runner.core.sequence import SequenceSpec, takes_embed_slot
+from trio_runner.engine.chat_window import ChatWindow
+from trio_runner.engine.infill import infill_tokens
 from trio_runner.engine.mailbox import Submit
 from trio_runner.engine.prompt_parts import EncodedParts, join_parts
 from trio_runner.engine.requests import AnyRequest, PairRequest
 from trio_runner.engine.tokens import pair_tokens, special_tokens, tokens_of
 from trio_runner.errors import InvalidRequest, PromptTooLong, Unsupported
 from trio_runner.info import Capabilities
-from trio_runner.request import Chat, EmbedRequest, GenerateRequest
+from trio_runner.request import Chat, EmbedRequest, GenerateRequest, Infill
+
+NO_IMAGES: Final[Mapping[str, EncodedImage]] = MappingProxyType({})
 
 
-def prepare_sequence(request: AnyRequest, runtime: Runtime, uid: int, parts: EncodedParts | None = None) -> Submit:
+def prepare_sequence(
+    request: AnyRequest,
+    runtime: Runtime,
+    uid: int,
+    parts: EncodedParts | None = None,
+    images: Mapping[str, EncodedImage] = NO_IMAGES,
+) -> Submit:
     """The mail that submits the sequence of a request. Only its adapters are missing.
 
-    `parts` are those of the prompt, if it has any. Raises a `RequestError` for whatever is wrong with the request.
+    `parts` are those of the prompt, if it has any, and `images` the images among them, by their names. Raises a
+    `RequestError` for whatever is wrong with the request.
     """
     match request:
         case GenerateRequest():
-            return _generation(request, runtime, uid, parts)
+            return _generation(request, runtime, uid, parts, images)
         case EmbedRequest():
             return _embedding(request, runtime, uid)
         case PairRequest():
             return _pair(request, runtime, uid)
 
 
-def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: EncodedParts | None) -> Submit:
+def _generation(
+    request: GenerateRequest,
+    runtime: Runtime,
+    uid: int,
+    parts: EncodedParts | None,
+    images: Mapping[str, EncodedImage],
+) -> Submit:
     model, capabilities = runtime.model, runtime.context.capabilities
     if not capabilities.can_generate:
         raise Unsupported("generation", "this model makes embeddings, it cannot generate text")
-    param = "messages" if isinstance(request.prompt, Chat) else "prompt"
-    items: Sequence[Item]
-    media: dict[Media, EncodedMedia] = {}
-    if parts is not None:
-        is_chat = isinstance(request.prompt, Chat)
-        items, media = join_parts(parts, model, param=param, parse_special=request.parse_special, is_chat=is_chat)
-    else:
-        items = tokens_of(model, request.prompt, param=param, parse_special=request.parse_special)
+    if request.preferred_slot is not None and request.preferred_slot >= capabilities.n_slots:
+        last = capabilities.n_slots - 1
+        raise InvalidRequest(
+            f"preferred_slot must be between 0 and {last}, not {request.preferred_slot}", param="preferred_slot"
+        )
     has_encoder = capabilities.decoder_start is not None
-    samples = request.max_tokens != 0
+    if request.prompt_logprobs >= 0 and has_encoder:
+        message = "a model with an encoder gives the tokens of a prompt no probabilities"
+        raise Unsupported("prompt_logprobs", message, param="prompt_logprobs")
+    n_ctx = capabilities.max_rows if has_encoder else capabilities.n_ctx
+    items, media = _items(request, model, n_ctx, parts, images)
+    is_chat = isinstance(request.prompt, Chat)
     fitted = fit_prompt(
         items,
-        n_ctx=capabilities.max_rows if has_encoder else capabilities.n_ctx,
+        n_ctx=n_ctx,
         n_keep=request.n_keep,
         adds_bos=model.info.adds_bos,
-        truncate=request.truncate,
-        param=param,
+        truncate=request.truncate and not is_chat,
+        param="messages" if is_chat else "prompt",
     )
     tokens = tuple(item for item in fitted.items if isinstance(item, int))
     prompt = fitted.items if capabilities.decoder_start is None else (capabilities.decoder_start,)
-    if not samples and not capabilities.can_trim:
+    samples = request.max_tokens != 0
+    if not samples and not capabilities.can_trim and request.prompt_logprobs < 0:
         # The same prompt later needs the state before its last token, and this memory cannot go back to it.
         prompt = prompt[:-1] or prompt
     spec = SequenceSpec(
@@ -71,12 +93,38 @@ def _generation(request: GenerateRequest, runtime: Runtime, uid: int, parts: Enc
         stop=request.stop,
         cache_prompt=request.cache_prompt,
         share_prompt=request.share_prompt,
+        preferred_slot=request.preferred_slot,
         shift=request.shift,
         background=request.priority == "background",
         progress=request.progress,
         logprobs=request.sampling.logprobs >= 0,
+        prompt_logprobs=request.prompt_logprobs,
+        tells_first_token=request.decode_seconds is not None,
     )
     return Submit(spec, model.sampler(request.sampling, tokens) if samples else None, media)
+
+
+def _items(
+    request: GenerateRequest,
+    model: Model,
+    n_ctx: int,
+    parts: EncodedParts | None,
+    images: Mapping[str, EncodedImage],
+) -> tuple[Sequence[Item], dict[Media, EncodedMedia]]:
+    """The items of a prompt, and the rows of their images. With `truncate`, those of a conversation fit `n_ctx`, and so
+    do those of a gap to fill; others are yet to be cut."""
+    prompt, special = request.prompt, request.parse_special
+    if isinstance(prompt, Infill):
+        infill = infill_tokens(model, prompt, n_ctx=n_ctx, max_tokens=request.max_tokens, truncate=request.truncate)
+        return infill, {}
+    if parts is None:
+        return tokens_of(model, prompt, param="prompt", parse_special=special), {}
+    if not isinstance(prompt, Chat):
+        return join_parts(parts, model, param="prompt", parse_special=special, is_chat=False)
+    items, media = join_parts(parts, model, param="messages", parse_special=special, is_chat=True)
+    if len(items) > n_ctx and request.truncate:
+        return ChatWindow(prompt, images, model, n_ctx=n_ctx, parse_special=special).find(len(items))
+    return items, media
 
 
 def _longest_text(capabilities: Capabilities) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trio_runner.core.ports import Model
 from trio_runner.errors import InvalidRequest
 
@@ -32,6 +34,14 @@ def tokens_of(model: Model, prompt: object, *, param: str, parse_special: bool) 
         if not 0 <= token <= last:
             raise InvalidRequest(f"{param} has token {token}, but the vocabulary ends at {last}", param=param)
     return list(prompt)
+
+
+def pieces_of(model: Model, tokens: Sequence[int]) -> list[bytes]:
+    """The bytes of each token. Raises `InvalidRequest` for a token outside the vocabulary."""
+    try:
+        return [model.piece(token) for token in tokens]
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param="tokens") from error
 
 
 def pair_tokens(model: Model, query: str, document: str, *, param: str) -> list[int]:

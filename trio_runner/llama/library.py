@@ -18,7 +18,7 @@ from trio_runner.errors import EngineClosed, InvalidGrammar, LoadError, NativeEr
 LIBRARY_DIRECTORY: Final = Path(__file__).resolve().parent.parent / "lib"
 """The directory of the shared libraries and the backend plugins."""
 
-ABI: Final = 7
+ABI: Final = 8
 """The TRIO_LLAMA_ABI that this binding was written for."""
 
 logger = logging.getLogger("trio_runner.llama")

@@ -47,9 +47,14 @@ class Access:
     origins: frozenset[str] = frozenset()
     """Origins as `read_origin` returns them."""
 
-    def refusal(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Problem | None:
-        """Why a request with these headers (names in lower case) is refused; None if it is let in."""
-        if not self._host_allowed(headers.get(b"host")):
+    def refusal(
+        self, method: str, path: str, headers: Mapping[bytes, bytes], *, by_unix_socket: bool = False
+    ) -> Problem | None:
+        """Why a request with these headers (names in lower case) is refused; None if it is let in.
+
+        No name of a host leads to a Unix socket, so a client that came by one may write into Host what it likes.
+        """
+        if not by_unix_socket and not self._host_allowed(headers.get(b"host")):
             return Problem(403, "this server does not answer to the name in the Host header")
         origin = headers.get(b"origin")
         if origin is not None and not self.origin_allowed(origin):

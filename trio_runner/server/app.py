@@ -40,12 +40,13 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     adapter_dir: Path | None = None,
     names: ModelNames = ANY_NAME,
+    model_path: Path | None = None,
     dialects: Sequence[Dialect] = DIALECTS,
 ) -> QuartTrio:
     """An application that serves `engine`, which may still be loading. It needs no lifespan and starts no task.
 
-    Clients may load the adapters in `adapter_dir`, and call the model by any of `names`. The last of `dialects` gets
-    the paths that belong to none.
+    Clients may load the adapters in `adapter_dir`, and call the model by any of `names`. `model_path` is its
+    file. The last of `dialects` gets the paths that belong to none.
     """
     app = QuartTrio("trio_runner.server", static_folder=None)
     app.config.update(
@@ -58,7 +59,7 @@ def create_app(
         speaker = next((dialect for dialect in dialects if dialect.speaks_at(path)), dialects[-1])
         return speaker.word(refusal)
 
-    context = RouteContext(engine, BodyThreads(), adapter_dir, names)
+    context = RouteContext(engine, BodyThreads(), adapter_dir, names, model_path)
     access = access or Access()
     site = Site(dialects, version=__version__, needs_key=access.api_key is not None)
     for dialect in (*dialects, site):

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 import trio
 
 from trio_runner.events import Event
-from trio_runner.interface import GenerationInterface
+from trio_runner.server.event_body import EventSource
+
+
+class Choice(EventSource[Event], Protocol):
+    """What choices are made from: generations, or what behaves like them."""
+
+    async def start(self) -> None: ...
 
 
 class Choices:
@@ -18,8 +25,10 @@ class Choices:
     came before it.
     """
 
-    def __init__(self, generations: Sequence[GenerationInterface]) -> None:
+    def __init__(self, generations: Sequence[Choice]) -> None:
         self._generations = tuple(generations)
+        self.n_started = 0
+        """Generations that have started. If `start` raises, this is the number of the one that could not."""
         self._open = set(range(len(self._generations)))
         self._arrived: deque[tuple[int, Event]] = deque()
         self._error: Exception | None = None
@@ -29,6 +38,7 @@ class Choices:
         try:
             for generation in self._generations:
                 await generation.start()
+                self.n_started += 1
         except BaseException:
             self.close()
             raise

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import trio
 
 from trio_runner.server.asgi import Application
-from trio_runner.server.exchange import Exchange, Peers
+from trio_runner.server.exchange import Address, Exchange, Peers
 from trio_runner.server.http1 import Http1
 
 log = logging.getLogger(__name__)
@@ -258,10 +258,13 @@ class Connection:
             return 0
 
 
-def _address(get_name: Callable[[], object]) -> tuple[str, int] | None:
-    """The (host, port) of a socket; None for one without ports, or whose client has already gone."""
+def _address(get_name: Callable[[], object]) -> Address | None:
+    """The (host, port) of a socket, or (path, None) of a Unix socket, as ASGI wants them; None for one without a name,
+    or whose client has already gone."""
     try:
         name = get_name()
     except OSError:
         return None
+    if isinstance(name, str) and name:
+        return name, None
     return (str(name[0]), int(name[1])) if isinstance(name, tuple) else None

@@ -29,7 +29,8 @@ from trio_runner.server.inbox import Inbox
 
 log = logging.getLogger(__name__)
 
-Address: TypeAlias = tuple[str, int]
+Address: TypeAlias = tuple[str, int | None]
+"""The (host, port) of one end of a connection, or (path, None) of a Unix socket."""
 SendEvent: TypeAlias = Callable[[h11.Event], Awaitable[None]]
 
 _STREAM_ID = 1
@@ -50,7 +51,7 @@ _CONTEXT = WorkerContext(None)
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """The two ends of a connection; None for a socket that has no (host, port)."""
+    """The two ends of a connection; None for one that has no name."""
 
     client: Address | None
     server: Address | None
@@ -81,8 +82,8 @@ class Exchange:
             _CONTEXT,
             cast(Any, self),
             False,
-            peers.client,
-            peers.server,
+            cast(Any, peers.client),
+            cast(Any, peers.server),
             self._answer,
             _STREAM_ID,
         )

@@ -31,7 +31,9 @@ class Gate:
         origin = headers.get(b"origin")
         if origin is not None and self._access.origin_allowed(origin):
             send = _with_cors(send, origin)  # scripts also want to read why they were refused
-        refusal = self._access.refusal(scope["method"], scope["path"], headers)
+        server = scope.get("server")
+        by_unix_socket = server is not None and server[1] is None
+        refusal = self._access.refusal(scope["method"], scope["path"], headers, by_unix_socket=by_unix_socket)
         if refusal is not None:
             await send_answer(send, self._word(scope["path"], refusal))
         elif self._access.is_preflight(scope["method"], headers):

@@ -18,6 +18,8 @@ import trio
 
 log = logging.getLogger(__name__)
 
+UNIX = getattr(socket, "AF_UNIX", None)
+
 BACKLOG = 512
 """Connections that the kernel may keep until they are accepted."""
 ACCEPTED_AT_ONCE = 64
@@ -55,7 +57,7 @@ def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise OSError(error.errno, f"cannot listen on {address[0]} port {address[1]}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot listen on {host_and_port(address)}: {error.strerror}") from error
     except BaseException:
         sock.close()
         raise
@@ -63,11 +65,20 @@ def _listen(family: int, address: tuple[object, ...]) -> socket.socket:
 
 
 def addresses(listeners: Sequence[socket.socket]) -> list[tuple[str, int]]:
-    """The (host, port) of each listener."""
-    return [listener.getsockname()[:2] for listener in listeners]
+    """The (host, port) of each listener that has them. A Unix socket has none."""
+    return [listener.getsockname()[:2] for listener in listeners if listener.family != UNIX]
 
 
-def is_loopback(listener: socket.socket) -> bool:
+def host_and_port(address: Sequence[object]) -> str:
+    """The two as they are written in a URL."""
+    host, port = str(address[0]), address[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_local(listener: socket.socket) -> bool:
+    """Whether no other machine can reach it."""
+    if listener.family == UNIX:
+        return True
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
@@ -105,6 +116,8 @@ def _tune(sock: socket.socket) -> None:
     minute that the machine of a client has vanished."""
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    if sock.family == UNIX:
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final, TypeAlias
+from types import UnionType
+from typing import Any, Final, TypeAlias, get_args
 
 import msgspec
 
 from trio_runner.server.dialects.dialect import ANY_METHOD, Dialect, Operation
-from trio_runner.server.dialects.fields import Body, Field
+from trio_runner.server.dialects.fields import Body, Field, either
 
 Document: TypeAlias = dict[str, Any]
 Served: TypeAlias = Sequence[tuple[Dialect, Sequence[Operation]]]
@@ -56,18 +57,26 @@ class _Types:
     """The schemas of all msgspec types of the answers. Those that have a name are components of the document."""
 
     def __init__(self, served: Served) -> None:
-        types = {
+        kinds = [
             kind
             for dialect, operations in served
             for kind in (dialect.error_type, *(type_ for one in operations for type_ in (one.answer, one.stream)))
-            if kind is not None
-        }
-        known = sorted(types, key=repr)
+        ]
+        known = sorted({member for kind in kinds for member in _members(kind)}, key=repr)
         schemas, self.components = msgspec.json.schema_components(known, ref_template=_REFERENCE)
         self._schemas = dict(zip(known, schemas, strict=True))
 
     def schema(self, kind: Any) -> Mapping[str, Any]:
-        return {} if kind is None else self._schemas[kind]
+        """The schema of a type, or of a union of types. Anything is allowed by None."""
+        schemas = [self._schemas[member] for member in _members(kind)]
+        return either(*schemas) if len(schemas) > 1 else schemas[0] if schemas else {}
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, which msgspec does not take as a whole if several of them are objects."""
+    if kind is None:
+        return ()
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
 
 
 def _operation(dialect: Dialect, operation: Operation, types: _Types) -> dict[str, Any]:

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from trio_runner.errors import (
+    EngineBroken,
     EngineBusy,
+    EngineLoading,
     InvalidImage,
+    LoadError,
     PromptTooLong,
     RequestError,
     RunnerError,
@@ -29,6 +32,9 @@ CODES: Final[Mapping[type[RunnerError], str]] = {
     UnknownModel: "model_not_found",
     Unsupported: "unsupported",
     EngineBusy: "server_busy",
+    EngineLoading: "model_loading",
+    EngineBroken: "engine_broken",
+    LoadError: "engine_broken",
 }
 """Words for programs. OpenAI's clients know the first one."""
 
@@ -72,8 +78,12 @@ def problem(error: Exception) -> Problem:
     headers = {}
     if isinstance(error, EngineBusy):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    elif isinstance(error, (EngineBroken, LoadError)):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would try twice more, as they do with every 503
     param = error.param if isinstance(error, RequestError) else None
-    return Problem(error.status, problem_text(error), headers, param, CODES.get(type(error)))
+    # Editors that ask for completions take a 400 as "not with this model", and other statuses as a failure.
+    cannot_infill = isinstance(error, Unsupported) and error.feature == "infill"
+    return Problem(400 if cannot_infill else error.status, problem_text(error), headers, param, CODES.get(type(error)))
 
 
 def problem_text(error: Exception) -> str:

@@ -16,8 +16,9 @@ from trio_runner.server.app import MAX_BODY_BYTES, create_app
 from trio_runner.server.asgi import Application
 from trio_runner.server.connection import MAKES_ROOM, Connection, Service
 from trio_runner.server.dialects import DIALECTS, Dialect
-from trio_runner.server.listener import accept, addresses, close_all, is_loopback, open_listeners
+from trio_runner.server.listener import accept, addresses, close_all, is_local, open_listeners
 from trio_runner.server.names import ANY_NAME, ModelNames
+from trio_runner.server.unix_socket import listening_at
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,15 @@ async def serve(
     engine: EngineInterface,
     *,
     host: str = "127.0.0.1",
-    port: int = 8080,
+    port: int | None = 8080,
+    socket_path: Path | None = None,
     listeners: Sequence[socket.socket] | None = None,
     api_key: str | None = None,
     allowed_hosts: Iterable[str] = (),
     allowed_origins: Iterable[str] = (),
     adapter_dir: Path | None = None,
     names: ModelNames = ANY_NAME,
+    model_path: Path | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     dialects: Sequence[Dialect] = DIALECTS,
     shutdown: trio.Event | None = None,
@@ -53,7 +56,10 @@ async def serve(
     task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `engine`, which may still be loading, until `shutdown` is set. When it listens, `task_status` is given the
-    (host, port) of each listener.
+    (host, port) of each listener that has them.
+
+    It listens on `host` and `port`, unless the port is None, or on `listeners` instead; and on a Unix socket at
+    `socket_path`, if that is given, which only the user of this process can reach.
 
     On shutdown the engine is drained, while /health still answers. Then no more connections are accepted, and what
     cannot be written within a second is dropped. So this returns soon after `drain_timeout`, whatever clients do.
@@ -69,11 +75,16 @@ async def serve(
     """
     shutdown = trio.Event() if shutdown is None else shutdown
     if listeners is None:
-        listeners = await open_listeners(host, port)
-    try:
-        local = all(map(is_loopback, listeners))
+        listeners = [] if port is None else await open_listeners(host, port)
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_all, listeners)
+        local = all(map(is_local, listeners))
         if not local and not api_key:
             raise ValueError(f"{host} can be reached by other machines: set an API key, or listen on 127.0.0.1")
+        if socket_path is not None:
+            listeners = [*listeners, stack.enter_context(listening_at(socket_path))]
+        if not listeners:
+            raise ValueError("give a port or the path of a socket")
         access = Access(
             api_key=api_key or None,
             hosts=host_names(allowed_hosts) if local or allowed_hosts else None,
@@ -85,6 +96,7 @@ async def serve(
             max_body_bytes=max_body_bytes,
             adapter_dir=adapter_dir,
             names=names,
+            model_path=model_path,
             dialects=dialects,
         )
         server = _Server(app, engine.config.stall_timeout, max_connections)
@@ -99,8 +111,6 @@ async def serve(
             close_all(listeners)
             server.wind_down()
             connections.cancel_scope.deadline = trio.current_time() + FLUSH_SECONDS
-    finally:
-        close_all(listeners)
 
 
 class _Server:

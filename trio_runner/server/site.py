@@ -1,4 +1,4 @@
-"""What the server says of itself, whatever the dialect: /, /openapi.json and /docs."""
+"""What the server says of itself, whatever the dialect: /, /openapi.json, /docs and /metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from quart import Response, request
 from trio_runner.server.dialects.dialect import Dialect, Operation, RouteContext, json_response
 from trio_runner.server.docs_page import docs_page
 from trio_runner.server.front_page import front_page
+from trio_runner.server.metrics import Metrics
 from trio_runner.server.openapi import Document, describe
 from trio_runner.server.problems import Answer, Problem, plain_text
 
@@ -29,7 +30,7 @@ class Site:
         self._context: RouteContext | None = None
 
     def speaks_at(self, path: str) -> bool:
-        return path in ("/", "/openapi.json", "/docs")
+        return path in ("/", "/openapi.json", "/docs", "/metrics")
 
     def word(self, problem: Problem) -> Answer:
         return plain_text(problem)
@@ -57,6 +58,7 @@ class Site:
                 summary="Describe every path of this server, for people.",
                 answer_type="text/html",
             ),
+            Metrics(context).operation("/metrics"),
         )
 
     @cached_property

@@ -17,8 +17,8 @@ from trio_runner.server.dialects.dialect import Operation, RouteContext, json_re
 from trio_runner.server.problems import Answer, Problem
 
 ROOM = Path(trio_runner.server.dialects.__file__).parent
-NOT_PURE = {"routes", "__init__", "dialect"}
-"""Modules that may know Quart and the interface of an engine."""
+NOT_PURE = ("routes", "__init__", "dialect")
+"""Ends of the names of modules that may know Quart and the interface of an engine."""
 
 
 def imports(path: Path) -> set[str]:
@@ -37,7 +37,7 @@ def imports(path: Path) -> set[str]:
 def test_a_dialect_knows_bytes_requests_and_events_and_never_an_engine(path: Path) -> None:
     found = imports(path)
     assert not [name for name in found if name.startswith("trio_runner.engine")]
-    if path.stem not in NOT_PURE:
+    if not path.stem.endswith(NOT_PURE):
         assert not {name.partition(".")[0] for name in found} & {"quart", "quart_trio", "trio", "hypercorn", "h11"}
         assert "trio_runner.interface" not in found
 

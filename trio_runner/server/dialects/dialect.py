@@ -36,6 +36,8 @@ class RouteContext:
     """Directory of the adapters that clients may load."""
     names: ModelNames = ANY_NAME
     """What clients may call the model."""
+    model_path: Path | None = None
+    """File of the model, if it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

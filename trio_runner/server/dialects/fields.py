@@ -92,6 +92,28 @@ def ignored(schema: Schema, doc: str) -> Field:
     return field(schema, doc, default_text="ignored", ignored=True)
 
 
+def object_schema(fields: Fields) -> Schema:
+    """The schema of an object with these fields."""
+    required = [name for name, known in fields.items() if known.required]
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {name: {**known.schema, "description": known.doc} for name, known in fields.items()},
+    }
+    return {**schema, "required": required} if required else schema
+
+
+def object_of(fields: Fields) -> Check:
+    """The check of an object with these fields. A complaint names a field by its path, such as `options.seed`. An
+    unknown field is ignored, and logged once."""
+
+    def check_object(name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, Object):
+            wrong(name, "an object", value)
+        return _read(json_in.fold(value), fields, f"{name}.")
+
+    return check_object
+
+
 # --- Fields from the tables of parameters ----------------------------------------------------------------------------
 
 
@@ -201,13 +223,17 @@ class Body:
             value = Object([])
         if not isinstance(value, Object):
             raise InvalidRequest(self.refusal.format("the body must be a JSON object"))
-        given = json_in.fold(value)
-        for name, known in self.fields.items():
-            if known.required and name not in given:
-                raise InvalidRequest(f"{name} is missing", param=name)
-        for name in given.keys() - self.fields.keys():
-            _log_once(name)
-        return {name: known.check(name, given[name]) for name, known in self.fields.items() if name in given}
+        return _read(json_in.fold(value), self.fields)
+
+
+def _read(given: Mapping[str, Any], fields: Fields, prefix: str = "") -> dict[str, Any]:
+    """The known fields of an object, each checked. `prefix` goes before the names in complaints."""
+    for name, known in fields.items():
+        if known.required and name not in given:
+            raise InvalidRequest(f"{prefix}{name} is missing", param=f"{prefix}{name}")
+    for name in given.keys() - fields.keys():
+        _log_once(re.sub(r"\[\d+\]", "", prefix) + name)
+    return {name: known.check(prefix + name, given[name]) for name, known in fields.items() if name in given}
 
 
 _logged: set[str] = set()

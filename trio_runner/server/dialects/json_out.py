@@ -13,6 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from trio_runner.errors import RunnerError
+from trio_runner.events import Embedded
+
 PIECE = 1 << 16
 """Characters or tokens of a long answer that are written in one call; between two of them other threads may run."""
 
@@ -59,6 +62,14 @@ def float32_text(value: Any) -> str:
 def float32(value: Any) -> msgspec.Raw:
     """The same, as a part of a value to encode."""
     return msgspec.Raw(float32_text(value).encode())
+
+
+def finite_vector(embedded: Embedded) -> NDArray[np.float32]:
+    """The embedding as an array. Raises `RunnerError` if a value is not finite."""
+    vector = np.asarray(embedded.vector, dtype=np.float32)
+    if not np.isfinite(vector).all():
+        raise RunnerError("the embedding contains a value that is not finite")
+    return vector
 
 
 def float32_list(values: NDArray[np.float32]) -> msgspec.Raw:

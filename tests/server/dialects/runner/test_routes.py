@@ -10,7 +10,7 @@ import trio
 from tests.server.client import post, request, serving
 from tests.server.dialects.runner.malformed import malformed
 from tests.server.fake_engine import DONE, FakeEngine
-from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, InvalidGrammar, LoadError
+from trio_runner.errors import EngineBroken, EngineBusy, EngineClosed, EngineLoading, InvalidGrammar, LoadError
 from trio_runner.events import PromptProgress
 from trio_runner.info import EngineStatistics, SchedulerStatistics
 from trio_runner.request import EmbedRequest, RerankRequest
@@ -46,11 +46,12 @@ async def test_completion_streams_one_line_per_piece() -> None:
 async def test_errors_before_the_stream_are_plain_text() -> None:
     engine = FakeEngine()
     cases = [
+        (EngineLoading("the model is still loading", retry_after=2), 503, b"the model is still loading\n"),
         (EngineBusy(retry_after=2), 503, b"Failed to load cache: no available cache slots\n"),
         (InvalidGrammar("no root"), 400, b"Failed to create new sequence: grammar: no root\n"),
         (EngineClosed("the engine is shutting down"), 503, b"the engine is shutting down\n"),
         (EngineBroken("the decode thread died"), 503, b"the decode thread died\n"),
-        (LoadError("not a GGUF file", path="m"), 500, b"m: not a GGUF file\n"),
+        (LoadError("not a GGUF file", path="m"), 503, b"m: not a GGUF file\n"),
     ]
     async with serving(engine) as server:
         client = await server.connect()
@@ -135,7 +136,7 @@ async def test_adapters(tmp_path: Path) -> None:
             request("DELETE", "/adapters/b"),
         ):
             answer = await client.ask(raw)
-            assert (answer.status, answer.body) == (500, b"model.gguf: no such file\n")
+            assert (answer.status, answer.body) == (503, b"model.gguf: no such file\n")
 
 
 async def test_tokenize_and_detokenize() -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import msgspec
 import numpy as np
 
-from trio_runner.errors import EngineBusy, LoadError, RequestError, RunnerError
+from trio_runner.errors import EngineBusy, EngineLoading, LoadError, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
 from trio_runner.info import AdapterInfo, Capabilities, EngineStatistics, ModelInfo, Placement
 from trio_runner.server.dialects.json_out import (
+    finite_vector,
     float32,
     float32_list,
     float32_text,
@@ -39,7 +39,7 @@ NO_SLOT = "Failed to load cache: no available cache slots"
 def not_admitted(error: RunnerError) -> Problem:
     """The problem of a request that was well formed, but got no sequence or no slot, in the words of the original."""
     refusal = problem(error)
-    if isinstance(error, EngineBusy):
+    if isinstance(error, EngineBusy) and not isinstance(error, EngineLoading):
         return replace(refusal, text=NO_SLOT)
     if isinstance(error, RequestError):
         return replace(refusal, text=NO_SEQUENCE + refusal.text)
@@ -119,19 +119,12 @@ class CompletionLines:
 
 def embedding_line(embedded: Embedded) -> bytes:
     """The answer of /embedding. Raises `RunnerError` if a value is not finite."""
-    return line({"embedding": _elements(embedded)})
+    return line({"embedding": float32_list(finite_vector(embedded))})
 
 
 def embeddings_line(embedded: Sequence[Embedded]) -> bytes:
     """The answer of /embedding to a list of texts. Raises `RunnerError` if a value is not finite."""
-    return line({"embeddings": [_elements(one) for one in embedded]})
-
-
-def _elements(embedded: Embedded) -> msgspec.Raw:
-    vector = np.asarray(embedded.vector, dtype=np.float32)
-    if not np.isfinite(vector).all():
-        raise RunnerError("the embedding contains a value that is not finite")
-    return float32_list(vector)
+    return line({"embeddings": [float32_list(finite_vector(one)) for one in embedded]})
 
 
 def rerank_line(scores: Sequence[float], top_n: int | None) -> bytes:

@@ -9,7 +9,7 @@ from quart import Response
 
 from trio_runner.errors import LoadError, RunnerError, Unsupported
 from trio_runner.server.dialects.dialect import ANY_METHOD, Operation, RouteContext, json_response, response
-from trio_runner.server.dialects.runner import requests, responses
+from trio_runner.server.dialects.runner import answers, requests, responses
 from trio_runner.server.event_body import EventBody
 from trio_runner.server.ownership import own
 from trio_runner.server.problems import Problem, plain_text
@@ -33,6 +33,7 @@ class RunnerRoutes:
                 summary="Continue a prompt, and stream the text.",
                 body=requests.COMPLETION,
                 stream_type="application/json",
+                stream=answers.CompletionLine,
             ),
             Operation(
                 method="POST",
@@ -40,6 +41,7 @@ class RunnerRoutes:
                 handler=self.embedding,
                 summary="Make embeddings of one text or of many.",
                 body=requests.EMBEDDING,
+                answer=answers.Embedding | answers.Embeddings,
             ),
             Operation(
                 method="POST",
@@ -47,6 +49,7 @@ class RunnerRoutes:
                 handler=self.tokenize,
                 summary="Turn a text into tokens.",
                 body=requests.TOKENIZE,
+                answer=answers.Tokens,
             ),
             Operation(
                 method="POST",
@@ -54,6 +57,7 @@ class RunnerRoutes:
                 handler=self.detokenize,
                 summary="Turn tokens into a text.",
                 body=requests.DETOKENIZE,
+                answer=answers.Content,
             ),
             Operation(
                 method="POST",
@@ -61,18 +65,36 @@ class RunnerRoutes:
                 handler=self.rerank,
                 summary="Score documents for a query.",
                 body=requests.RERANK,
+                answer=answers.Ranking,
             ),
-            Operation(method="GET", path="/props", handler=self.props, summary="Tell what the model is."),
             Operation(
-                method="GET", path="/statistics", handler=self.statistics, summary="Tell how busy the engine is."
+                method="GET",
+                path="/props",
+                handler=self.props,
+                summary="Tell what the model is.",
+                answer=answers.Properties,
             ),
-            Operation(method="GET", path="/adapters", handler=self.list_adapters, summary="List the LoRA adapters."),
+            Operation(
+                method="GET",
+                path="/statistics",
+                handler=self.statistics,
+                summary="Tell how busy the engine is.",
+                answer=answers.Statistics,
+            ),
+            Operation(
+                method="GET",
+                path="/adapters",
+                handler=self.list_adapters,
+                summary="List the LoRA adapters.",
+                answer=answers.Adapters,
+            ),
             Operation(
                 method="POST",
                 path="/adapters",
                 handler=self.load_adapter,
                 summary="Load a LoRA adapter.",
                 body=requests.ADAPTER,
+                answer=answers.Adapter,
             ),
             Operation(
                 method="DELETE",
@@ -80,12 +102,14 @@ class RunnerRoutes:
                 handler=self.unload_adapter,
                 summary="Unload a LoRA adapter.",
                 refusals=(404,),
+                answer=answers.Adapter,
             ),
             Operation(
                 method=ANY_METHOD,
                 path="/health",
                 handler=self.health,
                 summary="Tell whether the model is loaded and served.",
+                answer=answers.Health,
             ),
         )
 
