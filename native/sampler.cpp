@@ -1,7 +1,7 @@
 // Samplers: from one row of logits to one token.
 //
-// A JSON schema comes first: what it does not allow is no candidate. Then the order is the original runner's: biases, penalties, DRY; then the truncating samplers; then temperature and the
-// draw. A grammar comes last: the token is chosen without it and checked against it alone. Only if the grammar refuses
+// A JSON schema comes first: what it does not allow is no candidate. Then the order is the original runner's: biases,
+// penalties, DRY; then the truncating samplers; then temperature and the draw. A grammar comes last: the token is chosen without it and checked against it alone. Only if the grammar refuses
 // it are all candidates checked, and the choice made again. So a grammar costs almost nothing while the model obeys it
 // by itself.
 

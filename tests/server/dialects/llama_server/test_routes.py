@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.engine.toys import Toy
 from tests.server.client import post, request, serving
 from tests.server.dialects.llama_server.events import parts
 from tests.server.dialects.llama_server.malformed import malformed
@@ -85,6 +86,8 @@ TOP = (TokenInfo(97, b"a", -0.5), TokenInfo(195, b"\xc3", float("-inf")))
 @pytest.mark.parametrize(
     ("fields", "bytes_of_part"),
     [
+        ({"n_probs": 2, "post_sampling_probs": True}, b'"prob":0.6065306597126334,"top_probs":[{"id":97,"token":"a",'
+         b'"bytes":[97],"prob":0.6065306597126334}]'),
         ({"n_probs": 2}, b'"logprob":-0.5,"top_logprobs":[{"id":97,"token":"a","bytes":[97],"logprob":-0.5},'
          b'{"id":195,"token":"","bytes":[195],"logprob":-3.4028234663852886e38}]'),
     ],
@@ -260,6 +263,35 @@ async def test_tokens_and_text() -> None:
         assert engine.calls == [("ab", False, True), ("a", True, False), ("b", False, False)]
         assert (await client.ask(post("/llama/tokenize", {}))).body == b'{"tokens":[]}'
         assert (await client.ask(post("/llama/detokenize", {"tokens": [97, 60]}))).body == b'{"content":"a<"}'
+
+
+async def test_pieces() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        answer = await server.ask(post("/llama/tokenize", {"content": "aé", "with_pieces": True}))
+        assert answer.body == (b'{"tokens":[{"id":97,"piece":"a"},{"id":195,"piece":[195]},{"id":169,"piece":[169]}]}')
+
+
+async def test_a_conversation_becomes_a_prompt() -> None:
+    info: dict[str, object] = {"chat_template": TEMPLATE}
+    toy = Toy()
+    toy.info = info
+    messages = [{"role": "user", "content": "Hi"}]
+    async with toy.engine(slots=1) as engine, serving(engine) as server:
+        client = await server.connect()
+        answer = await client.ask(post("/llama/apply-template", {"messages": messages}))
+        assert answer.body == b'{"prompt":"user:Hi|0|>"}'
+        fields = {"messages": messages, "add_generation_prompt": False, "tools": [{}], "chat_template_kwargs": {"x": 7}}
+        assert (await client.ask(post("/llama/apply-template", fields))).json["prompt"] == "user:Hi|1|7"
+        refused = await client.ask(post("/llama/apply-template", {"messages": [{"role": "nobody"}]}))
+        assert (refused.status, refused.json["error"]["code"]) == (400, 400)
+        assert "messages" in refused.json["error"]["message"]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}{{ tools|length if tools else 0 }}|{{ x }}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 @pytest.mark.parametrize("path", ["/llama/slots/0?action=save", "/llama/lora-adapters", "/llama/props"])
