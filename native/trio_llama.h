@@ -316,6 +316,11 @@ typedef struct trio_sample_result {
 int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sample_request *request,
                   trio_sample_result *result);
 
+/* How probable the model found `token` after a row of the last step that had an output: writes the natural log of that.
+ * Also writes the n_top most probable tokens, most probable first, and returns how many these are. */
+int32_t trio_score(trio_context *context, int32_t row, int32_t token, int32_t n_top, float *logprob,
+                   int32_t *top_tokens, float *top_logprobs);
+
 /* Runs the encoder on the batch: for each sequence in it, all its encoder tokens, at positions 0, 1, 2, ...; at most
  * n_ubatch rows in all. If the result is TRIO_OK, the encoder tokens of all other sequences are forgotten. */
 int32_t trio_encode(trio_context *context, const trio_batch *batch);

@@ -24,6 +24,9 @@ from trio_runner.server.dialects.fields import Body, Field, Schema
 from trio_runner.server.dialects.llama_server import text_requests
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION, NOT_COVERED
 from trio_runner.server.dialects.llama_server.infill import GAP_FIELDS
+from trio_runner.server.dialects.openai.requests_chat import CHAT
+from trio_runner.server.dialects.openai.requests_embeddings import EMBEDDINGS
+from trio_runner.server.dialects.openai.requests_text import TEXT
 from trio_runner.server.dialects.runner import requests
 
 
@@ -93,6 +96,9 @@ BODIES: Final[Mapping[str, Body]] = {
     "adapters": requests.ADAPTER,
     "tokenize": requests.TOKENIZE,
     "detokenize": requests.DETOKENIZE,
+    "openai-chat": CHAT,
+    "openai-text": TEXT,
+    "openai-embeddings": EMBEDDINGS,
     "llama-completion": COMPLETION,
     "llama-infill": Body(GAP_FIELDS, {}),
     "llama-embedding": text_requests.EMBEDDING,
@@ -104,14 +110,17 @@ BODIES: Final[Mapping[str, Body]] = {
 """The body of each kind of request, by the name that the pages use."""
 
 
-def wire_fields(name: str, *, part: str = "") -> Table:
+def wire_fields(name: str, *, part: str = "", beside: str = "") -> Table:
     """The fields that a body of `BODIES` may have.
 
-    `part` of them: "sampling" parameters, those that are "ignored" or "uncovered", or "request", all others.
+    `part` of them: "sampling" parameters, those that are "ignored" or "uncovered", or "request", all others. With
+    `beside`, only those that this other body does not have, or has with another meaning.
     """
+    others = wire_fields(beside).rows if beside else ()
     rows = [
         _wire_row(name, field) for name, field in BODIES[name].fields.items() if part in ("", _part_of(name, field))
     ]
+    rows = [row for row in rows if row not in others]
     return Table(("field", "type", "default", "meaning"), tuple(rows), (20, 15, 20, 45))
 
 
@@ -214,6 +223,18 @@ BOUNDS: Final = (
     ("Bytes of a grammar", "trio_runner.sampling.MAX_GRAMMAR_BYTES", "bytes", "400"),
     ("Bytes of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_BYTES", "bytes", "400"),
     ("Levels of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_DEPTH", "", "400"),
+    (
+        "Answers to one prompt, in OpenAI's dialect",
+        "trio_runner.server.dialects.openai.requests.MAX_CHOICES",
+        "",
+        "400",
+    ),
+    (
+        "Answers to all prompts of one request, in OpenAI's dialect",
+        "trio_runner.server.dialects.openai.requests.MAX_GENERATIONS",
+        "",
+        "400",
+    ),
     ("Texts of one embedding or ranking request", "trio_runner.request.MAX_DOCUMENTS", "", "400"),
     ("Open connections", "trio_runner.server.serve.MAX_CONNECTIONS", "", "503"),
     ("Seconds to send the head of a request", "trio_runner.server.connection.HEAD_SECONDS", "seconds", "closed"),

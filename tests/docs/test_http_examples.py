@@ -93,7 +93,8 @@ def test_shape(text: str, expected: object) -> None:
 
 
 async def test_every_example_is_answered(tmp_path: Path) -> None:
-    assert {example.page.name for example in EXAMPLES} == {"README.md", "http.md", "llama-server.md", "models.md"}
+    pages = {"README.md", "http.md", "llama-server.md", "models.md", "openai.md"}
+    assert {example.page.name for example in EXAMPLES} == pages
     curl = tmp_path / "bin" / "curl"
     curl.parent.mkdir()
     curl.write_text(CURL)

@@ -53,13 +53,15 @@ def test_the_page_shows_each_table_of_fields() -> None:
     assert set(shown) == {"completion", "embedding", "rerank", "adapters", "tokenize", "detokenize"}
 
 
-def test_the_page_of_llama_servers_dialect_shows_each_of_its_tables() -> None:
-    page = read(ROOT / "docs" / "llama-server.md")
-    shown = re.findall(r"^```\{wire-fields\} ([\w-]+)\n(?::part: (\w+))?", page, re.MULTILINE)
-    names = {name for name in tables.BODIES if name.startswith("llama-")}
-    assert {name for name, _ in shown} == names
-    rows = [row for name, part in shown for row in tables.wire_fields(name, part=part).rows]
-    assert sorted(rows) == sorted(row for name in names for row in tables.wire_fields(name).rows)
+@pytest.mark.parametrize(("page", "prefix"), [("llama-server", "llama-"), ("openai", "openai-")])
+def test_the_page_of_a_dialect_shows_each_of_its_tables(page: str, prefix: str) -> None:
+    text = read(ROOT / "docs" / f"{page}.md")
+    shown = re.findall(r"^```\{wire-fields\} ([\w-]+)\n(?::(\w+): ([\w-]+))?", text, re.MULTILINE)
+    names = {name for name in tables.BODIES if name.startswith(prefix)}
+    assert {name for name, _, _ in shown} == names
+    options = [(name, {option: value} if option else {}) for name, option, value in shown]
+    rows = [row for name, option in options for row in tables.wire_fields(name, **option).rows]
+    assert set(rows) == {row for name in names for row in tables.wire_fields(name).rows}
     assert all(all(row) for row in rows), "an empty cell"
 
 

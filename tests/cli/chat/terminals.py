@@ -18,7 +18,7 @@ import trio
 from tests.cli.chat.screen import Screen
 from tests.cli.programs import DEADLINE, ROOT, TOY
 
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}bot:"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}assistant: "
 
 _TAKES_TERMINAL = "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 CTRL_C, CTRL_D = "\x03", "\x04"

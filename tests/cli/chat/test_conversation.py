@@ -130,3 +130,51 @@ def test_a_bad_file_is_refused_by_the_name_of_the_field(text: str, words: str) -
     with pytest.raises(BadConversation) as caught:
         from_json(text)
     assert words in str(caught.value)
+
+
+def test_about_half_is_forgotten_at_once() -> None:
+    conversation = Conversation("be kind")
+    for number in range(8):
+        conversation.ask(f"{number}?" + "x" * 50)
+        conversation.answer(f"{number}!" + "x" * 50)
+    everything = conversation.messages
+    assert conversation.forget_oldest() == 8
+    assert conversation.sent == (everything[0], *everything[9:])
+    assert conversation.forget_oldest() == 4
+    assert conversation.sent == (everything[0], *everything[13:])
+    assert conversation.messages == everything
+    conversation.system = ""
+    assert conversation.sent == everything[13:]
+
+
+def test_the_last_message_of_the_user_is_never_forgotten() -> None:
+    conversation = with_a_turn()
+    conversation.ask("x" * 1000)
+    assert conversation.forget_oldest() == 2
+    assert said(conversation)[-1] == ("user", "x" * 1000)
+    assert [message["role"] for message in conversation.sent] == ["system", "user"]
+    assert conversation.forget_oldest() == 0
+    conversation.withdraw()
+    assert conversation.forget_oldest() == 0
+    conversation.ask("two?")
+    assert [message["content"] for message in conversation.sent] == ["be kind", "two?"]
+
+
+def test_an_image_counts_as_much_text() -> None:
+    conversation = Conversation()
+    conversation.ask("one?")
+    conversation.answer("one!")
+    conversation.attach(image_url(b"x" * 10**6, "image/png"))
+    conversation.ask("what is it?")
+    conversation.answer("a cat " * 300)
+    conversation.ask("what else?" * 300)
+    assert conversation.forget_oldest() == 4
+
+
+def test_a_new_conversation_has_forgotten_nothing() -> None:
+    for begin in (Conversation.clear, lambda conversation: conversation.restore(with_a_turn().messages)):
+        conversation = with_a_turn()
+        conversation.ask("two?")
+        assert conversation.forget_oldest() == 2
+        begin(conversation)
+        assert conversation.sent == conversation.messages

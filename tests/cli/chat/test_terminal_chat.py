@@ -17,7 +17,7 @@ async def test_a_turn_and_the_end(model: str, tmp_path: Path) -> None:
         await user.prompts(1)
         assert user.screen.rows[0] == "toy.gguf. /help lists the commands, Ctrl-D leaves."
         await user.type("hello\r")
-        await user.shows(toy_text("user: hello;bot:", 8).strip())
+        await user.shows(toy_text("user: hello;assistant: ", 8).strip())
         await user.prompts(2)
         await user.type(CTRL_D)
         assert await user.ended() == 0

@@ -45,6 +45,7 @@ KEY_VARIABLE: Final = "OPENAI_API_KEY"
     help="Tokens of an answer at most.  [default: until the model ends it or the context is full]",
 )
 @click.option("--stop", multiple=True, help="End an answer before this text. May be repeated.")
+@click.option("--shift", is_flag=True, help="When the context is full, drop the oldest text and go on with the answer.")
 @table_options(SamplingParams)
 @engine_options(slots=1, stall_timeout=math.inf)  # a pager may keep the text waiting for as long as its user likes
 def chat(
@@ -58,6 +59,7 @@ def chat(
     no_history: bool,
     max_tokens: int | None,
     stop: tuple[str, ...],
+    shift: bool,
 ) -> int:
     """Talk with a model, here or on a server.
 
@@ -65,7 +67,7 @@ def chat(
     conversation. Ctrl-D leaves.
     """
     set_up_logging(options.verbose)
-    request = request_of_run("", max_tokens, stop, False, {}, sampling)
+    request = request_of_run("", max_tokens, stop, shift, {}, sampling)
     if url is not None:
         return _chat_with_server(
             url, options, _wire_options(sampling, max_tokens, stop), api_key_file, (system, plain, no_history)
@@ -137,6 +139,8 @@ def _make_loop(system: str, *, plain: bool, no_history: bool) -> ChatLoop:
     def notify(text: str) -> None:
         print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
+    if sys.stdin is None or sys.stdout is None:  # the program was started with a closed descriptor
+        raise click.UsageError("stdin and stdout must be open")
     descriptor = sys.stdin.fileno()
     reader: Reader = LineReader(descriptor)
     if os.isatty(descriptor) and (sys.stdout.isatty() or sys.stderr.isatty()):

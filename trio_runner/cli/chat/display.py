@@ -94,7 +94,7 @@ class _MarkdownView:
         self._reader = BlockReader()
         self._blocks: list[Block] = []
         self._status = ""
-        self._is_thinking = False
+        self._is_thinking = self._has_text = False
         self._changed = trio.Event()
         self._ended = trio.Event()
 
@@ -116,7 +116,7 @@ class _MarkdownView:
         self._changed.set()
 
     def end(self) -> None:
-        """No text comes any more: paint the last frame."""
+        """No text comes any more: paint the last frame, and an empty row after it."""
         self._ended.set()
         self._changed.set()
 
@@ -132,9 +132,12 @@ class _MarkdownView:
         self._blocks += self._reader.flush()
         self._status = ""
         await self._paint_frame()
+        if self._has_text:
+            await self._output.write("\n")
 
     def _add(self, text: str) -> None:
         self._status = ""
+        self._has_text = True
         self._reader.push(printable(text))
         self._changed.set()
 

@@ -20,7 +20,7 @@ _MAX_CONVERSATION_BYTES: Final = 512 << 20
 
 async def read_image(path: str) -> str:
     """The data URL of an image file. Raises `ChatError` for a file that is no image which models here take."""
-    return await trio.to_thread.run_sync(_read_image, _expanded(path))
+    return await trio.to_thread.run_sync(_read_image, _expanded(path), abandon_on_cancel=True)
 
 
 async def save(path: str, messages: Sequence[Message], *, overwrite: bool) -> None:
@@ -33,7 +33,8 @@ async def save(path: str, messages: Sequence[Message], *, overwrite: bool) -> No
 
 async def load(path: str) -> list[Message]:
     """Read a conversation. Raises `ChatError`."""
-    return await trio.to_thread.run_sync(_load, _expanded(path))
+    # A pipe or a device may never end, so the thread may have to be left alone.
+    return await trio.to_thread.run_sync(_load, _expanded(path), abandon_on_cancel=True)
 
 
 def _expanded(path: str) -> Path:

@@ -284,10 +284,12 @@ async def test_the_thinking_of_a_model() -> None:
     template = "{{ '<think>' }}{{ '</think>' }}"
     engine.info = dataclasses.replace(engine.info, chat_template=template)
     async with serving(engine) as server:
-        for text in ("<think>a</think>b",):
+        for said, text in (("x", "<think>a</think>b"), ("x<think>\n", "a</think>b")):
             for think, expected in ((True, ("a", "b")), (False, (None, text)), (None, (None, text))):
                 client = await server.connect()
-                await client.stream.send_all(post("/api/chat", {**CHAT, "think": think, "stream": False}))
+                await client.stream.send_all(
+                    post("/api/chat", {"messages": [{**USER, "content": said}], "think": think, "stream": False})
+                )
                 (await engine.asked()).say(text, DONE)
                 message = (await client.answer()).json["message"]
                 assert (message.get("thinking"), message["content"]) == expected

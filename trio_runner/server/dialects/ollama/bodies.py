@@ -29,6 +29,7 @@ from trio_runner.server.dialects.fields import (
     object_schema,
 )
 from trio_runner.server.dialects.json_in import Object, wrong
+from trio_runner.server.dialects.ollama.formats import closed
 from trio_runner.server.dialects.ollama.options import OPTIONS
 
 MAX_TOP_LOGPROBS: Final = 20
@@ -55,7 +56,7 @@ def _format(name: str, value: Any) -> str:
     """The JSON text of a schema; empty for none."""
     if isinstance(value, Object):
         try:
-            return json.dumps(value, allow_nan=False)
+            return json.dumps(closed(value), allow_nan=False)
         except (ValueError, RecursionError):
             raise InvalidRequest(
                 f"{name} has a number that is too large, or is nested too deeply", param=name
@@ -214,7 +215,8 @@ _COMMON: Final[Fields] = {
     "stream": field(BOOLEAN, "Send the answer line by line while it is generated.", default=True),
     "format": field(
         either({"enum": ["", "json"]}, OBJECT),
-        'What the answer must be: "json" means any JSON object, an object is a JSON schema.',
+        'What the answer must be: "json" means any JSON object, an object is a JSON schema. As in Ollama, an object '
+        "has only the properties that the schema names, unless it has `additionalProperties`.",
         check=_format,
         default_text="any text",
     ),

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
-import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
-from trio_runner.errors import RunnerError
 from trio_runner.events import Embedded, Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo
-from trio_runner.server.dialects.json_out import float32_list, line, whole_characters
+from trio_runner.server.dialects.json_out import finite_vector, float32_list, line, whole_characters
 from trio_runner.server.dialects.ollama.requests import Idle
 from trio_runner.server.dialects.ollama.thinking import ThinkingSplitter
 from trio_runner.server.dialects.ollama.times import Stopwatch, nanoseconds
@@ -244,10 +242,8 @@ def embedding_line(embedded: Sequence[Embedded]) -> bytes:
 
 
 def _elements(embedded: Embedded) -> list[float]:
-    vector = np.asarray(embedded.vector, dtype=np.float32)
-    if not np.isfinite(vector).all():
-        raise RunnerError("the embedding contains a value that is not finite")
-    return cast("list[float]", float32_list(vector))  # encoded already, in as few digits as name each element
+    # Encoded already, in as few digits as name each element.
+    return cast("list[float]", float32_list(finite_vector(embedded)))
 
 
 PULLED: Final = (Progress(status="pulling manifest"), Progress(status="success"))

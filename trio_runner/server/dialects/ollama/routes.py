@@ -195,7 +195,7 @@ class OllamaRoutes:
             return None
         prompt = request.prompt
         if isinstance(prompt, Chat):  # whose template may open the block of thinking itself
-            prompt = ""
+            prompt = await self._engine.render(prompt)
         return ThinkingSplitter(tags, opened=isinstance(prompt, str) and prompt.rstrip().endswith(tags.opening))
 
     def _note_context(self, wanted: int | None, n_ctx: int) -> None:

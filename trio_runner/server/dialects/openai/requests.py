@@ -195,7 +195,11 @@ EXTRAS: Final[Fields] = {
     "cache_prompt": field(
         BOOLEAN, "Continue from the longest beginning of the prompt that a slot still holds.", default=True
     ),
-    **fields_of(GenerateRequest, "n_keep", "shift", "truncate", "priority", "deadline", shift=False, truncate=False),
+    **fields_of(
+        GenerateRequest,
+        *("n_keep", "shift", "truncate", "priority", "deadline", "decode_seconds", "preferred_slot"),
+        shift=False,
+    ),
     "adapters": ADAPTERS,
 }
 """Our own fields."""

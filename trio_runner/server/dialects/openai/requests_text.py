@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from trio_runner import request as request_values
 from trio_runner.errors import InvalidRequest, Unsupported
-from trio_runner.request import Prompt
+from trio_runner.request import Infill, Prompt
 from trio_runner.sampling import MAX_LOGPROBS
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import BOOLEAN, INTEGER, STRING, Body, array, either, field
@@ -108,10 +107,10 @@ def _for_engine(given: Mapping[str, Any], prompts: Texts) -> tuple[Prompt, ...]:
     suffix = given.get("suffix", "")
     if not suffix:
         return tuple(map(_without_tags, prompts))
-    infill = getattr(request_values, "Infill", None)  # until it is built
-    if infill is None or not all(isinstance(prompt, str) for prompt in prompts):
-        raise Unsupported("infill", "suffix needs a prompt of text, and a model that fills in", param="suffix")
-    return tuple(infill(prefix=prompt, suffix=suffix) for prompt in prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InvalidRequest("suffix needs a prompt of text, not of tokens", param="suffix")
+    return tuple(Infill(prefix=str(prompt), suffix=suffix) for prompt in prompts)
 
 
 def _without_tags(prompt: str | tuple[int, ...]) -> Prompt:
