@@ -230,8 +230,8 @@ _COMMON: Final[Fields] = {
     ),
     "truncate": field(
         BOOLEAN,
-        "Drop the oldest messages of a conversation that does not fit, except system messages and the last one. "
-        "Otherwise it is refused.",
+        "Drop the oldest messages of a conversation that does not fit, except system messages and the last one. Of a "
+        "`raw` prompt, cut out the middle. Otherwise, what does not fit is refused.",
         default=True,
     ),
     **fields_of(GenerateRequest, "shift"),
