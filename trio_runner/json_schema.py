@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -33,7 +34,7 @@ def schema_text(value: JsonSchema) -> str:
         _refuse("must not be None")
     if isinstance(value, Mapping):
         try:
-            return json.dumps(value, allow_nan=False)
+            return json.dumps(value, allow_nan=False, default=_plain)
         except (TypeError, ValueError, RecursionError) as error:
             _refuse(f"is no JSON: {error}")
     describe = getattr(value, "model_json_schema", None)  # of pydantic, which nobody has to install for us
@@ -45,6 +46,13 @@ def schema_text(value: JsonSchema) -> str:
         return json.dumps(msgspec.json.schema(value))
     except (TypeError, RuntimeError):
         _refuse(f"must be a JSON text, an object or a class that has a schema, not {type(value).__name__}")
+
+
+def _plain(value: object) -> dict[Any, Any]:
+    """A mapping that is no dict, as one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def check_schema(text: str) -> None:
@@ -65,7 +73,7 @@ def guided_schema(text: str) -> str:
 
 def _parse(text: str) -> dict[str, Any] | bool:
     try:
-        schema = json.loads(text, parse_constant=_no_constant)
+        schema = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         _refuse(f"is no JSON: {reason}")
@@ -105,6 +113,13 @@ def _check_settings(settings: object) -> None:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return number
 
 
 def _refuse(what: str) -> NoReturn:
