@@ -73,6 +73,22 @@ async def test_the_page_for_people_has_every_path_and_needs_nothing_else() -> No
     assert "http" not in text.replace("http://localhost", "")
 
 
+async def test_the_document_tells_who_needs_a_key() -> None:
+    async with serving(FakeEngine(), api_key="s3cret") as server:
+        document = (await server.ask(request("GET", "/openapi.json", b"", "X-Api-Key: s3cret"))).json
+        page = (await server.ask(request("GET", "/docs", b"", "X-Api-Key: s3cret"))).body.decode()
+        without = await server.ask(request("GET", "/openapi.json"))
+    assert without.status == 401
+    schemes = document["components"]["securitySchemes"]
+    assert {scheme.get("scheme") or scheme["name"] for scheme in schemes.values()} == {"bearer", "X-Api-Key"}
+    assert document["security"] == [{name: []} for name in schemes]
+    open_paths = [
+        path for path, methods in document["paths"].items() for one in methods.values() if one.get("security") == []
+    ]
+    assert open_paths == ["/health", "/"]
+    assert page.count("Bearer $KEY") == sum(map(len, document["paths"].values())) - len(open_paths)
+
+
 class Said(msgspec.Struct):
     """What is said."""
 
