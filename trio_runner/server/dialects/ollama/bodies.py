@@ -268,7 +268,7 @@ GENERATE: Final = Body(
         "context": field(array(INTEGER), "Refused unless it is empty.", check=_context, default=[]),
         **_COMMON,
     },
-    {"model": "default", "prompt": "Why is the sky blue?", "options": {"num_predict": 8}},
+    {"prompt": "Why is the sky blue?", "options": {"num_predict": 8}},
 )
 CHAT: Final = Body(
     {
@@ -281,11 +281,7 @@ CHAT: Final = Body(
         "tools": field(array(OBJECT), "Refused unless it is empty.", check=_tools, default=[]),
         **_COMMON,
     },
-    {
-        "model": "default",
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-        "options": {"num_predict": 8},
-    },
+    {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "options": {"num_predict": 8}},
 )
 EMBED: Final = Body(
     {
@@ -302,7 +298,7 @@ EMBED: Final = Body(
         ),
         **_LOADING,
     },
-    {"model": "default", "input": ["one", "two"]},
+    {"input": ["one", "two"]},
 )
 EMBEDDINGS: Final = Body(
     {
@@ -310,7 +306,7 @@ EMBEDDINGS: Final = Body(
         **_MODEL,
         **_LOADING,
     },
-    {"model": "default", "prompt": "one"},
+    {"prompt": "one"},
 )
 SHOW: Final = Body(
     {
@@ -319,7 +315,7 @@ SHOW: Final = Body(
         "system": ignored(STRING, "Checked and ignored."),
         "options": field(OBJECT, "Checked and ignored.", check=_object, default_text="ignored", ignored=True),
     },
-    {"model": "default"},
+    {},
 )
 PULL: Final = Body(
     {
@@ -327,5 +323,5 @@ PULL: Final = Body(
         "stream": field(BOOLEAN, "Answer line by line.", default=True),
         "insecure": ignored(BOOLEAN, "Checked and ignored."),
     },
-    {"model": "default"},
+    {},
 )
