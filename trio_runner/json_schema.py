@@ -110,12 +110,5 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:40]} is too large for a number")
-    return number
-
-
 def _refuse(what: str) -> NoReturn:
     raise InvalidRequest(f"json_schema {what}", param="json_schema")

@@ -341,7 +341,7 @@ async def test_other_paths_and_methods_are_worded_as_there() -> None:
             answer = await server.ask(request("POST", path, b"{}", key))
             assert answer.json == {"error": {"code": 404, "message": "404 page not found", "type": "not_found_error"}}
         answer = await server.ask(request("GET", "/llama/completion", b"", key))
-        assert (answer.status, answer.json["error"]["code"], answer.headers["allow"]) == (405, 405, "POST")
+        assert (answer.status, answer.json["error"]["code"], answer.headers["allow"]) == (405, 405, "OPTIONS, POST")
 
 
 async def test_malformed_requests_change_nothing() -> None:

@@ -281,7 +281,7 @@ GENERATE: Final = Body(
         "context": field(array(INTEGER), "Refused unless it is empty.", check=_context, default=[]),
         **_COMMON,
     },
-    {"model": "default", "prompt": "Why is the sky blue?", "options": {"num_predict": 8}},
+    {"prompt": "Why is the sky blue?", "options": {"num_predict": 8}},
 )
 CHAT: Final = Body(
     {
@@ -294,11 +294,7 @@ CHAT: Final = Body(
         "tools": field(array(OBJECT), "Refused unless it is empty.", check=_tools, default=[]),
         **_COMMON,
     },
-    {
-        "model": "default",
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-        "options": {"num_predict": 8},
-    },
+    {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "options": {"num_predict": 8}},
 )
 EMBED: Final = Body(
     {
@@ -315,7 +311,7 @@ EMBED: Final = Body(
         ),
         **_LOADING,
     },
-    {"model": "default", "input": ["one", "two"]},
+    {"input": ["one", "two"]},
 )
 EMBEDDINGS: Final = Body(
     {
@@ -323,7 +319,7 @@ EMBEDDINGS: Final = Body(
         **_MODEL,
         **_LOADING,
     },
-    {"model": "default", "prompt": "one"},
+    {"prompt": "one"},
 )
 SHOW: Final = Body(
     {
@@ -332,7 +328,7 @@ SHOW: Final = Body(
         "system": ignored(STRING, "Checked and ignored."),
         "options": field(OBJECT, "Checked and ignored.", check=_object, default_text="ignored", ignored=True),
     },
-    {"model": "default"},
+    {},
 )
 PULL: Final = Body(
     {
@@ -340,5 +336,5 @@ PULL: Final = Body(
         "stream": field(BOOLEAN, "Answer line by line.", default=True),
         "insecure": ignored(BOOLEAN, "Checked and ignored."),
     },
-    {"model": "default"},
+    {},
 )
