@@ -83,12 +83,14 @@ def test_images(model: ChatOllama) -> None:
 
 def test_texts(server: Served) -> None:
     model = OllamaLLM(model=MODEL, base_url=server.url, **GREEDY)
+    assert model._client is not None
     with model._client:
         assert "".join(model.stream("Hello")) == model.invoke("Hello") != ""
 
 
 def test_embeddings(server: Served) -> None:
     model = OllamaEmbeddings(model=MODEL, base_url=server.url)
+    assert model._client is not None
     with model._client:
         first, second = model.embed_documents(["The sky is blue.", "It rains."])
         assert len(first) == len(second) == 576

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from tests.clients.served import CONTEXT, MODEL, SLOTS, Served
-from tests.real.pictures import picture
+from tests.real.pictures import Shape, picture
 
 GREEDY = {"temperature": 0, "num_predict": 8}
 USER = {"role": "user", "content": "Hello"}
@@ -120,13 +120,13 @@ def test_embeddings(client: ollama.Client) -> None:
     assert len(client.embed(MODEL, "x", dimensions=8).embeddings[0]) == 8
     assert len(client.embeddings(MODEL, "It rains.").embedding) == 576
     assert client.embed(MODEL, []).embeddings == []
-    with pytest.raises(ollama.ResponseError) as caught:
+    with pytest.raises(ollama.ResponseError, match="input has") as caught:
         client.embed(MODEL, LONG * 2, truncate=False)
     assert caught.value.status_code == 400
 
 
 @pytest.mark.parametrize(("colour", "shape"), [("red", "circle"), ("green", "triangle")])
-def test_images(client: ollama.Client, colour: str, shape: str, tmp_path: Path) -> None:
+def test_images(client: ollama.Client, colour: str, shape: Shape, tmp_path: Path) -> None:
     image = picture(colour, shape, "white")
     file = tmp_path / "image.png"
     file.write_bytes(image)
@@ -180,9 +180,9 @@ def test_loading_and_unloading(client: ollama.Client) -> None:
 
 def ask_without_truncating(client: ollama.Client) -> None:
     """The client's own methods cannot say `truncate`."""
-    client._request_raw(
-        "POST", "/api/chat", json={"messages": [{"role": "user", "content": LONG * 2}], "truncate": False}
-    )
+    body = {"messages": [{"role": "user", "content": LONG * 2}], "truncate": False}
+    untyped: Any = client
+    untyped._request_raw("POST", "/api/chat", json=body)
 
 
 def a_tool(city: str) -> str:
@@ -243,12 +243,12 @@ async def until(server: Served, condition: Callable[[dict[str, Any]], bool]) -> 
 
 
 def is_idle(statistics: dict[str, Any]) -> bool:
-    return statistics["running"] == statistics["waiting"] == 0
+    return bool(statistics["running"] == statistics["waiting"] == 0)
 
 
 async def test_a_stream_that_is_closed_frees_its_slot(server: Served, client: ollama.Client) -> None:
     def read_a_little() -> None:
-        stream = client.chat(MODEL, [USER], options=ENDLESS, stream=True)
+        stream: Any = client.chat(MODEL, [USER], options=ENDLESS, stream=True)
         assert not next(stream).done
         stream.close()
 
@@ -261,7 +261,8 @@ async def test_a_stream_that_is_closed_frees_its_slot(server: Served, client: ol
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # httpx leaves a generator behind
 async def test_an_async_stream_that_is_closed_frees_its_slot(server: Served, client_async: ollama.AsyncClient) -> None:
     before = await until(server, is_idle)
-    async with aclosing(await client_async.chat(MODEL, [USER], options=ENDLESS, stream=True)) as stream:
+    answer: Any = await client_async.chat(MODEL, [USER], options=ENDLESS, stream=True)
+    async with aclosing(answer) as stream:
         assert not (await anext(stream)).done
     after = await until(server, is_idle)
     assert after["sampled"] - before["sampled"] < CONTEXT

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from tests.clients.served import CONTEXT, MODEL, QUEUE, SLOTS, Served
+from tests.clients.served import CONTEXT, DEADLINE, MODEL, QUEUE, SLOTS, Served
 from tests.real.pictures import picture
 
 FRANCE: Final = "The capital of France is"
@@ -60,6 +64,7 @@ def test_a_chat(client: OpenAI) -> None:
     assert choice.message.content
     assert choice.finish_reason == "length"
     assert answer.model == MODEL
+    assert abs(answer.created - time.time()) < 60
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
@@ -222,7 +227,13 @@ def test_completions(client: OpenAI) -> None:
     assert several.choices[2].text == several.choices[3].text == answer.choices[0].text
 
 
-def test_prompts_of_tokens(client: OpenAI, server: Served) -> None:
+def test_a_model_that_cannot_fill_in_the_middle(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(prompt="def f(", suffix="return x", **GREEDY)
+    assert (caught.value.param, caught.value.code) == ("suffix", "unsupported")
+
+
+def test_prompts_of_tokens(client: OpenAI) -> None:
     tokens = [504, 3575, 282, 4649, 314]
     answer = client.completions.create(prompt=tokens, max_tokens=4, echo=True, **GREEDY)
     assert answer.choices[0].text.startswith(FRANCE)
@@ -403,6 +414,15 @@ def test_an_asynchronous_schema_and_embedding(server: Served) -> None:
     asynchronously(server, use)
 
 
-def test_the_time_is_now(client: OpenAI) -> None:
-    answer = client.chat.completions.create(messages=QUESTION, max_tokens=1, **GREEDY)
-    assert abs(answer.created - time.time()) < 60
+# --- The documentation -----------------------------------------------------------------------------------------------
+
+
+def test_the_three_lines_of_the_documentation(server: Served) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "openai.md").read_text(encoding="utf-8")
+    lines = page.partition("```sh\n")[2].partition("```")[0].replace("http://127.0.0.1:8080", server.url)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-euc", lines], env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" Paris")

@@ -66,16 +66,16 @@ async def talk(model: LocalModel, directory: Path, *lines: str, conversation: Co
     return Talk(code, target.read_text(encoding="utf-8"), notices, conversation)
 
 
-def answer_to(*turns: str) -> str:
-    return toy_text(prompt_of(*turns), 8)
+def answer_to(*texts: str) -> str:
+    return toy_text(prompt_of(*texts), 8)
 
 
-def prompt_of(*turns: str) -> str:
+def prompt_of(*texts: str) -> str:
     roles = ("user", "assistant")
-    return "".join(f"{roles[number % 2]}: {text};" for number, text in enumerate(turns)) + "assistant: "
+    return "".join(f"{roles[number % 2]}: {text};" for number, text in enumerate(texts)) + "assistant: "
 
 
-async def test_each_turn_has_the_whole_conversation_and_decodes_only_what_is_new(tmp_path: Path) -> None:
+async def test_each_exchange_has_the_whole_conversation_and_decodes_only_what_is_new(tmp_path: Path) -> None:
     toy = ToyLoader()
     async with toy_model(toy) as model:
         first = answer_to("one?")
@@ -83,7 +83,7 @@ async def test_each_turn_has_the_whole_conversation_and_decodes_only_what_is_new
         assert (await talk(model, tmp_path, "one?", "two?")).output == f"{first}\n{second}\n"
         assert toy.context is not None
         starts = [chunk.start for batch in toy.context.batches for chunk in batch.chunks if len(chunk.items) > 1]
-        # All of the first prompt, then what the first turn did not leave in the slot: its last token was never decoded.
+        # All of the first prompt, then what the first exchange did not leave in the slot: its last token is not there.
         assert starts == [0, len(prompt_of("one?")) + 7]
 
 
@@ -97,7 +97,7 @@ async def test_a_conversation_that_fills_the_context_loses_its_oldest_messages(t
         assert result.conversation.sent[0]["role"] == "system"
         assert result.conversation.sent[1]["role"] == "user"
         full = [notice for notice in result.notices if "The context is full: the oldest" in notice]
-        assert 1 < len(full) < 7  # half of it at once, and not a little in each turn
+        assert 1 < len(full) < 7  # half of it at once, and not a little in each exchange
 
 
 async def test_a_message_that_makes_the_conversation_too_long(tmp_path: Path) -> None:
@@ -145,11 +145,13 @@ async def test_saving_and_loading(tmp_path: Path) -> None:
         both = await talk(model, tmp_path, f"/load {saved}", "two?", f"/save {saved}")
         assert both.notices[0] == "The conversation has 3 messages."
         assert both.code == 1
+        os.chmod(saved, 0o640)
         assert both.notices[-1] == f"error: there is a file {saved}: /save -f PATH replaces it"
         assert len(json.loads(saved.read_text())) == 3
         again = await talk(model, tmp_path, f"/load {saved}", "two?", f"/save -f {saved}")
         assert again.code == 0
         assert json.loads(saved.read_text()) == [*both.conversation.messages]
+        assert saved.stat().st_mode & 0o777 == 0o640
         assert sorted(os.listdir(tmp_path)) == ["in", "out", "saved.json"]
 
 
@@ -161,6 +163,8 @@ async def test_saving_and_loading(tmp_path: Path) -> None:
         ("/load {}/bad", "error: {}/bad is no conversation: it is not JSON"),
         ("/save {}/none/x", "error: {}/none/x cannot be written: No such file or directory"),
         ("/save -f {}/none/x", "error: {}/none/x cannot be written: No such file or directory"),
+        ("/save -f {}", "error: {} is not a regular file"),
+        ("/save -f /dev/null", "error: /dev/null is not a regular file"),
         ("/image {}/none", "error: {}/none cannot be read"),
         ("/retry", "error: there is no message to answer again"),
         ("/nothing", "error: there is no command /nothing"),

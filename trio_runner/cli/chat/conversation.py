@@ -23,7 +23,7 @@ class BadConversation(Exception):
 class Conversation:
     """What was said so far, and what was prepared for the next message.
 
-    A turn is `ask` or `retry`, then either `answer` or `withdraw`.
+    An exchange is `ask` or `retry`, then either `answer` or `withdraw`.
     """
 
     def __init__(self, system: str = "") -> None:
@@ -72,7 +72,7 @@ class Conversation:
         self._images.append(data_url)
 
     def ask(self, text: str) -> None:
-        """Begin a turn with a message of the user."""
+        """Begin an exchange with a message of the user."""
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in self._images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self._images = []
@@ -80,7 +80,7 @@ class Conversation:
         self._messages.append({"role": "user", "content": content})
 
     def retry(self) -> bool:
-        """Begin a turn with the last message of the user once more. False if there is none."""
+        """Begin an exchange with the last message of the user once more. False if there is none."""
         if self._withdrawn is not None:
             self._messages.append(self._withdrawn)
             self._withdrawn = None
@@ -93,12 +93,12 @@ class Conversation:
         return bool(said)
 
     def answer(self, text: str) -> None:
-        """End a turn with what the model said, which may be a part of an answer."""
+        """End an exchange with what the model said, which may be a part of an answer."""
         self._replaced = None
         self._messages.append({"role": "assistant", "content": text})
 
     def withdraw(self) -> None:
-        """End a turn that has no answer: as if it had not begun. `retry` begins it again.
+        """End an exchange that has no answer: as if it had not begun. `retry` begins it again.
 
         A message without an answer is not kept, because many chat templates refuse two messages of the user in a row.
         """
@@ -111,14 +111,13 @@ class Conversation:
     def forget_oldest(self) -> int:
         """No longer send the oldest messages, about half of what is sent. Returns how many they are.
 
-        The system message stays, and so does the last message of the user. Half is a lot, but then the prompt cache has
-        the rest of the conversation for many turns. Dropping a little in each turn would change the beginning of the
-        prompt in each.
+        The system message stays, and so does the last message of the user. Half is a lot, but then the beginning of the
+        prompt stays the same for many exchanges, and the prompt cache has it.
         """
         said = self._messages[self._n_system + self._n_forgotten :]
-        turns = [index for index, message in enumerate(said) if message["role"] == "user"]
+        users = [index for index, message in enumerate(said) if message["role"] == "user"]
         sizes = [_size(message) for message in said]
-        n_forgotten = next((at for at in turns if 2 * sum(sizes[at:]) <= sum(sizes)), turns[-1] if turns else 0)
+        n_forgotten = next((at for at in users if 2 * sum(sizes[at:]) <= sum(sizes)), users[-1] if users else 0)
         self._n_forgotten += n_forgotten
         return n_forgotten
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -63,18 +64,26 @@ def _save(path: Path, text: str, overwrite: bool) -> None:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
             return
-        with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            try:
-                file.write(text)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        _replace(path.resolve(), text)
     except FileExistsError:
         raise
     except OSError as error:
         raise ChatError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # a device or a pipe must not be replaced
+        raise ChatError(f"{path} is not a regular file")
+    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            if path.exists():
+                shutil.copymode(path, file.name)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _load(path: Path) -> list[Message]:

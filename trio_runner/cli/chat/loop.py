@@ -33,7 +33,7 @@ from trio_runner.cli.chat.reader import Interrupted, Reader
 
 _GREETING: Final = "/help lists the commands, Ctrl-D leaves."
 _FULL: Final = 0.75
-"""The share of a context above which the oldest messages are forgotten, so that there is room for the next turn."""
+"""The share of a context above which the oldest messages are forgotten, so that there is room for the next exchange."""
 _HOW_TO_LEAVE: Final = "To leave, press Ctrl-D or type /bye."
 
 
@@ -77,21 +77,25 @@ class ChatLoop:
         """
         self._is_running = True
         try:
-            if self._reader.is_interactive:
-                await self._greet(model)
-            while True:
-                try:
-                    action = await self._next_action()
-                    if isinstance(action, Leave):
-                        return 0
-                    if action is not None:
-                        await self._do(action, model)
-                except (BadEntry, ChatError) as error:
-                    self._notify(f"error: {' '.join(str(error).split())}")
-                    if not self._reader.is_interactive:
-                        return 1
+            with self._reader.hold_back_keys():
+                return await self._go_on(model)
         finally:
             self._is_running = False
+
+    async def _go_on(self, model: ChatModel) -> int:
+        if self._reader.is_interactive:
+            await self._greet(model)
+        while True:
+            try:
+                action = await self._next_action()
+                if isinstance(action, Leave):
+                    return 0
+                if action is not None:
+                    await self._do(action, model)
+            except (BadEntry, ChatError) as error:
+                self._notify(f"error: {' '.join(str(error).split())}")
+                if not self._reader.is_interactive:
+                    return 1
 
     async def _greet(self, model: ChatModel) -> None:
         try:
@@ -138,11 +142,11 @@ class ChatLoop:
         match action:
             case Say(text):
                 conversation.ask(text)
-                await self._turn(model)
+                await self._exchange(model)
             case Retry():
                 if not conversation.retry():
                     raise ChatError("there is no message to answer again")
-                await self._turn(model)
+                await self._exchange(model)
             case System(None):
                 self._notify(conversation.system or "There is no system message.")
             case System(text):
@@ -177,9 +181,9 @@ class ChatLoop:
             await files.save(path, messages, overwrite=True)
         self._notify(f"Saved {_count(len(messages), 'message')}.")
 
-    # Turns.
+    # Exchanges.
 
-    async def _turn(self, model: ChatModel) -> None:
+    async def _exchange(self, model: ChatModel) -> None:
         """Let the model answer. Raises `ChatError`. What there is of an answer stays in the conversation."""
         said: list[str] = []
         try:

@@ -11,7 +11,7 @@ from trio_runner.cli.chat.conversation import Message
 
 
 class ChatError(Exception):
-    """A turn failed, or a command did. The message is one line for the user."""
+    """An exchange failed, or a command did. The message is one line for the user."""
 
 
 class ConversationTooLong(ChatError):

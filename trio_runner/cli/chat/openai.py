@@ -140,7 +140,9 @@ def whole_characters(text: str) -> str:
 def _is_too_long(value: object) -> bool:
     """Whether an error says that the messages do not fit into the context."""
     error = value.get("error") if isinstance(value, dict) else None
-    return isinstance(error, dict) and error.get("code") == "context_length_exceeded"
+    # The second is llama-server's.
+    words = ("context_length_exceeded", "exceed_context_size_error")
+    return isinstance(error, dict) and (error.get("code") in words or error.get("type") in words)
 
 
 def _message(value: object) -> str:

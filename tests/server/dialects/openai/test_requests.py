@@ -17,7 +17,7 @@ from tests.server.dialects.openai.malformed import CHAT, EMBEDDINGS, RIGHT, TEXT
 from trio_runner.errors import InvalidImage, RequestError
 from trio_runner.image_source import MAX_IMAGE_BYTES
 from trio_runner.parameters import parameters_of
-from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest
+from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill
 from trio_runner.sampling import RANDOM_SEED, SamplingParams
 from trio_runner.server.dialects.fields import Body
 from trio_runner.server.dialects.openai import requests_chat, requests_embeddings, requests_text
@@ -91,6 +91,8 @@ def test_the_example_of_the_documentation_is_right(path: str) -> None:
         ({"cache_prompt": False}, {"cache_prompt": False}),
         ({"shift": True, "truncate": True, "n_keep": 9}, {"shift": True, "truncate": True, "n_keep": 9}),
         ({"priority": "background", "deadline": 2}, {"priority": "background", "deadline": 2.0}),
+        ({"decode_seconds": 2, "preferred_slot": 1}, {"decode_seconds": 2.0, "preferred_slot": 1}),
+        ({"ignore_eos": True}, {"sampling": sampling(ignore_eos=True)}),
         ({"adapters": [{"name": "a", "scale": 2}]}, {"adapters": (AdapterChoice("a", 2.0),)}),
         ({"temperature": 0, "top_p": 0.5}, {"sampling": sampling(temperature=0.0, top_p=0.5)}),
         ({"top_k": 40, "min_p": 0.1, "typical_p": 0.5}, {"sampling": sampling(top_k=40, min_p=0.1, typical_p=0.5)}),
@@ -180,6 +182,12 @@ def test_choices_follow_each_other_prompt_by_prompt() -> None:
 )
 def test_prompts(prompt: Any, prompts: list[Any]) -> None:
     assert [request.prompt for request in text(prompt=prompt).generations] == prompts
+
+
+def test_a_suffix_makes_a_gap() -> None:
+    gaps = (Infill(prefix="a", suffix="z"), Infill(prefix="[img-1]", suffix="z"))
+    assert tuple(request.prompt for request in text(prompt=["a", "[img-1]"], suffix="z").generations) == gaps
+    assert text(suffix="") == text()
 
 
 def test_best_of_may_only_be_what_is_returned() -> None:

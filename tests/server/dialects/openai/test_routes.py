@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from tests.engine.toys import Toy
 from tests.server.client import WAYS, Leave, post, request, serving, until
 from tests.server.dialects.openai.malformed import CHAT, EMBEDDINGS, RIGHT, TEXT, malformed
 from tests.server.fake_engine import DONE, FakeEngine, endless
@@ -341,7 +342,7 @@ async def test_models() -> None:
     async with serving(engine, names=NAMES) as server:
         listed = (await server.ask(request("GET", "/v1/models"))).json
         assert [entry["id"] for entry in listed["data"]] == ["smol", "gpt-4o"]
-        assert [entry["context_length"] for entry in listed["data"]] == [4096, 4096]
+        assert [entry["context_length"] for entry in listed["data"]] == [engine.capabilities.n_ctx] * 2
         one = await server.ask(request("GET", "/v1/models/SMOL"))
         assert one.json == listed["data"][0] | {"id": "SMOL"}
         wrong = await server.ask(request("GET", "/v1/models/org/other%20one"))
@@ -374,6 +375,30 @@ async def test_the_text_is_the_one_that_the_engine_writes() -> None:
         for event in streamed:
             texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
         assert texts == expected[::2]
+
+
+async def test_the_middle_of_a_text(toy: Toy) -> None:
+    toy.info = {"token_fim_pre": 1, "token_fim_suf": 2, "token_fim_mid": 3}
+    async with toy.engine() as engine, serving(engine) as server:
+        answer = (await server.ask(asking(TEXT, prompt="before", suffix="after", echo=True, max_tokens=9))).json
+        assert answer["choices"][0]["text"] == "before" + toy_text("\1before\2after\3", 9)
+        assert answer["usage"]["prompt_tokens"] == len("before") + len("after") + 3
+
+
+async def test_a_model_that_cannot_fill_in_the_middle() -> None:
+    async with open_engine(ToyLoader()) as engine, serving(engine) as server:
+        answer = await server.ask(asking(TEXT, suffix="after"))
+        assert (answer.status, answer.json["error"]["param"]) == (400, "suffix")
+        assert (await server.ask(asking(TEXT, suffix="", max_tokens=1))).status == 200
+
+
+async def test_no_tokens_only_warm_the_cache() -> None:
+    async with open_engine(ToyLoader()) as engine, serving(engine) as server:
+        answer = (await server.ask(asking(TEXT, prompt="a prompt", max_tokens=0))).json
+        assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("", "length")
+        assert answer["usage"]["completion_tokens"] == 0
+        again = (await server.ask(asking(TEXT, prompt="a prompt", max_tokens=1))).json
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == len("a prompt") - 1
 
 
 async def test_a_deadline_is_a_length_that_says_so() -> None:
