@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.llama.running import Running
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.errors import InvalidGrammar
@@ -14,6 +16,9 @@ N_SEQUENCES = 16
 DEAD_END = 5
 UNDER_A_SCHEMA = range(8, 12)
 PARAMS = SamplingParams(temperature=1.2, top_k=200, top_p=0.98, logprobs=3)
+
+
+pytest.importorskip("llguidance", reason="llguidance is not installed")
 
 
 def sampled(path: Path, threads: int) -> list[dict[int, Sampled]]:
