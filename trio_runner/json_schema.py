@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn, TypeAlias
 
-import msgspec
-
 from trio_runner.errors import InvalidRequest
 
 JsonSchema: TypeAlias = str | Mapping[str, Any] | type[Any]
@@ -39,6 +37,8 @@ def schema_text(value: JsonSchema) -> str:
     describe = getattr(value, "model_json_schema", None)  # of pydantic, which nobody has to install for us
     if callable(describe):
         return json.dumps(describe())
+    import msgspec  # here, because the command line imports this module and must start quickly
+
     try:
         return json.dumps(msgspec.json.schema(value))
     except (TypeError, RuntimeError):
