@@ -31,18 +31,25 @@ def schema_text(value: JsonSchema) -> str:
         _refuse("must not be None")
     if isinstance(value, Mapping):
         try:
-            return json.dumps(value, allow_nan=False)
+            return json.dumps(value, allow_nan=False, default=_plain)
         except (TypeError, ValueError, RecursionError) as error:
             _refuse(f"is no JSON: {error}")
     describe = getattr(value, "model_json_schema", None)  # of pydantic, which nobody has to install for us
     if callable(describe):
         return json.dumps(describe())
-    import msgspec  # here, because the command line imports this module and must start quickly
+    import msgspec  # here, because it takes long and few callers have a class
 
     try:
         return json.dumps(msgspec.json.schema(value))
     except (TypeError, RuntimeError):
         _refuse(f"must be a JSON text, an object or a class that has a schema, not {type(value).__name__}")
+
+
+def _plain(value: object) -> dict[Any, Any]:
+    """A mapping that is no dict, as one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def check_schema(text: str) -> None:
