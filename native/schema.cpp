@@ -5,6 +5,7 @@
 // asks for: LlgConstraintInit has no field for its size, so another version may have another layout.
 
 #include "schema.h"
+#include "schema_watch.h"
 
 #include <algorithm>
 #include <cstring>
@@ -62,6 +63,9 @@ struct Functions {
     int32_t (*consume_token)(LlgMatcher *, uint32_t);
     bool (*is_stopped)(const LlgMatcher *);
     const char *(*get_error)(LlgMatcher *);
+    LlgCancellationHandle *(*get_cancellation_handle)(LlgMatcher *);
+    void (*cancel)(const LlgCancellationHandle *);
+    void (*free_cancellation_handle)(LlgCancellationHandle *);
 };
 
 Functions functions;
@@ -73,6 +77,13 @@ constexpr uint8_t SPECIAL = 0xFF; // the first byte of a token that is no text
 constexpr uint32_t ALL = std::numeric_limits<uint32_t>::max();
 constexpr int32_t BITS = 32;
 constexpr size_t MAX_MESSAGE_BYTES = 400;
+
+// CPU seconds of one call. Masks take microseconds, and a few milliseconds where many things are possible for the first
+// time.
+constexpr double MAX_SECONDS = 0.05;
+constexpr double MAX_FIRST_SECONDS = 1.0; // on a helper thread
+constexpr double SLOW_SECONDS = 0.01;
+constexpr int32_t MAX_SLOW_CALLS = 20;
 
 constexpr LlgParserLimits LIMITS = {
     /* max_items_in_row */ 2000,
@@ -149,18 +160,49 @@ SchemaVocabulary::~SchemaVocabulary() {
 
 // ---- matchers ------------------------------------------------------------------------------------------------------
 
-SchemaMatcher::SchemaMatcher(const trio_schema &schema)
-    : native_(functions.clone_matcher(schema.matcher.get())), n_vocab_(schema.model->info.n_vocab),
-      allowed_(size_t(n_vocab_ + BITS - 1) / BITS) {}
+void CancellationDeleter::operator()(LlgCancellationHandle *handle) const noexcept {
+    functions.free_cancellation_handle(handle);
+}
 
-void SchemaMatcher::fail() {
-    throw Failure(TRIO_E_GRAMMAR, "the schema cannot be followed any further: " +
-                                      short_message(functions.get_error(native_.get())));
+SchemaMatcher::SchemaMatcher(MatcherPtr native, int32_t n_vocab)
+    : native_(std::move(native)), cancellation_(functions.get_cancellation_handle(native_.get())), n_vocab_(n_vocab),
+      allowed_(size_t(n_vocab + BITS - 1) / BITS) {}
+
+SchemaMatcher::SchemaMatcher(const trio_schema &schema)
+    : SchemaMatcher(MatcherPtr(functions.clone_matcher(schema.matcher.get())), schema.model->info.n_vocab) {}
+
+template <class Call> void SchemaMatcher::run(double seconds, Call &&call) {
+    const double started = thread_seconds();
+    std::atomic<bool> stopped{false};
+    int32_t code = 0;
+    {
+        const Watch watch(seconds, [&] {
+            stopped = true;
+            functions.cancel(cancellation_.get());
+        });
+        code = call();
+    }
+    const bool is_slow = thread_seconds() - started > SLOW_SECONDS;
+    if (stopped || (is_slow && ++n_slow_ > MAX_SLOW_CALLS)) {
+        throw Failure(TRIO_E_GRAMMAR, "the schema is too complex: it takes too long to find out what may come next");
+    }
+    if (code != 0) {
+        throw Failure(TRIO_E_GRAMMAR, "what may come next is not known: " + short_message(functions.get_error(native_.get())));
+    }
+}
+
+void SchemaMatcher::find_allowed(double seconds) {
+    const size_t n_bytes = allowed_.size() * sizeof allowed_[0];
+    run(seconds, [&] { return functions.compute_mask_into(native_.get(), allowed_.data(), n_bytes); });
+}
+
+MatcherPtr SchemaMatcher::begin(double seconds) {
+    find_allowed(seconds);
+    return std::move(native_);
 }
 
 void SchemaMatcher::mask(const float *logits, float *masked) {
-    const size_t n_bytes = allowed_.size() * sizeof allowed_[0];
-    if (functions.compute_mask_into(native_.get(), allowed_.data(), n_bytes) != 0) fail();
+    find_allowed(MAX_SECONDS);
     for (int32_t begin = 0; begin < n_vocab_; begin += BITS) {
         const uint32_t bits = allowed_[size_t(begin / BITS)];
         const int32_t n = std::min(BITS, n_vocab_ - begin);
@@ -178,7 +220,7 @@ void SchemaMatcher::mask(const float *logits, float *masked) {
 }
 
 void SchemaMatcher::accept(int32_t token) {
-    if (functions.consume_token(native_.get(), uint32_t(token)) != 0) fail();
+    run(MAX_SECONDS, [&] { return functions.consume_token(native_.get(), uint32_t(token)); });
     ended_ = functions.is_stopped(native_.get());
 }
 
@@ -215,8 +257,11 @@ int32_t trio_schema_open(trio_model *model, const char *text, trio_schema **sche
             init.tokenizer = model->schema_vocabulary().native();
             init.limits = LIMITS;
             matcher.reset(functions.new_matcher(&init, "json_schema", text));
+            if (const char *error = functions.get_error(matcher.get())) {
+                throw Failure(TRIO_E_GRAMMAR, short_message(error));
+            }
+            matcher = SchemaMatcher(std::move(matcher), model->info.n_vocab).begin(MAX_FIRST_SECONDS);
         });
-        if (const char *error = functions.get_error(matcher.get())) throw Failure(TRIO_E_GRAMMAR, short_message(error));
         *schema = new trio_schema{ModelReference(model), std::move(matcher)};
         return TRIO_OK;
     });

@@ -222,6 +222,7 @@ typedef struct trio_schema_functions {
     void *new_tokenizer_v2, *free_tokenizer;
     void *new_matcher, *clone_matcher, *free_matcher;
     void *compute_mask_into, *consume_token, *is_stopped, *get_error;
+    void *get_cancellation_handle, *cancel, *free_cancellation_handle;
 } trio_schema_functions;
 
 /* Tells the shim where the functions are. The library that has them must stay loaded. Only the first call has an

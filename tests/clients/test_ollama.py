@@ -120,7 +120,7 @@ def test_embeddings(client: ollama.Client) -> None:
     assert len(client.embed(MODEL, "x", dimensions=8).embeddings[0]) == 8
     assert len(client.embeddings(MODEL, "It rains.").embedding) == 576
     assert client.embed(MODEL, []).embeddings == []
-    with pytest.raises(ollama.ResponseError) as caught:
+    with pytest.raises(ollama.ResponseError, match="input has") as caught:
         client.embed(MODEL, LONG * 2, truncate=False)
     assert caught.value.status_code == 400
 

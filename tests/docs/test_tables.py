@@ -20,13 +20,13 @@ from trio_runner.sampling import SamplingParams
 from trio_runner.server.dialects.runner import responses
 from trio_runner.server.metric_table import LLAMA_SERVER_METRICS, METRICS
 
-HTTP = read(ROOT / "docs" / "http.md")
+RUNNER = read(ROOT / "docs" / "runner.md")
 
 
 def first_cells(section: str) -> set[str]:
-    """The names in the first column of the tables of a section of docs/http.md."""
-    begin = HTTP.index(f"\n## {section}\n")
-    text = HTTP[begin : HTTP.index("\n## ", begin + 1)]
+    """The names in the first column of the tables of a section of docs/runner.md."""
+    begin = RUNNER.index(f"\n## {section}\n")
+    text = RUNNER[begin : RUNNER.index("\n## ", begin + 1)]
     return set(re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE))
 
 
@@ -52,7 +52,7 @@ def test_the_parts_of_a_completion_are_all_of_it() -> None:
 
 
 def test_the_page_shows_each_table_of_fields() -> None:
-    shown = re.findall(r"^```\{wire-fields\} (\w+)", HTTP, re.MULTILINE)
+    shown = re.findall(r"^```\{wire-fields\} (\w+)", RUNNER, re.MULTILINE)
     assert set(shown) == {"completion", "embedding", "rerank", "adapters", "tokenize", "detokenize"}
 
 

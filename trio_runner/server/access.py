@@ -94,7 +94,7 @@ class Access:
 
 def needs_no_key(method: str, path: str) -> bool:
     """Whether a request needs no API key. Clients ask these, which tell nothing secret, before they know a key."""
-    return path == "/health" or (path == "/" and method in ("GET", "HEAD"))
+    return path in ("/health", "/llama/health") or (path == "/" and method in ("GET", "HEAD"))
 
 
 def host_names(extra: Iterable[str]) -> frozenset[str]:

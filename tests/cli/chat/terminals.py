@@ -34,6 +34,10 @@ class Terminal:
         self.written = ""
         """Everything that the program wrote, escape sequences included."""
 
+    def modes(self) -> list[object]:
+        """The modes of the terminal, such as whether it shows the keys."""
+        return termios.tcgetattr(self._stream.fileno())
+
     async def type(self, keys: str) -> None:
         await self._stream.send_all(keys.encode())
 

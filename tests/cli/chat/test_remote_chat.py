@@ -165,6 +165,18 @@ async def test_the_program_in_a_pipe() -> None:
         assert last == {"model": "mine", "stream": True, "temperature": 0.0, "max_tokens": 5, "stop": ["x"]}
 
 
+async def test_grammars_and_schemas_are_sent(tmp_path: Path) -> None:
+    grammar, schema = tmp_path / "grammar", tmp_path / "schema"
+    grammar.write_text('root ::= "a"')
+    schema.write_text('{"type": "object"}')
+    async with openai_server(says("x"), says("y")) as server:
+        for option in (f"--grammar-file={grammar}", f"--json-schema={schema}"):
+            async with chat("--url", server.url, option, stdin="hi\n") as running:
+                assert await running.ended() == 0
+        assert server.bodies[0]["grammar"] == 'root ::= "a"'
+        assert server.bodies[1]["response_format"]["json_schema"]["schema"] == {"type": "object"}
+
+
 async def test_the_program_in_a_pipe_ends_at_the_first_error() -> None:
     async with openai_server(says("one"), 500) as server, chat("--url", server.url, stdin="a\nb\nc\n") as running:
         assert await running.ended() == 1

@@ -132,13 +132,16 @@ async def test_ctrl_c_at_the_prompt_clears_the_line(model: str, tmp_path: Path) 
 async def test_a_signal_at_the_prompt(model: str, tmp_path: Path) -> None:
     """SIGINT is as good as the key. SIGTERM ends the program, and the terminal is as before."""
     async with terminal("chat", "-m", model, state=tmp_path) as user:
+        before = user.modes()
         await user.prompts(1)
+        assert user.modes() != before
         await user.type("not this")
         await user.shows("not this")
         os.kill(user.process.pid, signal.SIGINT)
         await user.prompts(2)
         os.kill(user.process.pid, signal.SIGTERM)
         assert await user.ended() == 143
+        assert user.modes() == before
         assert "Traceback" not in user.screen.text
 
 

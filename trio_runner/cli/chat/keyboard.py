@@ -32,11 +32,12 @@ _HISTORY_NAME: Final = "chat-history"
 
 
 class Keyboard:
-    """A user at a terminal. One task reads."""
+    """A user at a terminal, whose keys come from `descriptor`. One task reads."""
 
     is_interactive = True
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, descriptor: int, history: History) -> None:
+        self._descriptor = descriptor
         # The answers may go elsewhere. What the user types is shown on the terminal all the same.
         output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
         self._session: PromptSession[str] = PromptSession(
@@ -53,6 +54,19 @@ class Keyboard:
     async def read(self, *, more: bool = False) -> str:
         """The next line. Raises EOFError for Ctrl-D on an empty line, and `Interrupted` for Ctrl-C."""
         return await _Edit(self._session).run(CONTINUED if more else PROMPT)
+
+    @contextmanager
+    def hold_back_keys(self) -> Iterator[None]:
+        """Keep keys off the screen while no line is edited. They wait for the next prompt, Ctrl-D included, and only
+        Ctrl-C acts at once: it is a signal, and drops the keys that wait."""
+        before = termios.tcgetattr(self._descriptor)
+        held_back = [*before]
+        held_back[3] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(self._descriptor, termios.TCSANOW, held_back)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(self._descriptor, termios.TCSANOW, before)
 
     async def confirm(self, question: str) -> bool:
         """Ask for a yes or a no. Ctrl-C and Ctrl-D are a no."""
@@ -160,20 +174,3 @@ def open_history(path: Path | None) -> tuple[History, str]:
     except OSError as error:
         return InMemoryHistory(), f"the history is not kept: {error}"
     return FileHistory(path), ""
-
-
-@contextmanager
-def keys_held_back(descriptor: int) -> Iterator[None]:
-    """Keep keys off the screen while no line is edited. They wait for the next prompt, Ctrl-D included, and only Ctrl-C
-    acts at once, as a signal. Does nothing where `descriptor` is no terminal."""
-    if not os.isatty(descriptor):
-        yield
-        return
-    before = termios.tcgetattr(descriptor)
-    held_back = [*before]
-    held_back[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(descriptor, termios.TCSANOW, held_back)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSANOW, before)

@@ -77,21 +77,25 @@ class ChatLoop:
         """
         self._is_running = True
         try:
-            if self._reader.is_interactive:
-                await self._greet(model)
-            while True:
-                try:
-                    action = await self._next_action()
-                    if isinstance(action, Leave):
-                        return 0
-                    if action is not None:
-                        await self._do(action, model)
-                except (BadEntry, ChatError) as error:
-                    self._notify(f"error: {' '.join(str(error).split())}")
-                    if not self._reader.is_interactive:
-                        return 1
+            with self._reader.hold_back_keys():
+                return await self._go_on(model)
         finally:
             self._is_running = False
+
+    async def _go_on(self, model: ChatModel) -> int:
+        if self._reader.is_interactive:
+            await self._greet(model)
+        while True:
+            try:
+                action = await self._next_action()
+                if isinstance(action, Leave):
+                    return 0
+                if action is not None:
+                    await self._do(action, model)
+            except (BadEntry, ChatError) as error:
+                self._notify(f"error: {' '.join(str(error).split())}")
+                if not self._reader.is_interactive:
+                    return 1
 
     async def _greet(self, model: ChatModel) -> None:
         try:

@@ -16,6 +16,8 @@ from tests.server.fake_engine import FakeEngine
 from trio_runner.errors import EngineBroken, EngineBusy, InvalidGrammar, LoadError, Unsupported
 from trio_runner.events import Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
 from trio_runner.request import EmbedRequest, RerankRequest
+from trio_runner.server.dialects.llama_server.requests import completion
+from trio_runner.server.dialects.llama_server.responses import CompletionState, whole_answer
 from trio_runner.server.dialects.llama_server.results import scaled
 from trio_runner.server.names import ModelNames
 
@@ -110,10 +112,26 @@ async def test_the_fields_that_a_request_names() -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         client = await server.connect()
-        names = ["timings/prompt_n", "content", "timings/nothing", "nothing/x", "content/x", "stop", "prompt"]
+        names = ["timings/prompt_n", "content", "timings/nothing", "nothing/x", "content/x", "stop", "prompt", ""]
+        names += ["generation_settings/n_predict", "generation_settings/lora/x", "timings/__class__", "__class__"]
         await client.stream.send_all(post("/llama/completion", {"prompt": "x", "response_fields": names}))
         (await engine.asked()).say("a", DONE)
-        assert (await client.answer()).body == b'{"timings/prompt_n":2,"content":"a","stop":true,"prompt":"x"}'
+        assert (await client.answer()).body == (
+            b'{"timings/prompt_n":2,"content":"a","stop":true,"prompt":"x","generation_settings/n_predict":-1}'
+        )
+
+
+@pytest.mark.parametrize("n_probs", [1, 10, 100])
+async def test_the_size_of_an_answer_is_known_before_it_is_written(n_probs: int) -> None:
+    """So that a long one is written on another thread."""
+    token = SampledToken(97, b"a", -0.5, (TokenInfo(97, b"a", -0.5),) * n_probs)
+    report = completion(json.dumps({"prompt": "x", "n_probs": n_probs}).encode()).report
+    state = CompletionState(index=0, report=report, model="m", prompt="x", max_tokens=None, started=0.0)
+    for _ in range(100):
+        state.take(TextPiece("abc", (token,)), 0.0)
+    answer = whole_answer([(state, DONE)])
+    assert len(answer) / 2 < state.n_bytes < len(answer) * 2
+    assert len(json.loads(answer)["completion_probabilities"]) == 100
 
 
 async def test_progress_is_sent_only_when_it_is_asked_for() -> None:
@@ -316,6 +334,7 @@ async def test_health() -> None:
 async def test_other_paths_and_methods_are_worded_as_there() -> None:
     async with serving(FakeEngine(), api_key="k") as server:
         key = "Authorization: Bearer k"
+        assert (await server.ask(request("GET", "/llama/health"))).status == 200  # as there, without a key
         answer = await server.ask(request("GET", "/llama/props"))
         assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
         for path in ("/llama", "/llama/", "/llama/nothing", "/llama/completion/x"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.server.dialects.ollama.malformed import malformed
-from trio_runner.errors import InvalidGrammar, InvalidImage, PromptTooLong, RequestError, Unsupported
+from trio_runner.errors import InvalidGrammar, InvalidImage, PromptTooLong, RequestError, UnknownAdapter, Unsupported
 from trio_runner.parameters import parameters_of
 from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill
 from trio_runner.sampling import RANDOM_SEED, SamplingParams
@@ -273,6 +273,17 @@ def test_embeddings() -> None:
         assert requests.embed(nothing).requests == ()
     assert requests.embeddings(encoded(prompt="a")).requests == (EmbedRequest(content="a"),)
     assert requests.embeddings(encoded(prompt="")).requests == ()
+
+
+def test_errors_of_embeddings_name_the_field_of_the_request() -> None:
+    too_long, unknown = PromptTooLong(9, 5, param="content"), UnknownAdapter("x")
+    for call, name in (
+        (requests.embed(b'{"input": "x"}'), "input"),
+        (requests.embeddings(b'{"prompt": "x"}'), "prompt"),
+    ):
+        assert str(call.renamed(too_long)) == f"{name} has 9 tokens, but at most 5 fit"
+        assert str(call.renamed(unknown)) == "options.adapters: there is no adapter 'x'"
+        assert call.renamed(unknown).status == 400  # a 404 would say that there is no such model
 
 
 def test_names() -> None:

@@ -12,7 +12,7 @@ import ollama
 import pytest
 import trio
 
-from tests.server.client import Answer, post, request, serving
+from tests.server.client import WAYS, Answer, Leave, post, request, serving
 from tests.server.dialects.ollama.malformed import malformed
 from tests.server.fake_engine import DONE, FakeEngine, FakeGeneration
 from trio_runner.errors import DecodeFailed, EngineBroken, EngineBusy, InvalidGrammar, PromptTooLong, RunnerError
@@ -170,6 +170,26 @@ async def test_a_client_reads_past_what_a_silent_stream_says(monkeypatch: pytest
             nursery.start_soon(write)
             parts: Any = await client.chat("m", [USER], stream=True)
             assert "".join([part.message.content async for part in parts]) == "abc"
+
+
+@pytest.mark.parametrize("leave", WAYS)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_ends_its_generation(leave: Leave, stream: bool) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        for path, fields in REQUESTS:
+            for begun in (True, False):
+                client = await server.connect()
+                await client.stream.send_all(post(path, {**fields, "stream": stream, "model": ""}))
+                generation = await engine.asked()
+                await generation.started.wait()
+                if begun:
+                    generation.say("a")
+                    if stream:
+                        await client.head()
+                        await client.chunk()
+                await leave(client)
+                await generation.closed.wait()
 
 
 async def test_other_models_are_not_found() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import trio
 
+from tests.real.pictures import picture
 from tests.server.client import Server, post, serving
 from tests.tiny_models import tiny_model
 from trio_runner.core.ports import Runtime
@@ -17,6 +19,7 @@ from trio_runner.front_door import open_engine
 from trio_runner.request import Infill
 from trio_runner.testing import ToyLoader, toy_text
 
+PIXEL = base64.b64encode(picture("red", "circle", "white", width=8, height=8)).decode()
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 THINKER = (
     f"{{{{ reasoning_effort }}}}{TEMPLATE}{{% if enable_thinking %}}<think>\n{{% elif false %}}</think>{{% endif %}}"
@@ -102,6 +105,18 @@ async def test_a_template_that_opens_the_thinking_itself() -> None:
         for fields in ({"think": False}, {"think": None}):
             answer = await said(server, "/api/chat", messages=[user("x")], **fields)
             assert answer == {"role": "assistant", "content": toy_text("[user]x[assistant]", 9)}
+
+
+async def test_images_for_a_model_that_takes_none() -> None:
+    async with toy(TEMPLATE) as server:
+        for path, fields in (
+            ("/api/generate", {"prompt": "x", "images": [PIXEL]}),
+            ("/api/chat", {"messages": [user("x"), {**user("y"), "images": [PIXEL]}]}),
+            ("/api/generate", {"prompt": "[img-0]x", "raw": True, "images": [PIXEL]}),
+        ):
+            refused = await server.ask(post(path, fields))
+            assert refused.status == 400
+            assert "images, which need a model with a projector" in refused.json["error"]
 
 
 async def test_a_gap_is_filled(tmp_path: Path) -> None:

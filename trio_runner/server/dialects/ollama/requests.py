@@ -132,10 +132,9 @@ def _call(
 
 
 def _renamed(error: RequestError, prompt_name: PromptName) -> RequestError:
-    param, text = error.param, str(error)
+    param = name = error.param
     if param is None:
         return error
-    name = param
     if image := _IMAGE.fullmatch(param):
         place = f"messages[{image[1]}]." if prompt_name == "messages" else ""
         name = f"{place}images[{image[2]}]"
@@ -143,9 +142,15 @@ def _renamed(error: RequestError, prompt_name: PromptName) -> RequestError:
         name = prompt_name
     elif param == "json_schema":
         name = "format"
-    elif param in OPTIONS:
-        name = f"options.{param}"
-    if name == param:
+    return _about(error, name)
+
+
+def _about(error: RequestError, name: str | None) -> RequestError:
+    """`error` with the field at fault called `name`; or as an option, if it is one."""
+    param, text = error.param, str(error)
+    if name in OPTIONS:
+        name = f"options.{name}"
+    if param is None or name is None or name == param:
         return error
     if text.startswith(param):
         text = name + text.removeprefix(param)
@@ -179,13 +184,20 @@ class EmbedCall:
     """What a request to /api/embed or /api/embeddings asks for."""
 
     model: str | None
+    text_name: Literal["input", "prompt"]
+    """The field that has the texts."""
     requests: tuple[EmbedRequest, ...]
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """`error` of the engine, with the field at fault called what it is called in the request."""
+        return _about(error, self.text_name if error.param == "content" else error.param)
 
 
 def embed(body: bytes) -> EmbedCall:
     """What the body of POST /api/embed asks for."""
     given = EMBED.read(body)
     return _embed_call(
+        "input",
         given,
         given.get("input", ()),
         normalize=True,
@@ -197,13 +209,15 @@ def embed(body: bytes) -> EmbedCall:
 def embeddings(body: bytes) -> EmbedCall:
     """What the body of POST /api/embeddings asks for. It has one text, or none."""
     given = EMBEDDINGS.read(body)
-    return _embed_call(given, (given["prompt"],) if given.get("prompt") else ())
+    return _embed_call("prompt", given, (given["prompt"],) if given.get("prompt") else ())
 
 
-def _embed_call(given: Mapping[str, Any], texts: Sequence[str], **more: Any) -> EmbedCall:
+def _embed_call(
+    text_name: Literal["input", "prompt"], given: Mapping[str, Any], texts: Sequence[str], **more: Any
+) -> EmbedCall:
     adapters = given.get("options", {}).get("adapters")
     requests = tuple(EmbedRequest(content=text, adapters=adapters, **more) for text in texts)
-    return EmbedCall(model=given.get("model"), requests=requests)
+    return EmbedCall(model=given.get("model"), text_name=text_name, requests=requests)
 
 
 def show(body: bytes) -> str | None:

@@ -219,7 +219,10 @@ class OllamaRoutes:
         return json_response(responses.embedding_line(await self._embedded(call)))
 
     async def _embedded(self, call: EmbedCall) -> list[Embedded]:
-        return await self._engine.embed_requests(call.requests) if call.requests else []
+        try:
+            return await self._engine.embed_requests(call.requests) if call.requests else []
+        except RequestError as error:
+            raise call.renamed(error) from None
 
     # Telling.
 
