@@ -300,6 +300,7 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
             return TRIO_ABORTED;
         }
         context->has_embeddings = false;
+        context->outputs.clear();
         const int32_t code = finish_decode(*context, *batch, decode(*context, *batch, is_narrow));
         if (code != TRIO_OK) return code;
         context->outputs.assign(batch->outputs, batch->outputs + batch->n_rows);
@@ -322,12 +323,37 @@ int32_t trio_encode(trio_context *context, const trio_batch *batch) {
             return TRIO_ABORTED;
         }
         context->has_embeddings = false;
+        context->outputs.clear();
         const int32_t code = finish_decode(*context, *batch, encode(*context, *batch, is_narrow));
         if (code != TRIO_OK) return code;
         std::fill(context->has_encoder_tokens.begin(), context->has_encoder_tokens.end(), int8_t(0));
         for (int32_t row = 0; row < batch->n_rows; ++row)
             context->has_encoder_tokens[size_t(batch->seqs[row])] = 1;
         return TRIO_OK;
+    });
+}
+
+int32_t trio_score(trio_context *context, int32_t row, int32_t token, int32_t n_top, float *logprob,
+                   int32_t *top_tokens, float *top_logprobs) {
+    return guard([&] {
+        check_pointer(context, "context")->check_alive();
+        check_pointer(logprob, "logprob");
+        check(!context->has_embeddings && row >= 0 && size_t(row) < context->outputs.size() &&
+                  context->outputs[size_t(row)] == 1,
+              "the row has no logits");
+        const int32_t n_vocab = context->model->info.n_vocab;
+        context->model->check_token(token);
+        check(n_top >= 0 && n_top <= n_vocab, "n_top is out of range");
+        check(n_top == 0 || (top_tokens != nullptr && top_logprobs != nullptr), "the top arrays are NULL");
+        const float *logits = llama_get_logits_ith(context->native.get(), row);
+        if (logits == nullptr || !are_numbers(logits, n_vocab))
+            throw Failure(TRIO_E_NATIVE, "the model computed logits that are not numbers");
+        trio_sampled scored{};
+        scored.token = token;
+        report_probabilities(logits, n_vocab, n_top, context->scratch.front().candidates.data(), scored, top_tokens,
+                             top_logprobs);
+        *logprob = scored.logprob;
+        return scored.n_top;
     });
 }
 

@@ -1,9 +1,9 @@
 // Samplers: from one row of logits to one token.
 //
-// A JSON schema comes first: what it does not allow is no candidate. Then the order is the original runner's: biases, penalties, DRY; then the truncating samplers; then temperature and the
-// draw. A grammar comes last: the token is chosen without it and checked against it alone. Only if the grammar refuses
-// it are all candidates checked, and the choice made again. So a grammar costs almost nothing while the model obeys it
-// by itself.
+// A JSON schema comes first: what it does not allow is no candidate. Then the order is the original runner's: biases,
+// penalties, DRY; then the truncating samplers; then temperature and the draw. A grammar comes last: the token is chosen
+// without it and checked against it alone. Only if the grammar refuses it are all candidates checked, and the choice
+// made again. So a grammar costs almost nothing while the model obeys it by itself.
 
 #include "sampler.h"
 
@@ -69,7 +69,8 @@ std::vector<llama_logit_bias> biases(const trio_sampler_params &params, const tr
 } // namespace
 
 trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
-    : model(owner), n_top(params.n_top), post_sampling_probs(params.post_sampling_probs != 0), bias(biases(params, *owner)),
+    : model(owner), n_top(params.n_top), post_sampling_probs(params.post_sampling_probs != 0),
+      bias(biases(params, *owner)),
       penalties(window_of(params.repeat_last_n, *owner), params.repeat_penalty, params.frequency_penalty,
                 params.presence_penalty, params.penalize_nl ? -1 : owner->info.token_nl),
       prompt_window(penalties.enabled() ? window_of(params.repeat_last_n, *owner) : 0) {
@@ -161,6 +162,13 @@ llama_token_data_array trio_sampler::all_candidates(const float *adjusted, Scrat
     return array;
 }
 
+// Only the tokens that the schema allows, in the order of the vocabulary.
+llama_token_data_array trio_sampler::allowed_candidates(const float *adjusted, Scratch &scratch) {
+    llama_token_data_array array{scratch.candidates.data(), schema->list(adjusted, scratch.candidates.data()), -1, false};
+    if (dry) llama_sampler_apply(dry.get(), &array);
+    return array;
+}
+
 // Only the candidates that the chain would keep, without a list of the whole vocabulary.
 llama_token_data_array trio_sampler::head_candidates(const float *adjusted, Scratch &scratch) const {
     const size_t size = select_top(adjusted, model->info.n_vocab, n_head, scratch.candidates.data());
@@ -226,8 +234,12 @@ int32_t trio_sampler::sample(const float *logits, Scratch &scratch) {
     if (!are_numbers(logits, model->info.n_vocab)) {
         throw Failure(TRIO_E_NATIVE, "the model computed logits that are not numbers");
     }
+    if (schema) schema->find_allowed();
     const float *adjusted = adjust(logits, scratch);
-    int32_t token = choose(n_head > 0 ? head_candidates(adjusted, scratch) : all_candidates(adjusted, scratch));
+    const bool is_short = schema && schema->allows_few();
+    int32_t token = choose(is_short     ? allowed_candidates(adjusted, scratch)
+                           : n_head > 0 ? head_candidates(adjusted, scratch)
+                                        : all_candidates(adjusted, scratch));
     if (token < 0 && schema) throw Failure(TRIO_E_GRAMMAR, "every token that the schema allows here is forbidden");
     if (token < 0) throw Failure(TRIO_E_NATIVE, "every token is forbidden");
     if (grammar) token = obey_grammar(token, adjusted, scratch);
@@ -262,6 +274,17 @@ int32_t trio_sampler_accept_prompt(trio_sampler *sampler, const int32_t *tokens,
             sampler->model->check_token(tokens[i]);
         sampler->accept_prompt(tokens, n_tokens);
         return TRIO_OK;
+    });
+}
+
+int32_t trio_sampler_sample(trio_sampler *sampler, const float *logits, int32_t n_logits) {
+    return guard([&] {
+        check_pointer(sampler, "sampler");
+        check_pointer(logits, "logits");
+        check(n_logits == sampler->model->info.n_vocab, "n_logits is not the size of the vocabulary");
+        static thread_local std::unique_ptr<Scratch> scratch; // measuring its allocation would be misleading
+        if (!scratch || scratch->logits.size() != size_t(n_logits)) scratch = std::make_unique<Scratch>(n_logits);
+        return sampler->sample(logits, *scratch);
     });
 }
 

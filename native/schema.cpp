@@ -5,8 +5,10 @@
 // asks for: LlgConstraintInit has no field for its size, so another version may have another layout.
 
 #include "schema.h"
+#include "schema_watch.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 #include <limits>
 
@@ -62,6 +64,9 @@ struct Functions {
     int32_t (*consume_token)(LlgMatcher *, uint32_t);
     bool (*is_stopped)(const LlgMatcher *);
     const char *(*get_error)(LlgMatcher *);
+    LlgCancellationHandle *(*get_cancellation_handle)(LlgMatcher *);
+    void (*cancel)(const LlgCancellationHandle *);
+    void (*free_cancellation_handle)(LlgCancellationHandle *);
 };
 
 Functions functions;
@@ -72,7 +77,16 @@ constexpr uint32_t NO_TOKEN = std::numeric_limits<uint32_t>::max();
 constexpr uint8_t SPECIAL = 0xFF; // the first byte of a token that is no text
 constexpr uint32_t ALL = std::numeric_limits<uint32_t>::max();
 constexpr int32_t BITS = 32;
+constexpr int32_t BYTE = 8;
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr size_t MAX_MESSAGE_BYTES = 400;
+
+// CPU seconds of one call. Masks take microseconds, and a few milliseconds where many things are possible for the first
+// time.
+constexpr double MAX_SECONDS = 0.05;
+constexpr double MAX_FIRST_SECONDS = 1.0; // on a helper thread
+constexpr double SLOW_SECONDS = 0.01;
+constexpr int32_t MAX_SLOW_CALLS = 20;
 
 constexpr LlgParserLimits LIMITS = {
     /* max_items_in_row */ 2000,
@@ -95,6 +109,39 @@ std::string short_message(const char *text) {
     line.resize(std::min({line.size(), line.find('\n'), MAX_MESSAGE_BYTES}));
     return line;
 }
+
+int32_t count_bits(uint32_t bits) {
+    return int32_t(std::bitset<BITS>(bits).count());
+}
+
+// For each byte of a mask, what to do with the eight logits that it stands for. Compilers make vector instructions of
+// the loop.
+class ByteMasks {
+public:
+    ByteMasks() {
+        for (uint32_t byte = 0; byte < 256; ++byte) {
+            for (int32_t bit = 0; bit < BYTE; ++bit)
+                keep_[byte][bit] = (byte >> bit & 1) != 0 ? ALL : 0;
+        }
+    }
+
+    void apply(uint32_t byte, const float *logits, float *masked, int32_t n) const {
+        if (n < BYTE) {
+            for (int32_t i = 0; i < n; ++i)
+                masked[i] = keep_[byte][i] != 0 ? logits[i] : NEGATIVE_INFINITY;
+            return;
+        }
+        uint32_t bits[BYTE], never;
+        std::memcpy(bits, logits, sizeof bits);
+        std::memcpy(&never, &NEGATIVE_INFINITY, sizeof never);
+        for (int32_t i = 0; i < BYTE; ++i)
+            bits[i] = (bits[i] & keep_[byte][i]) | (never & ~keep_[byte][i]);
+        std::memcpy(masked, bits, sizeof bits);
+    }
+
+private:
+    uint32_t keep_[256][8];
+};
 
 bool is_special(const llama_vocab *vocab, int32_t token) {
     constexpr int special = LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN | LLAMA_TOKEN_ATTR_UNUSED;
@@ -149,36 +196,83 @@ SchemaVocabulary::~SchemaVocabulary() {
 
 // ---- matchers ------------------------------------------------------------------------------------------------------
 
-SchemaMatcher::SchemaMatcher(const trio_schema &schema)
-    : native_(functions.clone_matcher(schema.matcher.get())), n_vocab_(schema.model->info.n_vocab),
-      allowed_(size_t(n_vocab_ + BITS - 1) / BITS) {}
-
-void SchemaMatcher::fail() {
-    throw Failure(TRIO_E_GRAMMAR, "the schema cannot be followed any further: " +
-                                      short_message(functions.get_error(native_.get())));
+void CancellationDeleter::operator()(LlgCancellationHandle *handle) const noexcept {
+    functions.free_cancellation_handle(handle);
 }
 
-void SchemaMatcher::mask(const float *logits, float *masked) {
+SchemaMatcher::SchemaMatcher(MatcherPtr native, int32_t n_vocab)
+    : native_(std::move(native)), cancellation_(functions.get_cancellation_handle(native_.get())), n_vocab_(n_vocab),
+      allowed_(size_t(n_vocab + BITS - 1) / BITS) {}
+
+SchemaMatcher::SchemaMatcher(const trio_schema &schema)
+    : SchemaMatcher(MatcherPtr(functions.clone_matcher(schema.matcher.get())), schema.model->info.n_vocab) {}
+
+template <class Call> void SchemaMatcher::run(double seconds, Call &&call) {
+    const double started = thread_seconds();
+    std::atomic<bool> stopped{false};
+    int32_t code = 0;
+    {
+        const Watch watch(seconds, [&] {
+            stopped = true;
+            functions.cancel(cancellation_.get());
+        });
+        code = call();
+    }
+    const bool is_slow = thread_seconds() - started > SLOW_SECONDS;
+    if (stopped || (is_slow && ++n_slow_ > MAX_SLOW_CALLS)) {
+        throw Failure(TRIO_E_GRAMMAR, "the schema is too complex: it takes too long to find out what may come next");
+    }
+    if (code != 0) {
+        throw Failure(TRIO_E_GRAMMAR, "what may come next is not known: " + short_message(functions.get_error(native_.get())));
+    }
+}
+
+void SchemaMatcher::find_allowed(double seconds) {
     const size_t n_bytes = allowed_.size() * sizeof allowed_[0];
-    if (functions.compute_mask_into(native_.get(), allowed_.data(), n_bytes) != 0) fail();
-    for (int32_t begin = 0; begin < n_vocab_; begin += BITS) {
-        const uint32_t bits = allowed_[size_t(begin / BITS)];
-        const int32_t n = std::min(BITS, n_vocab_ - begin);
-        if (bits == 0) {
-            std::fill_n(masked + begin, n, -std::numeric_limits<float>::infinity());
-        } else if (bits == ALL) {
-            std::copy_n(logits + begin, n, masked + begin);
-        } else {
-            for (int32_t i = 0; i < n; ++i) {
-                const bool is_allowed = (bits >> i & 1) != 0;
-                masked[begin + i] = is_allowed ? logits[begin + i] : -std::numeric_limits<float>::infinity();
-            }
+    run(seconds, [&] { return functions.compute_mask_into(native_.get(), allowed_.data(), n_bytes); });
+}
+
+MatcherPtr SchemaMatcher::begin(double seconds) {
+    find_allowed(seconds);
+    return std::move(native_);
+}
+
+void SchemaMatcher::find_allowed() {
+    find_allowed(MAX_SECONDS);
+    n_allowed_ = 0;
+    for (const uint32_t bits : allowed_)
+        n_allowed_ += count_bits(bits);
+}
+
+template <class Visit> void SchemaMatcher::visit_allowed(Visit &&visit) const {
+    for (size_t word = 0; word < allowed_.size(); ++word) {
+        for (uint32_t bits = allowed_[word]; bits != 0; bits &= bits - 1) {
+            const int32_t token = int32_t(word) * BITS + count_bits((bits & (0 - bits)) - 1); // of the lowest bit
+            if (token < n_vocab_) visit(token);
         }
     }
 }
 
+void SchemaMatcher::mask(const float *logits, float *masked) const {
+    if (allows_few()) {
+        visit_allowed([&](int32_t token) { masked[token] = logits[token]; });
+        return;
+    }
+    static const ByteMasks masks;
+    for (int32_t begin = 0; begin < n_vocab_; begin += BYTE) {
+        const uint32_t byte = allowed_[size_t(begin / BITS)] >> (begin % BITS) & 0xFF;
+        masks.apply(byte, logits + begin, masked + begin, std::min(BYTE, n_vocab_ - begin));
+    }
+}
+
+size_t SchemaMatcher::list(const float *logits, llama_token_data *candidates) const {
+    size_t n = 0;
+    visit_allowed([&](int32_t token) { candidates[n++] = {token, logits[token], 0.0f}; });
+    return n;
+}
+
 void SchemaMatcher::accept(int32_t token) {
-    if (functions.consume_token(native_.get(), uint32_t(token)) != 0) fail();
+    run(MAX_SECONDS, [&] { return functions.consume_token(native_.get(), uint32_t(token)); });
     ended_ = functions.is_stopped(native_.get());
 }
 
@@ -215,8 +309,11 @@ int32_t trio_schema_open(trio_model *model, const char *text, trio_schema **sche
             init.tokenizer = model->schema_vocabulary().native();
             init.limits = LIMITS;
             matcher.reset(functions.new_matcher(&init, "json_schema", text));
+            if (const char *error = functions.get_error(matcher.get())) {
+                throw Failure(TRIO_E_GRAMMAR, short_message(error));
+            }
+            matcher = SchemaMatcher(std::move(matcher), model->info.n_vocab).begin(MAX_FIRST_SECONDS);
         });
-        if (const char *error = functions.get_error(matcher.get())) throw Failure(TRIO_E_GRAMMAR, short_message(error));
         *schema = new trio_schema{ModelReference(model), std::move(matcher)};
         return TRIO_OK;
     });

@@ -222,6 +222,7 @@ typedef struct trio_schema_functions {
     void *new_tokenizer_v2, *free_tokenizer;
     void *new_matcher, *clone_matcher, *free_matcher;
     void *compute_mask_into, *consume_token, *is_stopped, *get_error;
+    void *get_cancellation_handle, *cancel, *free_cancellation_handle;
 } trio_schema_functions;
 
 /* Tells the shim where the functions are. The library that has them must stay loaded. Only the first call has an
@@ -264,6 +265,8 @@ typedef struct trio_sampler_params {
 int32_t trio_sampler_open(const trio_model *model, const trio_sampler_params *params, trio_sampler **sampler);
 /* Prompt tokens count for the repetition penalties, but not for the grammar or the schema. */
 int32_t trio_sampler_accept_prompt(trio_sampler *sampler, const int32_t *tokens, int32_t n_tokens);
+/* Chooses a token from n_vocab logits, as a step does. Returns the token. For measurements. */
+int32_t trio_sampler_sample(trio_sampler *sampler, const float *logits, int32_t n_logits);
 void trio_sampler_free(trio_sampler *sampler);
 
 /* ---- the step --------------------------------------------------------------------------------------------------- */
@@ -315,6 +318,11 @@ typedef struct trio_sample_result {
 /* Decodes the batch and samples every requested row. The only call in the decode loop. */
 int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sample_request *request,
                   trio_sample_result *result);
+
+/* How probable the model found `token` after a row of the last step that had an output: writes the natural log of that.
+ * Also writes the n_top most probable tokens, most probable first, and returns how many these are. */
+int32_t trio_score(trio_context *context, int32_t row, int32_t token, int32_t n_top, float *logprob,
+                   int32_t *top_tokens, float *top_logprobs);
 
 /* Runs the encoder on the batch: for each sequence in it, all its encoder tokens, at positions 0, 1, 2, ...; at most
  * n_ubatch rows in all. If the result is TRIO_OK, the encoder tokens of all other sequences are forgotten. */

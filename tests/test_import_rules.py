@@ -40,6 +40,13 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"engine", "core", "images", *VALUES},
     "server": {"server", "interface", *VALUES},
     "testing": {"core", *VALUES},
+    "cli.chat.blocks": set(),
+    "cli.chat.composer": set(),
+    "cli.chat.conversation": set(),
+    "cli.chat.entry": {"cli.chat.composer"},
+    "cli.chat.openai": {"cli.chat.conversation", "cli.chat.model"},
+    "cli.chat.painter": {"cli.chat.blocks"},
+    "cli.chat.sse": set(),
     "bench": {"bench", "errors"},
     "bench.bare": {"front_door", "interface", "core", *VALUES},
 }
@@ -64,6 +71,9 @@ OUTSIDE: dict[str, set[str]] = {
     "matplotlib": {"bench.report"},
     "prometheus_client": {"server.metrics"},
     "PIL": {"images", "image_source"},
+    "httpx2": {"cli.chat.remote"},
+    "markdown_it": {"cli.chat.blocks"},
+    "prompt_toolkit": {"cli.chat.keyboard"},
 }
 """Who may import what is not ours: the packages that belong to some rooms only; "" are the front doors."""
 

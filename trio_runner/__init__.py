@@ -31,9 +31,11 @@ from trio_runner.info import (
     Capabilities,
     Device,
     EngineStatistics,
+    Histogram,
     MemoryUse,
     ModelInfo,
     Placement,
+    RequestStatistics,
     SchedulerStatistics,
 )
 from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill, RerankRequest
@@ -83,6 +85,7 @@ __all__ = [
     "Finished",
     "GenerateRequest",
     "Generation",
+    "Histogram",
     "Infill",
     "InvalidGrammar",
     "InvalidImage",
@@ -97,6 +100,7 @@ __all__ = [
     "PromptTooLong",
     "ReaderStalled",
     "RequestError",
+    "RequestStatistics",
     "RerankRequest",
     "RunnerError",
     "SampledToken",

@@ -75,6 +75,9 @@ class Finished:
     """Sampled tokens that no TextPiece reported, such as the end token; empty unless the request asks for
     log-probabilities."""
     text: Literal[""] = ""
+    prompt_logprobs: tuple[SampledToken, ...] = ()
+    """The tokens of the prompt but the first, in order, each with the probability that the model gave it. Only if the
+    request asks for them with `prompt_logprobs`. If the request ended early, those that are known."""
 
 
 Event: TypeAlias = PromptProgress | TextPiece | Finished

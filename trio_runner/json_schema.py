@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn, TypeAlias
-
-import msgspec
 
 from trio_runner.errors import InvalidRequest
 
 JsonSchema: TypeAlias = str | Mapping[str, Any] | type[Any]
 """A JSON text, an object, or a class: a pydantic model, or any other that msgspec can describe, such as a Struct."""
 
-MAX_SCHEMA_BYTES: Final = 256 * 1024
+MAX_SCHEMA_BYTES: Final = 128 * 1024
 """Bytes that the JSON text of a schema may have."""
 MAX_SCHEMA_DEPTH: Final = 64
 """Objects and lists of a schema that may lie within each other."""
@@ -22,9 +21,6 @@ EXTENSIONS: Final = "x-guidance"
 """The key at the top of a schema with settings of llguidance's own."""
 EXTENSION_SETTINGS: Final = ("whitespace_flexible", "coerce_one_of", "lenient")
 """Those that a caller may set, each true or false. Others could turn JSON into something else."""
-WHITESPACE: Final = r"\x20|\r?\n[\x20\t]{0,20}"
-"""White space between the tokens of JSON: a space, or a new line that is indented. Without a bound, some models write
-white space until something stops them."""
 
 
 def schema_text(value: JsonSchema) -> str:
@@ -35,47 +31,47 @@ def schema_text(value: JsonSchema) -> str:
         _refuse("must not be None")
     if isinstance(value, Mapping):
         try:
-            return json.dumps(value, allow_nan=False)
+            return json.dumps(value, allow_nan=False, default=_plain)
         except (TypeError, ValueError, RecursionError) as error:
             _refuse(f"is no JSON: {error}")
     describe = getattr(value, "model_json_schema", None)  # of pydantic, which nobody has to install for us
     if callable(describe):
         return json.dumps(describe())
+    import msgspec  # here, because it takes long and few callers have a class
+
     try:
         return json.dumps(msgspec.json.schema(value))
     except (TypeError, RuntimeError):
         _refuse(f"must be a JSON text, an object or a class that has a schema, not {type(value).__name__}")
 
 
+def _plain(value: object) -> dict[Any, Any]:
+    """A mapping that is no dict, as one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
 def check_schema(text: str) -> None:
-    """Raises `InvalidRequest` unless `text` is a JSON object or boolean that is not nested too deeply."""
-    _parse(text)
+    """Raises `InvalidRequest` unless `text` is a JSON object or true, and not nested too deeply."""
+    parse_schema(text)
 
 
-def guided_schema(text: str) -> str:
-    """The schema as llguidance gets it: with a bound on white space. Raises what `check_schema` raises."""
-    schema = _parse(text)
-    if isinstance(schema, bool):
-        schema = {}  # true: false is refused
-    settings = schema.get(EXTENSIONS, {})
-    if "whitespace_flexible" not in settings:
-        settings = {**settings, "whitespace_pattern": WHITESPACE}
-    return json.dumps({**schema, EXTENSIONS: settings}, allow_nan=False)
-
-
-def _parse(text: str) -> dict[str, Any] | bool:
+def parse_schema(text: str) -> dict[str, Any]:
+    """The object that `text` is; {} for true. Raises `InvalidRequest` for everything else."""
     try:
-        schema = json.loads(text, parse_constant=_no_constant)
+        schema = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         _refuse(f"is no JSON: {reason}")
-    if not isinstance(schema, (dict, bool)):
-        _refuse("must be an object, true or false")
+    if schema is True:
+        return {}
     if schema is False:
         _refuse("is false, which no value obeys")
+    if not isinstance(schema, dict):
+        _refuse("must be an object, true or false")
     _check_depth(schema)
-    if isinstance(schema, dict):
-        _check_settings(schema.get(EXTENSIONS, {}))
+    _check_settings(schema.get(EXTENSIONS, {}))
     return schema
 
 
@@ -101,6 +97,13 @@ def _check_settings(settings: object) -> None:
             _refuse(f"has {EXTENSIONS} with {name[:40]!r}: only {', '.join(EXTENSION_SETTINGS)} may be set")
         if not isinstance(value, bool):
             _refuse(f"has {EXTENSIONS} with {name}, which must be true or false")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return number
 
 
 def _no_constant(name: str) -> NoReturn:

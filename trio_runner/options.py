@@ -129,6 +129,10 @@ class ChatOptions(SamplingOptions, total=False):
     """Read special tokens such as `<|im_end|>` in the text of the prompt as the tokens they name."""
     progress: bool
     """Report how much of the prompt is decoded, as `PromptProgress` events."""
+    prompt_logprobs: int
+    """Number of most probable alternatives to report with every token of the prompt but the first, in
+    `Finished`. 0 reports the log-probability of the prompt's own token, -1 reports nothing. To report them, the
+    whole prompt is decoded anew, whatever is in the cache."""
     priority: Priority
     """Interactive requests go before background requests in the queue, and may take over the slot of one. The
     background request goes on later and loses nothing of its text."""

@@ -26,7 +26,7 @@ from trio_runner.parameters import (
     parameters_of,
     text_complaint,
 )
-from trio_runner.sampling import SamplingParams, as_tuple
+from trio_runner.sampling import MAX_LOGPROBS, SamplingParams, as_tuple
 
 MAX_TEXT_BYTES = 4 << 20
 """Bytes of one prompt or content. Longer ones are refused before tokenising, which takes seconds per megabyte."""
@@ -249,6 +249,14 @@ class GenerateRequest:
         True, doc="Read special tokens such as `<|im_end|>` in the text of the prompt as the tokens they name."
     )
     progress: bool = boolean(False, doc="Report how much of the prompt is decoded, as `PromptProgress` events.")
+    prompt_logprobs: int = integer(
+        -1,
+        -1,
+        MAX_LOGPROBS,
+        doc="Number of most probable alternatives to report with every token of the prompt but the first, in "
+        "`Finished`. 0 reports the log-probability of the prompt's own token, -1 reports nothing. To report them, the "
+        "whole prompt is decoded anew, whatever is in the cache.",
+    )
     priority: Priority = one_of(
         "interactive",
         ("interactive", "background"),

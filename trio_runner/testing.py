@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.config import AdapterConfig, EngineConfig
-from trio_runner.core.batch import Batch, Chunk, DecodeOutcome, Sampled, StepResult
+from trio_runner.core.batch import MAX_SCORED_ROWS, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
 from trio_runner.core.ports import (
     NO_ADAPTERS,
@@ -41,7 +41,7 @@ from trio_runner.core.ports import (
 )
 from trio_runner.core.prompt import Item, Media, MediaRow
 from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError, Unsupported
-from trio_runner.events import TokenInfo
+from trio_runner.events import SampledToken, TokenInfo
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.sampling import SamplingParams
 
@@ -354,7 +354,8 @@ class ToyContext:
                 embeddings[chunk.uid] = toy_vector(items, cache_key)
             elif chunk.output:
                 sampled[chunk.uid] = self._sample(items, cache_key, samplers[chunk.uid])
-        return StepResult(DecodeOutcome.OK, sampled, embeddings, {}, seconds=0.001 * batch.n_rows)
+        seconds = 0.001 * batch.n_rows
+        return StepResult(DecodeOutcome.OK, sampled, embeddings, {}, seconds, scores=self._scores(batch, named))
 
     def abort(self, number: int) -> None:
         self.aborted_number = number
@@ -413,6 +414,21 @@ class ToyContext:
         assert n_cells <= self.capabilities.n_slots * self.capabilities.n_ctx, "the KV cache is full"
         return self.held(chunk.slot)
 
+    def _scores(self, batch: Batch, named: ToyAdapters) -> dict[int, dict[int, SampledToken]] | None:
+        """The scores of a batch that was decoded."""
+        if batch.scoring is None:
+            return None
+        assert batch.n_rows <= MAX_SCORED_ROWS or any(chunk.whole for chunk in batch.chunks)
+        scores: dict[int, dict[int, SampledToken]] = {}
+        for chunk in batch.chunks:
+            held, cache_key = self.held(chunk.slot), toy_cache_key(named, chunk.encoder_tokens)
+            scoring = batch.scoring[chunk.uid]
+            scores[chunk.uid] = {
+                chunk.start + row + 1: toy_score(held[: chunk.start + row + 1], token, scoring.n_top, cache_key)
+                for row, token in scoring.rows(chunk)
+            }
+        return scores
+
     @staticmethod
     def _sample(items: Sequence[Item], cache_key: str, sampler: Sampler) -> Sampled:
         assert isinstance(sampler, ToySampler)
@@ -427,6 +443,18 @@ class ToyContext:
         n_top = min(sampler.params.logprobs, 1 if sampler.params.post_sampling_probs else sampler.params.logprobs)
         top = tuple(TokenInfo(token, piece, logprob) for _ in range(n_top))
         return Sampled(token, piece, logprob=logprob, top=top)
+
+
+def toy_score(items: Sequence[Item], token: int, n_top: int = 0, cache_key: str = "") -> SampledToken:
+    """How probable the toy finds `token` after `items`. All alternatives are the token that it would say."""
+    digest = hashlib.blake2b((",".join(map(_named, items)) + f" {token} {cache_key}").encode(), digest_size=2).digest()
+    said = toy_next(items, cache_key)
+    top = (TokenInfo(said, _piece(said), -1.0),) * n_top
+    return SampledToken(token, _piece(token), -float(int.from_bytes(digest, "big")), top)
+
+
+def _piece(token: int) -> bytes:
+    return b"" if token == END else bytes([token])
 
 
 def _path(adapter: Adapter) -> str:

@@ -17,6 +17,8 @@ something is in `tables.py`, which the tests import.
 ```
 ```{bounds}
 ```
+```{metrics} llama-server
+```
 """
 
 from __future__ import annotations
@@ -104,6 +106,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
         "command-options": tables.command_options,
         "error-classes": tables.error_classes,
         "bounds": tables.bounds,
+        "metrics": tables.metrics,
     }
     for name, make in makers.items():
         app.add_directive(name, type("_Table", (TableDirective,), {"make": staticmethod(make)}))

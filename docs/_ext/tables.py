@@ -24,10 +24,13 @@ from trio_runner.server.dialects.fields import Body, Field, Schema
 from trio_runner.server.dialects.llama_server import text_requests
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION, NOT_COVERED
 from trio_runner.server.dialects.llama_server.infill import GAP_FIELDS
+from trio_runner.server.dialects.ollama import bodies as ollama
+from trio_runner.server.dialects.ollama.options import OPTIONS
 from trio_runner.server.dialects.openai.requests_chat import CHAT
 from trio_runner.server.dialects.openai.requests_embeddings import EMBEDDINGS
 from trio_runner.server.dialects.openai.requests_text import TEXT
 from trio_runner.server.dialects.runner import requests
+from trio_runner.server.metric_table import LLAMA_SERVER_METRICS, METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,14 @@ BODIES: Final[Mapping[str, Body]] = {
     "adapters": requests.ADAPTER,
     "tokenize": requests.TOKENIZE,
     "detokenize": requests.DETOKENIZE,
+    "ollama-generate": ollama.GENERATE,
+    "ollama-chat": ollama.CHAT,
+    "ollama-message": Body(ollama.MESSAGE, {}),
+    "ollama-options": Body(OPTIONS, {}),
+    "ollama-embed": ollama.EMBED,
+    "ollama-embeddings": ollama.EMBEDDINGS,
+    "ollama-show": ollama.SHOW,
+    "ollama-pull": ollama.PULL,
     "openai-chat": CHAT,
     "openai-text": TEXT,
     "openai-embeddings": EMBEDDINGS,
@@ -105,6 +116,7 @@ BODIES: Final[Mapping[str, Body]] = {
     "llama-rerank": text_requests.RERANK,
     "llama-tokenize": text_requests.TOKENIZE,
     "llama-detokenize": text_requests.DETOKENIZE,
+    "llama-template": text_requests.TEMPLATE,
 }
 """The body of each kind of request, by the name that the pages use."""
 
@@ -241,6 +253,16 @@ BOUNDS: Final = (
     ("Seconds between two requests", "trio_runner.server.serve.KEEP_ALIVE_SECONDS", "seconds", "closed"),
 )
 """(what, its constant, the unit, what a request beyond it gets)"""
+
+
+def metrics(whose: str = "") -> Table:
+    """The metrics of /metrics: ours, without their prefix, or those of llama-server."""
+    entries = LLAMA_SERVER_METRICS if whose == "llama-server" else METRICS
+    rows = [
+        (f"`{entry.name}`" + (f", by `{entry.label}`" if entry.label else ""), entry.kind, entry.doc)
+        for entry in entries
+    ]
+    return Table(("name", "kind", "meaning"), tuple(rows), (40, 15, 45))
 
 
 def bounds() -> Table:

@@ -1,4 +1,4 @@
-"""A server of each of the three dialects, over real sockets. It generates words at a steady pace."""
+"""A server of each of the dialects, over real sockets. It generates words at a steady pace."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class FakeServer:
 
     def __init__(self, dialect: DialectName, *, slots: int = 4, max_queue: int = 1000) -> None:
         self.dialect = dialect
+        self.is_openai = dialect in ("openai", "openai-chat")
         self.n_slots = slots
         self.slots = trio.CapacityLimiter(slots)
         self.max_queue = max_queue
@@ -107,7 +108,7 @@ class FakeServer:
         match path:
             case "/health":
                 return self.health, {"status": "ok"} | ({"progress": 1} if self.dialect == "runner" else {})
-            case "/tokenize" if self.dialect != "openai":
+            case "/tokenize" if not self.is_openai:
                 words = fields["content"].split()
                 return 200, {"tokens": [END_TOKEN if word == "</s>" else 1 for word in words]}
             case "/statistics" if self.has_statistics:
@@ -128,7 +129,7 @@ class FakeServer:
                 return 200, [
                     {"is_processing": i < self.slots.borrowed_tokens} for i in range(int(self.slots.total_tokens))
                 ]
-            case "/v1/models" if self.dialect == "openai":
+            case "/v1/models" if self.is_openai:
                 return 200, {"data": [{"id": "fake"}]}
             case "/embedding" | "/v1/embeddings" if self.embeds:
                 return 200, {"embedding": [1.0]}
@@ -173,13 +174,14 @@ class FakeServer:
             await stream.aclose()
 
     async def _generate(self, stream: trio.SocketStream, fields: Fields) -> None:
-        words = fields["prompt"].split()
+        text = fields["messages"][0]["content"] if self.dialect == "openai-chat" else fields["prompt"]
+        words = text.split()
         n_cached = min(_n_same(words, self.cached), len(words) - 1) if fields["cache_prompt"] else 0
         for n_decoded in range(n_cached + 1, len(words) + 1, 16):
             self.cached = words[:n_decoded]
             await trio.sleep(16 * self.prefill_step)
         self.cached = words
-        n_predict: int = fields["max_tokens" if self.dialect == "openai" else "n_predict"]
+        n_predict: int = fields["max_tokens" if self.is_openai else "n_predict"]
         streamed = fields.get("stream", True)
         pieces = []
         if streamed:
@@ -205,12 +207,16 @@ class FakeServer:
 
     def _piece(self, word: str, n_top: bool) -> Iterator[bytes]:
         top = [{"logprob": -0.1}, {"logprob": -1.0}]
-        entry = {"completion_probabilities": [{"bytes": list(word.encode()), "top_logprobs": top}]} if n_top else {}
+        token = {"bytes": list(word.encode()), "top_logprobs": top}
+        entry = {"completion_probabilities": [token]} if n_top else {}
         if self.dialect == "runner":
             yield _line({"content": word, "stop": False, "padding": PADDING, **entry})
         elif self.dialect == "llama":
             yield b": a comment\n\n"
             yield _event({"content": word, "stop": False, "padding": PADDING, **entry})
+        elif self.dialect == "openai-chat":
+            part = {"delta": {"content": word}, "logprobs": {"content": [token]} if n_top else None}
+            yield _event({"choices": [part], "padding": PADDING})
         else:
             logprobs = {"tokens": [word], "top_logprobs": [{word: -0.1, "else": -1.0}]} if n_top else None
             yield _event({"choices": [{"text": word, "finish_reason": None, "logprobs": logprobs}], "padding": PADDING})
@@ -223,10 +229,10 @@ class FakeServer:
             case "llama":
                 timings["prompt_n"] -= n_cached
                 return [_event({"content": text, "stop": True, "timings": timings})]
-            case "openai":
+            case "openai" | "openai-chat":
                 usage = {"prompt_tokens": n_prompt, "completion_tokens": n_predicted}
                 usage["prompt_tokens_details"] = {"cached_tokens": n_cached}  # type: ignore[assignment]
-                choice = {"text": text, "finish_reason": "length"}
+                choice = {"text": text, "message": {"content": text}, "finish_reason": "length"}
                 return [_event({"choices": [choice], "usage": usage}), b"data: [DONE]\n\n"]
 
 
@@ -267,4 +273,4 @@ async def fake_server(
     fake = FakeServer(dialect, slots=slots, max_queue=max_queue)
     async with listening(fake.serve) as address:
         kind = DIALECTS[dialect](model="fake")
-        yield fake, Server(f"http://{address}", address, kind, fake.n_slots, tokenizes=dialect != "openai")
+        yield fake, Server(f"http://{address}", address, kind, fake.n_slots, tokenizes=not fake.is_openai)

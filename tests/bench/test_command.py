@@ -50,6 +50,26 @@ async def test_two_servers_are_compared(toy: str, tmp_path: Path) -> None:
     assert "<svg" in files["plot.svg"].read_text()
 
 
+async def test_one_server_is_compared_in_two_dialects(toy: str) -> None:
+    serve = ["serve", "--model", toy, "--port", "0", "--slots", "2"]
+    async with program(*serve, environment=ENDLESS) as server:
+        url = f"http://127.0.0.1:{await server.listening()}"
+        same = ["--url", url, "--dialect", "llama", "--url", url, "--dialect", "runner"]
+        options = [*SMALL, "--scenario", "throughput", "-n", "60", "--json", "-"]
+        async with program("bench", *same, *options, toy=False) as bench:
+            assert await bench.ended() == 0, bench.log
+        async with program("bench", "--url", url, "--url", url, toy=False) as twice:
+            assert await twice.ended() == 1
+    assert "a server is measured twice in the same dialect" in twice.log
+    document = json.loads(bench.output)
+    assert [server["dialect"] for server in document["servers"]] == ["llama", "runner"]
+    found = {result["metric"]: result for result in document["results"]}
+    assert found["1 stream"]["ratio"] > 0
+    cpu = found["1 stream, CPU time a token"]
+    assert cpu["unit"] == "ms"
+    assert all(server["median"] > 0 for server in cpu["servers"])
+
+
 async def test_without_a_url_a_server_is_started(tmp_path: Path) -> None:
     model = str(tiny_model("llama", tmp_path))
     command = ["bench", "-m", model, "--slots", "2", "--threads", "1", "--context-length", "256", "--no-mmap"]

@@ -52,6 +52,19 @@ ANSWERS: list[tuple[DialectName, bytes, list[Message]]] = [
         b'{"tokens":[" a"],"top_logprobs":[{" a":-1,"b":-3}]}}]}',
         [Message(" a", (Choice(b" a", (-1.0, -3.0)),))],
     ),
+    (
+        "openai-chat",
+        b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n: a comment\n\n'
+        b'data: {"choices":[{"delta":{"content":" a"},"logprobs":{"content":[{"bytes":[32,97],"top_logprobs":'
+        b'[{"logprob":-2.5},{"logprob":-0.5}]}]}}]}\n\n'
+        b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\ndata: [DONE]\n\n',
+        [Message(""), Message(" a", (Choice(b" a", (-0.5, -2.5)),)), Message(total=Total(9, None, 1))],
+    ),
+    (
+        "openai-chat",
+        b'{"choices":[{"message":{"content":" a b"},"finish_reason":"stop"}],"usage":{"prompt_tokens":2}}',
+        [Message(" a b", total=Total(2, None, None))],
+    ),
 ]
 
 
@@ -69,7 +82,7 @@ def test_an_answer_is_the_same_however_it_is_split(
 @pytest.mark.parametrize("name", list(DIALECTS))
 def test_every_request_is_greedy_and_has_a_length(name: DialectName) -> None:
     fields = DIALECTS[name](model="m").body(Request(prompt="p", max_tokens=5, reuse=True))
-    assert fields["prompt"] == "p"
+    assert fields.get("prompt") == "p" or fields["messages"] == [{"role": "user", "content": "p"}]
     assert fields["temperature"] == 0
     assert fields["cache_prompt"] is True
     assert fields.get("n_predict", fields.get("max_tokens")) == 5
@@ -79,3 +92,9 @@ def test_tokens_that_would_end_a_stream_are_forbidden() -> None:
     request = Request(prompt="p", max_tokens=5)
     assert DIALECTS["runner"](forbidden=(2, 7)).body(request)["logit_bias"] == [[2, False], [7, False]]
     assert DIALECTS["llama"]().body(request)["ignore_eos"] is True
+
+
+def test_the_paths_of_a_dialect_may_begin_with_a_base() -> None:
+    dialect = DIALECTS["llama"](base="/llama")
+    assert (dialect.path, dialect.embedding_path) == ("/llama/completion", "/llama/embedding")
+    assert DIALECTS["llama"]().path == "/completion"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from trio_runner.bench.processes import foreign_seconds, holdings, listener
+from trio_runner.bench.processes import cpu_seconds, foreign_seconds, holdings, listener
 
 MIB = 1 << 20
 
@@ -58,11 +58,18 @@ def test_seconds_of_other_processes_are_counted() -> None:
         try:
             us, both = [os.getpid()], [os.getpid(), busy.pid]
             before = _seconds(us) - _seconds(both)
+            spent = cpu_seconds(busy.pid)
             while _seconds(us) - _seconds(both) < before + 0.1:
                 pass
+            now = cpu_seconds(busy.pid)
+            assert spent is not None
+            assert now is not None
+            assert now > spent
+            assert _seconds([*us, *us]) >= _seconds(us)  # a process that is named twice counts once
         finally:
             busy.kill()
     assert foreign_seconds([os.getpid(), None]) is None
+    assert cpu_seconds(2**22 + 1) is None
     assert foreign_seconds([2**22 + 1]) is None
 
 

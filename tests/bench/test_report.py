@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,17 @@ def test_the_markdown_table() -> None:
         "* more, llama at http://h:2: -, cannot\n"
         "* seed 3\n"
     )
+
+
+def test_one_server_in_two_dialects_has_two_columns() -> None:
+    both = outcomes("openai-chat", "runner")
+    address = both[0].server.address
+    for outcome in both:
+        outcome.server = replace(outcome.server, url="http://h:1", address=address)
+    header = report.markdown(both, seed=3).splitlines()[0]
+    assert header.endswith(" openai-chat / runner |")
+    servers = report.document(both, seed=3, repeat=2, load=Load())["servers"]
+    assert [server["dialect"] for server in servers] == ["openai-chat", "runner"]
 
 
 def test_the_terminal_table() -> None:

@@ -23,7 +23,9 @@ def test_the_defaults_are_those_of_the_configuration(call: Call) -> None:
     assert main(["serve"]) == 0
     assert call.model == ModelConfig(path="/fetched/SmolLM2-135M-Instruct")
     assert call.engine == EngineConfig(load_wait=120)
-    assert call.service == ServiceConfig(names=ModelNames("SmolLM2-135M-Instruct"))
+    assert call.service == ServiceConfig(
+        names=ModelNames("SmolLM2-135M-Instruct"), model_path=Path("/fetched/SmolLM2-135M-Instruct")
+    )
     assert main(["run", "hello"]) == 0
     assert call.engine == EngineConfig(slots=1, stall_timeout=float("inf"))
     for command in (["embed", "hello"], ["rerank", "hello", "you"]):
@@ -79,6 +81,7 @@ def test_every_option_arrives(call: Call, tmp_path: Path) -> None:
         allowed_hosts=("a.example",),
         allowed_origins=("https://b.example", "app://-"),
         names=ModelNames("small", ("gpt-4o", "tiny"), any_model=True),
+        model_path=Path("/fetched/m.gguf"),
         adapter_dir=tmp_path,
         max_body_bytes=64 << 20,
     )

@@ -14,10 +14,11 @@ import numpy as np
 from tests.core.oracle import cache_key_of
 from trio_runner.core.batch import Batch
 from trio_runner.core.prompt import Item, common_prefix, cut_before
+from trio_runner.core.sequence import SequenceSpec
 from trio_runner.core.snapshot import SchedulerState, SequenceState
 from trio_runner.errors import DecodeFailed
-from trio_runner.events import Embedded, Finished, PromptProgress, TextPiece
-from trio_runner.testing import toy_vector
+from trio_runner.events import Embedded, Finished, PromptProgress, SampledToken, TextPiece
+from trio_runner.testing import toy_score, toy_vector
 
 if TYPE_CHECKING:
     from tests.core.world import World
@@ -67,8 +68,8 @@ def check_admission(world: World, before: SchedulerState, after: SchedulerState)
     """A sequence that got a slot, if no other did in the same step, goes on from the longest prefix that any held."""
     started = [sequence for uid, sequence in after.running.items() if uid not in before.running]
     assert all(sequence.spec.uid not in world.paused for sequence in started), "a slot for a paused sequence"
-    started = [sequence for sequence in started if not sequence.spec.embedding]
-    if len(started) != 1 or not world.capabilities.can_trim:
+    # A text to embed may take the slot that holds the prefix.
+    if len(started) != 1 or started[0].spec.embedding or not world.capabilities.can_trim:
         return
     sequence = started[0]
     if sequence.spec.reuses and sequence.follows is None and not sequence.prompt_done:
@@ -165,11 +166,23 @@ def check_survivors(world: World) -> None:
             assert world.outcome(uid) == world.alone(uid)
             assert last.usage.prompt_seconds > 0
         check_progress(world, uid)
+        if isinstance(last, Finished):
+            assert last.prompt_logprobs == (expected_scores(spec) if spec.prompt_logprobs >= 0 else ())
         pieces = [event for event in before if isinstance(event, TextPiece)]
         assert all(piece.text for piece in pieces)
         if isinstance(last, Finished):
             n_reported = sum(len(piece.tokens) for piece in pieces) + len(last.tokens)
             assert n_reported == (last.usage.completion_tokens if spec.logprobs else 0)
+
+
+def expected_scores(spec: SequenceSpec) -> tuple[SampledToken, ...]:
+    """How probable the tokens of its prompt are."""
+    cache_key, prompt = cache_key_of(spec), spec.prompt
+    return tuple(
+        toy_score(prompt[:index], item, spec.prompt_logprobs, cache_key)
+        for index, item in enumerate(prompt)
+        if index and isinstance(item, int)
+    )
 
 
 def check_progress(world: World, uid: int) -> None:

@@ -56,6 +56,7 @@ class Submit:
     logprobs: bool
     embedding: bool
     background: bool
+    prompt_logprobs: int
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ SUBMISSIONS = st.builds(
     logprobs=st.booleans(),
     embedding=st.sampled_from([False] * 5 + [True]),
     background=st.sampled_from([False, False, True]),
+    prompt_logprobs=st.sampled_from([-1, -1, -1, -1, 0, 2]),
 )
 MOVES: st.SearchStrategy[list[Move]] = st.lists(
     st.one_of(
@@ -233,6 +235,7 @@ def fitted(move: Submit, capabilities: Capabilities) -> SequenceSpec:
         logprobs=move.logprobs,
         embedding=move.embedding,
         background=move.background,
+        prompt_logprobs=-1 if move.embedding or capabilities.decoder_start is not None else move.prompt_logprobs,
     )
     if capabilities.decoder_start is not None:
         encoder_tokens = move.prompt[: capabilities.max_rows]

@@ -138,6 +138,7 @@ BAD_GENERATE: dict[str, list[Any]] = {
     ],
     "adapters": ADAPTERS,
     "max_tokens": COUNTS,
+    "prompt_logprobs": [*NOT_INTEGERS, -2, MAX_LOGPROBS + 1],
     "preferred_slot": COUNTS,
     "stop": [
         *NOT_LISTS,
@@ -331,6 +332,7 @@ SAMPLING = st.builds(
         priority=st.sampled_from(["interactive", "background"]),
         deadline=st.none() | st.floats(0.001, MAX_DEADLINE) | st.integers(1, 10),
         decode_seconds=st.none() | st.floats(0.001, MAX_DEADLINE),
+        prompt_logprobs=st.integers(-1, MAX_LOGPROBS),
         preferred_slot=st.none() | st.integers(0, INT_MAX),
     )
 )

@@ -60,6 +60,7 @@ class Fields(TypedDict, total=False):
     background: bool
     progress: bool
     logprobs: bool
+    prompt_logprobs: int
     tells_first_token: bool
 
 
@@ -235,14 +236,14 @@ class World:
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
         running = self.state.running
         last_rows = {chunk.uid for chunk in batch.chunks if len(chunk.items) == len(running[chunk.uid].pending)}
-        needs_all_rows = batch.kind.embedding and not self.capabilities.embeds_last_row
+        is_lost = batch.kind.scored or (batch.kind.embedding and not self.capabilities.embeds_last_row)
         for chunk in batch.chunks:
             n_rows = len(chunk.items)
             if result.outcome is not DecodeOutcome.OK:
                 # What an aborted batch has left counts, except the last row that the sequence needs.
                 n_rows = max(len(self.context.held(chunk.slot)) - chunk.start, 0)
                 n_rows = cut_before(chunk.items, n_rows - (chunk.uid in last_rows and n_rows == len(chunk.items)))
-                if needs_all_rows or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
+                if is_lost or result.outcome not in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
                     n_rows = 0
             if chunk.uid not in self.sampled:
                 self.n_prefilled[chunk.uid] += n_rows

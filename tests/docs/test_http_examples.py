@@ -93,7 +93,16 @@ def test_shape(text: str, expected: object) -> None:
 
 
 async def test_every_example_is_answered(tmp_path: Path) -> None:
-    pages = {"README.md", "http.md", "llama-server.md", "models.md", "openai.md"}
+    pages = {
+        "README.md",
+        "http.md",
+        "llama-server.md",
+        "metrics.md",
+        "models.md",
+        "ollama.md",
+        "openai.md",
+        "runner.md",
+    }
     assert {example.page.name for example in EXAMPLES} == pages
     curl = tmp_path / "bin" / "curl"
     curl.parent.mkdir()

@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from docs._ext import tables
-from tests.docs.pages import ROOT, read
+from tests.docs.pages import ROOT, blocks, read
 from trio_runner.config import EngineConfig, ModelConfig
-from trio_runner.info import Capabilities, EngineStatistics, ModelInfo, SchedulerStatistics
+from trio_runner.events import FinishReason
+from trio_runner.info import Capabilities, EngineStatistics, ModelInfo, Phase, SchedulerStatistics
 from trio_runner.parameters import parameters_of
 from trio_runner.request import EmbedRequest, GenerateRequest, RerankRequest
 from trio_runner.sampling import SamplingParams
 from trio_runner.server.dialects.runner import responses
+from trio_runner.server.metric_table import LLAMA_SERVER_METRICS, METRICS
 
-HTTP = read(ROOT / "docs" / "http.md")
+RUNNER = read(ROOT / "docs" / "runner.md")
 
 
 def first_cells(section: str) -> set[str]:
-    """The names in the first column of the tables of a section of docs/http.md."""
-    begin = HTTP.index(f"\n## {section}\n")
-    text = HTTP[begin : HTTP.index("\n## ", begin + 1)]
+    """The names in the first column of the tables of a section of docs/runner.md."""
+    begin = RUNNER.index(f"\n## {section}\n")
+    text = RUNNER[begin : RUNNER.index("\n## ", begin + 1)]
     return set(re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE))
 
 
@@ -49,11 +52,11 @@ def test_the_parts_of_a_completion_are_all_of_it() -> None:
 
 
 def test_the_page_shows_each_table_of_fields() -> None:
-    shown = re.findall(r"^```\{wire-fields\} (\w+)", HTTP, re.MULTILINE)
+    shown = re.findall(r"^```\{wire-fields\} (\w+)", RUNNER, re.MULTILINE)
     assert set(shown) == {"completion", "embedding", "rerank", "adapters", "tokenize", "detokenize"}
 
 
-@pytest.mark.parametrize(("page", "prefix"), [("llama-server", "llama-"), ("openai", "openai-")])
+@pytest.mark.parametrize(("page", "prefix"), [("llama-server", "llama-"), ("ollama", "ollama-"), ("openai", "openai-")])
 def test_the_page_of_a_dialect_shows_each_of_its_tables(page: str, prefix: str) -> None:
     text = read(ROOT / "docs" / f"{page}.md")
     shown = re.findall(r"^```\{wire-fields\} ([\w-]+)\n(?::(\w+): ([\w-]+))?", text, re.MULTILINE)
@@ -110,3 +113,20 @@ def test_the_figures_of_the_readme_were_measured() -> None:
     for figure in figures:
         assert figure in measured
     assert len(read(readme).splitlines()) <= 130
+
+
+def test_every_metric_has_a_row() -> None:
+    shown = [row[0] for whose in ("", "llama-server") for row in tables.metrics(whose).rows]
+    entries = (*METRICS, *LLAMA_SERVER_METRICS)
+    assert [name.partition("`, by")[0].strip("`") for name in shown] == [entry.name for entry in entries]
+    page = read(ROOT / "docs" / "metrics.md")
+    assert re.findall(r"^```\{metrics\}(.*)$", page, re.MULTILINE) == ["", " llama-server"]
+    known = {entry.name for entry in entries}
+    for name in re.findall(r"trio_runner_(\w+)", "".join(block.text for block in blocks("text"))):
+        assert re.sub("_(bucket|count|sum)$", "", name) in known, name
+
+
+def test_phases_and_reasons_have_rows() -> None:
+    page = read(ROOT / "docs" / "metrics.md")
+    named = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert named >= {*get_args(Phase), *get_args(FinishReason), "abort"}

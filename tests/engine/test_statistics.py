@@ -85,6 +85,16 @@ async def test_what_is_found_in_the_prompt_cache(toy: Toy) -> None:
         assert told.n_prompt_decoded == 2 * n_prompt + 1
 
 
+async def test_a_prompt_that_is_only_warmed(toy: Toy) -> None:
+    async with toy.engine() as engine:
+        await engine.generate("warm", max_tokens=0).collect()
+        told, requests = engine.statistics().scheduler, engine.statistics().requests
+        assert ended(requests) == {"length": 1}
+        assert (told.n_prompt_tokens, told.n_looked_up, told.n_sampled) == (4, 4, 0)
+        assert (requests.latency.count, requests.queue.count) == (1, 1)
+        assert requests.first_token.count == requests.prefill.count == requests.decode.count == 0
+
+
 async def test_embeddings_are_no_generations(toy: Toy) -> None:
     async with toy.engine() as engine:
         await engine.embed(["one", "another"])

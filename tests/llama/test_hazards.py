@@ -165,6 +165,8 @@ def test_every_pointer_may_be_null(shim: Shim) -> None:
     shim.refused("trio_step", shim.context, null, null, null)
     shim.refused("trio_embedding", null, 0, 0, null, 0)
     shim.refused("trio_embedding", shim.context, 0, 0, null, 0)
+    shim.refused("trio_score", null, 0, 0, 0, null, null, null)
+    shim.refused("trio_score", shim.context, 0, 0, 0, null, null, null)
     shim.refused("trio_seq_remove", null, 0, 0, 0)
     shim.refused("trio_sampler_accept_prompt", null, null, 0)
     shim.refused("trio_device_get", -1, shim.ffi.new("trio_device *"))
@@ -183,6 +185,28 @@ def test_missing_embeddings_are_refused(shim: Shim) -> None:
     for seq in (-1, 1, 7):
         shim.refused("trio_embedding", shim.context, seq, 0, values, 64)
     assert shim.lib.trio_embedding(shim.context, 0, 1, values, 64) == 64
+
+
+def test_rows_without_logits_have_no_score(shim: Shim) -> None:
+    logprob, tokens, logprobs = (shim.ffi.new(f"{kind}[]", 8) for kind in ("float", "int32_t", "float"))
+    null = shim.ffi.NULL
+    assert shim.running.context.apply(Trim(0, 0))
+    samplers = {0: shim.running.sampler()}
+    assert shim.running.step(Chunk(0, 0, 0, (5, 6), True), samplers=samplers).outcome is DecodeOutcome.OK
+    n_vocab = shim.running.model.info.n_vocab
+    for row, token, n_top in ((-1, 5, 0), (0, 5, 0), (2, 5, 0), (1, -1, 0), (1, n_vocab, 0), (1, 5, -1)):
+        shim.refused("trio_score", shim.context, row, token, n_top, logprob, tokens, logprobs)
+    shim.refused("trio_score", shim.context, 1, 5, 8, logprob, null, null)
+    shim.refused("trio_score", shim.context, 1, 5, n_vocab + 1, logprob, tokens, logprobs)
+    assert shim.lib.trio_score(shim.context, 1, 5, 8, logprob, tokens, logprobs) == 8
+    assert logprob[0] <= logprobs[0]
+    # A batch that was refused leaves nothing to score, and neither do embeddings.
+    assert shim.running.step(Chunk(0, 0, 5, (5,), True), samplers={0: shim.running.sampler()}).outcome is (
+        DecodeOutcome.INVALID
+    )
+    shim.refused("trio_score", shim.context, 1, 5, 0, logprob, null, null)
+    assert shim.running.step(Chunk(0, 0, 2, (5,), True), embeddings=True).outcome is DecodeOutcome.OK
+    shim.refused("trio_score", shim.context, 0, 5, 0, logprob, null, null)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from trio_runner.errors import InvalidGrammar, InvalidRequest
 from trio_runner.llama import schema as schemas
 from trio_runner.sampling import SamplingParams
 
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+
 Models = Callable[[str], Path]
 
 FREE = SamplingParams(repeat_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0, seed=1)

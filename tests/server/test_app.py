@@ -201,7 +201,7 @@ async def test_the_front_page() -> None:
         assert (await server.ask(request("GET", "/", b"", "Origin: null"))).status == 403
         for method in ("POST", "DELETE"):
             answer = await server.ask(request(method, "/", b"", "X-Api-Key: s3cret"))
-            assert (answer.status, answer.headers["allow"]) == (405, "GET")
+            assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 async def test_api_key() -> None:

@@ -242,7 +242,7 @@ async def test_only_get(toy: Toy) -> None:
     async with toy.engine() as engine, serving(engine) as server:
         assert (await server.ask(request("HEAD", "/metrics"))).status == 200
         refusal = await server.ask(post("/metrics", {}))
-        assert (refusal.status, refusal.headers["allow"]) == (405, "GET")
+        assert (refusal.status, refusal.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 async def test_two_engines_in_one_process_do_not_collide() -> None:

@@ -18,6 +18,7 @@ from trio_runner.server.dialects import DIALECTS
 from trio_runner.server.dialects.dialect import Dialect, Operation, RouteContext
 from trio_runner.server.dialects.fields import STRING, Body, field
 from trio_runner.server.docs_page import docs_page
+from trio_runner.server.names import ModelNames
 from trio_runner.server.openapi import describe
 from trio_runner.server.problems import Answer, Problem, plain_text
 
@@ -36,6 +37,7 @@ def test_the_example_of_each_operation_is_a_body_that_it_accepts(dialect: Dialec
     if operation.body is not None:
         read = operation.body.read(json.dumps(operation.body.example).encode())
         assert read.keys() == operation.body.example.keys()
+        ModelNames("whatever").check(read.get("model"))  # what the server calls its model is not known here
         assert all(entry.doc.endswith(".") for entry in operation.body.fields.values())
     assert operation.summary.endswith(".")
 
@@ -71,6 +73,22 @@ async def test_the_page_for_people_has_every_path_and_needs_nothing_else() -> No
         assert shown(operation.path) in text
     assert "<script" not in text
     assert "http" not in text.replace("http://localhost", "")
+
+
+async def test_the_document_tells_who_needs_a_key() -> None:
+    async with serving(FakeEngine(), api_key="s3cret") as server:
+        document = (await server.ask(request("GET", "/openapi.json", b"", "X-Api-Key: s3cret"))).json
+        page = (await server.ask(request("GET", "/docs", b"", "X-Api-Key: s3cret"))).body.decode()
+        without = await server.ask(request("GET", "/openapi.json"))
+    assert without.status == 401
+    schemes = document["components"]["securitySchemes"]
+    assert {scheme.get("scheme") or scheme["name"] for scheme in schemes.values()} == {"bearer", "X-Api-Key"}
+    assert document["security"] == [{name: []} for name in schemes]
+    open_paths = [
+        path for path, methods in document["paths"].items() for one in methods.values() if one.get("security") == []
+    ]
+    assert open_paths == ["/health", "/"]
+    assert page.count("Bearer $KEY") == sum(map(len, document["paths"].values())) - len(open_paths)
 
 
 class Said(msgspec.Struct):

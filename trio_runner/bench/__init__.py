@@ -1,4 +1,4 @@
-"""The load generator: drives any server that speaks one of three dialects, and prints what its clients experience.
+"""The load generator: drives any server that speaks one of four dialects, and prints what its clients experience.
 
     prompts, dialects, figures      pure: texts with a given number of tokens, requests and answers, medians
     client                          one request on one socket, with the moment of every byte

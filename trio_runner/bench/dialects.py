@@ -1,8 +1,9 @@
 """The bytes of each kind of server: how a completion is requested, and how it is answered. Pure.
 
-runner   our server and Ollama's Go runner: one JSON object per line
-llama    llama-server's own /completion: server-sent events, or one JSON object
-openai   /v1/completions: server-sent events, or one JSON object
+runner        our server and Ollama's Go runner: one JSON object per line
+llama         llama-server's own /completion: server-sent events, or one JSON object
+openai        /v1/completions: server-sent events, or one JSON object
+openai-chat   /v1/chat/completions: the same, with the prompt as the message of a user
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
-DialectName: TypeAlias = Literal["runner", "llama", "openai"]
+DialectName: TypeAlias = Literal["runner", "llama", "openai", "openai-chat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,15 +100,18 @@ class Decoder:
 
 
 class Dialect(ABC):
-    """How one kind of server is asked. `forbidden` are tokens that would end a stream, `model` is the model's name."""
+    """How one kind of server is asked. `forbidden` are tokens that would end a stream, `model` is the model's name, and
+    all paths begin with `base`."""
 
     name: ClassVar[DialectName]
-    path: ClassVar[str]
-    embedding_path: ClassVar[str] = "/embedding"
+    path: str
+    embedding_path = "/embedding"
 
-    def __init__(self, *, forbidden: Sequence[int] = (), model: str = "") -> None:
+    def __init__(self, *, forbidden: Sequence[int] = (), model: str = "", base: str = "") -> None:
         self.forbidden = tuple(forbidden)
         self.model = model
+        self.path = base + self.path
+        self.embedding_path = base + self.embedding_path
 
     @abstractmethod
     def body(self, request: Request) -> dict[str, Any]:
@@ -186,7 +190,7 @@ class Llama(Dialect):
 class OpenAI(Dialect):
     """OpenAI's endpoints, as many servers have them."""
 
-    name = "openai"
+    name: ClassVar[DialectName] = "openai"
     path = "/v1/completions"
     embedding_path = "/v1/embeddings"
 
@@ -222,7 +226,30 @@ class OpenAI(Dialect):
         return {"model": self.model, "input": text}
 
 
-DIALECTS: Final[dict[DialectName, type[Dialect]]] = {kind.name: kind for kind in (Runner, Llama, OpenAI)}
+class OpenAIChat(OpenAI):
+    """OpenAI's endpoint for conversations. The server puts its chat template around the prompt."""
+
+    name = "openai-chat"
+    path = "/v1/chat/completions"
+
+    def body(self, request: Request) -> dict[str, Any]:
+        fields = super().body(request)
+        fields["messages"] = [{"role": "user", "content": fields.pop("prompt")}]
+        if request.n_top:
+            fields |= {"logprobs": True, "top_logprobs": request.n_top}
+        return fields
+
+    def message(self, fields: Mapping[str, Any]) -> Message:
+        choices = [
+            {**choice, "text": (choice.get("delta") or choice.get("message") or {}).get("content")}
+            for choice in fields.get("choices") or ()
+        ]
+        return super().message({**fields, "choices": choices})
+
+
+DIALECTS: Final[dict[DialectName, type[Dialect]]] = {kind.name: kind for kind in (Runner, Llama, OpenAI, OpenAIChat)}
+OUR_BASES: Final[dict[DialectName, str]] = {"llama": "/llama"}
+"""Where a server of ours has the paths of a dialect that it does not have at the root."""
 
 
 def _error_text(error: Any) -> str:

@@ -36,6 +36,15 @@ def holdings(pid: int) -> Holdings | None:
     return Holdings(int(fields["Threads"]), n_descriptors, int(fields["RssAnon"]) / 1024)
 
 
+def cpu_seconds(pid: int) -> float | None:
+    """Seconds that cores have spent on the process so far, to the hundredth. None if it cannot be seen."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def foreign_seconds(pids: Iterable[int | None]) -> float | None:
     """Seconds that the cores of this machine have spent on other processes than these, since an unknown moment.
 
@@ -43,11 +52,13 @@ def foreign_seconds(pids: Iterable[int | None]) -> float | None:
     """
     try:
         user, nice, system, _, _, *others = map(int, (_PROC / "stat").read_text().partition("\n")[0].split()[1:9])
-        stats = [(_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split() for pid in pids]
     except (OSError, ValueError):
         return None
-    ours = sum(int(fields[11]) + int(fields[12]) for fields in stats)
-    return (user + nice + system + sum(others) - ours) / os.sysconf("SC_CLK_TCK")
+    spent = [None if pid is None else cpu_seconds(pid) for pid in dict.fromkeys(pids)]
+    ours = sum(seconds for seconds in spent if seconds is not None)
+    if None in spent:
+        return None
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK") - ours
 
 
 def listener(host: str, port: int) -> int | None:

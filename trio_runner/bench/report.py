@@ -95,7 +95,7 @@ def _cells_of(row: Row) -> list[str]:
 
 def _names(outcomes: Sequence[Outcome]) -> list[str]:
     """Names of the servers: their dialects, with a letter before each if that does not tell them apart."""
-    servers = list({outcome.server.url: outcome.server for outcome in outcomes}.values())
+    servers = list({outcome.server.key: outcome.server for outcome in outcomes}.values())
     names = [str(server.dialect.name) for server in servers]
     return names if len(set(names)) == len(names) else [f"{'ABCDEFGH'[i % 8]} {name}" for i, name in enumerate(names)]
 
@@ -147,7 +147,7 @@ def markdown(outcomes: Sequence[Outcome], *, seed: int) -> str:
 
 def document(outcomes: Sequence[Outcome], *, seed: int, repeat: int, load: Load) -> dict[str, Any]:
     """All results and settings, for `json.dump`."""
-    servers = list({outcome.server.url: outcome.server for outcome in outcomes}.values())
+    servers = list({outcome.server.key: outcome.server for outcome in outcomes}.values())
     return {
         "machine": machine(),
         "servers": [

@@ -86,7 +86,7 @@ async def run_rounds(
     that they can be saved before a later one fails.
     """
     for server in servers:
-        progress(f"warming up {server.url}")
+        progress(f"warming up {server.dialect.name} at {server.url}")
         await _round(_warm_up, _turn(server, load, Random(seed)))
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
@@ -99,7 +99,9 @@ async def run_rounds(
             first = number % len(servers)
             for outcome in of_scenario[first:] + of_scenario[:first]:
                 if outcome.unavailable is None:
-                    progress(f"{name}, round {number + 1} of {repeat}: {outcome.server.url}")
+                    progress(
+                        f"{name}, round {number + 1} of {repeat}: {outcome.server.dialect.name} at {outcome.server.url}"
+                    )
                     turn = _turn(outcome.server, load, Random(f"{seed}/{name}/{number}"))
                     await _measure(outcome, number + 1, turn, servers)
                     keep(outcomes)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import trio
 
 from trio_runner.bench.client import Address, Connection, CutShort, Refused, Stream, fetch, requesting
-from trio_runner.bench.dialects import DIALECTS, Dialect, DialectName, Request, Runner
+from trio_runner.bench.dialects import DIALECTS, OUR_BASES, Dialect, DialectName, Request, Runner
 from trio_runner.bench.processes import listener
 from trio_runner.errors import RunnerError
 
@@ -61,6 +61,17 @@ class Server:
     pid: int | None = None
     tokenizes: bool = True
     """Whether the server has /tokenize."""
+    is_ours: bool = False
+    """Whether it is trio-runner, which speaks several dialects, and has /statistics beside all of them."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it apart from the others that are measured: one server may be measured in several dialects."""
+        return self.url, self.dialect.name
+
+    @property
+    def _has_statistics(self) -> bool:
+        return self.is_ours or isinstance(self.dialect, Runner)
 
     def requesting(self, request: Request, *, receive_buffer: int | None = None) -> AbstractAsyncContextManager[Stream]:
         """A completion that is requested when the block begins and abandoned when it ends. See `client.requesting`."""
@@ -91,7 +102,7 @@ class Server:
         Raises `Overdue` after `QUIET_SECONDS`.
         """
         with trio.move_on_after(QUIET_SECONDS):
-            if isinstance(self.dialect, Runner):
+            if self._has_statistics:
                 async with watching(self) as watch:
                     if await watch.look() is not None:
                         await watch.until(lambda statistics: not any(_held(statistics).values()))
@@ -109,7 +120,7 @@ class Server:
 
     async def held(self) -> dict[str, int]:
         """Slots and other things that requests still hold, by a name for people. Empty if the server does not tell."""
-        if isinstance(self.dialect, Runner):
+        if self._has_statistics:
             async with watching(self) as watch:
                 statistics = await watch.look()
             return {} if statistics is None else _held(statistics)
@@ -214,10 +225,11 @@ async def meet(
     props = await _try(server.get, "/props")
     health = await _try(server.get, "/health")
     models = await _try(server.get, "/v1/models")
+    is_ours = isinstance(health, dict) and "progress" in health
     if dialect is None:
         if isinstance(props, dict) and "total_slots" in props:
             dialect = "llama"
-        elif isinstance(health, dict) and "progress" in health:
+        elif is_ours:
             dialect = "runner"
         elif isinstance(models, dict) and "data" in models:
             dialect = "openai"
@@ -232,7 +244,8 @@ async def meet(
     tokenized = await _try(server.post, "/tokenize", {"content": "a"})
     return replace(
         server,
-        dialect=DIALECTS[dialect](forbidden=forbidden, model=model),
+        dialect=DIALECTS[dialect](forbidden=forbidden, model=model, base=OUR_BASES.get(dialect, "") if is_ours else ""),
+        is_ours=is_ours,
         slots=slots,
         pid=pid if pid is not None else await trio.to_thread.run_sync(listener, address.host, address.port),
         tokenizes=isinstance(tokenized, dict) and "tokens" in tokenized,

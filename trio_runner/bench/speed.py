@@ -3,31 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from statistics import mean
+
+import trio
 
 from trio_runner.bench.client import CutShort, Stream
 from trio_runner.bench.dialects import Request
 from trio_runner.bench.figures import Measured, Metric, figures
+from trio_runner.bench.processes import cpu_seconds
 from trio_runner.bench.scenarios import MS, N_SHORT, Turn, complete_all, first_token, grown, running
+from trio_runner.bench.server import Server
 
 N_CLIENTS = 4
 """Clients whose prompts share a beginning."""
+LOOK_SECONDS = 0.05
+"""Seconds between two looks at the CPU time of a server."""
 N_SUFFIX = 32
 """Tokens after the shared beginning."""
 
 
 async def throughput(turn: Turn) -> Measured:
-    """Tokens per second of all streams together, while all of them decode."""
+    """Tokens per second of all streams together, and CPU time of the server's process, while all of them decode."""
     measured = Measured()
     for n_streams in turn.load.streams:
         if n_streams > turn.server.slots:
             measured.note(f"no {n_streams} streams: slots are {turn.server.slots}")
             continue
         requests = [await turn.request(N_SHORT, turn.load.stretch) for _ in range(n_streams)]
-        streams = await complete_all(turn.server, requests)
-        _add_rate(measured, f"{n_streams} streams" if n_streams > 1 else "1 stream", streams)
+        title = f"{n_streams} streams" if n_streams > 1 else "1 stream"
+        streams, seconds = await _complete_and_watch(turn.server, requests)
+        _add_rate(measured, title, streams)
+        if seconds is not None:
+            measured.add(Metric(f"{title}, CPU time a token", "ms"), seconds * MS)
     return measured
+
+
+async def _complete_and_watch(server: Server, requests: Sequence[Request]) -> tuple[list[Stream], float | None]:
+    """Complete all requests at the same time. Returns their streams, and the CPU seconds of the server's process for
+    each token while all of them decode; None if they cannot be seen."""
+    looks: list[tuple[float, list[int]]] = []
+
+    async def look(streams: Sequence[Stream]) -> None:
+        """Note the CPU seconds, and the pieces of each stream, from when all have begun until the first ends."""
+        while all(stream.ended is None for stream in streams):
+            if all(stream.moments for stream in streams):
+                seconds = None if server.pid is None else cpu_seconds(server.pid)
+                if seconds is None:
+                    return
+                looks.append((seconds, [len(stream.pieces) for stream in streams]))
+            await trio.sleep(LOOK_SECONDS)
+
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        streams = [await stack.enter_async_context(server.requesting(request)) for request in requests]
+        nursery.start_soon(look, streams)
+        for stream in streams:
+            nursery.start_soon(stream.finish)
+    if len(looks) < 2:
+        return streams, None
+    (before, pieces_before), (after, pieces_after) = looks[0], looks[-1]
+    n_tokens = sum(
+        (late - early) * stream.tokens_per_piece
+        for stream, early, late in zip(streams, pieces_before, pieces_after, strict=True)
+    )
+    return streams, (after - before) / n_tokens if n_tokens and after > before else None
 
 
 async def ttft(turn: Turn) -> Measured:

@@ -35,7 +35,7 @@ class BenchOptions:
 
     urls: tuple[str, ...]
     dialects: tuple[DialectName, ...]
-    """One for each URL, or none."""
+    """One for each URL, or none. Without a URL, all of the server that is started."""
     pids: tuple[int, ...]
     """Process of each server, or none."""
     scenarios: tuple[str, ...]
@@ -61,8 +61,9 @@ class BenchOptions:
     "--dialect",
     "dialects",
     multiple=True,
-    type=click.Choice(["runner", "llama", "openai"]),
-    help="HTTP dialect of the server, one for each URL.  [default: found out]",
+    type=click.Choice(["runner", "llama", "openai", "openai-chat"]),
+    help="HTTP dialect of the server, one for each URL. One URL may be given several times, with another dialect each "
+    "time; without a URL, the server that is started is measured in each dialect.  [default: found out]",
 )
 @click.option(
     "--pid", "pids", type=int, multiple=True, help="Process of the server, one for each URL.  [default: found out]"
@@ -149,7 +150,7 @@ def _check(asked: BenchOptions) -> None:
     if unknown := set(asked.scenarios) - set(SCENARIOS):
         raise click.UsageError(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
     for given, of_each in ((asked.dialects, "--dialect"), (asked.pids, "--pid")):
-        if given and len(given) != len(asked.urls):
+        if given and len(given) != len(asked.urls) and (asked.urls or of_each == "--pid"):
             raise click.UsageError(f"{of_each} must be given once for each --url, or not at all")
     try:
         for url in asked.urls:
@@ -208,13 +209,17 @@ async def _meet_servers(
 
     if not asked.urls:
         url, pid = await stack.enter_async_context(peers.own_server(arguments))
-        return [await meet(url, "runner", slots=slots, pid=pid)]
-    dialects = asked.dialects or (None,) * len(asked.urls)
-    pids = asked.pids or (None,) * len(asked.urls)
-    return [
-        await meet(url, dialect, slots=slots, pid=pid)
-        for url, dialect, pid in zip(asked.urls, dialects, pids, strict=True)
-    ]
+        servers = [await meet(url, dialect, slots=slots, pid=pid) for dialect in asked.dialects or ("runner",)]
+    else:
+        dialects = asked.dialects or (None,) * len(asked.urls)
+        pids = asked.pids or (None,) * len(asked.urls)
+        servers = [
+            await meet(url, dialect, slots=slots, pid=pid)
+            for url, dialect, pid in zip(asked.urls, dialects, pids, strict=True)
+        ]
+    if len({server.key for server in servers}) < len(servers):
+        raise RunnerError("a server is measured twice in the same dialect: give each another --dialect")
+    return servers
 
 
 class _Results:

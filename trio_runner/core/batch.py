@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, NamedTuple, TypeAlias
 
 from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.events import TokenInfo
+from trio_runner.events import SampledToken, TokenInfo
 
 AdapterSet: TypeAlias = tuple[tuple[int, float], ...]
 """(uid of an adapter, scale), in the order of the uids, without scale 0: what is added to the model's weights."""
@@ -28,6 +28,8 @@ class BatchKind(NamedTuple):
     """False: each row of an image attends to the whole image."""
     embedding: bool = False
     """The batch computes embeddings and samples no tokens."""
+    scored: bool = False
+    """The rows also tell how probable the items after them were; see `Scoring`."""
 
     def for_media(self, media: Media) -> BatchKind:
         """The kind of batch that takes rows of this image, with the same adapters."""
@@ -88,6 +90,29 @@ class Chunk(NamedTuple):
         return self._replace(items=self.items[:n_rows], output=False)
 
 
+ScoredRow: TypeAlias = tuple[int, int]
+"""(row of a chunk, counted from 0; the token of the prompt that follows it)"""
+
+
+class Scoring(NamedTuple):
+    """What to report of a chunk in a batch that is scored."""
+
+    n_top: int
+    """Alternatives to each token."""
+    next_item: Item | None
+    """The item of the prompt after the chunk; None if there is none."""
+
+    def rows(self, chunk: Chunk) -> list[ScoredRow]:
+        """The rows of the chunk that a token of the prompt follows."""
+        followers = (*chunk.items[1:], self.next_item)
+        return [(row, item) for row, item in enumerate(followers) if isinstance(item, int)]
+
+
+MAX_SCORED_ROWS: Final = 64
+"""Rows of a batch that is scored. llama.cpp keeps the logits of all rows, 4 bytes for each entry of the vocabulary: 39
+MB for 64 rows and a vocabulary of 150,000."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one step: at most one chunk per sequence, all of one kind."""
@@ -96,6 +121,8 @@ class Batch:
     kind: BatchKind = PLAIN_TOKENS
     number: int = 0
     """Names the batch when it is to be aborted. No two batches of a context have the same number, except empty ones."""
+    scoring: Mapping[int, Scoring] | None = None
+    """By uid, for each chunk of a batch that is scored."""
 
     @property
     def n_rows(self) -> int:
@@ -135,6 +162,9 @@ class StepResult:
     `sampled` has, by uid, one entry for each chunk with `output`. In a batch that computes embeddings, these entries
     are in `embeddings` instead, except those with an error, which are in `sampled`. Both are empty unless `outcome` is
     OK. `kept` has, by uid, the number of positions that the slot holds now. It is filled only after ABORTED and FATAL.
+
+    `scores` is not None after a batch that is scored. It has, by uid and by its place in the prompt, each token that
+    follows a row of the batch. `sampled` has an error for each chunk that could not be scored.
     """
 
     outcome: DecodeOutcome
@@ -143,6 +173,7 @@ class StepResult:
     kept: dict[int, int]
     seconds: float = 0.0
     message: str = ""
+    scores: dict[int, dict[int, SampledToken]] | None = None
 
 
 def plan_batch(asked: Iterable[Chunk], *, max_rows: int, prompt_rows: int) -> tuple[Chunk, ...]:

@@ -83,7 +83,8 @@ class CacheEdits:
         if needs_all_rows or n_kept is None:
             self.start_over(sequence)
             return
-        n_useful = cut_before(chunk.items, n_kept - (n_kept == len(sequence.pending)))
+        # Rows of a prompt that is scored are of no use without their logits.
+        n_useful = 0 if batch.kind.scored else cut_before(chunk.items, n_kept - (n_kept == len(sequence.pending)))
         if n_useful < n_kept:
             self.edits.append(Trim(chunk.slot, chunk.position + n_useful))
         self.hold(sequence, chunk.items[:n_useful])

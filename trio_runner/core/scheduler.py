@@ -22,7 +22,8 @@ Rule 3: whatever happens to one sequence, the others only ever lose time.
 
 `check_integrity` checks what follows from these rules. Parts of the scheduler have files of their own: `slots` (which
 slot), `cache_edits` (what it holds), `following` (who waits for whose prefix), `turns` (who goes first), `rows` (which
-rows), `pace` (how many rows), `fault_isolation` (who may share a batch after failures).
+rows), `pace` (how many rows), `scoring` (how probable a prompt is), `fault_isolation` (who may share a batch after
+failures).
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from trio_runner.core import integrity
-from trio_runner.core.batch import Batch, BatchKind, DecodeOutcome, Sampled, StepResult, plan_batch
+from trio_runner.core.batch import (
+    MAX_SCORED_ROWS,
+    Batch,
+    BatchKind,
+    DecodeOutcome,
+    Sampled,
+    StepResult,
+    plan_batch,
+)
 from trio_runner.core.cache_edits import CacheEdits
 from trio_runner.core.counters import Counters
 from trio_runner.core.fault_isolation import FaultIsolation
@@ -40,6 +49,7 @@ from trio_runner.core.following import MIN_FOLLOW, Following
 from trio_runner.core.memory import MemoryOp, Trim
 from trio_runner.core.pace import Pace
 from trio_runner.core.rows import next_chunk, next_kind
+from trio_runner.core.scoring import keep_scores, scoring_of
 from trio_runner.core.sequence import (
     FirstToken,
     Sequence,
@@ -197,7 +207,9 @@ class Scheduler:
             self._counters.batch_done(len(self._running))
             self._n_short_steps = max(self._n_short_steps - 1, 0)
             self._faults.succeeded(batch)
-            if not batch.kind.embedding:
+            if result.scores is not None:
+                keep_scores(result.scores, self._running)
+            if not batch.kind.embedding and not batch.kind.scored:
                 self._pace.measured(sum(chunk.decoding for chunk in batch.chunks), batch.n_rows, result.seconds)
             return list(self._commit_rows(batch, result))
         if result.outcome in (DecodeOutcome.ABORTED, DecodeOutcome.FATAL):
@@ -311,12 +323,13 @@ class Scheduler:
         prompt_rows = self._capabilities.max_rows
         if n_decoding or not kind.embedding:
             prompt_rows = self._pace.prompt_rows(n_decoding, n_kinds=n_prompting, short=self._n_short_steps > 0)
-        chunks = plan_batch(asked, max_rows=self._faults.max_rows, prompt_rows=prompt_rows)
+        max_rows = min(self._faults.max_rows, MAX_SCORED_ROWS) if kind.scored else self._faults.max_rows
+        chunks = plan_batch(asked, max_rows=max_rows, prompt_rows=prompt_rows)
         first_embed_slot = self._capabilities.first_embed_slot
         n_rows = sum(len(chunk.items) for chunk in chunks if chunk.slot < first_embed_slot)
         self._cache.edits += self._pool.make_room(n_rows)
         self._n_planned += 1
-        return Batch(chunks, kind, self._n_planned)
+        return Batch(chunks, kind, self._n_planned, scoring_of(chunks, self._running) if kind.scored else None)
 
     def _ready(self) -> list[Sequence]:
         """The sequences that may share the next batch; those that waited longest come first."""
@@ -348,15 +361,19 @@ class Scheduler:
                 n_done = len(sequence.spec.prompt) - len(sequence.pending)
                 yield chunk.uid, PromptProgress(n_done, len(sequence.spec.prompt), sequence.n_cached)
             if not chunk.output:
-                if not sequence.pending:  # nothing is to be sampled
+                if (failed := result.sampled.get(chunk.uid)) is not None:  # it could not be scored
+                    yield self._finish(sequence, "error", error=failed.error)
+                elif not sequence.pending:  # nothing is to be sampled
                     yield self._finish(sequence, "length")
                 continue
             if chunk.uid in result.embeddings:
                 yield chunk.uid, Embedded(result.embeddings[chunk.uid], sequence.usage)
                 self._release(sequence)
             else:
-                if was_prompt and sequence.spec.tells_first_token:
-                    yield chunk.uid, FirstToken()
+                if was_prompt:
+                    sequence.kind = sequence.kind._replace(scored=False)
+                    if sequence.spec.tells_first_token:
+                        yield chunk.uid, FirstToken()
                 sequence.prompt_done = True
                 yield from self._take(sequence, result.sampled[chunk.uid])
 
@@ -410,6 +427,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> Emission:
         self._counters.finished(sequence)
         tokens = sequence.text.take_tokens()
-        finished = Finished(reason, sequence.usage, sequence.text.stop_matched, error, tokens)
+        scores = tuple(score for _, score in sorted(sequence.scores.items()))
+        finished = Finished(reason, sequence.usage, sequence.text.stop_matched, error, tokens, prompt_logprobs=scores)
         self._release(sequence)
         return sequence.spec.uid, finished

@@ -39,6 +39,8 @@ class SequenceSpec:
     """Interactive sequences go first, and may take its slot for a while."""
     progress: bool = False
     logprobs: bool = False
+    prompt_logprobs: int = -1
+    """Alternatives to report with every token of the prompt; -1 reports nothing. All rows are decoded anew."""
     tells_first_token: bool = False
     """Emit `FirstToken`."""
 
@@ -50,7 +52,7 @@ class SequenceSpec:
     @property
     def reuses(self) -> bool:
         """Whether it may go on from what other sequences have decoded."""
-        return self.cache_prompt or self.share_prompt
+        return (self.cache_prompt or self.share_prompt) and self.prompt_logprobs < 0
 
     @property
     def cache_key(self) -> Hashable:
@@ -101,11 +103,13 @@ class Sequence:
     """The turn in which it last had rows in a batch, or got its slot."""
     prompt_seconds: float = 0.0
     completion_seconds: float = 0.0
+    scores: dict[int, SampledToken] = field(default_factory=dict)
+    """How probable each token of the prompt was, by its place in the prompt, as far as that is known and wanted."""
     text: GeneratedText = field(init=False)
 
     def __post_init__(self) -> None:
         self.pending = list(self.spec.prompt)
-        self.kind = BatchKind(self.spec.adapters)
+        self.kind = BatchKind(self.spec.adapters, scored=self.spec.prompt_logprobs >= 0)
         self.text = GeneratedText(self.spec.stop, keep_tokens=self.spec.logprobs)
 
     @property

@@ -64,6 +64,9 @@ def _generation(
             f"preferred_slot must be between 0 and {last}, not {request.preferred_slot}", param="preferred_slot"
         )
     has_encoder = capabilities.decoder_start is not None
+    if request.prompt_logprobs >= 0 and has_encoder:
+        message = "a model with an encoder gives the tokens of a prompt no probabilities"
+        raise Unsupported("prompt_logprobs", message, param="prompt_logprobs")
     n_ctx = capabilities.max_rows if has_encoder else capabilities.n_ctx
     items, media = _items(request, model, n_ctx, parts, images)
     is_chat = isinstance(request.prompt, Chat)
@@ -78,7 +81,7 @@ def _generation(
     tokens = tuple(item for item in fitted.items if isinstance(item, int))
     prompt = fitted.items if capabilities.decoder_start is None else (capabilities.decoder_start,)
     samples = request.max_tokens != 0
-    if not samples and not capabilities.can_trim:
+    if not samples and not capabilities.can_trim and request.prompt_logprobs < 0:
         # The same prompt later needs the state before its last token, and this memory cannot go back to it.
         prompt = prompt[:-1] or prompt
     spec = SequenceSpec(
@@ -95,6 +98,7 @@ def _generation(
         background=request.priority == "background",
         progress=request.progress,
         logprobs=request.sampling.logprobs >= 0,
+        prompt_logprobs=request.prompt_logprobs,
         tells_first_token=request.decode_seconds is not None,
     )
     return Submit(spec, model.sampler(request.sampling, tokens) if samples else None, media)

@@ -208,7 +208,12 @@ class Context:
         if batch.kind.embedding:
             failed, vectors = self._output.read_embeddings(handle, outputs)
             return StepResult(outcome, failed, vectors, {}, time.perf_counter() - started)
-        return StepResult(outcome, self._output.read_samples(outputs), {}, {}, time.perf_counter() - started)
+        sampled = self._output.read_samples(outputs)
+        if batch.scoring is None:
+            return StepResult(outcome, sampled, {}, {}, time.perf_counter() - started)
+        failed, scores = self._output.read_scores(handle, batch, self._input.scored_rows(batch))
+        seconds = time.perf_counter() - started
+        return StepResult(outcome, sampled | failed, {}, {}, seconds, scores=scores)
 
     def _outcome(self, function: str, code: int) -> DecodeOutcome:
         outcome = self._outcomes.get(code)

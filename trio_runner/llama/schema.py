@@ -12,8 +12,8 @@ import threading
 from collections import OrderedDict
 from typing import Any, Final
 
+from trio_runner.core.schema import guided_schema
 from trio_runner.errors import InvalidGrammar, InvalidRequest
-from trio_runner.json_schema import guided_schema
 from trio_runner.llama.library import check, native
 
 VERSION: Final = "1.9"
@@ -31,6 +31,9 @@ _FUNCTIONS: Final = (
     "llg_matcher_consume_token",
     "llg_matcher_is_stopped",
     "llg_matcher_get_error",
+    "llg_matcher_get_cancellation_handle",
+    "llg_cancel",
+    "llg_free_cancellation_handle",
 )
 """What trio_schema_functions has, in its order."""
 

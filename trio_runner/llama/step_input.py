@@ -8,7 +8,7 @@ from typing import TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from trio_runner.core.batch import Batch, Chunk
+from trio_runner.core.batch import Batch, Chunk, ScoredRow
 from trio_runner.core.ports import EncodedMedia
 from trio_runner.core.prompt import Media, MediaRow
 from trio_runner.llama.library import native
@@ -107,4 +107,19 @@ class StepInput:
             if chunk.output and n_items:
                 flags[row - 1] = 1
                 outputs.append((chunk, row - 1))
+        if batch.scoring is not None:
+            for scored_row, _, _ in self.scored_rows(batch):
+                flags[scored_row] = 1
         return row, outputs
+
+    @staticmethod
+    def scored_rows(batch: Batch) -> list[tuple[int, Chunk, ScoredRow]]:
+        """The rows of a batch that is scored which a token of the prompt follows: the row of the batch, its chunk, and
+        the row of the chunk with that token."""
+        assert batch.scoring is not None
+        rows: list[tuple[int, Chunk, ScoredRow]] = []
+        begin = 0
+        for chunk in batch.chunks:
+            rows += [(begin + scored[0], chunk, scored) for scored in batch.scoring[chunk.uid].rows(chunk)]
+            begin += len(chunk.items)
+        return rows

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trio_runner.core import ports
-from trio_runner.core.batch import Sampled
+from trio_runner.core.batch import Batch, Chunk, Sampled, ScoredRow
 from trio_runner.errors import InvalidGrammar, NativeError
-from trio_runner.events import TokenInfo
+from trio_runner.events import SampledToken, TokenInfo
 from trio_runner.llama.library import last_error, native
 from trio_runner.llama.model import Model
 from trio_runner.llama.sampler import Sampler
@@ -87,6 +87,32 @@ class StepOutput:
             )
         )
         return Sampled(raw.token, piece, bool(raw.is_end), raw.logprob, top)
+
+    def read_scores(
+        self, context: Any, batch: Batch, rows: Sequence[tuple[int, Chunk, ScoredRow]]
+    ) -> tuple[dict[int, Sampled], dict[int, dict[int, SampledToken]]]:
+        """Ask the shim's `context` how probable the tokens after the `rows` of a batch were.
+
+        Returns the failures by uid, and the tokens by uid and by their places in the prompt.
+        """
+        assert batch.scoring is not None
+        failed: dict[int, Sampled] = {}
+        scores: dict[int, dict[int, SampledToken]] = {chunk.uid: {} for chunk in batch.chunks}
+        logprob = self._ffi.new("float *")
+        top_tokens, top_logprobs = self._top_tokens, self._top_logprobs
+        for row, chunk, (row_of_chunk, token) in rows:
+            n_top = min(batch.scoring[chunk.uid].n_top, self._model.info.n_vocab)
+            n_found = self._lib.trio_score(context, row, token, n_top, logprob, top_tokens, top_logprobs)
+            if n_found < 0:
+                failed[chunk.uid] = Sampled(error=NativeError("trio_score", n_found, last_error()))
+                continue
+            top = tuple(
+                TokenInfo(other, self._model.piece(other), value)
+                for other, value in zip(top_tokens[0:n_found], top_logprobs[0:n_found], strict=True)
+            )
+            found = SampledToken(token, self._model.piece(token), logprob[0], top)
+            scores[chunk.uid][chunk.start + row_of_chunk + 1] = found
+        return failed, scores
 
     def read_embeddings(
         self, context: Any, outputs: Sequence[OutputRow]

@@ -59,7 +59,7 @@ class Access:
         origin = headers.get(b"origin")
         if origin is not None and not self.origin_allowed(origin):
             return Problem(403, "this server does not serve web pages of this Origin")
-        if _needs_no_key(method, path) or self.is_preflight(method, headers) or self._has_key(headers):
+        if needs_no_key(method, path) or self.is_preflight(method, headers) or self._has_key(headers):
             return None
         text = "this server wants its API key as a bearer token, or in the X-Api-Key header"
         return Problem(401, text, {"WWW-Authenticate": "Bearer"})
@@ -92,9 +92,9 @@ class Access:
         return hmac.compare_digest(sha256(given.strip()).digest(), wanted)
 
 
-def _needs_no_key(method: str, path: str) -> bool:
-    """Clients ask these, which tell nothing secret, before they know a key."""
-    return path == "/health" or (path == "/" and method in ("GET", "HEAD"))
+def needs_no_key(method: str, path: str) -> bool:
+    """Whether a request needs no API key. Clients ask these, which tell nothing secret, before they know a key."""
+    return path in ("/health", "/llama/health") or (path == "/" and method in ("GET", "HEAD"))
 
 
 def host_names(extra: Iterable[str]) -> frozenset[str]:

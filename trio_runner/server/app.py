@@ -108,4 +108,5 @@ def _handle_errors(app: QuartTrio, word: Wording, max_body_bytes: int) -> None:
 
 
 def _allowed(error: MethodNotAllowed) -> str:
-    return ", ".join(sorted(set(error.valid_methods or ()) & {"GET", "POST", "DELETE"}))
+    """What else the path takes, HEAD and OPTIONS included."""
+    return ", ".join(sorted(error.valid_methods or ()))

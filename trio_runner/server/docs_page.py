@@ -45,7 +45,8 @@ def _operations(document: Mapping[str, Any], tag: str, url: str) -> Iterable[str
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             if tag in operation["tags"]:
-                yield _operation(path, method.upper(), operation, _example(path, method, operation, url, needs_key))
+                with_key = needs_key and operation.get("security") != []
+                yield _operation(path, method.upper(), operation, _example(path, method, operation, url, with_key))
 
 
 def _operation(path: str, method: str, operation: Mapping[str, Any], example: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias, get_args
 
 import msgspec
 
+from trio_runner.server.access import needs_no_key
 from trio_runner.server.dialects.dialect import ANY_METHOD, Dialect, Operation
 from trio_runner.server.dialects.fields import Body, Field, either
 
@@ -27,6 +28,11 @@ EVERYWHERE: Final = (400, 401, 403, 422, 500, 503)
 WITH_BODY: Final = (404, 408, 413)
 """The same for operations with a body. What is not found is an adapter or a model."""
 
+_KEYS: Final = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+}
+"""The ways to send the API key."""
 _REFERENCE: Final = "#/components/schemas/{name}"
 _VARIABLE: Final = re.compile(r"<(?:\w+:)?(\w+)>")
 
@@ -39,7 +45,10 @@ def describe(served: Served, *, version: str, needs_key: bool) -> Document:
         for operation in operations:
             method = "get" if operation.method == ANY_METHOD else operation.method.lower()
             path = _VARIABLE.sub(r"{\1}", operation.path)
-            paths.setdefault(path, {})[method] = _operation(dialect, operation, types)
+            described = _operation(dialect, operation, types)
+            if needs_key and needs_no_key(method.upper(), path):
+                described["security"] = []
+            paths.setdefault(path, {})[method] = described
     document: Document = {
         "openapi": "3.1.0",
         "info": {"title": "trio-runner", "version": version, "description": "One model, served over HTTP."},
@@ -48,8 +57,8 @@ def describe(served: Served, *, version: str, needs_key: bool) -> Document:
         "components": {"schemas": types.components},
     }
     if needs_key:
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
+        document["components"]["securitySchemes"] = _KEYS
+        document["security"] = [{name: []} for name in _KEYS]  # either of them
     return document
 
 

@@ -18,7 +18,7 @@ import trio
 from tests.cli.chat.screen import Screen
 from tests.cli.programs import DEADLINE, ROOT, TOY
 
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}bot:"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}assistant: "
 
 _TAKES_TERMINAL = "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -33,6 +33,10 @@ class Terminal:
         self.screen = Screen()
         self.written = ""
         """Everything that the program wrote, escape sequences included."""
+
+    def modes(self) -> list[object]:
+        """The modes of the terminal, such as whether it shows the keys."""
+        return termios.tcgetattr(self._stream.fileno())
 
     async def type(self, keys: str) -> None:
         await self._stream.send_all(keys.encode())

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from trio_runner.cli.chat.model import AnswerEvent, ChatError, Ended, Said, Thought
+from trio_runner.cli.chat.model import AnswerEvent, ChatError, ConversationTooLong, Ended, Said, Thought
 from trio_runner.cli.chat.openai import AnswerReader, base_url, chat_body, first_model, refusal
 
 
@@ -124,3 +124,10 @@ def test_the_first_model() -> None:
 )
 def test_a_refusal_is_one_line(status: int, body: bytes, has_key: bool, words: str) -> None:
     assert str(refusal(status, body, has_key=has_key)) == words
+
+
+def test_a_refusal_of_what_is_too_long() -> None:
+    for error in ({"code": "context_length_exceeded"}, {"code": 400, "type": "exceed_context_size_error"}):
+        body = json.dumps({"error": {"message": "too long", **error}}).encode()
+        assert isinstance(refusal(400, body, has_key=False), ConversationTooLong)
+    assert not isinstance(refusal(400, b'{"error": {"code": ["x"]}}', has_key=False), ConversationTooLong)

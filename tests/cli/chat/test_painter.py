@@ -108,7 +108,7 @@ LINES = st.sampled_from(
 )
 
 
-@given(st.lists(LINES, max_size=40), st.integers(1, 50))
+@given(st.lists(LINES, max_size=20), st.integers(1, 50))
 def test_frames_add_up_to_the_whole_answer(lines: list[str], every: int) -> None:
     """Whenever frames are painted, the screen ends up as if there had been only the last one."""
     text = "\n".join(lines)

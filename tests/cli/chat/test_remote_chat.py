@@ -11,10 +11,11 @@ import pytest
 import trio
 
 from tests.cli.chat.openai_server import Script, breaks_off, chunk, never_ends, openai_server, says, sends
-from tests.cli.chat.terminals import CTRL_C, CTRL_D, terminal
-from tests.cli.programs import DEADLINE, Program, program
-from trio_runner.cli.chat.model import AnswerEvent, ChatError, Ended, Said
+from tests.cli.chat.terminals import CHAT_TEMPLATE, CTRL_C, CTRL_D, terminal
+from tests.cli.programs import DEADLINE, SLOW, Program, program
+from trio_runner.cli.chat.model import AnswerEvent, ChatError, ConversationTooLong, Ended, Said
 from trio_runner.cli.chat.remote import RemoteModel, open_client
+from trio_runner.testing import toy_text
 
 ASKED = [{"role": "user", "content": "hello"}]
 
@@ -108,8 +109,38 @@ async def test_a_server_that_is_away() -> None:
     async with openai_server() as server:
         url = server.url
     async with remote_model(url) as model:
-        with pytest.raises(ChatError, match=f"cannot reach {url}/v1"):
+        with pytest.raises(ChatError, match=f"cannot reach {url}/v1: Connection refused"):
             await answer(model)
+
+
+@asynccontextmanager
+async def our_server(model: str, **environment: str) -> AsyncIterator[str]:
+    """Our own server over a toy with one slot. Gives its URL."""
+    variables = {"TOY_TEMPLATE": CHAT_TEMPLATE, **environment}
+    async with program("serve", "--port", "0", "--slots", "1", "-m", model, environment=variables) as server:
+        yield f"http://127.0.0.1:{await server.listening()}"
+
+
+async def test_our_own_server(model: str) -> None:
+    async with our_server(model) as url, chat("--url", url, "-n", "8", stdin="one?\ntwo?\n") as running:
+        assert await running.ended() == 0
+        first = toy_text("user: one?;assistant: ", 8)
+        second = toy_text(f"user: one?;assistant: {first};user: two?;assistant: ", 8)
+        assert running.output.decode() == f"{first}\n{second}\n"
+
+
+async def test_an_answer_of_our_own_server_that_is_stopped_gives_its_slot_back(model: str) -> None:
+    async with our_server(model, **SLOW) as url, remote_model(url, model="") as remote:
+        for _ in range(2):  # the second has the only slot after the first
+            async with remote.answer(ASKED) as events:
+                assert isinstance(await anext(events), Said)
+
+
+async def test_a_conversation_that_our_own_server_finds_too_long(model: str) -> None:
+    async with our_server(model) as url, remote_model(url, model="") as remote:
+        with pytest.raises(ConversationTooLong, match="4096"):
+            async with remote.answer([{"role": "user", "content": "x" * 5000}]):
+                pass
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
@@ -132,6 +163,18 @@ async def test_the_program_in_a_pipe() -> None:
         last = server.bodies[-1]
         assert [message["content"] for message in last.pop("messages")] == ["be kind", "one?", "one!\n", "two?"]
         assert last == {"model": "mine", "stream": True, "temperature": 0.0, "max_tokens": 5, "stop": ["x"]}
+
+
+async def test_grammars_and_schemas_are_sent(tmp_path: Path) -> None:
+    grammar, schema = tmp_path / "grammar", tmp_path / "schema"
+    grammar.write_text('root ::= "a"')
+    schema.write_text('{"type": "object"}')
+    async with openai_server(says("x"), says("y")) as server:
+        for option in (f"--grammar-file={grammar}", f"--json-schema={schema}"):
+            async with chat("--url", server.url, option, stdin="hi\n") as running:
+                assert await running.ended() == 0
+        assert server.bodies[0]["grammar"] == 'root ::= "a"'
+        assert server.bodies[1]["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
 async def test_the_program_in_a_pipe_ends_at_the_first_error() -> None:

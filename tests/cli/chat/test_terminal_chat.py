@@ -7,20 +7,40 @@ import os
 import signal
 from pathlib import Path
 
-from tests.cli.chat.terminals import CTRL_C, CTRL_D, terminal
-from tests.cli.programs import SLOW
+from tests.cli.chat.terminals import CHAT_TEMPLATE, CTRL_C, CTRL_D, terminal
+from tests.cli.programs import SLOW, program
 from trio_runner.testing import toy_text
 
 
-async def test_a_turn_and_the_end(model: str, tmp_path: Path) -> None:
-    async with terminal("chat", "-m", model, "-n", "8", "--plain", state=tmp_path) as user:
+async def test_an_exchange_and_the_end(model: str, tmp_path: Path) -> None:
+    async with terminal("chat", "-m", model, "-n", "8", "--plain", "--no-history", state=tmp_path / "none") as user:
         await user.prompts(1)
         assert user.screen.rows[0] == "toy.gguf. /help lists the commands, Ctrl-D leaves."
         await user.type("hello\r")
-        await user.shows(toy_text("user: hello;bot:", 8).strip())
+        await user.shows(toy_text("user: hello;assistant: ", 8).strip())
         await user.prompts(2)
         await user.type(CTRL_D)
         assert await user.ended() == 0
+    assert not (tmp_path / "none").exists()
+
+
+async def test_ctrl_c_ends_a_conversation_that_nobody_types(model: str) -> None:
+    environment = {**SLOW, "TOY_TEMPLATE": CHAT_TEMPLATE}
+    async with program("chat", "-m", model, stdin=b"hello\n", environment=environment) as running:
+        await running.printed(3)
+        running.interrupt()
+        assert await running.ended() == 130
+        assert not running.log.strip()
+
+
+async def test_keys_of_an_answer_wait_for_the_next_prompt(model: str, tmp_path: Path) -> None:
+    async with terminal("chat", "-m", model, "-n", "80", state=tmp_path, environment=SLOW) as user:
+        await user.prompts(1)
+        await user.type("hello\r")
+        await user.shows("xyz")
+        await user.type(f"/save\r{CTRL_D}")
+        assert await user.ended() == 0
+        assert "error: a path is missing: /save PATH" in user.screen.text
 
 
 async def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(model: str, tmp_path: Path) -> None:
@@ -47,6 +67,16 @@ async def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(model: str, tm
         assert await user.ended() == 0
 
 
+async def test_ctrl_c_at_once_after_enter(model: str, tmp_path: Path) -> None:
+    """Whether it is still a key or a signal already: the answer, which would not end, is not waited for."""
+    async with terminal("chat", "-m", model, state=tmp_path, environment=SLOW) as user:
+        await user.prompts(1)
+        await user.type(f"hello\r{CTRL_C}")
+        await user.prompts(2)
+        await user.type("still here")
+        await user.shows(">>> still here")
+
+
 async def test_an_entry_of_several_lines(model: str, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     async with terminal("chat", "-m", model, "-n", "4", state=tmp_path) as user:
@@ -65,6 +95,25 @@ async def test_an_entry_of_several_lines(model: str, tmp_path: Path) -> None:
         await user.shows("Saved")
         messages = json.loads(saved.read_text())
         assert [message["content"] for message in messages[::2]] == ["one\ntwo", "three\nfour", "five\nsix"]
+
+
+async def test_a_file_is_replaced_only_after_a_yes(model: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    saved.write_text("old")
+    async with terminal("chat", "-m", model, state=tmp_path) as user:
+        for number, answer in enumerate(("\r", "no\r", CTRL_C, CTRL_D), 1):
+            await user.prompts(number)
+            await user.type(f"/save {saved}\r")
+            await user.shows("Replace it? [y/N]", times=number)
+            await user.type(answer)
+            await user.shows("Nothing was saved.", times=number)
+            assert saved.read_text() == "old"
+        await user.prompts(5)
+        await user.type(f"/save {saved}\r")
+        await user.shows("Replace it? [y/N]", times=5)
+        await user.type("y\r")
+        await user.shows("Saved 0 messages.")
+        assert saved.read_text() == "[]\n"
 
 
 async def test_ctrl_c_at_the_prompt_clears_the_line(model: str, tmp_path: Path) -> None:
@@ -93,13 +142,16 @@ async def test_ctrl_c_at_the_prompt_clears_the_line(model: str, tmp_path: Path) 
 async def test_a_signal_at_the_prompt(model: str, tmp_path: Path) -> None:
     """SIGINT is as good as the key. SIGTERM ends the program, and the terminal is as before."""
     async with terminal("chat", "-m", model, state=tmp_path) as user:
+        before = user.modes()
         await user.prompts(1)
+        assert user.modes() != before
         await user.type("not this")
         await user.shows("not this")
         os.kill(user.process.pid, signal.SIGINT)
         await user.prompts(2)
         os.kill(user.process.pid, signal.SIGTERM)
         assert await user.ended() == 143
+        assert user.modes() == before
         assert "Traceback" not in user.screen.text
 
 
@@ -124,8 +176,3 @@ async def test_what_was_typed_is_kept_for_the_next_time(model: str, tmp_path: Pa
         await user.prompts(1)
         await user.type("\x1b[A")  # the arrow up
         await user.shows(">>> remember me")
-    async with terminal(*command, "--no-history", state=tmp_path / "none") as user:
-        await user.prompts(1)
-        await user.type("forget me\r")
-        await user.prompts(2)
-    assert not (tmp_path / "none").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from trio_runner.sampling import SamplingParams
 if TYPE_CHECKING:
     from trio_runner.cli.chat.loop import ChatLoop
     from trio_runner.interface import EngineInterface
+    from trio_runner.request import GenerateRequest
 
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
 
@@ -45,6 +47,19 @@ KEY_VARIABLE: Final = "OPENAI_API_KEY"
     help="Tokens of an answer at most.  [default: until the model ends it or the context is full]",
 )
 @click.option("--stop", multiple=True, help="End an answer before this text. May be repeated.")
+@click.option(
+    "--grammar-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with a GBNF grammar that each answer must follow.",
+)
+@click.option(
+    "--json-schema",
+    "schema_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="File with a JSON schema that each answer must obey.",
+)
+@click.option("--shift", is_flag=True, help="When the context is full, drop the oldest text and go on with the answer.")
 @table_options(SamplingParams)
 @engine_options(slots=1, stall_timeout=math.inf)  # a pager may keep the text waiting for as long as its user likes
 def chat(
@@ -58,6 +73,9 @@ def chat(
     no_history: bool,
     max_tokens: int | None,
     stop: tuple[str, ...],
+    grammar_file: Path | None,
+    schema_file: Path | None,
+    shift: bool,
 ) -> int:
     """Talk with a model, here or on a server.
 
@@ -65,16 +83,15 @@ def chat(
     conversation. Ctrl-D leaves.
     """
     set_up_logging(options.verbose)
-    request = request_of_run("", max_tokens, stop, False, {}, sampling)
+    files = {"grammar": grammar_file, "json_schema": schema_file}
+    request = request_of_run("", max_tokens, stop, shift, files, sampling)
     if url is not None:
-        return _chat_with_server(
-            url, options, _wire_options(sampling, max_tokens, stop), api_key_file, (system, plain, no_history)
-        )
+        fields = _request_fields(sampling, request)
+        return _chat_with_server(url, options, fields, api_key_file, (system, plain, no_history))
     if api_key_file is not None:
         raise click.UsageError("--api-key-file is for --url")
     configs = options.configs()
 
-    from trio_runner.cli.chat.keyboard import keys_held_back
     from trio_runner.cli.chat.local import LocalModel
     from trio_runner.cli.running import run_with_engine
 
@@ -83,8 +100,7 @@ def chat(
 
     async def talk(engine: EngineInterface) -> None:
         nonlocal code
-        with keys_held_back(sys.stdin.fileno()):
-            code = await loop.run(LocalModel(engine, request, Path(options.model).name))
+        code = await loop.run(LocalModel(engine, request, Path(options.model).name))
 
     return run_with_engine(configs, talk, interrupt=loop.interrupt) or code
 
@@ -92,7 +108,7 @@ def chat(
 def _chat_with_server(
     url: str,
     options: EngineChoice,
-    wire_options: dict[str, Any],
+    fields: dict[str, Any],
     api_key_file: Path | None,
     of_loop: tuple[str, bool, bool],
 ) -> int:
@@ -104,7 +120,6 @@ def _chat_with_server(
     model = options.model if source is not None and source.name != "DEFAULT" else ""
     api_key = read_api_key(api_key_file, KEY_VARIABLE)
 
-    from trio_runner.cli.chat.keyboard import keys_held_back
     from trio_runner.cli.chat.openai import base_url
     from trio_runner.cli.chat.remote import RemoteModel, open_client
     from trio_runner.cli.running import run_until_signal
@@ -120,8 +135,7 @@ def _chat_with_server(
     async def talk() -> None:
         nonlocal code
         async with open_client(base) as client:
-            with keys_held_back(sys.stdin.fileno()):
-                code = await loop.run(RemoteModel(client, base, model=model, api_key=api_key, options=wire_options))
+            code = await loop.run(RemoteModel(client, base, model=model, api_key=api_key, options=fields))
 
     return run_until_signal(talk, interrupt=loop.interrupt) or code
 
@@ -129,7 +143,6 @@ def _chat_with_server(
 def _make_loop(system: str, *, plain: bool, no_history: bool) -> ChatLoop:
     from trio_runner.cli.chat.conversation import Conversation
     from trio_runner.cli.chat.display import make_display
-    from trio_runner.cli.chat.keyboard import Keyboard, history_path, open_history
     from trio_runner.cli.chat.loop import ChatLoop
     from trio_runner.cli.chat.reader import LineReader, Reader
     from trio_runner.cli.terminal import printable
@@ -137,24 +150,30 @@ def _make_loop(system: str, *, plain: bool, no_history: bool) -> ChatLoop:
     def notify(text: str) -> None:
         print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
+    if sys.stdin is None or sys.stdout is None:  # the program was started with a closed descriptor
+        raise click.UsageError("stdin and stdout must be open")
     descriptor = sys.stdin.fileno()
     reader: Reader = LineReader(descriptor)
     if os.isatty(descriptor) and (sys.stdout.isatty() or sys.stderr.isatty()):
+        from trio_runner.cli.chat.keyboard import Keyboard, history_path, open_history
+
         history, complaint = open_history(None if no_history else history_path())
         if complaint:
             notify(complaint)
-        reader = Keyboard(history)
+        reader = Keyboard(descriptor, history)
     return ChatLoop(reader, make_display(plain=plain), Conversation(system), notify=notify)
 
 
-def _wire_options(sampling: dict[str, Any], max_tokens: int | None, stop: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a request for what the user chose. Nothing is sent for the rest, so that the server's defaults
-    hold."""
+def _request_fields(sampling: dict[str, Any], request: GenerateRequest) -> dict[str, Any]:
+    """The fields of a request over HTTP for what the user chose. The rest is left to the defaults of the server."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()}
-    if "logit_bias" in fields:
-        fields["logit_bias"] = {str(token): bias for token, bias in sampling["logit_bias"]}
-    if max_tokens is not None:
-        fields["max_tokens"] = max_tokens
-    if stop:
-        fields["stop"] = list(stop)
+    if request.max_tokens is not None:
+        fields["max_tokens"] = request.max_tokens
+    if request.stop:
+        fields["stop"] = list(request.stop)
+    if grammar := request.sampling.grammar:
+        fields["grammar"] = grammar
+    if schema := request.sampling.json_schema:
+        named = {"name": "answer", "schema": json.loads(schema), "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": named}
     return fields

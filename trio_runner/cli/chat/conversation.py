@@ -10,6 +10,9 @@ from typing import Any, Final, TypeAlias
 Message: TypeAlias = Mapping[str, Any]
 """`role` and `content`: text, or a list of parts `{"type": "text", ...}` and `{"type": "image_url", ...}`."""
 
+_IMAGE_CHARACTERS: Final = 4000
+"""Characters that take about as much of a context as an image."""
+
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -20,7 +23,7 @@ class BadConversation(Exception):
 class Conversation:
     """What was said so far, and what was prepared for the next message.
 
-    A turn is `ask` or `retry`, then either `answer` or `withdraw`.
+    An exchange is `ask` or `retry`, then either `answer` or `withdraw`.
     """
 
     def __init__(self, system: str = "") -> None:
@@ -28,12 +31,19 @@ class Conversation:
         self._images: list[str] = []
         self._withdrawn: Message | None = None
         self._replaced: Message | None = None
+        self._n_forgotten = 0
         self.system = system
 
     @property
     def messages(self) -> tuple[Message, ...]:
         """All messages, the oldest first. The system message, if there is one, is the first."""
         return tuple(self._messages)
+
+    @property
+    def sent(self) -> tuple[Message, ...]:
+        """The messages that the model gets: without those that were forgotten."""
+        n_system = self._n_system
+        return (*self._messages[:n_system], *self._messages[n_system + self._n_forgotten :])
 
     @property
     def n_images(self) -> int:
@@ -62,7 +72,7 @@ class Conversation:
         self._images.append(data_url)
 
     def ask(self, text: str) -> None:
-        """Begin a turn with a message of the user."""
+        """Begin an exchange with a message of the user."""
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in self._images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self._images = []
@@ -70,7 +80,7 @@ class Conversation:
         self._messages.append({"role": "user", "content": content})
 
     def retry(self) -> bool:
-        """Begin a turn with the last message of the user once more. False if there is none."""
+        """Begin an exchange with the last message of the user once more. False if there is none."""
         if self._withdrawn is not None:
             self._messages.append(self._withdrawn)
             self._withdrawn = None
@@ -83,12 +93,12 @@ class Conversation:
         return bool(said)
 
     def answer(self, text: str) -> None:
-        """End a turn with what the model said, which may be a part of an answer."""
+        """End an exchange with what the model said, which may be a part of an answer."""
         self._replaced = None
         self._messages.append({"role": "assistant", "content": text})
 
     def withdraw(self) -> None:
-        """End a turn that has no answer: as if it had not begun. `retry` begins it again.
+        """End an exchange that has no answer: as if it had not begun. `retry` begins it again.
 
         A message without an answer is not kept, because many chat templates refuse two messages of the user in a row.
         """
@@ -98,15 +108,35 @@ class Conversation:
         elif self._messages and self._messages[-1]["role"] == "user":
             self._withdrawn = self._messages.pop()
 
+    def forget_oldest(self) -> int:
+        """No longer send the oldest messages, about half of what is sent. Returns how many they are.
+
+        The system message stays, and so does the last message of the user. Half is a lot, but then the beginning of the
+        prompt stays the same for many exchanges, and the prompt cache has it.
+        """
+        said = self._messages[self._n_system + self._n_forgotten :]
+        users = [index for index, message in enumerate(said) if message["role"] == "user"]
+        sizes = [_size(message) for message in said]
+        n_forgotten = next((at for at in users if 2 * sum(sizes[at:]) <= sum(sizes)), users[-1] if users else 0)
+        self._n_forgotten += n_forgotten
+        return n_forgotten
+
     def clear(self) -> None:
-        """Forget everything except the system message."""
-        del self._messages[self._n_system :]
-        self._images, self._withdrawn, self._replaced = [], None, None
+        """Drop everything except the system message."""
+        self.restore(self._messages[: self._n_system])
 
     def restore(self, messages: Sequence[Message]) -> None:
         """Go on after these messages, instead of those that there are."""
         self._messages = list(messages)
-        self._images, self._withdrawn, self._replaced = [], None, None
+        self._images, self._withdrawn, self._replaced, self._n_forgotten = [], None, None, 0
+
+
+def _size(message: Message) -> int:
+    """About how much of a context a message takes, in characters."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part["text"]) if isinstance(part.get("text"), str) else _IMAGE_CHARACTERS for part in content)
 
 
 def image_url(data: bytes, kind: str) -> str:

@@ -15,6 +15,8 @@ from trio_runner.cli.chat.painter import Painter, Render, Row
 from trio_runner.cli.terminal import TextOutput, printable
 
 REDRAWS_PER_SECOND: Final = 12
+PAINTING_SHARE: Final = 0.1
+"""The share of the time that painting may take, so that most of it is left for the model."""
 
 _STYLES: Final = {"markdown.code": "bold cyan"}
 """Without rich's black background, which suits dark terminals only."""
@@ -71,7 +73,8 @@ class _PlainView:
 
 
 class MarkdownDisplay:
-    """Renders answers on a terminal while they are written, at most `REDRAWS_PER_SECOND` times a second."""
+    """Renders answers on a terminal while they are written, at most `REDRAWS_PER_SECOND` times a second, and less often
+    if that would take more than `PAINTING_SHARE` of the time."""
 
     def __init__(self, descriptor: int, render: Render) -> None:
         self._descriptor = descriptor
@@ -94,7 +97,7 @@ class _MarkdownView:
         self._reader = BlockReader()
         self._blocks: list[Block] = []
         self._status = ""
-        self._is_thinking = False
+        self._is_thinking = self._has_text = False
         self._changed = trio.Event()
         self._ended = trio.Event()
 
@@ -116,7 +119,7 @@ class _MarkdownView:
         self._changed.set()
 
     def end(self) -> None:
-        """No text comes any more: paint the last frame."""
+        """No text comes any more: paint the last frame, and an empty row after it."""
         self._ended.set()
         self._changed.set()
 
@@ -125,16 +128,21 @@ class _MarkdownView:
         while not self._ended.is_set():
             await self._changed.wait()
             self._changed = trio.Event()
+            begin = trio.current_time()
             if not self._ended.is_set():
                 await self._paint_frame()
-            with trio.move_on_after(1 / REDRAWS_PER_SECOND):
+            seconds = trio.current_time() - begin
+            with trio.move_on_after(max(1 / REDRAWS_PER_SECOND, seconds / PAINTING_SHARE)):
                 await self._ended.wait()
         self._blocks += self._reader.flush()
         self._status = ""
         await self._paint_frame()
+        if self._has_text:
+            await self._output.write("\n")
 
     def _add(self, text: str) -> None:
         self._status = ""
+        self._has_text = True
         self._reader.push(printable(text))
         self._changed.set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -20,7 +21,7 @@ _MAX_CONVERSATION_BYTES: Final = 512 << 20
 
 async def read_image(path: str) -> str:
     """The data URL of an image file. Raises `ChatError` for a file that is no image which models here take."""
-    return await trio.to_thread.run_sync(_read_image, _expanded(path))
+    return await trio.to_thread.run_sync(_read_image, _expanded(path), abandon_on_cancel=True)
 
 
 async def save(path: str, messages: Sequence[Message], *, overwrite: bool) -> None:
@@ -33,7 +34,8 @@ async def save(path: str, messages: Sequence[Message], *, overwrite: bool) -> No
 
 async def load(path: str) -> list[Message]:
     """Read a conversation. Raises `ChatError`."""
-    return await trio.to_thread.run_sync(_load, _expanded(path))
+    # A pipe or a device may never end, so the thread may have to be left alone.
+    return await trio.to_thread.run_sync(_load, _expanded(path), abandon_on_cancel=True)
 
 
 def _expanded(path: str) -> Path:
@@ -62,18 +64,26 @@ def _save(path: Path, text: str, overwrite: bool) -> None:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
             return
-        with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            try:
-                file.write(text)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        _replace(path.resolve(), text)
     except FileExistsError:
         raise
     except OSError as error:
         raise ChatError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # a device or a pipe must not be replaced
+        raise ChatError(f"{path} is not a regular file")
+    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            if path.exists():
+                shutil.copymode(path, file.name)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _load(path: Path) -> list[Message]:

@@ -19,7 +19,9 @@ import trio
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
@@ -32,11 +34,12 @@ _HISTORY_NAME: Final = "chat-history"
 
 
 class Keyboard:
-    """A user at a terminal. One task reads."""
+    """A user at a terminal, whose keys come from `descriptor`. One task reads."""
 
     is_interactive = True
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, descriptor: int, history: History) -> None:
+        self._descriptor = descriptor
         # The answers may go elsewhere. What the user types is shown on the terminal all the same.
         output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
         self._session: PromptSession[str] = PromptSession(
@@ -53,6 +56,19 @@ class Keyboard:
     async def read(self, *, more: bool = False) -> str:
         """The next line. Raises EOFError for Ctrl-D on an empty line, and `Interrupted` for Ctrl-C."""
         return await _Edit(self._session).run(CONTINUED if more else PROMPT)
+
+    @contextmanager
+    def hold_back_keys(self) -> Iterator[None]:
+        """Keep keys off the screen while no line is edited. They wait for the next prompt, Ctrl-D included, and only
+        Ctrl-C acts at once: it is a signal, and drops the keys that wait."""
+        before = termios.tcgetattr(self._descriptor)
+        held_back = [*before]
+        held_back[3] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(self._descriptor, termios.TCSANOW, held_back)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(self._descriptor, termios.TCSANOW, before)
 
     async def confirm(self, question: str) -> bool:
         """Ask for a yes or a no. Ctrl-C and Ctrl-D are a no."""
@@ -98,7 +114,18 @@ class _Edit:
             return _raiser(EOFError())
         except KeyboardInterrupt:
             return _raiser(Interrupted(had_text=bool(self._session.default_buffer.text)))
+        if self._takes_ctrl_c():
+            return _raiser(Interrupted(had_text=True))
         return lambda: line
+
+    def _takes_ctrl_c(self) -> bool:
+        """Whether Ctrl-C was pressed after Enter, while it was still a key: then it would wait for the next line. Takes
+        it, and the keys before it. Those after it stay."""
+        keyboard = self._session.app.input
+        keys = [*get_typeahead(keyboard), *keyboard.read_keys()]
+        n_taken = max((number for number, key in enumerate(keys, 1) if key.key == Keys.ControlC), default=0)
+        store_typeahead(keyboard, keys[n_taken:])
+        return n_taken > 0
 
     def _begin(self) -> None:
         """On the thread, once the editor runs."""
@@ -160,20 +187,3 @@ def open_history(path: Path | None) -> tuple[History, str]:
     except OSError as error:
         return InMemoryHistory(), f"the history is not kept: {error}"
     return FileHistory(path), ""
-
-
-@contextmanager
-def keys_held_back(descriptor: int) -> Iterator[None]:
-    """Keep keys off the screen while no line is edited. They wait for the next prompt, Ctrl-D included, and only Ctrl-C
-    acts at once, as a signal. Does nothing where `descriptor` is no terminal."""
-    if not os.isatty(descriptor):
-        yield
-        return
-    before = termios.tcgetattr(descriptor)
-    held_back = [*before]
-    held_back[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(descriptor, termios.TCSANOW, held_back)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSANOW, before)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 from trio_runner.cli.chat.conversation import Message
-from trio_runner.cli.chat.model import AnswerEvent, ChatError, Ended, Reading, Said
+from trio_runner.cli.chat.model import AnswerEvent, ChatError, ConversationTooLong, Ended, Reading, Said
 from trio_runner.errors import EngineBroken, PromptTooLong, RunnerError
 from trio_runner.events import Finished, PromptProgress, TextPiece
 from trio_runner.interface import EngineInterface, GenerationInterface
@@ -36,15 +36,16 @@ class LocalModel:
         with _chat_errors():
             request = dataclasses.replace(self._request, prompt=Chat(messages=tuple(messages)))
             async with self._engine.generate(request) as generation:
-                yield _Answer(generation, request)
+                yield _Answer(generation, request, n_ctx=self._engine.capabilities.n_ctx)
 
 
 class _Answer:
     """The events of a generation, in the words of a conversation."""
 
-    def __init__(self, generation: GenerationInterface, request: GenerateRequest) -> None:
+    def __init__(self, generation: GenerationInterface, request: GenerateRequest, *, n_ctx: int) -> None:
         self._generation = generation
         self._request = request
+        self._n_ctx = n_ctx
 
     def __aiter__(self) -> _Answer:
         return self
@@ -57,14 +58,15 @@ class _Answer:
                 return Reading(n_decoded, n_prompt)
             case Finished() as finished:
                 logger.info("%s", finished.usage)
-                return Ended(self._notice(finished))
+                n_tokens = finished.usage.prompt_tokens + finished.usage.completion_tokens
+                return Ended(self._notice(finished), share=n_tokens / self._n_ctx)
 
     def _notice(self, finished: Finished) -> str:
         if finished.reason != "length":
             return ""
         if finished.usage.completion_tokens == self._request.max_tokens:
             return f"The answer was cut after {self._request.max_tokens} tokens (--max-tokens)."
-        return "The answer was cut, because the context is full. /clear begins a new conversation."
+        return "The answer was cut, because the context is full."
 
 
 @contextmanager
@@ -75,9 +77,7 @@ def _chat_errors() -> Iterator[None]:
     except EngineBroken:
         raise
     except PromptTooLong as error:
-        raise ChatError(
-            f"the conversation is full: it has {error.n_prompt} tokens, but at most {error.n_ctx} fit. /clear begins a "
-            "new one; --context-length makes room for more"
-        ) from error
+        message = f"the conversation has {error.n_prompt} tokens, but at most {error.n_ctx} fit (--context-length)"
+        raise ConversationTooLong(message) from error
     except RunnerError as error:
         raise ChatError(str(error)) from error

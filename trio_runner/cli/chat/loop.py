@@ -28,10 +28,12 @@ from trio_runner.cli.chat.entry import (
     help_text,
     parse_entry,
 )
-from trio_runner.cli.chat.model import ChatError, ChatModel, Ended, Reading, Said, Thought
+from trio_runner.cli.chat.model import ChatError, ChatModel, ConversationTooLong, Ended, Reading, Said, Thought
 from trio_runner.cli.chat.reader import Interrupted, Reader
 
 _GREETING: Final = "/help lists the commands, Ctrl-D leaves."
+_FULL: Final = 0.75
+"""The share of a context above which the oldest messages are forgotten, so that there is room for the next exchange."""
 _HOW_TO_LEAVE: Final = "To leave, press Ctrl-D or type /bye."
 
 
@@ -75,21 +77,25 @@ class ChatLoop:
         """
         self._is_running = True
         try:
-            if self._reader.is_interactive:
-                await self._greet(model)
-            while True:
-                try:
-                    action = await self._next_action()
-                    if isinstance(action, Leave):
-                        return 0
-                    if action is not None:
-                        await self._do(action, model)
-                except (BadEntry, ChatError) as error:
-                    self._notify(f"error: {' '.join(str(error).split())}")
-                    if not self._reader.is_interactive:
-                        return 1
+            with self._reader.hold_back_keys():
+                return await self._go_on(model)
         finally:
             self._is_running = False
+
+    async def _go_on(self, model: ChatModel) -> int:
+        if self._reader.is_interactive:
+            await self._greet(model)
+        while True:
+            try:
+                action = await self._next_action()
+                if isinstance(action, Leave):
+                    return 0
+                if action is not None:
+                    await self._do(action, model)
+            except (BadEntry, ChatError) as error:
+                self._notify(f"error: {' '.join(str(error).split())}")
+                if not self._reader.is_interactive:
+                    return 1
 
     async def _greet(self, model: ChatModel) -> None:
         try:
@@ -136,23 +142,25 @@ class ChatLoop:
         match action:
             case Say(text):
                 conversation.ask(text)
-                await self._turn(model)
+                await self._exchange(model)
             case Retry():
                 if not conversation.retry():
                     raise ChatError("there is no message to answer again")
-                await self._turn(model)
+                await self._exchange(model)
             case System(None):
                 self._notify(conversation.system or "There is no system message.")
             case System(text):
                 conversation.system = text or ""
             case AttachImage(path):
-                conversation.attach(await files.read_image(path))
-                self._notify(f"The next message has {_count(conversation.n_images, 'image')}.")
+                with self._interruptible():
+                    conversation.attach(await files.read_image(path))
+                    self._notify(f"The next message has {_count(conversation.n_images, 'image')}.")
             case Save(path, overwrite):
                 await self._save(path, overwrite)
             case Load(path):
-                conversation.restore(await files.load(path))
-                self._notify(f"The conversation has {_count(len(conversation.messages), 'message')}.")
+                with self._interruptible():
+                    conversation.restore(await files.load(path))
+                    self._notify(f"The conversation has {_count(len(conversation.messages), 'message')}.")
             case Clear():
                 conversation.clear()
             case Help():
@@ -173,37 +181,59 @@ class ChatLoop:
             await files.save(path, messages, overwrite=True)
         self._notify(f"Saved {_count(len(messages), 'message')}.")
 
-    # Turns.
+    # Exchanges.
 
-    async def _turn(self, model: ChatModel) -> None:
+    async def _exchange(self, model: ChatModel) -> None:
         """Let the model answer. Raises `ChatError`. What there is of an answer stays in the conversation."""
         said: list[str] = []
-        notice, failure, stopped = "", None, False
+        try:
+            while True:
+                try:
+                    end = await self._try_to_answer(model, said)
+                    break
+                except ConversationTooLong:
+                    if said or not self._forget_oldest():
+                        raise
+        finally:
+            text = "".join(said)
+            if text:
+                self._conversation.answer(text)
+            else:
+                self._conversation.withdraw()
+        if end is None:
+            self._notify("Stopped." if text else "Stopped before the answer began. /retry asks again.")
+            return
+        if notice := end.notice or ("" if text else "The model said nothing. /retry asks again."):
+            self._notify(notice)
+        if end.share > _FULL:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> bool:
+        """Make room in the context. False if there is nothing to forget."""
+        n_forgotten = self._conversation.forget_oldest()
+        if n_forgotten:
+            self._notify(f"The context is full: the oldest {_count(n_forgotten, 'message')} will no longer be sent.")
+        return n_forgotten > 0
+
+    async def _try_to_answer(self, model: ChatModel, said: list[str]) -> Ended | None:
+        """Show an answer and collect its text. Returns None if it was stopped. Raises `ChatError`."""
+        failure: ChatError | None = None
+        end = None
         async with self._display.answer() as view:
             try:
-                with self._interruptible() as scope:
-                    notice = await self._show_answer(model, view, said)
-                stopped = scope.cancelled_caught
-            except ChatError as error:
+                with self._interruptible():
+                    end = await self._show_answer(model, view, said)
+            except ChatError as error:  # raised below, outside the nursery of the display
                 failure = error
-        if text := "".join(said):
-            self._conversation.answer(text)
-        else:
-            self._conversation.withdraw()
         if failure is not None:
             raise failure
-        if stopped:
-            notice = "Stopped." if text else "Stopped before the answer began. /retry asks again."
-        elif not text:
-            notice = notice or "The model said nothing. /retry asks again."
-        if notice:
-            self._notify(notice)
+        return end
 
-    async def _show_answer(self, model: ChatModel, view: AnswerView, said: list[str]) -> str:
-        """Show an answer as it comes, and collect its text. Returns a notice for the user."""
-        notice = ""
+    async def _show_answer(self, model: ChatModel, view: AnswerView, said: list[str]) -> Ended:
+        """Show an answer as it comes, and collect its text."""
+        end = Ended()
         view.wait("waiting for the answer")
-        async with model.answer(self._conversation.messages) as events:
+        async with model.answer(self._conversation.sent) as events:
             async for event in events:
                 match event:
                     case Said(text):
@@ -213,9 +243,9 @@ class ChatLoop:
                         await view.think(text)
                     case Reading(n_read, n_tokens):
                         view.wait(f"reading: {n_read} of {n_tokens} tokens")
-                    case Ended(notice):
-                        pass
-        return notice
+                    case Ended():
+                        end = event
+        return end
 
     @contextmanager
     def _interruptible(self) -> Iterator[trio.CancelScope]:

@@ -11,7 +11,11 @@ from trio_runner.cli.chat.conversation import Message
 
 
 class ChatError(Exception):
-    """A turn failed, or a command did. The message is one line for the user."""
+    """An exchange failed, or a command did. The message is one line for the user."""
+
+
+class ConversationTooLong(ChatError):
+    """The conversation does not fit into the model's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class Ended:
     """The answer is complete. `notice` is a line for the user, if there is something to know about its end."""
 
     notice: str = ""
+    share: float = 0.0
+    """How much of the context the conversation takes with this answer, from 0 to 1; 0 if that is not known."""
 
 
 AnswerEvent: TypeAlias = Said | Thought | Reading | Ended

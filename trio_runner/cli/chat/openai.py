@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from trio_runner.cli.chat.conversation import Message
-from trio_runner.cli.chat.model import AnswerEvent, ChatError, Ended, Said, Thought
+from trio_runner.cli.chat.model import AnswerEvent, ChatError, ConversationTooLong, Ended, Said, Thought
 
 _MAX_SHOWN: Final = 500
 """Characters of a server's message that are shown."""
@@ -70,6 +70,8 @@ def refusal(status: int, body: bytes, *, has_key: bool) -> ChatError:
         return ChatError(f"the server wants an API key (401){detail}. Give --api-key-file, or set OPENAI_API_KEY")
     if status == 401:
         return ChatError(f"the server refuses the API key (401){detail}")
+    if _is_too_long(_json(body)):
+        return ConversationTooLong(f"the server answered {status}{detail}")
     return ChatError(f"the server answered {status}{detail}")
 
 
@@ -133,6 +135,14 @@ def _text(value: object) -> str:
 def whole_characters(text: str) -> str:
     """`text` without halves of surrogate pairs, which JSON may have and UTF-8 may not."""
     return text.encode(errors="replace").decode()
+
+
+def _is_too_long(value: object) -> bool:
+    """Whether an error says that the messages do not fit into the context."""
+    error = value.get("error") if isinstance(value, dict) else None
+    # The second is llama-server's.
+    words = ("context_length_exceeded", "exceed_context_size_error")
+    return isinstance(error, dict) and (error.get("code") in words or error.get("type") in words)
 
 
 def _message(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Protocol
 
 import trio
@@ -35,6 +36,9 @@ class Reader(Protocol):
     async def confirm(self, question: str) -> bool:
         """Ask the user. No answer is a no."""
 
+    def hold_back_keys(self) -> AbstractContextManager[None]:
+        """Between two reads, let keys wait, for the length of the block."""
+
 
 class LineReader:
     """Reads lines from a descriptor without blocking the event loop, if the system can tell what would block."""
@@ -60,6 +64,10 @@ class LineReader:
     async def confirm(self, question: str) -> bool:
         """Nobody answers."""
         return False
+
+    def hold_back_keys(self) -> AbstractContextManager[None]:
+        """Nobody types."""
+        return nullcontext()
 
     async def _wait_readable(self) -> None:
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from ipaddress import ip_address
+from socket import gaierror
+from ssl import SSLError
 from typing import Any, Final
 
 import httpx2
@@ -15,6 +18,7 @@ from trio_runner.cli.chat.conversation import Message
 from trio_runner.cli.chat.model import AnswerEvent, ChatError
 from trio_runner.cli.chat.openai import AnswerReader, chat_body, first_model, refusal
 from trio_runner.cli.chat.sse import EventReader, EventTooLong
+from trio_runner.front_door import leaves
 
 _CONNECT_SECONDS: Final = 15.0
 _MAX_BODY_BYTES: Final = 8 << 20
@@ -157,6 +161,17 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _reason(error: BaseException) -> str:
+    """Why a connection failed: what the system says about the first address, if it says something."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for leaf in leaves(cause):
+            if isinstance(leaf, OSError) and leaf.strerror and leaf.errno:
+                return leaf.strerror if isinstance(leaf, gaierror | SSLError) else os.strerror(leaf.errno)
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or "it does not answer"
+
+
 @contextmanager
 def _chat_errors(url: str) -> Iterator[None]:
     """Turn failures of the network into `ChatError`."""
@@ -165,7 +180,7 @@ def _chat_errors(url: str) -> Iterator[None]:
     except EventTooLong as error:
         raise ChatError(str(error)) from error
     except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-        raise ChatError(f"cannot reach {url}: {str(error) or 'it does not answer'}") from error
+        raise ChatError(f"cannot reach {url}: {_reason(error)}") from error
     except (httpx2.ReadError, httpx2.RemoteProtocolError) as error:
         raise ChatError("the connection broke before the answer ended") from error
     except httpx2.HTTPError as error:

@@ -15,6 +15,7 @@ NOT_BOOLEANS = ["1", "0.0", '"true"', "[]", "{}"]
 NOT_TEXTS = ["1", "true", "[]", "{}", '"\\ud800"']
 
 INTEGERS = [
+    "id_slot",
     *["n_predict", "max_tokens", "max_completion_tokens", "n_cmpl", "n", "n_keep", "n_indent", "t_max_predict_ms"],
     *["seed", "n_probs", "logprobs", "top_k", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n", "mirostat"],
     *["n_discard", "n_cache_reuse", "t_max_prompt_ms", "min_keep", "reasoning_budget_tokens", "sse_ping_interval"],
@@ -26,7 +27,7 @@ NUMBERS = [
 ]
 BOOLEANS = [
     *["stream", "cache_prompt", "return_tokens", "return_progress", "timings_per_token", "penalize_nl"],
-    *["backend_sampling", "verbose", "echo", "parse_tool_calls", "grammar_lazy"],
+    *["backend_sampling", "verbose", "echo", "parse_tool_calls", "grammar_lazy", "ignore_eos", "post_sampling_probs"],
 ]
 TEXTS = ["model", "grammar", "priority", "reasoning_format"]
 
@@ -54,6 +55,8 @@ VALUES = {
     "n_keep": ["-2"],
     "n_indent": ["-1"],
     "t_max_predict_ms": ["-2"],
+    "id_slot": ["-2"],
+    "json_schema": ["1", '"x"', "[]", "false", '{"x-guidance": 1}'],
     "n_probs": ["-1", "101"],
     "logprobs": ["-1", "101"],
     "stop": ["1", "true", "{}", "[1]", '["\\ud800"]', json.dumps(["x"] * 65), json.dumps(["x" * 1025])],
@@ -125,6 +128,13 @@ OTHERS = {
         "content": ["1", "true", "{}", '"\\ud800"', "[true]", "[1.5]", "[-1]", "[null]", '["a", {}]'],
         "add_special": NOT_BOOLEANS,
         "parse_special": NOT_BOOLEANS,
+        "with_pieces": NOT_BOOLEANS,
+    },
+    "/llama/apply-template": {
+        "messages": ["1", '"x"', "{}", "[1]", "[null]", '[{"role": 1}]', '[{"role": "user", "content": 1}]'],
+        "tools": ["1", '"x"', "{}", "[1]"],
+        "add_generation_prompt": NOT_BOOLEANS,
+        "chat_template_kwargs": ["1", "[]", '"x"'],
     },
     "/llama/detokenize": {"tokens": ["1", "true", '"x"', "{}", '["x"]', "[1.0]", "[true]", "[-1]", "[2147483648]"]},
 }
@@ -135,6 +145,7 @@ RIGHT = {
     "/llama/rerank": '"query": "x", "documents": ["y"]',
     "/llama/tokenize": '"content": "x"',
     "/llama/detokenize": '"tokens": [1]',
+    "/llama/apply-template": '"messages": [{"role": "user", "content": "x"}]',
 }
 
 
@@ -157,6 +168,7 @@ def malformed() -> Iterator[Case]:
     yield "/llama/completion", b'{"prompt": null}', "prompt"
     yield "/llama/completion", b'{"PROMPT": 1}', "prompt"
     yield "/llama/completion", b'{"prompt": "x", "top_k": 1, "TOP_K": true}', "top_k"
+    yield "/llama/apply-template", b"{}", "messages"
     yield "/llama/embedding", b"{}", "content"
     yield "/llama/rerank", b'{"documents": ["x"]}', "query"
     yield "/llama/rerank", b'{"query": "x"}', "documents"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.engine.toys import Toy
 from tests.server.client import post, request, serving
 from tests.server.dialects.llama_server.events import parts
 from tests.server.dialects.llama_server.malformed import malformed
@@ -15,6 +16,8 @@ from tests.server.fake_engine import FakeEngine
 from trio_runner.errors import EngineBroken, EngineBusy, InvalidGrammar, LoadError, Unsupported
 from trio_runner.events import Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
 from trio_runner.request import EmbedRequest, RerankRequest
+from trio_runner.server.dialects.llama_server.requests import completion
+from trio_runner.server.dialects.llama_server.responses import CompletionState, whole_answer
 from trio_runner.server.dialects.llama_server.results import scaled
 from trio_runner.server.names import ModelNames
 
@@ -85,6 +88,8 @@ TOP = (TokenInfo(97, b"a", -0.5), TokenInfo(195, b"\xc3", float("-inf")))
 @pytest.mark.parametrize(
     ("fields", "bytes_of_part"),
     [
+        ({"n_probs": 2, "post_sampling_probs": True}, b'"prob":0.6065306597126334,"top_probs":[{"id":97,"token":"a",'
+         b'"bytes":[97],"prob":0.6065306597126334}]'),
         ({"n_probs": 2}, b'"logprob":-0.5,"top_logprobs":[{"id":97,"token":"a","bytes":[97],"logprob":-0.5},'
          b'{"id":195,"token":"","bytes":[195],"logprob":-3.4028234663852886e38}]'),
     ],
@@ -107,10 +112,26 @@ async def test_the_fields_that_a_request_names() -> None:
     engine = FakeEngine()
     async with serving(engine) as server:
         client = await server.connect()
-        names = ["timings/prompt_n", "content", "timings/nothing", "nothing/x", "content/x", "stop", "prompt"]
+        names = ["timings/prompt_n", "content", "timings/nothing", "nothing/x", "content/x", "stop", "prompt", ""]
+        names += ["generation_settings/n_predict", "generation_settings/lora/x", "timings/__class__", "__class__"]
         await client.stream.send_all(post("/llama/completion", {"prompt": "x", "response_fields": names}))
         (await engine.asked()).say("a", DONE)
-        assert (await client.answer()).body == b'{"timings/prompt_n":2,"content":"a","stop":true,"prompt":"x"}'
+        assert (await client.answer()).body == (
+            b'{"timings/prompt_n":2,"content":"a","stop":true,"prompt":"x","generation_settings/n_predict":-1}'
+        )
+
+
+@pytest.mark.parametrize("n_probs", [1, 10, 100])
+async def test_the_size_of_an_answer_is_known_before_it_is_written(n_probs: int) -> None:
+    """So that a long one is written on another thread."""
+    token = SampledToken(97, b"a", -0.5, (TokenInfo(97, b"a", -0.5),) * n_probs)
+    report = completion(json.dumps({"prompt": "x", "n_probs": n_probs}).encode()).report
+    state = CompletionState(index=0, report=report, model="m", prompt="x", max_tokens=None, started=0.0)
+    for _ in range(100):
+        state.take(TextPiece("abc", (token,)), 0.0)
+    answer = whole_answer([(state, DONE)])
+    assert len(answer) / 2 < state.n_bytes < len(answer) * 2
+    assert len(json.loads(answer)["completion_probabilities"]) == 100
 
 
 async def test_progress_is_sent_only_when_it_is_asked_for() -> None:
@@ -262,6 +283,35 @@ async def test_tokens_and_text() -> None:
         assert (await client.ask(post("/llama/detokenize", {"tokens": [97, 60]}))).body == b'{"content":"a<"}'
 
 
+async def test_pieces() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        answer = await server.ask(post("/llama/tokenize", {"content": "aé", "with_pieces": True}))
+        assert answer.body == (b'{"tokens":[{"id":97,"piece":"a"},{"id":195,"piece":[195]},{"id":169,"piece":[169]}]}')
+
+
+async def test_a_conversation_becomes_a_prompt() -> None:
+    info: dict[str, object] = {"chat_template": TEMPLATE}
+    toy = Toy()
+    toy.info = info
+    messages = [{"role": "user", "content": "Hi"}]
+    async with toy.engine(slots=1) as engine, serving(engine) as server:
+        client = await server.connect()
+        answer = await client.ask(post("/llama/apply-template", {"messages": messages}))
+        assert answer.body == b'{"prompt":"user:Hi|0|>"}'
+        fields = {"messages": messages, "add_generation_prompt": False, "tools": [{}], "chat_template_kwargs": {"x": 7}}
+        assert (await client.ask(post("/llama/apply-template", fields))).json["prompt"] == "user:Hi|1|7"
+        refused = await client.ask(post("/llama/apply-template", {"messages": [{"role": "nobody"}]}))
+        assert (refused.status, refused.json["error"]["code"]) == (400, 400)
+        assert "messages" in refused.json["error"]["message"]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}{{ tools|length if tools else 0 }}|{{ x }}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
+
+
 @pytest.mark.parametrize("path", ["/llama/slots/0?action=save", "/llama/lora-adapters", "/llama/props"])
 async def test_what_cannot_be_changed_is_refused(path: str) -> None:
     async with serving(FakeEngine()) as server:
@@ -284,13 +334,14 @@ async def test_health() -> None:
 async def test_other_paths_and_methods_are_worded_as_there() -> None:
     async with serving(FakeEngine(), api_key="k") as server:
         key = "Authorization: Bearer k"
+        assert (await server.ask(request("GET", "/llama/health"))).status == 200  # as there, without a key
         answer = await server.ask(request("GET", "/llama/props"))
         assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
         for path in ("/llama", "/llama/", "/llama/nothing", "/llama/completion/x"):
             answer = await server.ask(request("POST", path, b"{}", key))
             assert answer.json == {"error": {"code": 404, "message": "404 page not found", "type": "not_found_error"}}
         answer = await server.ask(request("GET", "/llama/completion", b"", key))
-        assert (answer.status, answer.json["error"]["code"], answer.headers["allow"]) == (405, 405, "POST")
+        assert (answer.status, answer.json["error"]["code"], answer.headers["allow"]) == (405, 405, "OPTIONS, POST")
 
 
 async def test_malformed_requests_change_nothing() -> None:

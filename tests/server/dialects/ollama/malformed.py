@@ -49,7 +49,7 @@ OUT_OF_RANGE = {
 """Values of options that have the right type."""
 
 COMMON: dict[str, list[str]] = {
-    "model": NOT_TEXTS,
+    "model": [*NOT_TEXTS, json.dumps("x" * 201)],
     "stream": NOT_BOOLEANS,
     "truncate": NOT_BOOLEANS,
     "shift": NOT_BOOLEANS,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests.server.dialects.ollama.malformed import malformed
-from trio_runner.errors import InvalidGrammar, PromptTooLong, RequestError, Unsupported
+from trio_runner.errors import InvalidGrammar, InvalidImage, PromptTooLong, RequestError, UnknownAdapter, Unsupported
 from trio_runner.parameters import parameters_of
 from trio_runner.request import AdapterChoice, Chat, EmbedRequest, GenerateRequest, Infill
 from trio_runner.sampling import RANDOM_SEED, SamplingParams
 from trio_runner.server.dialects.ollama import bodies, requests
-from trio_runner.server.dialects.ollama.options import OPTIONS, renamed
+from trio_runner.server.dialects.ollama.options import OPTIONS
 from trio_runner.server.dialects.ollama.requests import GenerateCall
 
 USER = {"role": "user", "content": "x"}
@@ -275,6 +275,17 @@ def test_embeddings() -> None:
     assert requests.embeddings(encoded(prompt="")).requests == ()
 
 
+def test_errors_of_embeddings_name_the_field_of_the_request() -> None:
+    too_long, unknown = PromptTooLong(9, 5, param="content"), UnknownAdapter("x")
+    for call, name in (
+        (requests.embed(b'{"input": "x"}'), "input"),
+        (requests.embeddings(b'{"prompt": "x"}'), "prompt"),
+    ):
+        assert str(call.renamed(too_long)) == f"{name} has 9 tokens, but at most 5 fit"
+        assert str(call.renamed(unknown)) == "options.adapters: there is no adapter 'x'"
+        assert call.renamed(unknown).status == 400  # a 404 would say that there is no such model
+
+
 def test_names() -> None:
     assert requests.show(encoded(name="a")) == requests.show(encoded(model="a")) == "a"
     assert requests.show(encoded(model="a", name="b")) == "a"
@@ -291,16 +302,36 @@ def test_malformed_requests_are_refused_by_name() -> None:
         assert name in str(caught.value), body[:80]
 
 
-def test_errors_name_the_field_of_this_dialect() -> None:
-    for error, text, param in (
-        (InvalidGrammar("no root"), "options.grammar: no root", "options.grammar"),
-        (InvalidGrammar("grammar has no root"), "options.grammar has no root", "options.grammar"),
-        (InvalidGrammar("`not` is not supported", param="json_schema"), "format: `not` is not supported", "format"),
-        (RequestError("json_schema is too deep", param="json_schema"), "format is too deep", "format"),
-    ):
-        assert (str(renamed(error)), renamed(error).param) == (text, param)
-    for same in (PromptTooLong(9, 5, param="messages"), RequestError("x")):
-        assert renamed(same) is same
+@pytest.mark.parametrize(
+    ("error", "of_generate", "of_chat"),
+    [
+        (InvalidGrammar("no root"), "options.grammar: no root", "options.grammar: no root"),
+        (InvalidGrammar("grammar has no root"), "options.grammar has no root", "options.grammar has no root"),
+        (InvalidGrammar("no `not`", param="json_schema"), "format: no `not`", "format: no `not`"),
+        (RequestError("json_schema is odd", param="json_schema"), "format is odd", "format is odd"),
+        (
+            PromptTooLong(9, 5, param="messages"),
+            "prompt has 9 tokens, but at most 5 fit",
+            "messages has 9 tokens, but at most 5 fit",
+        ),
+        (
+            InvalidImage("messages[2].content[1].image is odd", param="messages[2].content[1].image"),
+            "images[1] is odd",
+            "messages[2].images[1] is odd",
+        ),
+        (
+            Unsupported("images", "no images", param="messages[0].content[0]"),
+            "images[0]: no images",
+            "messages[0].images[0]: no images",
+        ),
+        (RequestError("x"), "x", "x"),
+    ],
+)
+def test_errors_name_the_field_of_the_request(error: RequestError, of_generate: str, of_chat: str) -> None:
+    for call, text in ((generate(), of_generate), (chat(), of_chat)):
+        renamed = call.renamed(error)
+        assert str(renamed) == text
+        assert renamed.param is None or renamed.param in text
 
 
 def test_an_unknown_option_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,14 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ollama
 import pytest
 import trio
 
-from tests.server.client import Answer, post, request, serving
+from tests.server.client import WAYS, Answer, Leave, post, request, serving
 from tests.server.dialects.ollama.malformed import malformed
-from tests.server.fake_engine import DONE, FakeEngine
+from tests.server.fake_engine import DONE, FakeEngine, FakeGeneration
 from trio_runner.errors import DecodeFailed, EngineBroken, EngineBusy, InvalidGrammar, PromptTooLong, RunnerError
-from trio_runner.events import PromptProgress
+from trio_runner.events import Event, PromptProgress
 from trio_runner.info import Capabilities
 from trio_runner.request import Chat, EmbedRequest
 from trio_runner.server import event_body
@@ -105,6 +106,7 @@ async def test_errors_before_the_answer() -> None:
             for error, status, text in cases:
                 engine.refusal = error
                 answer = await client.ask(post(path, fields))
+                text = text.replace("messages", "messages" if path == "/api/chat" else "prompt")
                 assert (answer.status, answer.json) == (status, {"error": text})
                 assert answer.headers["content-type"] == "application/json"
                 assert answer.headers.get("retry-after") == ("2" if isinstance(error, EngineBusy) else None)
@@ -139,6 +141,55 @@ async def test_a_silent_stream_says_that_it_is_there_without_an_empty_line(monke
         rest = await client.chunks()
         assert rest.strip(b" ").count(b"\n") == 1
         assert rest.lstrip(b" ").startswith(b'{"model":')
+
+
+async def test_a_client_reads_past_what_a_silent_stream_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_body, "KEEP_ALIVE_SECONDS", 0.001)
+    n_waits = 0
+    wait = FakeGeneration.__anext__
+
+    async def counted(generation: FakeGeneration) -> Event:
+        nonlocal n_waits
+        n_waits += 1
+        return await wait(generation)
+
+    monkeypatch.setattr(FakeGeneration, "__anext__", counted)
+    engine = FakeEngine()
+    async with serving(engine) as server, ollama.AsyncClient(host=f"http://{server.host}:{server.port}") as client:
+
+        async def write() -> None:
+            generation = await engine.asked()
+            for text in ("a", "b", "c"):
+                before = n_waits
+                while n_waits < before + 3:  # noqa: ASYNC110  # two of these waits have ended with a sign of life
+                    await trio.sleep(0.001)
+                generation.say(text)
+            generation.say(DONE)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            parts: Any = await client.chat("m", [USER], stream=True)
+            assert "".join([part.message.content async for part in parts]) == "abc"
+
+
+@pytest.mark.parametrize("leave", WAYS)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_ends_its_generation(leave: Leave, stream: bool) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as server:
+        for path, fields in REQUESTS:
+            for begun in (True, False):
+                client = await server.connect()
+                await client.stream.send_all(post(path, {**fields, "stream": stream, "model": ""}))
+                generation = await engine.asked()
+                await generation.started.wait()
+                if begun:
+                    generation.say("a")
+                    if stream:
+                        await client.head()
+                        await client.chunk()
+                await leave(client)
+                await generation.closed.wait()
 
 
 async def test_other_models_are_not_found() -> None:
@@ -284,10 +335,12 @@ async def test_the_thinking_of_a_model() -> None:
     template = "{{ '<think>' }}{{ '</think>' }}"
     engine.info = dataclasses.replace(engine.info, chat_template=template)
     async with serving(engine) as server:
-        for text in ("<think>a</think>b",):
+        for said, text in (("x", "<think>a</think>b"), ("x<think>\n", "a</think>b")):
             for think, expected in ((True, ("a", "b")), (False, (None, text)), (None, (None, text))):
                 client = await server.connect()
-                await client.stream.send_all(post("/api/chat", {**CHAT, "think": think, "stream": False}))
+                await client.stream.send_all(
+                    post("/api/chat", {"messages": [{**USER, "content": said}], "think": think, "stream": False})
+                )
                 (await engine.asked()).say(text, DONE)
                 message = (await client.answer()).json["message"]
                 assert (message.get("thinking"), message["content"]) == expected

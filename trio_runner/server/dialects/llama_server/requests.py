@@ -161,6 +161,7 @@ def _report(given: Mapping[str, Any], sampling: SamplingParams, n_predict: int) 
     return Report(
         stream=given.get("stream", False),
         n_probs=n_probs,
+        post_sampling_probs=sampling.post_sampling_probs,
         return_tokens=given.get("return_tokens", False),
         progress=given.get("return_progress", False),
         timings_per_token=given.get("timings_per_token", False),

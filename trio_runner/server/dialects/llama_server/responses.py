@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -19,12 +19,13 @@ from trio_runner.events import Event, Finished, PromptProgress, SampledToken, Te
 from trio_runner.server.dialects.json_out import whole_characters
 from trio_runner.server.dialects.llama_server.problem_words import Refusal, error_fields
 from trio_runner.server.dialects.llama_server.requests import Report
+from trio_runner.server.dialects.sampled_tokens import LOWEST, finite_logprob
 from trio_runner.server.problems import problem
 
 COMMENT: Final = b":\n\n"
 """What a stream sends to say that it is still there."""
-_LOWEST: Final = -3.4028234663852886e38
-"""The lowest float32: what stands for the logarithm of zero, since JSON has no infinity."""
+PROBABILITY_BYTES: Final = 64
+"""Bytes of one token with its probability, about."""
 _NO_SLOT: Final = -1
 """Stands for the number of the slot, which is not told."""
 
@@ -166,26 +167,32 @@ def _named(token: TokenInfo) -> dict[str, Any]:
 
 
 def _logprob(token: TokenInfo) -> float:
-    return token.logprob if token.logprob > _LOWEST else _LOWEST  # NaN compares false
+    return finite_logprob(token.logprob)
 
 
 def _probability(token: TokenInfo) -> float:
-    return math.exp(token.logprob) if token.logprob > _LOWEST else 0.0
+    return math.exp(token.logprob) if token.logprob > LOWEST else 0.0
 
 
 def chosen(report: Report, result: CompletionResult) -> Any:
     """The fields of `result` that the request wants, by their paths; those that it does not have are left out."""
     if not report.response_fields:
         return result
-    whole = msgspec.to_builtins(result)
     found: dict[str, Any] = {}
     for path in report.response_fields:
-        value: Any = whole
+        value: Any = result
         for name in path.split("/"):
-            value = value.get(name, UNSET) if isinstance(value, dict) else UNSET
+            value = _inside(value, name)
         if value is not UNSET:
             found[path] = value
     return found
+
+
+def _inside(value: Any, name: str) -> Any:
+    """The field `name` of an object; UNSET if it has none."""
+    if isinstance(value, msgspec.Struct):
+        return getattr(value, name) if name in value.__struct_fields__ else UNSET
+    return value.get(name, UNSET) if isinstance(value, Mapping) else UNSET
 
 
 # --- One completion --------------------------------------------------------------------------------------------------
@@ -210,6 +217,12 @@ class CompletionState:
     has_new_line: bool = False
     texts: list[str] = field(default_factory=list)
     tokens: list[SampledToken] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        """About how many bytes the answer will have."""
+        n_probabilities = len(self.tokens) * (1 + self.report.n_probs)
+        return sum(map(len, self.texts)) + len(self.prompt or "") + PROBABILITY_BYTES * n_probabilities
 
     def take(self, event: Event, now: float) -> None:
         """Note an event that came at `now`, in seconds."""
@@ -270,7 +283,9 @@ class CompletionState:
             timings=timings(usage),
         )
         if report.n_probs > 0 and not report.stream:
-            result.completion_probabilities = probabilities(tokens, report)
+            # Written one by one: there may be hundreds of thousands, and no other thread runs in one call of msgspec.
+            entries = [msgspec.Raw(msgspec.json.encode(entry)) for entry in probabilities(tokens, report)]
+            result.completion_probabilities = cast(list[TokenProbability], entries)
         return result
 
     def _ran_out_of_context(self, event: Finished) -> bool:

@@ -62,6 +62,12 @@ class Content(msgspec.Struct):
     content: str
 
 
+class Prompt(msgspec.Struct):
+    """A conversation as text."""
+
+    prompt: str
+
+
 class Adapter(msgspec.Struct):
     """A LoRA adapter. Requests choose it by its id."""
 
@@ -158,6 +164,24 @@ def ranking(scores: Sequence[float], asked: Ranking, model: str) -> bytes:
 def tokens(numbers: Sequence[int]) -> bytes:
     """The answer of /tokenize."""
     return msgspec.json.encode({"tokens": long_list(numbers)})
+
+
+def tokens_with_pieces(numbers: Sequence[int], pieces: Sequence[bytes]) -> bytes:
+    """The same with the text of each token, or with its bytes if they are no text."""
+    entries = [{"id": number, "piece": _piece(piece)} for number, piece in zip(numbers, pieces, strict=True)]
+    return msgspec.json.encode({"tokens": entries})
+
+
+def _piece(piece: bytes) -> str | list[int]:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+def prompt(text: str) -> bytes:
+    """The answer of /apply-template."""
+    return msgspec.json.encode(Prompt(whole_characters(text)))
 
 
 def content(text: str) -> bytes:

@@ -123,8 +123,8 @@ class LlamaServerRoutes:
             if isinstance(event, Finished):
                 ends[index] = event
         write = partial(responses.whole_answer, [(state, ends[index]) for index, state in enumerate(states)])
-        n_characters = sum(len(text) for state in states for text in (*state.texts, state.prompt or ""))
-        return json_response(write() if n_characters < LARGE else await self._threads.write(write))
+        is_small = sum(state.n_bytes for state in states) < LARGE
+        return json_response(write() if is_small else await self._threads.write(write))
 
     def _generation(self, asked: Completion, request: GenerateRequest) -> Choice:
         generation = self._engine.generate(request)

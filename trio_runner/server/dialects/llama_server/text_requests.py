@@ -10,10 +10,10 @@ from typing import Any, Final, TypeAlias
 
 from trio_runner.errors import InvalidRequest, Unsupported
 from trio_runner.parameters import integer_complaint
-from trio_runner.request import MAX_DOCUMENTS, RerankRequest
+from trio_runner.request import MAX_DOCUMENTS, Chat, RerankRequest
 from trio_runner.server.dialects import json_in
-from trio_runner.server.dialects.fields import BOOLEAN, INTEGER, STRING, Body, Field, array, field
-from trio_runner.server.dialects.json_in import Check
+from trio_runner.server.dialects.fields import BOOLEAN, INTEGER, OBJECT, STRING, Body, Field, array, field
+from trio_runner.server.dialects.json_in import Check, Object, list_of, wrong
 from trio_runner.server.dialects.llama_server.prompts import (
     PROMPTS,
     TEXT_OR_TOKENS,
@@ -23,6 +23,8 @@ from trio_runner.server.dialects.llama_server.prompts import (
     check_prompts,
     check_text_or_tokens,
 )
+from trio_runner.server.dialects.openai.requests_messages import SCHEMA as MESSAGES
+from trio_runner.server.dialects.openai.requests_messages import check_messages
 
 Content: TypeAlias = str | tuple[int, ...] | Mixed
 
@@ -65,6 +67,12 @@ def _documents(name: str, value: Any) -> tuple[str, ...]:
     if not documents:
         raise InvalidRequest(f"{name} must not be empty", param=name)
     return documents
+
+
+def _object(name: str, value: Any) -> Object:
+    if not isinstance(value, Object):
+        wrong(name, "an object", value)
+    return value
 
 
 def _encoding(name: str, value: Any) -> str:
@@ -147,8 +155,25 @@ TOKENIZE: Final = Body(
         "parse_special": field(
             BOOLEAN, "Read special tokens such as `<|im_end|>` as the tokens they name.", default=True
         ),
+        "with_pieces": field(
+            BOOLEAN, "Report each token with its text, or its bytes if that is no text.", default=False
+        ),
     },
     {"content": "Hello"},
+)
+TEMPLATE: Final = Body(
+    {
+        "messages": field(MESSAGES, "The conversation.", check=check_messages, required=True),
+        "tools": field(
+            array(OBJECT),
+            "Tools that the template may describe.",
+            check=list_of(_object, "objects"),
+            default_text="none",
+        ),
+        "add_generation_prompt": field(BOOLEAN, "End with what begins an answer of the assistant.", default=True),
+        "chat_template_kwargs": field(OBJECT, "Further variables of the template.", check=_object, default_text="none"),
+    },
+    {"messages": [{"role": "user", "content": "Hello"}]},
 )
 DETOKENIZE: Final = Body(
     {"tokens": field(array(INTEGER), "The tokens.", check=json_in.check_tokens, default=[])}, {"tokens": [1, 2, 3]}
@@ -222,6 +247,17 @@ def tokenize(body: bytes) -> Tokenizing:
         add_special=given.get("add_special", False),
         parse_special=given.get("parse_special", True),
         with_pieces=given.get("with_pieces", False),
+    )
+
+
+def template(body: bytes) -> Chat:
+    """The conversation in the body of POST /apply-template."""
+    given = TEMPLATE.read(body)
+    return Chat(
+        messages=given["messages"],
+        tools=given.get("tools"),
+        add_generation_prompt=given.get("add_generation_prompt", True),
+        variables=given.get("chat_template_kwargs", {}),
     )
 
 

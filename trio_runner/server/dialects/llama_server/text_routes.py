@@ -80,6 +80,14 @@ class TextRoutes:
                 answer=results.Content,
             ),
             Operation(
+                method="POST",
+                path="/llama/apply-template",
+                handler=self.apply_template,
+                summary="Turn a conversation into the prompt that the chat template makes of it.",
+                body=text_requests.TEMPLATE,
+                answer=results.Prompt,
+            ),
+            Operation(
                 method="GET",
                 path="/llama/props",
                 handler=self.props,
@@ -144,7 +152,14 @@ class TextRoutes:
         tokens = await tokens_of(
             self._engine, asked.content, add_special=asked.add_special, parse_special=asked.parse_special
         )
-        return json_response(await self._threads.convert(tokens, results.tokens))
+        if not asked.with_pieces:
+            return json_response(await self._threads.convert(tokens, results.tokens))
+        pieces = await self._engine.pieces(tokens)
+        return json_response(await self._threads.write(lambda: results.tokens_with_pieces(tokens, pieces)))
+
+    async def apply_template(self) -> Response:
+        text = await self._engine.render(await self._threads.read_body(text_requests.template))
+        return json_response(await self._threads.convert(text, results.prompt))
 
     async def detokenize(self) -> Response:
         tokens = await self._threads.read_body(text_requests.detokenize)

@@ -29,7 +29,9 @@ from trio_runner.server.dialects.fields import (
     object_schema,
 )
 from trio_runner.server.dialects.json_in import Object, wrong
+from trio_runner.server.dialects.ollama.formats import closed
 from trio_runner.server.dialects.ollama.options import OPTIONS
+from trio_runner.server.names import MAX_NAME_LENGTH
 
 MAX_TOP_LOGPROBS: Final = 20
 """Alternatives to each token, as in Ollama."""
@@ -55,7 +57,7 @@ def _format(name: str, value: Any) -> str:
     """The JSON text of a schema; empty for none."""
     if isinstance(value, Object):
         try:
-            return json.dumps(value, allow_nan=False)
+            return json.dumps(closed(value), allow_nan=False)
         except (ValueError, RecursionError):
             raise InvalidRequest(
                 f"{name} has a number that is too large, or is nested too deeply", param=name
@@ -182,12 +184,24 @@ MESSAGE: Final[Fields] = {
 }
 _message = object_of(MESSAGE)
 
+
+def _model_name(name: str, value: Any) -> str:
+    if len(json_in.check_text(name, value)) > MAX_NAME_LENGTH:  # every line of the answer repeats it
+        raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", param=name)
+    return str(value)
+
+
 # --- Fields ----------------------------------------------------------------------------------------------------------
 
 _MODEL: Final[Fields] = {
-    "model": field(STRING, "A name of the model, with or without `:latest`.", default_text="the model that there is")
+    "model": field(
+        STRING,
+        "A name of the model, with or without `:latest`.",
+        check=_model_name,
+        default_text="the model that there is",
+    )
 }
-_NAME: Final[Fields] = {**_MODEL, "name": field(STRING, "An older name for `model`.")}
+_NAME: Final[Fields] = {**_MODEL, "name": field(STRING, "An older name for `model`.", check=_model_name)}
 _KEEP_ALIVE: Final[Fields] = {
     "keep_alive": field(
         either(NUMBER, STRING),
@@ -214,7 +228,8 @@ _COMMON: Final[Fields] = {
     "stream": field(BOOLEAN, "Send the answer line by line while it is generated.", default=True),
     "format": field(
         either({"enum": ["", "json"]}, OBJECT),
-        'What the answer must be: "json" means any JSON object, an object is a JSON schema.',
+        'What the answer must be: "json" means any JSON object, an object is a JSON schema. As in Ollama, an object '
+        "has only the properties that the schema names, unless it has `additionalProperties`.",
         check=_format,
         default_text="any text",
     ),
@@ -228,8 +243,8 @@ _COMMON: Final[Fields] = {
     ),
     "truncate": field(
         BOOLEAN,
-        "Drop the oldest messages of a conversation that does not fit, except system messages and the last one. "
-        "Otherwise it is refused.",
+        "Drop the oldest messages of a conversation that does not fit, except system messages and the last one. Of a "
+        "`raw` prompt, cut out the middle. Otherwise, what does not fit is refused.",
         default=True,
     ),
     **fields_of(GenerateRequest, "shift"),
@@ -266,7 +281,7 @@ GENERATE: Final = Body(
         "context": field(array(INTEGER), "Refused unless it is empty.", check=_context, default=[]),
         **_COMMON,
     },
-    {"model": "default", "prompt": "Why is the sky blue?", "options": {"num_predict": 8}},
+    {"prompt": "Why is the sky blue?", "options": {"num_predict": 8}},
 )
 CHAT: Final = Body(
     {
@@ -279,11 +294,7 @@ CHAT: Final = Body(
         "tools": field(array(OBJECT), "Refused unless it is empty.", check=_tools, default=[]),
         **_COMMON,
     },
-    {
-        "model": "default",
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-        "options": {"num_predict": 8},
-    },
+    {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "options": {"num_predict": 8}},
 )
 EMBED: Final = Body(
     {
@@ -300,7 +311,7 @@ EMBED: Final = Body(
         ),
         **_LOADING,
     },
-    {"model": "default", "input": ["one", "two"]},
+    {"input": ["one", "two"]},
 )
 EMBEDDINGS: Final = Body(
     {
@@ -308,7 +319,7 @@ EMBEDDINGS: Final = Body(
         **_MODEL,
         **_LOADING,
     },
-    {"model": "default", "prompt": "one"},
+    {"prompt": "one"},
 )
 SHOW: Final = Body(
     {
@@ -317,7 +328,7 @@ SHOW: Final = Body(
         "system": ignored(STRING, "Checked and ignored."),
         "options": field(OBJECT, "Checked and ignored.", check=_object, default_text="ignored", ignored=True),
     },
-    {"model": "default"},
+    {},
 )
 PULL: Final = Body(
     {
@@ -325,5 +336,5 @@ PULL: Final = Body(
         "stream": field(BOOLEAN, "Answer line by line.", default=True),
         "insecure": ignored(BOOLEAN, "Checked and ignored."),
     },
-    {"model": "default"},
+    {},
 )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from trio_runner.errors import InvalidRequest, RequestError
 from trio_runner.parameters import parameters_of
 from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
@@ -119,14 +118,3 @@ def _sampling(given: Mapping[str, Any], more: Mapping[str, Any]) -> SamplingPara
     if "penalize_newline" in given:
         params["penalize_nl"] = given["penalize_newline"]
     return SamplingParams(**params)
-
-
-def renamed(error: RequestError) -> RequestError:
-    """`error`, with the parameter at fault called what it is called in this dialect."""
-    param, text = error.param, str(error)
-    if param is None or (param != "json_schema" and param not in OPTIONS):
-        return error
-    name = "format" if param == "json_schema" else f"options.{param}"
-    if text.startswith(param):
-        text = name + text.removeprefix(param)
-    return InvalidRequest(text if name in text else f"{name}: {text}", param=name)

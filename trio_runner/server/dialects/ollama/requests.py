@@ -5,18 +5,24 @@ Every function raises `RequestError`, which names the field at fault.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from trio_runner.errors import InvalidRequest, RequestError, Unsupported
 from trio_runner.image_source import IMAGE_TAG
 from trio_runner.request import Chat, EmbedRequest, GenerateRequest, Infill, Prompt
 from trio_runner.server.dialects.ollama.bodies import CHAT, EMBED, EMBEDDINGS, GENERATE, PULL, SHOW
-from trio_runner.server.dialects.ollama.options import CONTEXTS_OF_TEXT, MAX_INT32, renamed, settings
+from trio_runner.server.dialects.ollama.options import CONTEXTS_OF_TEXT, MAX_INT32, OPTIONS, settings
 from trio_runner.server.dialects.ollama.thinking import template_variables, thinking_style
 
 Idle: TypeAlias = Literal["load", "unload"]
+PromptName: TypeAlias = Literal["prompt", "messages"]
+"""The field that the prompt is made of."""
+
+_IMAGE: Final = re.compile(r"messages\[(\d+)\]\.content\[(\d+)\](?:\.image)?")
+"""What the engine calls an image of a conversation. Here, images stand before all that is said in their message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +31,7 @@ class GenerateCall:
 
     model: str | None
     """The name that the client gave."""
+    prompt_name: PromptName
     stream: bool
     idle: Idle | None
     """Nothing is to be generated. Clients load and unload a model so."""
@@ -53,6 +60,10 @@ class GenerateCall:
         max_tokens = limit if self.request.max_tokens is None else min(self.request.max_tokens, limit)
         return replace(self.request, prompt=prompt, max_tokens=max_tokens)
 
+    def renamed(self, error: RequestError) -> RequestError:
+        """`error` of the engine, with the field at fault called what it is called in the request."""
+        return _renamed(error, self.prompt_name)
+
 
 def generate(body: bytes) -> GenerateCall:
     """What the body of POST /api/generate asks for."""
@@ -65,25 +76,26 @@ def generate(body: bytes) -> GenerateCall:
         raise InvalidRequest(f"{name} cannot be combined with suffix", param=name)
     is_idle = not (text or suffix or images)
     if suffix:
-        return _call(given, Infill(prefix=text, suffix=suffix))
+        return _call("prompt", given, Infill(prefix=text, suffix=suffix))
     if given.get("raw") or is_idle:
-        return _call(given, text, is_idle=is_idle, image_data=_numbered(text, images))
+        return _call("prompt", given, text, is_idle=is_idle, image_data=_numbered(text, images))
     system = given.get("system", "")
     messages = [{"role": "system", "content": system}] if system else []
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
     chat = Chat(messages=(*messages, {"role": "user", "content": content if images else text}))
     plain = f"{system}\n\n{text}" if system else text
-    return _call(given, chat, plain=(*images, plain) if images else plain)
+    return _call("prompt", given, chat, plain=(*images, plain) if images else plain)
 
 
 def chat(body: bytes) -> GenerateCall:
     """What the body of POST /api/chat asks for."""
     given = CHAT.read(body)
     messages = tuple(map(_template_message, given.get("messages", ())))
-    return _call(given, Chat(messages=messages), is_idle=not messages)
+    return _call("messages", given, Chat(messages=messages), is_idle=not messages)
 
 
 def _call(
+    prompt_name: PromptName,
     given: Mapping[str, Any],
     prompt: Prompt,
     *,
@@ -106,9 +118,10 @@ def _call(
             }
         )
     except RequestError as error:
-        raise renamed(error) from None
+        raise _renamed(error, prompt_name) from None
     return GenerateCall(
         model=given.get("model"),
+        prompt_name=prompt_name,
         stream=given.get("stream", True),
         idle=("unload" if given.get("keep_alive") else "load") if is_idle else None,
         think=given.get("think"),
@@ -116,6 +129,32 @@ def _call(
         request=request,
         plain=plain,
     )
+
+
+def _renamed(error: RequestError, prompt_name: PromptName) -> RequestError:
+    param = name = error.param
+    if param is None:
+        return error
+    if image := _IMAGE.fullmatch(param):
+        place = f"messages[{image[1]}]." if prompt_name == "messages" else ""
+        name = f"{place}images[{image[2]}]"
+    elif param == "messages":
+        name = prompt_name
+    elif param == "json_schema":
+        name = "format"
+    return _about(error, name)
+
+
+def _about(error: RequestError, name: str | None) -> RequestError:
+    """`error` with the field at fault called `name`; or as an option, if it is one."""
+    param, text = error.param, str(error)
+    if name in OPTIONS:
+        name = f"options.{name}"
+    if param is None or name is None or name == param:
+        return error
+    if text.startswith(param):
+        text = name + text.removeprefix(param)
+    return InvalidRequest(text if name in text else f"{name}: {text}", param=name)
 
 
 def _numbered(text: str, images: Sequence[bytes]) -> tuple[tuple[int, bytes], ...]:
@@ -145,13 +184,20 @@ class EmbedCall:
     """What a request to /api/embed or /api/embeddings asks for."""
 
     model: str | None
+    text_name: Literal["input", "prompt"]
+    """The field that has the texts."""
     requests: tuple[EmbedRequest, ...]
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """`error` of the engine, with the field at fault called what it is called in the request."""
+        return _about(error, self.text_name if error.param == "content" else error.param)
 
 
 def embed(body: bytes) -> EmbedCall:
     """What the body of POST /api/embed asks for."""
     given = EMBED.read(body)
     return _embed_call(
+        "input",
         given,
         given.get("input", ()),
         normalize=True,
@@ -163,13 +209,15 @@ def embed(body: bytes) -> EmbedCall:
 def embeddings(body: bytes) -> EmbedCall:
     """What the body of POST /api/embeddings asks for. It has one text, or none."""
     given = EMBEDDINGS.read(body)
-    return _embed_call(given, (given["prompt"],) if given.get("prompt") else ())
+    return _embed_call("prompt", given, (given["prompt"],) if given.get("prompt") else ())
 
 
-def _embed_call(given: Mapping[str, Any], texts: Sequence[str], **more: Any) -> EmbedCall:
+def _embed_call(
+    text_name: Literal["input", "prompt"], given: Mapping[str, Any], texts: Sequence[str], **more: Any
+) -> EmbedCall:
     adapters = given.get("options", {}).get("adapters")
     requests = tuple(EmbedRequest(content=text, adapters=adapters, **more) for text in texts)
-    return EmbedCall(model=given.get("model"), requests=requests)
+    return EmbedCall(model=given.get("model"), text_name=text_name, requests=requests)
 
 
 def show(body: bytes) -> str | None:

@@ -18,7 +18,6 @@ from trio_runner.request import Chat, GenerateRequest
 from trio_runner.server.dialects.dialect import Operation, RouteContext, json_response, response
 from trio_runner.server.dialects.ollama import bodies, model, requests, responses
 from trio_runner.server.dialects.ollama.model import ServedModel
-from trio_runner.server.dialects.ollama.options import renamed
 from trio_runner.server.dialects.ollama.requests import EmbedCall, GenerateCall
 from trio_runner.server.dialects.ollama.responses import ChatLines, GenerateLines
 from trio_runner.server.dialects.ollama.thinking import ThinkingSplitter, thinking_style
@@ -183,7 +182,7 @@ class OllamaRoutes:
         try:
             await generation.start()
         except RequestError as error:
-            raise renamed(error) from None
+            raise call.renamed(error) from None
         if call.stream:
             return Response(EventBody(generation, lines, keep_alive=KEEP_ALIVE), content_type=NDJSON)
         events = [event async for event in generation]
@@ -195,7 +194,7 @@ class OllamaRoutes:
             return None
         prompt = request.prompt
         if isinstance(prompt, Chat):  # whose template may open the block of thinking itself
-            prompt = ""
+            prompt = await self._engine.render(prompt)
         return ThinkingSplitter(tags, opened=isinstance(prompt, str) and prompt.rstrip().endswith(tags.opening))
 
     def _note_context(self, wanted: int | None, n_ctx: int) -> None:
@@ -220,7 +219,10 @@ class OllamaRoutes:
         return json_response(responses.embedding_line(await self._embedded(call)))
 
     async def _embedded(self, call: EmbedCall) -> list[Embedded]:
-        return await self._engine.embed_requests(call.requests) if call.requests else []
+        try:
+            return await self._engine.embed_requests(call.requests) if call.requests else []
+        except RequestError as error:
+            raise call.renamed(error) from None
 
     # Telling.
 

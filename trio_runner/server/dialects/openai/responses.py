@@ -7,7 +7,7 @@ The types are what https://platform.openai.com/docs/api-reference says, with fie
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 from uuid import uuid4
@@ -20,6 +20,7 @@ from trio_runner.events import Embedded, Event, Finished, SampledToken, TextPiec
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.server.dialects.json_out import finite_vector, float32_list
 from trio_runner.server.dialects.openai.logprobs import ChatLogprobs, TextLogprobs, TextOffsets, chat_logprobs
+from trio_runner.server.dialects.sampled_tokens import last_of_answer
 from trio_runner.server.problems import Answer, Problem, problem
 from trio_runner.version import __version__
 
@@ -213,7 +214,7 @@ class Gathered:
             said.pieces.append(event.text)
             said.tokens += event.tokens
         elif isinstance(event, Finished):
-            said.tokens += reported(event)
+            said.tokens += last_of_answer(event)
             said.finished = event
 
     @property
@@ -224,12 +225,6 @@ class Gathered:
     def finished(self) -> list[Finished]:
         """The last event of each choice."""
         return [said.finished for said in self.said if said.finished is not None]
-
-
-def reported(event: Finished) -> Iterable[SampledToken]:
-    """The tokens that the last event reports and that belong to the answer: neither the end token nor those of a stop
-    string."""
-    return () if event.stop is not None else (token for token in event.tokens if token.piece)
 
 
 def ending(event: Finished) -> tuple[FinishReason, str | None]:

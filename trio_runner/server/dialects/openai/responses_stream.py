@@ -25,9 +25,9 @@ from trio_runner.server.dialects.openai.responses import (
     Usage,
     ending,
     error_body,
-    reported,
     total_usage,
 )
+from trio_runner.server.dialects.sampled_tokens import last_of_answer
 from trio_runner.server.problems import problem
 
 KEEP_ALIVE: Final = b": still there\n\n"
@@ -109,7 +109,7 @@ class Stream:
 
     def _finish(self, index: int, event: Finished) -> bytes:
         reason, stop = ending(event)
-        tokens = tuple(reported(event))
+        tokens = tuple(last_of_answer(event))
         written = (
             self._begin[index]
             + self._empty()
