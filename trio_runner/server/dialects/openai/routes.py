@@ -107,12 +107,12 @@ class OpenAIRoutes:
     async def text(self) -> Response:
         asked = await self._threads.read_body(requests_text.text)
         self._names.check(asked.model)
-        echoes = [
-            prompt if isinstance(prompt, str) else await self._engine.detokenize(prompt) for prompt in asked.echoes
-        ]
         choices = await self._start(asked)
         if isinstance(choices, Response):
             return choices
+        echoes = [
+            prompt if isinstance(prompt, str) else await self._engine.detokenize(prompt) for prompt in asked.echoes
+        ]
         head = self._head("cmpl", asked.model)
         n_choices = len(asked.generations)
         if asked.stream:
