@@ -1,9 +1,9 @@
 // Samplers: from one row of logits to one token.
 //
-// A JSON schema comes first: what it does not allow is no candidate. Then the order is the original runner's: biases, penalties, DRY; then the truncating samplers; then temperature and the
-// draw. A grammar comes last: the token is chosen without it and checked against it alone. Only if the grammar refuses
-// it are all candidates checked, and the choice made again. So a grammar costs almost nothing while the model obeys it
-// by itself.
+// A JSON schema comes first: what it does not allow is no candidate. Then the order is the original runner's: biases,
+// penalties, DRY; then the truncating samplers; then temperature and the draw. A grammar comes last: the token is chosen
+// without it and checked against it alone. Only if the grammar refuses it are all candidates checked, and the choice
+// made again. So a grammar costs almost nothing while the model obeys it by itself.
 
 #include "sampler.h"
 
@@ -69,7 +69,8 @@ std::vector<llama_logit_bias> biases(const trio_sampler_params &params, const tr
 } // namespace
 
 trio_sampler::trio_sampler(trio_model *owner, const trio_sampler_params &params)
-    : model(owner), n_top(params.n_top), post_sampling_probs(params.post_sampling_probs != 0), bias(biases(params, *owner)),
+    : model(owner), n_top(params.n_top), post_sampling_probs(params.post_sampling_probs != 0),
+      bias(biases(params, *owner)),
       penalties(window_of(params.repeat_last_n, *owner), params.repeat_penalty, params.frequency_penalty,
                 params.presence_penalty, params.penalize_nl ? -1 : owner->info.token_nl),
       prompt_window(penalties.enabled() ? window_of(params.repeat_last_n, *owner) : 0) {
