@@ -325,7 +325,7 @@ def test_the_last_tokens_are_reported_if_they_belong_to_the_text() -> None:
             responses.not_taken(InvalidRequest("content is empty", param="content"), {"content": "input"}),
             400,
             {
-                "message": "input: content is empty",
+                "message": "input is empty",
                 "type": "invalid_request_error",
                 "param": "input",
                 "code": None,
@@ -353,11 +353,11 @@ def test_clients_are_told_when_asking_again_is_worth_it() -> None:
     ("error", "param", "text"),
     [
         (PromptTooLong(9, 8), "prompt[2]", "maximum context length is 8 tokens, but prompt[2] has 9"),
-        (InvalidRequest("prompt is empty", param="prompt"), "prompt[2]", "prompt[2]: prompt is empty"),
+        (InvalidRequest("prompt is empty", param="prompt"), "prompt[2]", "prompt[2] is empty"),
         (
             InvalidGrammar("json_schema: no", param="json_schema"),
             "response_format.schema",
-            "response_format.schema: json",
+            "response_format.schema: no",
         ),
         (InvalidRequest("no", param="stop"), "stop", "stop: no"),
     ],

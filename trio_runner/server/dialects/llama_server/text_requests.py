@@ -191,6 +191,8 @@ class Embedding:
     norm: int
     """See `embd_normalize`."""
     model: str | None
+    place: str
+    """The field that has the texts."""
 
 
 def embedding(body: bytes) -> Embedding:
@@ -198,8 +200,9 @@ def embedding(body: bytes) -> Embedding:
     given = EMBEDDING.read(body)
     if "input" not in given and "content" not in given:
         raise InvalidRequest("content is missing", param="content")
-    contents = given["input"] if "input" in given else given["content"]
-    return Embedding(contents=contents, norm=given.get("embd_normalize", EUCLIDEAN), model=given.get("model"))
+    place = "input" if "input" in given else "content"
+    norm = given.get("embd_normalize", EUCLIDEAN)
+    return Embedding(contents=given[place], norm=norm, model=given.get("model"), place=place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

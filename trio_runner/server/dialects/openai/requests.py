@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -242,18 +241,6 @@ def generations(
         for prompt in prompts
         for choice in range(n)
     )
-
-
-@contextmanager
-def naming(places: Mapping[str, str]) -> Iterator[None]:
-    """Errors about a parameter of the engine name the field that it was given in. See `Asked.places`."""
-    try:
-        yield
-    except InvalidRequest as error:
-        place = places.get(error.param or "")
-        if place is None:
-            raise
-        raise InvalidRequest(f"{place}: {error}", param=place) from None
 
 
 def _extras(given: Mapping[str, Any], n: int) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from trio_runner.server.dialects.openai.requests import (
     check_object,
     check_word,
     generations,
-    naming,
     schema_text,
 )
+from trio_runner.server.dialects.places import naming
 
 ANY_OBJECT: Final = '{"type":"object"}'
 """The schema of `json_object`."""
