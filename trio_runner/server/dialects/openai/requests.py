@@ -27,6 +27,7 @@ from trio_runner.server.dialects.fields import (
     Fields,
     Schema,
     array,
+    check_model_name,
     either,
     field,
     fields_of,
@@ -149,7 +150,9 @@ _SAMPLING: Final = {
 _TOKEN_LIMIT: Final[Schema] = {**INTEGER, "minimum": -1}
 
 GENERATION: Final[Fields] = {
-    "model": field(STRING, "The name of the model. A name that is not the served model's is a 404."),
+    "model": field(
+        STRING, "The name of the model. A name that is not the served model's is a 404.", check=check_model_name
+    ),
     "stream": field(BOOLEAN, "Send the text as it comes, as server-sent events.", default=False),
     "stream_options": field(
         {"type": "object", "properties": {"include_usage": BOOLEAN, "include_obfuscation": BOOLEAN}},
