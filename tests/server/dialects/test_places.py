@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.toys import Toy
 from tests.server.client import post, serving
 from trio_runner.errors import InvalidGrammar, InvalidRequest, PromptTooLong, RequestError, UnknownAdapter, Unsupported
 from trio_runner.front_door import open_engine
@@ -62,3 +63,17 @@ async def test_the_field_is_called_what_it_is_called_in_the_body(path: str, fiel
     assert ("content" in message) == (place == "content")
     if path.startswith("/v1"):
         assert error["param"] == place
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/llama/apply-template"])
+async def test_a_variable_of_the_chat_template_is_named_by_its_place(path: str, toy: Toy) -> None:
+    toy.info = {"chat_template": "{{ messages[0].content }}"}
+    deep: Any = 1
+    for _ in range(200):
+        deep = {"x": deep}
+    async with toy.engine() as engine, serving(engine) as server:
+        for name, value in (("never_heard_of", deep), ("documents", [])):
+            fields = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {name: value}}
+            answer = await server.ask(post(path, fields))
+            assert answer.status == 400
+            assert f"chat_template_kwargs.{name}" in answer.json["error"]["message"]

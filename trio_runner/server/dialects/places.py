@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from trio_runner.errors import PromptTooLong, RequestError
@@ -25,6 +25,12 @@ def renamed(error: RequestError, places: Mapping[str, str]) -> RequestError:
     other = type(error).__new__(type(error), text)  # with the attributes of its class, whatever those are
     other.__dict__.update(error.__dict__, param=place)
     return other
+
+
+def places_of_variables(variables: Iterable[str], fields: Container[str]) -> dict[str, str]:
+    """The places of the variables in `chat_template_kwargs`. One that is called as one of the `fields` of the body has
+    none, since errors about the two look the same."""
+    return {name: f"chat_template_kwargs.{name}" for name in variables if name not in fields}
 
 
 @contextmanager

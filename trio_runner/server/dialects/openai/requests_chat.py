@@ -24,7 +24,7 @@ from trio_runner.server.dialects.openai.requests import (
     generations,
     schema_text,
 )
-from trio_runner.server.dialects.places import naming
+from trio_runner.server.dialects.places import naming, places_of_variables
 
 ANY_OBJECT: Final = '{"type":"object"}'
 """The schema of `json_object`."""
@@ -154,6 +154,7 @@ def chat(body: bytes) -> Asked:
         message = "response_format cannot be combined with grammar or json_schema"
         raise InvalidRequest(message, param="response_format")
     places = {"json_schema": place} if schema else {}
+    places |= places_of_variables(given.get("chat_template_kwargs", ()), CHAT.fields)
     forced = {"json_schema": schema} if schema else {}
     with naming(places):
         requests = generations(given, (prompt,), logprobs=n_top, **forced)
