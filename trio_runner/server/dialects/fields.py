@@ -226,12 +226,14 @@ class Body:
         """
         try:
             value = json_in.decode(body)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InvalidRequest(self.refusal.format(error)) from None
+        except RecursionError:
+            raise InvalidRequest(self.refusal.format("it is nested too deeply")) from None
         if value is None:
             value = Object([])
         if not isinstance(value, Object):
-            raise InvalidRequest(self.refusal.format("the body must be a JSON object"))
+            raise InvalidRequest(self.refusal.format(f"it is {json_in.kind_of(value)}"))
         return _read(json_in.fold(value), self.fields)
 
 
