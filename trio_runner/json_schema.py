@@ -122,7 +122,8 @@ def _digits(value: object) -> int:
     if isinstance(value, float):
         _, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
         assert isinstance(exponent, int)
-        value = int("".join(map(str, digits))) * 10 ** max(exponent, 0)
+        whole: int = int("".join(map(str, digits))) * 10 ** max(exponent, 0)
+        return whole
     return abs(value)
 
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from trio_runner.events import Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.server.dialects.json_out import whole_characters
+from trio_runner.server.dialects.json_out import unbroken, whole_characters
 from trio_runner.server.dialects.llama_server.problem_words import Refusal, error_fields
 from trio_runner.server.dialects.llama_server.requests import Report
 from trio_runner.server.dialects.sampled_tokens import LOWEST, finite_logprob
@@ -333,7 +333,7 @@ class CompletionStream:
 
 
 def _sent(value: Any) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(value)
+    return b"data: %b\n\n" % unbroken(msgspec.json.encode(value))
 
 
 def whole_answer(results: Sequence[tuple[CompletionState, Finished]]) -> bytes:

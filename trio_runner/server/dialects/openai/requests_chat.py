@@ -22,9 +22,9 @@ from trio_runner.server.dialects.openai.requests import (
     check_object,
     check_word,
     generations,
-    naming,
     schema_text,
 )
+from trio_runner.server.dialects.places import naming, places_of_variables
 
 RESERVED: Final = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "now")
 """Variables that every chat template gets, so that a request cannot define them."""
@@ -165,9 +165,8 @@ def chat(body: bytes) -> Asked:
     if schema and (given.get("grammar") or given.get("json_schema")):
         message = "response_format cannot be combined with grammar or json_schema"
         raise InvalidRequest(message, param="response_format")
-    places = {name: f"chat_template_kwargs.{name}" for name in given.get("chat_template_kwargs", ())}
-    if schema:
-        places["json_schema"] = place
+    places = {"json_schema": place} if schema else {}
+    places |= places_of_variables(given.get("chat_template_kwargs", ()), CHAT.fields)
     forced = {"json_schema": schema} if schema else {}
     with naming(places):
         requests = generations(given, (prompt,), logprobs=n_top, **forced)

@@ -15,11 +15,12 @@ from uuid import uuid4
 import msgspec
 
 from trio_runner import events
-from trio_runner.errors import PromptTooLong, RunnerError
+from trio_runner.errors import PromptTooLong, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, SampledToken, TextPiece
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.server.dialects.json_out import finite_vector, float32_list
 from trio_runner.server.dialects.openai.logprobs import ChatLogprobs, TextLogprobs, TextOffsets, chat_logprobs
+from trio_runner.server.dialects.places import renamed
 from trio_runner.server.dialects.sampled_tokens import last_of_answer
 from trio_runner.server.problems import Answer, Problem, problem
 from trio_runner.version import __version__
@@ -71,12 +72,13 @@ def error_answer(refusal: Problem) -> Answer:
 def not_taken(error: RunnerError, places: Mapping[str, str]) -> Problem:
     """The problem of a request that the engine did not take. `places` are the fields of the body in which parameters of
     the engine were given, where they have another name."""
+    if isinstance(error, RequestError):
+        error = renamed(error, places)
     refusal = problem(error)
-    place = places.get(refusal.param or "", refusal.param)
     if isinstance(error, PromptTooLong):
-        text = f"This model's maximum context length is {error.n_ctx} tokens, but {place} has {error.n_prompt}."
-        return replace(refusal, text=text, param=place)
-    return refusal if place == refusal.param else replace(refusal, text=f"{place}: {refusal.text}", param=place)
+        text = f"This model's maximum context length is {error.n_ctx} tokens, but {error.param} has {error.n_prompt}."
+        return replace(refusal, text=text)
+    return refusal
 
 
 def answer_id(kind: str) -> str:
