@@ -255,3 +255,4 @@ class Model:
         May be called more than once.
         """
         self._handle = None
+        self._schemas.close()

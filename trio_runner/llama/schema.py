@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from typing import Any, Final
 
-from trio_runner.errors import InvalidGrammar, InvalidRequest
+from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest
 from trio_runner.json_schema import guided_schema
 from trio_runner.llama.library import check, native
 
@@ -39,6 +39,7 @@ class Schemas:
     """The compiled schemas of one model. Any thread may use it."""
 
     def __init__(self, model: Any) -> None:
+        """`model` is the shim's trio_model."""
         self._model = model
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -51,24 +52,36 @@ class Schemas:
         """The shim's trio_schema. Compiles the schema if that was not done yet, which blocks for milliseconds or, for
         the first schema of a model, for a tenth of a second or more.
 
-        Raises `InvalidGrammar` for a schema that cannot be honoured, and `InvalidRequest` if llguidance is missing.
+        Raises `InvalidGrammar` for a schema that cannot be honoured, `InvalidRequest` if llguidance is missing, and
+        `EngineClosed` after close().
         """
         with self._lock:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
-        schema = self._compile(text)
+            model = self._model
+        if model is None:
+            raise EngineClosed("the model has been closed")
+        schema = self._compile(model, text)
         with self._lock:
-            self._compiled[text] = schema
+            if self._model is not None:
+                self._compiled[text] = schema
             while len(self._compiled) > MAX_SCHEMAS:
                 self._compiled.popitem(last=False)
         return schema
 
-    def _compile(self, text: str) -> Any:
+    def close(self) -> None:
+        """Forget the model and all compiled schemas, which keep it in memory."""
+        with self._lock:
+            self._model = None
+            self._compiled.clear()
+
+    @staticmethod
+    def _compile(model: Any, text: str) -> Any:
         load_llguidance()
         loaded = native()
         out = loaded.ffi.new("trio_schema **")
-        code = loaded.lib.trio_schema_open(self._model, guided_schema(text).encode(), out)
+        code = loaded.lib.trio_schema_open(model, guided_schema(text).encode(), out)
         try:
             check("trio_schema_open", code)
         except InvalidGrammar as failure:
@@ -94,14 +107,17 @@ def _load() -> str:
         from llguidance import _lib
     except ImportError:
         return "which is not installed"
-    # The module is loaded already, so this opens nothing new.
-    library = ctypes.CDLL(_lib.__file__)
-    library.llg_get_version.restype = ctypes.c_char_p
-    version = (library.llg_get_version() or b"").decode(errors="replace")
-    if not version.startswith(f"llguidance@{VERSION}."):
-        return f"but this is {version[:40]}"
+    try:
+        # The module is loaded already, so this opens nothing new.
+        library = ctypes.CDLL(_lib.__file__)
+        library.llg_get_version.restype = ctypes.c_char_p
+        version = (library.llg_get_version() or b"").decode(errors="replace")
+        if not version.startswith(f"llguidance@{VERSION}."):
+            return f"but this is {version[:40]}"
+        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS]
+    except (AttributeError, OSError):
+        return "but this one has no C interface"
     loaded = native()
-    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS]
     functions = loaded.ffi.new("trio_schema_functions *", [loaded.ffi.cast("void *", at) for at in addresses])
     check("trio_schema_use", loaded.lib.trio_schema_use(functions))
     return ""
