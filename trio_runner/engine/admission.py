@@ -52,7 +52,7 @@ class Admission:
             if n_excess > 0:
                 self.n_refused += 1
                 raise EngineBusy(
-                    f"{n_slots} requests are running and {n_waiting} waiting",
+                    f"the queue is full: {n_slots} requests are running and {n_waiting} waiting",
                     retry_after=self._seconds_until_ended(queue, n_excess, n_slots),
                 )
         self._n_admitted[queue] += 1

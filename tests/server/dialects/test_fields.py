@@ -57,3 +57,17 @@ def test_an_unknown_field_is_ignored_and_logged_once(
         assert Body({}, {}).read(b'{"strange": 1, "odd\\n": [2]}') == {}
     assert len(caplog.records) == 2
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"[]", "the body is not a JSON object: it is a list"),
+        (b'"x"', "the body is not a JSON object: it is a string"),
+        (b"[" * 60_000 + b"]" * 60_000, "the body is not a JSON object: it is nested too deeply"),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused_in_one_sentence(body: bytes, text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Body({}, {}).read(body)
+    assert (str(caught.value), caught.value.param) == (text, None)

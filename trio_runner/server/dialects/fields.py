@@ -18,6 +18,7 @@ from trio_runner.parameters import Kind, Parameter, parameters_of
 from trio_runner.request import AdapterChoice
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.json_in import Check, Object, wrong
+from trio_runner.server.names import MAX_NAME_LENGTH
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,14 @@ def _field_of(parameter: Parameter, default: Any, is_own: bool) -> Field:
 # --- Fields of several dialects --------------------------------------------------------------------------------------
 
 
+def check_model_name(name: str, value: Any) -> str:
+    """The name of a model. It is bounded because every part of a stream may repeat it."""
+    text = json_in.check_text(name, value)
+    if len(text) > MAX_NAME_LENGTH:
+        raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", param=name)
+    return text
+
+
 def _adapter(name: str, value: Any) -> AdapterChoice:
     if not isinstance(value, Object):
         wrong(name, "a list of objects", value)
@@ -217,12 +226,14 @@ class Body:
         """
         try:
             value = json_in.decode(body)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InvalidRequest(self.refusal.format(error)) from None
+        except RecursionError:
+            raise InvalidRequest(self.refusal.format("it is nested too deeply")) from None
         if value is None:
             value = Object([])
         if not isinstance(value, Object):
-            raise InvalidRequest(self.refusal.format("the body must be a JSON object"))
+            raise InvalidRequest(self.refusal.format(f"it is {json_in.kind_of(value)}"))
         return _read(json_in.fold(value), self.fields)
 
 

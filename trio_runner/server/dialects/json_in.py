@@ -110,7 +110,12 @@ _KINDS = {
 
 def wrong(name: str, wanted: str, value: object) -> NoReturn:
     """Raise `InvalidRequest`: the field should be `wanted` and is something else."""
-    raise InvalidRequest(f"{name} must be {wanted}, not {_KINDS[type(value)]}", param=name)
+    raise InvalidRequest(f"{name} must be {wanted}, not {kind_of(value)}", param=name)
+
+
+def kind_of(value: object) -> str:
+    """What kind of JSON value it is, in words."""
+    return _KINDS[type(value)]
 
 
 def check_text(name: str, value: Any) -> str:

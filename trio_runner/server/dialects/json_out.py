@@ -22,7 +22,16 @@ PIECE = 1 << 16
 
 def line(fields: object) -> bytes:
     """`fields` as one compact line."""
-    return msgspec.json.encode(fields) + b"\n"
+    return unbroken(msgspec.json.encode(fields)) + b"\n"
+
+
+def unbroken(encoded: bytes) -> bytes:
+    """JSON with the characters escaped that some readers of streams take for the end of a line: U+0085, U+2028 and
+    U+2029. httpx is one of these readers. They occur in strings only."""
+    if encoded.isascii():
+        return encoded
+    encoded = encoded.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
+    return encoded.replace(b"\xc2\x85", rb"\u0085")
 
 
 def go_line(fields: object) -> bytes:

@@ -138,6 +138,12 @@ def test_log_probabilities() -> None:
         assert "logprobs" not in last
         whole = json.loads(lines.whole([TextPiece("a", tokens), Finished("stop", Usage(), tokens=tokens[:1])]))
         assert whole["logprobs"] == [expected] * 3
+        # The end token and the tokens of a stop string are no part of the answer.
+        end = SampledToken(0, b"", -0.5, ())
+        cut = Finished("stop", Usage(), tokens=tokens, stop="b")
+        for finished in (Finished("stop", Usage(), tokens=(end,)), cut):
+            assert [line.get("logprobs") for line in written(lines, finished)] == [None]
+            assert json.loads(lines.whole([TextPiece("a", tokens), finished]))["logprobs"] == [expected, expected]
     # What the splitter holds back does not hold back the tokens.
     assert written(chat(thinks=True), TextPiece("<th", tokens))[0]["logprobs"] == [expected, expected]
 

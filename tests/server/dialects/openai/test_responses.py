@@ -128,10 +128,9 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('\u20
 
 @given(TEXTS)
 def test_every_text_is_one_line_to_every_reader(text: str) -> None:
-    written = responses_stream.quoted(text)
-    assert json.loads(written) == text
-    assert written.decode().splitlines() == [written.decode()]
-    [event] = parsed(chat_stream().event((0, TextPiece(text))))
+    written = chat_stream().event((0, TextPiece(text)))
+    assert len(written.decode().strip().splitlines()) == 1
+    [event] = parsed(written)
     assert event["choices"][0]["delta"] == {"content": text}
 
 
@@ -325,7 +324,7 @@ def test_the_last_tokens_are_reported_if_they_belong_to_the_text() -> None:
             responses.not_taken(InvalidRequest("content is empty", param="content"), {"content": "input"}),
             400,
             {
-                "message": "input: content is empty",
+                "message": "input is empty",
                 "type": "invalid_request_error",
                 "param": "input",
                 "code": None,
@@ -353,11 +352,11 @@ def test_clients_are_told_when_asking_again_is_worth_it() -> None:
     ("error", "param", "text"),
     [
         (PromptTooLong(9, 8), "prompt[2]", "maximum context length is 8 tokens, but prompt[2] has 9"),
-        (InvalidRequest("prompt is empty", param="prompt"), "prompt[2]", "prompt[2]: prompt is empty"),
+        (InvalidRequest("prompt is empty", param="prompt"), "prompt[2]", "prompt[2] is empty"),
         (
             InvalidGrammar("json_schema: no", param="json_schema"),
             "response_format.schema",
-            "response_format.schema: json",
+            "response_format.schema: no",
         ),
         (InvalidRequest("no", param="stop"), "stop", "stop: no"),
     ],

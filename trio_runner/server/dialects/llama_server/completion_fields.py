@@ -27,6 +27,7 @@ from trio_runner.server.dialects.fields import (
     Fields,
     Schema,
     array,
+    check_model_name,
     either,
     field,
     fields_of,
@@ -227,10 +228,15 @@ _OWN_SAMPLING: Fields = {
     ),
 }
 
+MODEL: Final = field(
+    STRING,
+    "Name of the model. Another model than the one that is served is a 404.",
+    check=check_model_name,
+    default_text="any",
+)
+
 _OPTIONS: Fields = {
-    "model": field(
-        STRING, "Name of the model. Another model than the one that is served is a 404.", default_text="any"
-    ),
+    "model": MODEL,
     "stream": field(
         BOOLEAN, "Send the text as it comes, as server-sent events. Otherwise it is one object.", default=False
     ),

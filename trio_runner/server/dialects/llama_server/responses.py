@@ -16,15 +16,14 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from trio_runner.events import Event, Finished, PromptProgress, SampledToken, TextPiece, TokenInfo, Usage
-from trio_runner.server.dialects.json_out import whole_characters
+from trio_runner.server.dialects.json_out import unbroken, whole_characters
 from trio_runner.server.dialects.llama_server.problem_words import Refusal, error_fields
 from trio_runner.server.dialects.llama_server.requests import Report
+from trio_runner.server.dialects.sampled_tokens import LOWEST, finite_logprob
 from trio_runner.server.problems import problem
 
 COMMENT: Final = b":\n\n"
 """What a stream sends to say that it is still there."""
-_LOWEST: Final = -3.4028234663852886e38
-"""The lowest float32: what stands for the logarithm of zero, since JSON has no infinity."""
 PROBABILITY_BYTES: Final = 64
 """Bytes of one token with its probability, about."""
 _NO_SLOT: Final = -1
@@ -168,11 +167,11 @@ def _named(token: TokenInfo) -> dict[str, Any]:
 
 
 def _logprob(token: TokenInfo) -> float:
-    return token.logprob if token.logprob > _LOWEST else _LOWEST  # NaN compares false
+    return finite_logprob(token.logprob)
 
 
 def _probability(token: TokenInfo) -> float:
-    return math.exp(token.logprob) if token.logprob > _LOWEST else 0.0
+    return math.exp(token.logprob) if token.logprob > LOWEST else 0.0
 
 
 def chosen(report: Report, result: CompletionResult) -> Any:
@@ -334,7 +333,7 @@ class CompletionStream:
 
 
 def _sent(value: Any) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(value)
+    return b"data: %b\n\n" % unbroken(msgspec.json.encode(value))
 
 
 def whole_answer(results: Sequence[tuple[CompletionState, Finished]]) -> bytes:

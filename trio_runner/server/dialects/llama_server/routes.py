@@ -9,7 +9,7 @@ from typing import Any, cast
 import trio
 from quart import Response
 
-from trio_runner.errors import InvalidRequest, PromptTooLong
+from trio_runner.errors import InvalidRequest, PromptTooLong, RequestError
 from trio_runner.events import Finished
 from trio_runner.request import AdapterChoice, GenerateRequest, Infill, Prompt
 from trio_runner.server.body_threads import LARGE
@@ -23,6 +23,7 @@ from trio_runner.server.dialects.llama_server.prompts import GivenPrompt, Mixed,
 from trio_runner.server.dialects.llama_server.requests import Completion, completion
 from trio_runner.server.dialects.llama_server.responses import CompletionPart, CompletionResult, CompletionState
 from trio_runner.server.dialects.llama_server.text_routes import TextRoutes, tokens_of
+from trio_runner.server.dialects.places import renamed
 from trio_runner.server.event_body import EventBody
 from trio_runner.server.ownership import own
 
@@ -94,7 +95,11 @@ class LlamaServerRoutes:
         choices = Choices([self._generation(asked, request) for request in requests])
         own(choices)
         started = trio.current_time()
-        await choices.start()
+        try:
+            await choices.start()
+        except RequestError as error:
+            which = {"prompt": f"prompt[{choices.n_started // asked.n_choices}]"} if len(prompts) > 1 else {}
+            raise renamed(error, which) from None
         texts = [await self._text_of(asked, *pair) for pair in zip(asked.prompts, prompts, strict=True)]
         states = [
             CompletionState(

@@ -12,8 +12,9 @@ from trio_runner.errors import InvalidRequest, Unsupported
 from trio_runner.parameters import integer_complaint
 from trio_runner.request import MAX_DOCUMENTS, Chat, RerankRequest
 from trio_runner.server.dialects import json_in
-from trio_runner.server.dialects.fields import BOOLEAN, INTEGER, OBJECT, STRING, Body, Field, array, field
+from trio_runner.server.dialects.fields import BOOLEAN, INTEGER, OBJECT, STRING, Body, array, field
 from trio_runner.server.dialects.json_in import Check, Object, list_of, wrong
+from trio_runner.server.dialects.llama_server.completion_fields import MODEL
 from trio_runner.server.dialects.llama_server.prompts import (
     PROMPTS,
     TEXT_OR_TOKENS,
@@ -81,10 +82,6 @@ def _encoding(name: str, value: Any) -> str:
     return "float"
 
 
-def _model() -> Field:
-    return field(STRING, "Name of the model. Another model than the one that is served is a 404.", default_text="any")
-
-
 EMBEDDING: Final = Body(
     {
         "content": field(
@@ -113,7 +110,7 @@ EMBEDDING: Final = Body(
             check=_encoding,
             default="float",
         ),
-        "model": _model(),
+        "model": MODEL,
     },
     {"content": "The sky is blue."},
 )
@@ -139,7 +136,7 @@ RERANK: Final = Body(
             default_text="all",
         ),
         "return_text": field(BOOLEAN, "Repeat each text in the answer. Only with `texts`.", default=False),
-        "model": _model(),
+        "model": MODEL,
     },
     {"query": "Who wrote Faust?", "documents": ["Goethe did.", "It rains."]},
 )
@@ -191,6 +188,8 @@ class Embedding:
     norm: int
     """See `embd_normalize`."""
     model: str | None
+    place: str
+    """The field that has the texts."""
 
 
 def embedding(body: bytes) -> Embedding:
@@ -198,8 +197,9 @@ def embedding(body: bytes) -> Embedding:
     given = EMBEDDING.read(body)
     if "input" not in given and "content" not in given:
         raise InvalidRequest("content is missing", param="content")
-    contents = given["input"] if "input" in given else given["content"]
-    return Embedding(contents=contents, norm=given.get("embd_normalize", EUCLIDEAN), model=given.get("model"))
+    place = "input" if "input" in given else "content"
+    norm = given.get("embd_normalize", EUCLIDEAN)
+    return Embedding(contents=given[place], norm=norm, model=given.get("model"), place=place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

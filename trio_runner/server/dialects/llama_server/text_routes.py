@@ -11,6 +11,7 @@ from trio_runner.server.dialects.dialect import Operation, RouteContext, json_re
 from trio_runner.server.dialects.llama_server import problem_words, results, text_requests
 from trio_runner.server.dialects.llama_server.prompts import Mixed
 from trio_runner.server.dialects.llama_server.text_requests import Content
+from trio_runner.server.dialects.places import naming, places_of_variables
 from trio_runner.server.metrics import Metrics
 
 
@@ -138,7 +139,8 @@ class TextRoutes:
             await tokens_of(self._engine, content, add_special=True) if isinstance(content, Mixed) else content
             for content in asked.contents
         ]
-        embedded = await self._engine.embed_requests([EmbedRequest(content=content) for content in contents])
+        with naming({"content": asked.place}):
+            embedded = await self._engine.embed_requests([EmbedRequest(content=content) for content in contents])
         return json_response(await self._threads.write(lambda: results.embeddings(embedded, asked.norm)))
 
     async def rerank(self) -> Response:
@@ -158,7 +160,9 @@ class TextRoutes:
         return json_response(await self._threads.write(lambda: results.tokens_with_pieces(tokens, pieces)))
 
     async def apply_template(self) -> Response:
-        text = await self._engine.render(await self._threads.read_body(text_requests.template))
+        chat = await self._threads.read_body(text_requests.template)
+        with naming(places_of_variables(chat.variables, text_requests.TEMPLATE.fields)):
+            text = await self._engine.render(chat)
         return json_response(await self._threads.convert(text, results.prompt))
 
     async def detokenize(self) -> Response:

@@ -21,6 +21,7 @@ from trio_runner.server.dialects.fields import (
     Body,
     Fields,
     array,
+    check_model_name,
     either,
     field,
     fields_of,
@@ -31,7 +32,6 @@ from trio_runner.server.dialects.fields import (
 from trio_runner.server.dialects.json_in import Object, wrong
 from trio_runner.server.dialects.ollama.formats import closed
 from trio_runner.server.dialects.ollama.options import OPTIONS
-from trio_runner.server.names import MAX_NAME_LENGTH
 
 MAX_TOP_LOGPROBS: Final = 20
 """Alternatives to each token, as in Ollama."""
@@ -185,23 +185,17 @@ MESSAGE: Final[Fields] = {
 _message = object_of(MESSAGE)
 
 
-def _model_name(name: str, value: Any) -> str:
-    if len(json_in.check_text(name, value)) > MAX_NAME_LENGTH:  # every line of the answer repeats it
-        raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", param=name)
-    return str(value)
-
-
 # --- Fields ----------------------------------------------------------------------------------------------------------
 
 _MODEL: Final[Fields] = {
     "model": field(
         STRING,
         "A name of the model, with or without `:latest`.",
-        check=_model_name,
+        check=check_model_name,
         default_text="the model that there is",
     )
 }
-_NAME: Final[Fields] = {**_MODEL, "name": field(STRING, "An older name for `model`.", check=_model_name)}
+_NAME: Final[Fields] = {**_MODEL, "name": field(STRING, "An older name for `model`.", check=check_model_name)}
 _KEEP_ALIVE: Final[Fields] = {
     "keep_alive": field(
         either(NUMBER, STRING),

@@ -16,6 +16,7 @@ from trio_runner.request import Chat, EmbedRequest, GenerateRequest, Infill, Pro
 from trio_runner.server.dialects.ollama.bodies import CHAT, EMBED, EMBEDDINGS, GENERATE, PULL, SHOW
 from trio_runner.server.dialects.ollama.options import CONTEXTS_OF_TEXT, MAX_INT32, OPTIONS, settings
 from trio_runner.server.dialects.ollama.thinking import template_variables, thinking_style
+from trio_runner.server.dialects.places import renamed
 
 Idle: TypeAlias = Literal["load", "unload"]
 PromptName: TypeAlias = Literal["prompt", "messages"]
@@ -147,14 +148,11 @@ def _renamed(error: RequestError, prompt_name: PromptName) -> RequestError:
 
 def _about(error: RequestError, name: str | None) -> RequestError:
     """`error` with the field at fault called `name`; or as an option, if it is one."""
-    param, text = error.param, str(error)
-    if name in OPTIONS:
-        name = f"options.{name}"
-    if param is None or name is None or name == param:
+    if error.param is None or name is None:
         return error
-    if text.startswith(param):
-        text = name + text.removeprefix(param)
-    return InvalidRequest(text if name in text else f"{name}: {text}", param=name)
+    other = renamed(error, {error.param: f"options.{name}" if name in OPTIONS else name})
+    # A 404, as of an adapter, would say that there is no such model.
+    return error if other is error else InvalidRequest(str(other), param=other.param)
 
 
 def _numbered(text: str, images: Sequence[bytes]) -> tuple[tuple[int, bytes], ...]:

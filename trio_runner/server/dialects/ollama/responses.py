@@ -16,6 +16,7 @@ from trio_runner.server.dialects.json_out import finite_vector, float32_list, li
 from trio_runner.server.dialects.ollama.requests import Idle
 from trio_runner.server.dialects.ollama.thinking import ThinkingSplitter
 from trio_runner.server.dialects.ollama.times import Stopwatch, nanoseconds
+from trio_runner.server.dialects.sampled_tokens import finite_logprob, last_of_answer
 from trio_runner.server.problems import Answer, Problem, problem_text
 
 # --- Types -----------------------------------------------------------------------------------------------------------
@@ -126,9 +127,6 @@ def refusal(problem: Problem) -> Answer:
 
 # --- Generated answers -----------------------------------------------------------------------------------------------
 
-_LOWEST: Final = -3.4028234663852886e38
-"""The lowest float32: what stands for the logarithm of zero, since JSON has no infinity."""
-
 
 class GenerateLines:
     """Writes the events of one generation as the lines of its answer, in the form of /api/generate.
@@ -148,9 +146,11 @@ class GenerateLines:
             case TextPiece(text=text, tokens=tokens):
                 thinking, rest = self._splitter.add(text) if self._splitter else ("", text)
                 return self._piece(thinking, rest, tokens)
-            case Finished(tokens=tokens):
+            case Finished():
                 thinking, rest = self._splitter.finish() if self._splitter else ("", "")
-                return self._piece(thinking, rest, tokens) + self._line("", "", **self._ending(event))
+                return self._piece(thinking, rest, tuple(last_of_answer(event))) + self._line(
+                    "", "", **self._ending(event)
+                )
 
     def failure(self, error: Exception) -> bytes:
         """The last line of an answer that cannot go on. Its status is long sent, so the error comes in the body."""
@@ -161,7 +161,8 @@ class GenerateLines:
         finished = events[-1]
         assert isinstance(finished, Finished)
         text = "".join(event.text for event in events)
-        tokens = [token for event in events if not isinstance(event, PromptProgress) for token in event.tokens]
+        tokens = [token for event in events if isinstance(event, TextPiece) for token in event.tokens]
+        tokens += last_of_answer(finished)
         thinking, rest = "", text
         if self._splitter:
             thinking, rest = (a + b for a, b in zip(self._splitter.add(text), self._splitter.finish(), strict=True))
@@ -215,7 +216,7 @@ def _logprobs(tokens: Sequence[SampledToken]) -> dict[str, Any]:
 def _token(info: TokenInfo) -> dict[str, Any]:
     return {
         "token": info.piece.decode("utf-8", errors="replace"),
-        "logprob": info.logprob if info.logprob > _LOWEST else _LOWEST,  # NaN compares false
+        "logprob": finite_logprob(info.logprob),
         "bytes": list(info.piece),
     }
 

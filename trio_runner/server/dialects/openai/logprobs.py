@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from trio_runner.events import SampledToken, TokenInfo
+from trio_runner.server.dialects.sampled_tokens import finite_logprob
 
 LOWEST: Final = -9999.0
 """What stands for the logarithm of almost nothing: JSON has no infinity, and this is OpenAI's number."""
@@ -54,7 +55,7 @@ class TextLogprobs(msgspec.Struct, frozen=True):
 
 def finite(logprob: float) -> float:
     """`logprob`, or what stands for it if it is below all bounds or no number."""
-    return logprob if logprob > LOWEST else LOWEST  # NaN compares false
+    return finite_logprob(logprob, LOWEST)
 
 
 def chat_logprobs(tokens: Sequence[SampledToken]) -> ChatLogprobs:

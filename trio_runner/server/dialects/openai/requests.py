@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ from trio_runner.server.dialects.fields import (
     Fields,
     Schema,
     array,
+    check_model_name,
     either,
     field,
     fields_of,
@@ -150,7 +150,9 @@ _SAMPLING: Final = {
 _TOKEN_LIMIT: Final[Schema] = {**INTEGER, "minimum": -1}
 
 GENERATION: Final[Fields] = {
-    "model": field(STRING, "The name of the model. A name that is not the served model's is a 404."),
+    "model": field(
+        STRING, "The name of the model. A name that is not the served model's is a 404.", check=check_model_name
+    ),
     "stream": field(BOOLEAN, "Send the text as it comes, as server-sent events.", default=False),
     "stream_options": field(
         {"type": "object", "properties": {"include_usage": BOOLEAN, "include_obfuscation": BOOLEAN}},
@@ -242,18 +244,6 @@ def generations(
         for prompt in prompts
         for choice in range(n)
     )
-
-
-@contextmanager
-def naming(places: Mapping[str, str]) -> Iterator[None]:
-    """Errors about a parameter of the engine name the field that it was given in. See `Asked.places`."""
-    try:
-        yield
-    except InvalidRequest as error:
-        place = places.get(error.param or "")
-        if place is None:
-            raise
-        raise InvalidRequest(f"{place}: {error}", param=place) from None
 
 
 def _extras(given: Mapping[str, Any], n: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ The types are what https://platform.openai.com/docs/api-reference says, with fie
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 from uuid import uuid4
@@ -15,11 +15,13 @@ from uuid import uuid4
 import msgspec
 
 from trio_runner import events
-from trio_runner.errors import PromptTooLong, RunnerError
+from trio_runner.errors import PromptTooLong, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, SampledToken, TextPiece
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.server.dialects.json_out import finite_vector, float32_list
 from trio_runner.server.dialects.openai.logprobs import ChatLogprobs, TextLogprobs, TextOffsets, chat_logprobs
+from trio_runner.server.dialects.places import renamed
+from trio_runner.server.dialects.sampled_tokens import last_of_answer
 from trio_runner.server.problems import Answer, Problem, problem
 from trio_runner.version import __version__
 
@@ -70,12 +72,13 @@ def error_answer(refusal: Problem) -> Answer:
 def not_taken(error: RunnerError, places: Mapping[str, str]) -> Problem:
     """The problem of a request that the engine did not take. `places` are the fields of the body in which parameters of
     the engine were given, where they have another name."""
+    if isinstance(error, RequestError):
+        error = renamed(error, places)
     refusal = problem(error)
-    place = places.get(refusal.param or "", refusal.param)
     if isinstance(error, PromptTooLong):
-        text = f"This model's maximum context length is {error.n_ctx} tokens, but {place} has {error.n_prompt}."
-        return replace(refusal, text=text, param=place)
-    return refusal if place == refusal.param else replace(refusal, text=f"{place}: {refusal.text}", param=place)
+        text = f"This model's maximum context length is {error.n_ctx} tokens, but {error.param} has {error.n_prompt}."
+        return replace(refusal, text=text)
+    return refusal
 
 
 def answer_id(kind: str) -> str:
@@ -213,7 +216,7 @@ class Gathered:
             said.pieces.append(event.text)
             said.tokens += event.tokens
         elif isinstance(event, Finished):
-            said.tokens += reported(event)
+            said.tokens += last_of_answer(event)
             said.finished = event
 
     @property
@@ -224,12 +227,6 @@ class Gathered:
     def finished(self) -> list[Finished]:
         """The last event of each choice."""
         return [said.finished for said in self.said if said.finished is not None]
-
-
-def reported(event: Finished) -> Iterable[SampledToken]:
-    """The tokens that the last event reports and that belong to the answer: neither the end token nor those of a stop
-    string."""
-    return () if event.stop is not None else (token for token in event.tokens if token.piece)
 
 
 def ending(event: Finished) -> tuple[FinishReason, str | None]:

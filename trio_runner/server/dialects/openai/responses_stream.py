@@ -17,6 +17,7 @@ import msgspec
 
 from trio_runner import events
 from trio_runner.events import Event, Finished, SampledToken, TextPiece
+from trio_runner.server.dialects.json_out import unbroken
 from trio_runner.server.dialects.openai.logprobs import ChatLogprobs, TextOffsets, chat_logprobs
 from trio_runner.server.dialects.openai.responses import (
     FINGERPRINT,
@@ -25,9 +26,9 @@ from trio_runner.server.dialects.openai.responses import (
     Usage,
     ending,
     error_body,
-    reported,
     total_usage,
 )
+from trio_runner.server.dialects.sampled_tokens import last_of_answer
 from trio_runner.server.problems import problem
 
 KEEP_ALIVE: Final = b": still there\n\n"
@@ -84,7 +85,7 @@ class Stream:
         self._n_open = n_choices
         fields = {"id": head.id, "object": self.kind, "created": head.created, "model": head.model}
         fields["system_fingerprint"] = FINGERPRINT
-        self._head = b"data: " + msgspec.json.encode(fields)[:-1]
+        self._head = b"data: " + _encoded(fields)[:-1]
         null = b',"usage":null' if include_usage else b""
         self._begin = [self._head + null + b',"choices":[{"index":%d,' % index for index in range(n_choices)]
         self._before = [begin + self.before_text for begin in self._begin]
@@ -94,7 +95,7 @@ class Stream:
         """What an event of a choice adds to the stream."""
         index, event = arrived
         if type(event) is TextPiece:
-            written = self._before[index] + quoted(event.text)
+            written = self._before[index] + _encoded(event.text)
             return written + (self._after if not event.tokens else self._with_tokens(index, event.tokens))
         if isinstance(event, Finished):
             return self._finish(index, event)
@@ -109,13 +110,13 @@ class Stream:
 
     def _finish(self, index: int, event: Finished) -> bytes:
         reason, stop = ending(event)
-        tokens = tuple(reported(event))
+        tokens = tuple(last_of_answer(event))
         written = (
             self._begin[index]
             + self._empty()
             + b',"logprobs":'
             + (self._logprobs(index, tokens) if tokens else b"null")
-            + b',"finish_reason":"%b","stop_reason":%b' % (reason.encode(), msgspec.json.encode(stop))
+            + b',"finish_reason":"%b","stop_reason":%b' % (reason.encode(), _encoded(stop))
             + _END
         )
         self._usages[index] = event.usage
@@ -152,7 +153,7 @@ class ChatStream(Stream):
         return b'"delta":{}'
 
     def _logprobs(self, index: int, tokens: Sequence[SampledToken]) -> bytes:
-        return msgspec.json.encode(chat_logprobs(tokens))
+        return _encoded(chat_logprobs(tokens))
 
 
 class TextStream(Stream):
@@ -171,20 +172,15 @@ class TextStream(Stream):
         if not echoes:
             return b": accepted\n\n"
         return b"".join(
-            before + quoted(echoes[index // self._n]) + self._after for index, before in enumerate(self._before)
+            before + _encoded(echoes[index // self._n]) + self._after for index, before in enumerate(self._before)
         )
 
     def _empty(self) -> bytes:
         return b'"text":""'
 
     def _logprobs(self, index: int, tokens: Sequence[SampledToken]) -> bytes:
-        return msgspec.json.encode(self._offsets[index].logprobs(tokens))
+        return _encoded(self._offsets[index].logprobs(tokens))
 
 
-def quoted(text: str) -> bytes:
-    """`text` as a JSON string without the characters that some readers of events take for the end of a line."""
-    encoded = msgspec.json.encode(text)
-    if not text.isascii():
-        encoded = encoded.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
-        encoded = encoded.replace(b"\xc2\x85", rb"\u0085")
-    return encoded
+def _encoded(value: Any) -> bytes:
+    return unbroken(msgspec.json.encode(value))

@@ -22,6 +22,7 @@ from trio_runner.server.dialects.openai import (
 )
 from trio_runner.server.dialects.openai.requests import Asked
 from trio_runner.server.dialects.openai.responses import Gathered, Head
+from trio_runner.server.dialects.places import naming
 from trio_runner.server.event_body import EventBody
 from trio_runner.server.ownership import own
 
@@ -107,12 +108,10 @@ class OpenAIRoutes:
     async def text(self) -> Response:
         asked = await self._threads.read_body(requests_text.text)
         self._names.check(asked.model)
-        echoes = [
-            prompt if isinstance(prompt, str) else await self._engine.detokenize(prompt) for prompt in asked.echoes
-        ]
         choices = await self._start(asked)
         if isinstance(choices, Response):
             return choices
+        echoes = [await self._text_of(asked, index) for index in range(len(asked.echoes))]
         head = self._head("cmpl", asked.model)
         n_choices = len(asked.generations)
         if asked.stream:
@@ -145,6 +144,14 @@ class OpenAIRoutes:
         self._names.check(name)
         return _whole(responses.model_answer(name, self._created, self._loaded()))
 
+    async def _text_of(self, asked: Asked, index: int) -> str:
+        """The text of a prompt with which answers begin."""
+        prompt = asked.echoes[index]
+        if isinstance(prompt, str):
+            return prompt
+        with naming({"tokens": _prompt(index, asked)}):
+            return await self._engine.detokenize(prompt)
+
     def _loaded(self) -> tuple[ModelInfo, Capabilities] | None:
         """What is known of the model, unless it is still loading or was not loaded."""
         try:
@@ -164,8 +171,7 @@ class OpenAIRoutes:
         try:
             await choices.start()
         except RunnerError as error:
-            which = {"prompt": f"prompt[{choices.n_started // asked.n}]"} if n_choices > asked.n else {}
-            return _refused(error, {**asked.places, **which})
+            return _refused(error, {**asked.places, "prompt": _prompt(choices.n_started // asked.n, asked)})
         return choices
 
     def _check_room(self, asked: Asked, n_choices: int) -> None:
@@ -181,6 +187,11 @@ class OpenAIRoutes:
 
     async def _answered(self, size: int, write: partial[bytes]) -> Response:
         return _whole(write() if size < _LONG else await self._threads.write(write))
+
+
+def _prompt(index: int, asked: Asked) -> str:
+    """What a prompt is called in the body."""
+    return f"prompt[{index}]" if len(asked.generations) > asked.n else "prompt"
 
 
 async def _gather(choices: Choices, n_choices: int) -> Gathered:

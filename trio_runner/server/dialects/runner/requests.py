@@ -163,7 +163,7 @@ COMPLETION = Body(
     {"prompt": "The capital of France is", "n_predict": 4, "temperature": 0},
     "Bad request",
 )
-_REFUSAL = "bad request: {}"
+_REFUSAL = "bad request: the body is not a JSON object: {}"
 EMBEDDING = Body(
     {
         "content": field(

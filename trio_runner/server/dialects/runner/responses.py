@@ -27,6 +27,7 @@ from trio_runner.server.dialects.json_out import (
     whole_characters,
 )
 from trio_runner.server.dialects.runner.requests import NO_SEQUENCE
+from trio_runner.server.dialects.sampled_tokens import finite_logprob
 from trio_runner.server.problems import Problem, problem, problem_text
 
 NO_SLOT = "Failed to load cache: no available cache slots"
@@ -54,9 +55,6 @@ def adapter_problem(error: LoadError, file: str) -> Problem:
 
 # --- Streams ---------------------------------------------------------------------------------------------------------
 
-_LOWEST = -3.4028234663852886e38
-"""The lowest float32: what stands for the logarithm of zero, since JSON has no infinity."""
-
 
 def _quoted(text: str) -> str:
     return go_string(text).decode()
@@ -70,10 +68,9 @@ def _timings(usage: Usage, more: str = "") -> str:
 
 
 def _token(info: TokenInfo) -> str:
-    logprob = info.logprob if info.logprob > _LOWEST else _LOWEST  # NaN compares false
     text = _quoted(info.piece.decode("utf-8", errors="replace"))
     piece = ",".join(map(str, info.piece))
-    return f'"id":{info.token},"token":{text},"bytes":[{piece}],"logprob":{float32_text(logprob)}'
+    return f'"id":{info.token},"token":{text},"bytes":[{piece}],"logprob":{float32_text(finite_logprob(info.logprob))}'
 
 
 def _probabilities(tokens: Sequence[SampledToken]) -> str:
