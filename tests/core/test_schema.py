@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_runner.core.pattern import rust_pattern
-from trio_runner.core.schema import FORMATS, MAX_NUMBER, MAX_OPTIONAL, guided_schema
+from trio_runner.core.schema import FORMATS, MAX_MEETING, MAX_NAME_PATTERNS, MAX_NUMBER, MAX_OPTIONAL, guided_schema
 from trio_runner.errors import InvalidGrammar
 
 
@@ -63,7 +63,20 @@ def test_what_is_no_schema_is_left_alone() -> None:
         ({"properties": {f"p{index}": {} for index in range(MAX_OPTIONAL + 1)}}, "properties"),
         ({"allOf": [{"multipleOf": 0.00001}, {"multipleOf": 9999}]}, "multipleOf"),
         ({"pattern": "[a&&b]"}, "pattern"),
-        ({"patternProperties": {"\\Aa": {}}}, "patternProperties"),
+        ({"allOf": [{"pattern": f"a{index}"} for index in range(MAX_MEETING + 1)]}, "pattern"),
+        ({"allOf": [{"items": {"pattern": f"a{index}"}} for index in range(MAX_MEETING + 1)]}, "pattern"),
+        ({"patternProperties": {f"a{index}": {} for index in range(MAX_NAME_PATTERNS + 1)}}, "patternProperties"),
+        (
+            {
+                "$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}", "pattern": str(n)} for n in range(20)} | {"d20": {}},
+                "items": {"$ref": "#/$defs/d0"},
+            },
+            "pattern",
+        ),
+        (
+            {"$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(2000)}, "$ref": "#/$defs/d0"},
+            "references",
+        ),
     ],
 )
 def test_what_llguidance_would_get_wrong_is_refused_by_name(schema: dict[str, Any], named: str) -> None:
@@ -80,6 +93,10 @@ def test_what_llguidance_would_get_wrong_is_refused_by_name(schema: dict[str, An
         {"properties": {"minProperties": {"type": "integer"}}},
         {"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 5}}},
         {"const": MAX_NUMBER},
+        {"anyOf": [{"pattern": f"a{index}"} for index in range(100)]},
+        {"properties": {f"p{index}": {"pattern": str(index)} for index in range(100)}, "allOf": [{"required": ["p0"]}]},
+        {"allOf": [{"pattern": f"a{index}"} for index in range(MAX_MEETING)]},
+        {"pattern": "a", "properties": {"a": {"$ref": "#"}}},
     ],
 )
 def test_what_llguidance_gets_right_is_unchanged(schema: dict[str, Any]) -> None:

@@ -63,6 +63,13 @@ HOSTILE: Final[dict[str, object]] = {
     "a long text": {"type": "string", "minLength": 10**9, "maxLength": 10**12},
     "a long pattern": {"type": "string", "pattern": "a?" * 50_000},
     "a pattern with many states": {"type": "string", "pattern": "(.*[ab ].{300}){30}"},
+    "many patterns at once": {"allOf": [{"type": "string", "pattern": str(index)} for index in range(1000)]},
+    "a chain of patterns": {
+        "$defs": {f"d{index}": {"$ref": f"#/$defs/d{index + 1}", "pattern": str(index)} for index in range(500)}
+        | {"d500": {"type": "string"}},
+        "$ref": "#/$defs/d0",
+    },
+    "many patterns of names": {"type": "object", "patternProperties": {f"^k{index}x$": {} for index in range(1000)}},
     "nested repetitions": {"type": "string", "pattern": "((((a{1000}){1000}){1000}){1000}){1000}"},
     "catastrophic backtracking": {"type": "string", "pattern": "^((a+)+)+$"},
     "many parentheses": {"type": "string", "pattern": "(" * 20_000 + ")" * 20_000},

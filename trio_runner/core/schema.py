@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, Final, NoReturn, TypeAlias, TypeGuard
 
+from trio_runner.core.meeting import Meeting
 from trio_runner.core.pattern import rust_pattern
 from trio_runner.errors import InvalidGrammar
 from trio_runner.json_schema import EXTENSIONS, parse_schema
@@ -27,6 +28,10 @@ without end."""
 MAX_OPTIONAL: Final = 490
 """Optional properties of one object. With 500, llguidance itself finds that the grammar has too many branches: but only
 when the object begins, after seconds if there are thousands."""
+MAX_NAME_PATTERNS: Final = 80
+"""Names in `patternProperties`. llguidance compares each with each: 300 took nine seconds."""
+MAX_MEETING: Final = 16
+"""Patterns that may hold for one text; see `core.meeting`."""
 LEAST_STEP: Final = 1e-9
 RELATIVE_STEP: Final = 1e-14
 """Stand for the distance from a number to the next one, from 0 and from any other."""
@@ -64,6 +69,7 @@ def guided_schema(text: str) -> str:
         _check_numbers(node)
         _check_properties(node)
     _check_factors(schema)
+    _check_patterns(schema)
     return json.dumps({**_schema(schema), EXTENSIONS: settings}, allow_nan=False)
 
 
@@ -117,6 +123,21 @@ def _check_factors(schema: Node) -> None:
     scaled = [abs(int(factor.scaleb(scale))) for factor in factors]
     if math.lcm(*scaled) * max(scaled) >= 2**32:
         _refuse("multipleOf has values that have no small common multiple")
+
+
+def _check_patterns(schema: Node) -> None:
+    n_patterns = n_names = 0
+    for node in _nodes(schema):
+        n_patterns += ("pattern" in node) + ("format" in node)
+        if isinstance(node.get("patternProperties"), dict):
+            n_names += len(node["patternProperties"])
+    if n_names > MAX_NAME_PATTERNS:
+        _refuse(f"patternProperties has more than {MAX_NAME_PATTERNS} names in all")
+    try:
+        if Meeting(schema, n_patterns).most() > MAX_MEETING:
+            _refuse(f"pattern has more than {MAX_MEETING} values that may have to hold for one text")
+    except RecursionError:
+        _refuse("$ref: references are nested too deeply")
 
 
 # ---- what is written in another way ----------------------------------------------------------------------------------
