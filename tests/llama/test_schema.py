@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import weakref
@@ -183,7 +184,7 @@ def test_compiled_schemas_do_not_keep_a_closed_model(models: Models) -> None:
 
 
 def test_an_llguidance_without_a_c_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctypes.CDLL", lambda path: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: object())
     assert schemas._load.__wrapped__() == "but this one has no C interface"
 
 
