@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from trio_runner.errors import InvalidImage, InvalidRequest
-from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.errors import InvalidRequest
 from trio_runner.request import MAX_IMAGES, Infill, Part
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import INTEGER, STRING, Schema, array, either
@@ -112,14 +111,4 @@ def _check_images(name: str, value: Any) -> list[bytes]:
         wrong(name, "a list of strings", value)
     if len(value) > MAX_IMAGES:
         raise InvalidRequest(f"{name} has {len(value)} images, but at most {MAX_IMAGES} are allowed", param=name)
-    return [_check_image(f"{name}[{index}]", item) for index, item in enumerate(value)]
-
-
-def _check_image(name: str, value: Any) -> bytes:
-    if not isinstance(value, str):
-        wrong(name, "a string", value)
-    if not value:
-        raise InvalidImage(f"{name} is empty", param=name)
-    if len(value) > MAX_IMAGE_BYTES * 3 // 2:  # with line breaks
-        raise InvalidImage(f"{name} has more than {MAX_IMAGE_BYTES} bytes", param=name)
-    return json_in.base64_bytes(name, value)
+    return [json_in.image_file(f"{name}[{index}]", item) for index, item in enumerate(value)]
