@@ -35,7 +35,7 @@ from trio_runner.server.dialects.fields import (
     ignored,
 )
 from trio_runner.server.dialects.json_in import Check, Object, fold, list_of, wrong
-from trio_runner.server.dialects.llama_server.prompts import PROMPTS, PromptForm, check_prompts
+from trio_runner.server.dialects.llama_server.prompts import MAX_TEXTS, PROMPTS, PromptForm, check_prompts
 from trio_runner.server.dialects.llama_server.samplers import check_samplers
 
 MAX_COMPLETIONS: Final = 128
@@ -137,7 +137,11 @@ def _biases(name: str, value: Any) -> tuple[tuple[int | str, float], ...]:
     pairs = [[_number_or_text(token), bias] for token, bias in value.items()] if is_object else value
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         wrong(name, "a list of [token, bias] or an object", value)
-    return tuple((_token_or_text(name, token), _bias(name, bias)) for token, bias in pairs)
+    biases = tuple((_token_or_text(name, token), _bias(name, bias)) for token, bias in pairs)
+    n_texts = sum(isinstance(token, str) for token, _ in biases)
+    if n_texts > MAX_TEXTS:
+        raise InvalidRequest(f"{name} has {n_texts} texts, but at most {MAX_TEXTS} are allowed", param=name)
+    return biases
 
 
 def _number_or_text(name: str) -> int | str:

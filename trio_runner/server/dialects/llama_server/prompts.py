@@ -18,6 +18,9 @@ from trio_runner.server.dialects.json_in import Object, fold, wrong
 MARKER: Final = "<__media__>"
 """Stands for an image in a text. GET /props tells it to clients."""
 
+MAX_TEXTS: Final = 256
+"""Texts among the tokens of one prompt or of `logit_bias`. Each is tokenised by itself, in a millisecond at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
@@ -79,6 +82,9 @@ def check_text_or_tokens(name: str, value: Any) -> str | tuple[int, ...] | Mixed
         wrong(name, "a string or a list of strings and integers", value)
     if not any(isinstance(part, str) for part in value):
         return json_in.check_tokens(name, value)
+    n_texts = sum(isinstance(part, str) for part in value)
+    if n_texts > MAX_TEXTS:
+        raise InvalidRequest(f"{name} has {n_texts} texts, but at most {MAX_TEXTS} are allowed", param=name)
     parts: list[str | int] = []
     for part in value:
         parts += [json_in.check_text(name, part)] if isinstance(part, str) else json_in.check_tokens(name, [part])
