@@ -56,6 +56,9 @@ else
   # Compile here and not inside pip, which would hide the progress line.
   "$python" build_llama.py --inplace
   say "installing trio-runner and the test requirements"
-  "$python" -m pip install -qq --no-build-isolation --editable '.[schema]' --group test
+  if ! "$python" -m pip install -qq --no-build-isolation --only-binary llguidance --editable '.[schema]' --group test; then
+    say "perhaps llguidance has no wheel for this machine: trying without, so that JSON schemas are refused"
+    "$python" -m pip install -qq --no-build-isolation --editable . --group test
+  fi
   fingerprint >"$stamp"
 fi

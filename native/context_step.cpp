@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 using namespace trio;
 
@@ -60,8 +61,12 @@ void report_choice(llama_token_data_array choice, int32_t n_top, trio_sampled &s
     const auto precedes = [](const llama_token_data &a, const llama_token_data &b) {
         return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
     };
-    sampled.n_top = int32_t(std::min(choice.size, size_t(std::max(n_top, 0))));
-    llama_token_data *end = choice.data + choice.size;
+    // Some samplers leave the candidates that they rule out where they are.
+    llama_token_data *end = std::remove_if(choice.data, choice.data + choice.size, [](const llama_token_data &one) {
+        return one.logit == -std::numeric_limits<float>::infinity();
+    });
+    if (choice.data == end) throw Failure(TRIO_E_NATIVE, "the samplers ruled every token out");
+    sampled.n_top = int32_t(std::min(size_t(end - choice.data), size_t(std::max(n_top, 0))));
     std::partial_sort(choice.data, choice.data + std::max(sampled.n_top, 1), end, precedes);
     const float highest = choice.data[0].logit;
     double sum = 0.0;

@@ -162,6 +162,13 @@ llama_token_data_array trio_sampler::all_candidates(const float *adjusted, Scrat
     return array;
 }
 
+// Only the tokens that the schema allows, in the order of the vocabulary.
+llama_token_data_array trio_sampler::allowed_candidates(const float *adjusted, Scratch &scratch) {
+    llama_token_data_array array{scratch.candidates.data(), schema->list(adjusted, scratch.candidates.data()), -1, false};
+    if (dry) llama_sampler_apply(dry.get(), &array);
+    return array;
+}
+
 // Only the candidates that the chain would keep, without a list of the whole vocabulary.
 llama_token_data_array trio_sampler::head_candidates(const float *adjusted, Scratch &scratch) const {
     const size_t size = select_top(adjusted, model->info.n_vocab, n_head, scratch.candidates.data());
@@ -227,8 +234,12 @@ int32_t trio_sampler::sample(const float *logits, Scratch &scratch) {
     if (!are_numbers(logits, model->info.n_vocab)) {
         throw Failure(TRIO_E_NATIVE, "the model computed logits that are not numbers");
     }
+    if (schema) schema->find_allowed();
     const float *adjusted = adjust(logits, scratch);
-    int32_t token = choose(n_head > 0 ? head_candidates(adjusted, scratch) : all_candidates(adjusted, scratch));
+    const bool is_short = schema && schema->allows_few();
+    int32_t token = choose(is_short     ? allowed_candidates(adjusted, scratch)
+                           : n_head > 0 ? head_candidates(adjusted, scratch)
+                                        : all_candidates(adjusted, scratch));
     if (token < 0 && schema) throw Failure(TRIO_E_GRAMMAR, "every token that the schema allows here is forbidden");
     if (token < 0) throw Failure(TRIO_E_NATIVE, "every token is forbidden");
     if (grammar) token = obey_grammar(token, adjusted, scratch);
@@ -263,6 +274,17 @@ int32_t trio_sampler_accept_prompt(trio_sampler *sampler, const int32_t *tokens,
             sampler->model->check_token(tokens[i]);
         sampler->accept_prompt(tokens, n_tokens);
         return TRIO_OK;
+    });
+}
+
+int32_t trio_sampler_sample(trio_sampler *sampler, const float *logits, int32_t n_logits) {
+    return guard([&] {
+        check_pointer(sampler, "sampler");
+        check_pointer(logits, "logits");
+        check(n_logits == sampler->model->info.n_vocab, "n_logits is not the size of the vocabulary");
+        static thread_local std::unique_ptr<Scratch> scratch; // measuring its allocation would be misleading
+        if (!scratch || scratch->logits.size() != size_t(n_logits)) scratch = std::make_unique<Scratch>(n_logits);
+        return sampler->sample(logits, *scratch);
     });
 }
 

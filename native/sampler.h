@@ -81,6 +81,7 @@ private:
     void make_grammar(const char *text);
     const float *adjust(const float *logits, trio::Scratch &scratch);
     llama_token_data_array all_candidates(const float *adjusted, trio::Scratch &scratch);
+    llama_token_data_array allowed_candidates(const float *adjusted, trio::Scratch &scratch);
     llama_token_data_array head_candidates(const float *adjusted, trio::Scratch &scratch) const;
     int32_t choose(llama_token_data_array array);
     int32_t obey_grammar(int32_t token, const float *adjusted, trio::Scratch &scratch);

@@ -40,6 +40,8 @@ void trio::check_sampler_params(const trio_model &model, const trio_sampler_para
     check(is_finite_in_range(params.mirostat_eta, 0, big), "mirostat_eta is out of range");
     check(params.n_bias >= 0 && params.n_bias <= model.info.n_vocab, "n_bias is out of range");
     check(params.n_top >= -1 && params.n_top <= model.info.n_vocab, "n_top is out of range");
+    check(params.json_schema == nullptr || params.grammar == nullptr || params.grammar[0] == '\0',
+          "json_schema and grammar cannot be combined");
     check(params.json_schema == nullptr || params.json_schema->model.get() == &model,
           "json_schema was compiled for another model");
     for (int32_t i = 0; i < params.n_dry_breakers; ++i) {

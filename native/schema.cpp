@@ -8,6 +8,7 @@
 #include "schema_watch.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 #include <limits>
 
@@ -76,6 +77,8 @@ constexpr uint32_t NO_TOKEN = std::numeric_limits<uint32_t>::max();
 constexpr uint8_t SPECIAL = 0xFF; // the first byte of a token that is no text
 constexpr uint32_t ALL = std::numeric_limits<uint32_t>::max();
 constexpr int32_t BITS = 32;
+constexpr int32_t BYTE = 8;
+constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 constexpr size_t MAX_MESSAGE_BYTES = 400;
 
 // CPU seconds of one call. Masks take microseconds, and a few milliseconds where many things are possible for the first
@@ -106,6 +109,39 @@ std::string short_message(const char *text) {
     line.resize(std::min({line.size(), line.find('\n'), MAX_MESSAGE_BYTES}));
     return line;
 }
+
+int32_t count_bits(uint32_t bits) {
+    return int32_t(std::bitset<BITS>(bits).count());
+}
+
+// For each byte of a mask, what to do with the eight logits that it stands for. Compilers make vector instructions of
+// the loop.
+class ByteMasks {
+public:
+    ByteMasks() {
+        for (uint32_t byte = 0; byte < 256; ++byte) {
+            for (int32_t bit = 0; bit < BYTE; ++bit)
+                keep_[byte][bit] = (byte >> bit & 1) != 0 ? ALL : 0;
+        }
+    }
+
+    void apply(uint32_t byte, const float *logits, float *masked, int32_t n) const {
+        if (n < BYTE) {
+            for (int32_t i = 0; i < n; ++i)
+                masked[i] = keep_[byte][i] != 0 ? logits[i] : NEGATIVE_INFINITY;
+            return;
+        }
+        uint32_t bits[BYTE], never;
+        std::memcpy(bits, logits, sizeof bits);
+        std::memcpy(&never, &NEGATIVE_INFINITY, sizeof never);
+        for (int32_t i = 0; i < BYTE; ++i)
+            bits[i] = (bits[i] & keep_[byte][i]) | (never & ~keep_[byte][i]);
+        std::memcpy(masked, bits, sizeof bits);
+    }
+
+private:
+    uint32_t keep_[256][8];
+};
 
 bool is_special(const llama_vocab *vocab, int32_t token) {
     constexpr int special = LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN | LLAMA_TOKEN_ATTR_UNUSED;
@@ -201,22 +237,38 @@ MatcherPtr SchemaMatcher::begin(double seconds) {
     return std::move(native_);
 }
 
-void SchemaMatcher::mask(const float *logits, float *masked) {
+void SchemaMatcher::find_allowed() {
     find_allowed(MAX_SECONDS);
-    for (int32_t begin = 0; begin < n_vocab_; begin += BITS) {
-        const uint32_t bits = allowed_[size_t(begin / BITS)];
-        const int32_t n = std::min(BITS, n_vocab_ - begin);
-        if (bits == 0) {
-            std::fill_n(masked + begin, n, -std::numeric_limits<float>::infinity());
-        } else if (bits == ALL) {
-            std::copy_n(logits + begin, n, masked + begin);
-        } else {
-            for (int32_t i = 0; i < n; ++i) {
-                const bool is_allowed = (bits >> i & 1) != 0;
-                masked[begin + i] = is_allowed ? logits[begin + i] : -std::numeric_limits<float>::infinity();
-            }
+    n_allowed_ = 0;
+    for (const uint32_t bits : allowed_)
+        n_allowed_ += count_bits(bits);
+}
+
+template <class Visit> void SchemaMatcher::visit_allowed(Visit &&visit) const {
+    for (size_t word = 0; word < allowed_.size(); ++word) {
+        for (uint32_t bits = allowed_[word]; bits != 0; bits &= bits - 1) {
+            const int32_t token = int32_t(word) * BITS + count_bits((bits & (0 - bits)) - 1); // of the lowest bit
+            if (token < n_vocab_) visit(token);
         }
     }
+}
+
+void SchemaMatcher::mask(const float *logits, float *masked) const {
+    if (allows_few()) {
+        visit_allowed([&](int32_t token) { masked[token] = logits[token]; });
+        return;
+    }
+    static const ByteMasks masks;
+    for (int32_t begin = 0; begin < n_vocab_; begin += BYTE) {
+        const uint32_t byte = allowed_[size_t(begin / BITS)] >> (begin % BITS) & 0xFF;
+        masks.apply(byte, logits + begin, masked + begin, std::min(BYTE, n_vocab_ - begin));
+    }
+}
+
+size_t SchemaMatcher::list(const float *logits, llama_token_data *candidates) const {
+    size_t n = 0;
+    visit_allowed([&](int32_t token) { candidates[n++] = {token, logits[token], 0.0f}; });
+    return n;
 }
 
 void SchemaMatcher::accept(int32_t token) {

@@ -265,6 +265,8 @@ typedef struct trio_sampler_params {
 int32_t trio_sampler_open(const trio_model *model, const trio_sampler_params *params, trio_sampler **sampler);
 /* Prompt tokens count for the repetition penalties, but not for the grammar or the schema. */
 int32_t trio_sampler_accept_prompt(trio_sampler *sampler, const int32_t *tokens, int32_t n_tokens);
+/* Chooses a token from n_vocab logits, as a step does. Returns the token. For measurements. */
+int32_t trio_sampler_sample(trio_sampler *sampler, const float *logits, int32_t n_logits);
 void trio_sampler_free(trio_sampler *sampler);
 
 /* ---- the step --------------------------------------------------------------------------------------------------- */

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any, Final, NoReturn, TypeAlias
 
 from trio_runner.errors import InvalidRequest
@@ -16,6 +17,12 @@ MAX_SCHEMA_BYTES: Final = 128 * 1024
 """Bytes that the JSON text of a schema may have."""
 MAX_SCHEMA_DEPTH: Final = 64
 """Objects and lists of a schema that may lie within each other."""
+MAX_PATTERN_BYTES: Final = 2048
+"""Bytes of one regular expression in a schema. llguidance looks at its limits between two steps only, and one step took
+gigabytes with 120 kB of optional characters."""
+MAX_MULTIPLE: Final = 10_000
+"""The least common multiple of all `multipleOf` in a schema, without their decimal points. llguidance makes about as
+many states, and `multipleOf: 9999991` took minutes and gigabytes."""
 
 EXTENSIONS: Final = "x-guidance"
 """The key at the top of a schema with settings of llguidance's own."""
@@ -53,12 +60,12 @@ def _plain(value: object) -> dict[Any, Any]:
 
 
 def check_schema(text: str) -> None:
-    """Raises `InvalidRequest` unless `text` is a JSON object or true, and not nested too deeply."""
+    """Raises `InvalidRequest` unless `text` is a JSON object or true that llguidance can compile in bounded time."""
     parse_schema(text)
 
 
 def parse_schema(text: str) -> dict[str, Any]:
-    """The object that `text` is; {} for true. Raises `InvalidRequest` for everything else."""
+    """The object that `text` is; {} for true. Raises what `check_schema` raises."""
     try:
         schema = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -70,23 +77,54 @@ def parse_schema(text: str) -> dict[str, Any]:
         _refuse("is false, which no value obeys")
     if not isinstance(schema, dict):
         _refuse("must be an object, true or false")
-    _check_depth(schema)
+    _check_costs(schema)
     _check_settings(schema.get(EXTENSIONS, {}))
     return schema
 
 
-def _check_depth(schema: object) -> None:
-    level: list[object] = [schema]
+def _nodes(schema: object) -> Iterator[dict[str, Any] | list[Any]]:
+    """All objects and lists of a schema. Refuses one that is nested too deeply."""
+    level = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
+        nodes = [node for node in level if isinstance(node, (dict, list))]
+        if not nodes:
             return
-    _refuse(f"is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+        yield from nodes
+        level = [child for node in nodes for child in (node.values() if isinstance(node, dict) else node)]
+    if any(isinstance(node, (dict, list)) for node in level):
+        _refuse(f"is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+
+
+def _check_costs(schema: object) -> None:
+    """Refuse what llguidance would spend seconds and gigabytes on."""
+    multiple = 1
+    for node in _nodes(schema):
+        if not isinstance(node, dict):
+            continue
+        patterns = [node.get("pattern")]
+        if isinstance(node.get("patternProperties"), dict):
+            patterns += node["patternProperties"]
+        if any(
+            isinstance(pattern, str) and len(pattern.encode(errors="replace")) > MAX_PATTERN_BYTES
+            for pattern in patterns
+        ):
+            _refuse(f"has a pattern of more than {MAX_PATTERN_BYTES} bytes")
+        multiple = math.lcm(multiple, _digits(node.get("multipleOf")))
+        if multiple > MAX_MULTIPLE:
+            _refuse(f"has multipleOf whose least common multiple is more than {MAX_MULTIPLE}")
+
+
+def _digits(value: object) -> int:
+    """A number without its decimal point, sign and last zeros behind the point: 25 for 0.250. 1 for 0 and for what is
+    no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
+        return 1
+    if isinstance(value, float):
+        _, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+        assert isinstance(exponent, int)
+        whole: int = int("".join(map(str, digits))) * 10 ** max(exponent, 0)
+        return whole
+    return abs(value)
 
 
 def _check_settings(settings: object) -> None:

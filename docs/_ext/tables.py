@@ -234,6 +234,8 @@ BOUNDS: Final = (
     ("Bytes of a grammar", "trio_runner.sampling.MAX_GRAMMAR_BYTES", "bytes", "400"),
     ("Bytes of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_BYTES", "bytes", "400"),
     ("Levels of a JSON schema", "trio_runner.json_schema.MAX_SCHEMA_DEPTH", "", "400"),
+    ("Bytes of a pattern in a JSON schema", "trio_runner.json_schema.MAX_PATTERN_BYTES", "bytes", "400"),
+    ("Least common multiple of `multipleOf` in it", "trio_runner.json_schema.MAX_MULTIPLE", "", "400"),
     (
         "Answers to one prompt, in OpenAI's dialect",
         "trio_runner.server.dialects.openai.requests.MAX_CHOICES",

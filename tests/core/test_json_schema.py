@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.json_schema import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, schema_text
+from trio_runner.json_schema import MAX_PATTERN_BYTES, MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, schema_text
 from trio_runner.request import make_request
 from trio_runner.sampling import SamplingParams
 
@@ -78,6 +78,13 @@ def test_an_object_that_contains_itself_is_refused() -> None:
         ('{"items":' * 10_000 + "{}" + "}" * 10_000, "nested too deeply"),
         ("[" * 100_000, "nested too deeply"),
         ('{"title": "' + "x" * MAX_SCHEMA_BYTES + '"}', "bytes"),
+        (json.dumps({"items": [{"pattern": "a?" * 1025}]}), "pattern of more than 2048 bytes"),
+        (json.dumps({"patternProperties": {"\N{EURO SIGN}" * 683: {}}}), "pattern of more than 2048 bytes"),
+        ('{"multipleOf": 10001}', "more than 10000"),
+        ('{"multipleOf": 1e5}', "more than 10000"),
+        ('{"multipleOf": -0.12345}', "more than 10000"),
+        ('{"allOf": [{"multipleOf": 101}, {"items": {"multipleOf": 103}}]}', "more than 10000"),
+        ('{"multipleOf": 1' + "0" * 4000 + "}", "more than 10000"),
         ('{"x-guidance": 5}', "x-guidance"),
         ('{"x-guidance": {"item_separator": ";"}}', "item_separator"),
         ('{"x-guidance": {"whitespace_pattern": "x"}}', "whitespace_pattern"),
@@ -89,6 +96,23 @@ def test_bad_schemas_are_refused(text: str, complaint: str) -> None:
         SamplingParams(json_schema=text)
     assert refused.value.param == "json_schema"
     assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"pattern": "a" * MAX_PATTERN_BYTES},
+        {"properties": {"pattern": {"const": "a" * 5000}, "multipleOf": {"type": "integer"}}},
+        {"multipleOf": 10_000},
+        {"anyOf": [{"multipleOf": 0.01}, {"multipleOf": 0.25}, {"multipleOf": 1000}, {"multipleOf": 60}]},
+        {"multipleOf": "many", "pattern": 5, "patternProperties": []},
+        {"multipleOf": 0},
+        {"multipleOf": True},
+        {"multipleOf": 1e-300},
+    ],
+)
+def test_what_costs_little_is_not_refused(schema: object) -> None:
+    SamplingParams(json_schema=json.dumps(schema))
 
 
 def test_a_schema_beside_a_grammar_is_refused() -> None:

@@ -86,6 +86,14 @@ def test_what_is_generated_has_room(max_tokens: int | None, n_free: int) -> None
     assert len(laid_out(fitting, 100, max_tokens=max_tokens, **MARKS)) == 100
 
 
+def test_what_the_filling_begins_with_may_take_the_room_of_what_is_generated() -> None:
+    infill = Infill(prefix="a" * 10, suffix="b" * 10, prompt="c" * 90)
+    assert laid_out(infill, 100, max_tokens=None, **MARKS) == b"\1" + b"c" * 90 + b"\2\3"
+    with pytest.raises(PromptTooLong) as caught:
+        laid_out(infill, 92, max_tokens=None, **MARKS)
+    assert (caught.value.n_prompt, caught.value.n_ctx) == (93, 92)
+
+
 async def test_a_model_with_the_tokens_fills_the_gap(toy: Toy) -> None:
     toy.info = {**MARKS}
     prompt = [PRE, *b"def f(", SUF, *b"return", MID]

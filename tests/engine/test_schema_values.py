@@ -25,6 +25,8 @@ from trio_runner.front_door import open_engine
 from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
 
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+
 DEADLINE = 240.0
 N_SEEDS = 2
 BIAS = 4.0

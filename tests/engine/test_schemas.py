@@ -23,6 +23,8 @@ from trio_runner.front_door import open_engine
 from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
 
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+
 DEADLINE = 60.0
 FREE = SamplingParams(temperature=1, top_k=0, top_p=1, repeat_penalty=1, seed=3)
 

@@ -425,6 +425,12 @@ def test_the_candidates_that_are_left_share_all_of_the_probability(running: Runn
             assert sampled.logprob in [top.logprob for top in sampled.top if top.token == sampled.token]
 
 
+def test_tokens_that_top_n_sigma_rules_out_are_no_alternatives(running: Running) -> None:
+    (sampled,) = reported(running, replace(FREE, top_n_sigma=0.5), 1)
+    assert 0 < len(sampled.top) < 100
+    assert sum(math.exp(top.logprob) for top in sampled.top) == pytest.approx(1.0, abs=1e-3)
+
+
 def test_only_the_chosen_token_is_reported_without_alternatives(running: Running) -> None:
     params = replace(FREE, top_k=5, post_sampling_probs=True)
     for sampled, full in zip(

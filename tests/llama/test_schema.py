@@ -18,6 +18,8 @@ from trio_runner.errors import InvalidGrammar, InvalidRequest
 from trio_runner.llama import schema as schemas
 from trio_runner.sampling import SamplingParams
 
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+
 Models = Callable[[str], Path]
 
 FREE = SamplingParams(repeat_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0, seed=1)
@@ -162,6 +164,8 @@ def test_compiled_schemas_are_kept_and_bounded(models: Models) -> None:
         running.sampler(replace(FREE, json_schema=texts[0])).close()
     assert not running.model.has_schema(texts[1])
     assert running.model.has_schema(texts[0])
+    running.model.close()  # they would keep its memory
+    assert not running.model.has_schema(texts[0])
 
 
 def test_without_llguidance_the_error_says_how_to_get_it(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import trio
@@ -34,6 +35,21 @@ async def test_the_example_in_the_readme(service: Service) -> None:
     assert last["stopped_limit"] is True
     assert last["timings"]["predicted_n"] == 8
     assert last["timings"]["prompt_n"] == len(await service.engine.tokenize(FRANCE))
+
+
+class City(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    country: str
+
+
+async def test_an_answer_obeys_a_schema(service: Service) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    messages = [{"role": "user", "content": "Which city is the capital of France? Answer in JSON."}]
+    text = await service.engine.chat(messages, json_schema=City, temperature=0, max_tokens=60).collect()
+    assert msgspec.json.decode(text, type=City).name == "Paris"
+    schema = {"type": "object", "properties": {"capital": {"type": "string"}}, "required": ["capital"]}
+    answer = await service.complete(prompt=FRANCE, n_predict=60, temperature=0, json_schema=json.dumps(schema))
+    assert isinstance(json.loads(answer)["capital"], str)
 
 
 async def test_five_requests_share_four_slots(service: Service) -> None:

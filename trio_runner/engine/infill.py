@@ -35,8 +35,9 @@ def infill_tokens(
     """The tokens of a prompt of at most `n_ctx` tokens.
 
     With `truncate`, too long a prompt is shortened, so that `max_tokens` tokens have room after it; at most half of the
-    context is kept free, and a quarter if `max_tokens` is None. Tokens far from the gap go first: those of other files,
-    then the beginning of the prefix and the end of the suffix.
+    context is kept free, and a quarter if `max_tokens` is None; less if `infill.prompt`, which is never shortened,
+    needs that. Tokens far from the gap go first: those of other files, then the beginning of the prefix and the end of
+    the suffix.
 
     Raises `Unsupported` if the model has no such tokens, and `PromptTooLong` for what does not fit.
     """
@@ -51,9 +52,9 @@ def infill_tokens(
     n_all = n_fixed + len(files) + len(prefix) + len(suffix)
     if n_all > n_ctx:
         n_reserved = min(n_ctx // 4 if max_tokens is None else max_tokens, n_ctx // 2)
-        room = n_ctx - n_reserved - n_fixed
-        if not truncate or room < 0:
+        if not truncate or n_fixed > n_ctx:
             raise PromptTooLong(n_all if not truncate else n_fixed, n_ctx, param=param)
+        room = max(n_ctx - n_reserved - n_fixed, 0)
         n_suffix = min(len(suffix), max(room // SUFFIX_SHARE, room - len(prefix)))
         n_prefix = min(len(prefix), room - n_suffix)
         n_files = min(len(files), room - n_suffix - n_prefix)

@@ -97,7 +97,7 @@ class Model:
         self.native_info = self._ffi.new("trio_model_info *")
         check("trio_model_get_info", self._lib.trio_model_get_info(self._handle, self.native_info))
         self._info = self._describe()
-        self._schemas = Schemas(self._handle)
+        self._schemas = Schemas()
         self._pieces: dict[int, bytes] = {}
 
     @property
@@ -235,7 +235,7 @@ class Model:
         if params.json_schema:
             if not self.native_info.has_vocab:
                 raise Unsupported("schemas", "this model has no vocabulary for a schema", param="json_schema")
-            schema = self._schemas.compiled(params.json_schema)
+            schema = self._schemas.compiled(handle, params.json_schema)
         return Sampler(handle, params, prompt, n_vocab=self._info.n_vocab, schema=schema)
 
     def has_schema(self, text: str) -> bool:
@@ -255,3 +255,4 @@ class Model:
         May be called more than once.
         """
         self._handle = None
+        self._schemas.close()

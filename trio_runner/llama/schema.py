@@ -41,8 +41,7 @@ _FUNCTIONS: Final = (
 class Schemas:
     """The compiled schemas of one model. Any thread may use it."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -50,9 +49,11 @@ class Schemas:
         """Whether the schema is compiled already."""
         return text in self._compiled
 
-    def compiled(self, text: str) -> Any:
-        """The shim's trio_schema. Compiles the schema if that was not done yet, which blocks for milliseconds or, for
-        the first schema of a model, for a tenth of a second or more.
+    def compiled(self, model: Any, text: str) -> Any:
+        """The trio_schema of the shim's trio_model `model`.
+
+        Compiles the schema if that was not done yet, which blocks for milliseconds or, for the first schema of a model,
+        for a tenth of a second or more.
 
         Raises `InvalidGrammar` for a schema that cannot be honoured, and `InvalidRequest` if llguidance is missing.
         """
@@ -60,23 +61,29 @@ class Schemas:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
-        schema = self._compile(text)
+        schema = _compile(model, text)
         with self._lock:
             self._compiled[text] = schema
             while len(self._compiled) > MAX_SCHEMAS:
                 self._compiled.popitem(last=False)
         return schema
 
-    def _compile(self, text: str) -> Any:
-        load_llguidance()
-        loaded = native()
-        out = loaded.ffi.new("trio_schema **")
-        code = loaded.lib.trio_schema_open(self._model, guided_schema(text).encode(), out)
-        try:
-            check("trio_schema_open", code)
-        except InvalidGrammar as failure:
-            raise InvalidGrammar(f"json_schema cannot be honoured: {failure}", param="json_schema") from None
-        return loaded.ffi.gc(out[0], loaded.lib.trio_schema_free)
+    def close(self) -> None:
+        """Forget all schemas: each keeps the memory of its model."""
+        with self._lock:
+            self._compiled.clear()
+
+
+def _compile(model: Any, text: str) -> Any:
+    load_llguidance()
+    loaded = native()
+    out = loaded.ffi.new("trio_schema **")
+    code = loaded.lib.trio_schema_open(model, guided_schema(text).encode(), out)
+    try:
+        check("trio_schema_open", code)
+    except InvalidGrammar as failure:
+        raise InvalidGrammar(f"json_schema cannot be honoured: {failure}", param="json_schema") from None
+    return loaded.ffi.gc(out[0], loaded.lib.trio_schema_free)
 
 
 def load_llguidance() -> None:

@@ -92,8 +92,8 @@ class Screen:
                 del self._rows[self._row][self._column :]
                 del self._rows[self._row + 1 :]
             case "K":
-                assert n == 0
-                del self._rows[self._row][self._column :]
+                assert n in (0, 2)
+                del self._rows[self._row][self._column if n == 0 else 0 :]
             case "m" | "h" | "l" | "n" | "q":
                 pass
             case _:

@@ -67,6 +67,16 @@ async def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(model: str, tm
         assert await user.ended() == 0
 
 
+async def test_ctrl_c_at_once_after_enter(model: str, tmp_path: Path) -> None:
+    """Whether it is still a key or a signal already: the answer, which would not end, is not waited for."""
+    async with terminal("chat", "-m", model, state=tmp_path, environment=SLOW) as user:
+        await user.prompts(1)
+        await user.type(f"hello\r{CTRL_C}")
+        await user.prompts(2)
+        await user.type("still here")
+        await user.shows(">>> still here")
+
+
 async def test_an_entry_of_several_lines(model: str, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     async with terminal("chat", "-m", model, "-n", "4", state=tmp_path) as user:

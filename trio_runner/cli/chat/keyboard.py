@@ -19,7 +19,9 @@ import trio
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
@@ -112,7 +114,18 @@ class _Edit:
             return _raiser(EOFError())
         except KeyboardInterrupt:
             return _raiser(Interrupted(had_text=bool(self._session.default_buffer.text)))
+        if self._takes_ctrl_c():
+            return _raiser(Interrupted(had_text=True))
         return lambda: line
+
+    def _takes_ctrl_c(self) -> bool:
+        """Whether Ctrl-C was pressed after Enter, while it was still a key: then it would wait for the next line. Takes
+        it, and the keys before it. Those after it stay."""
+        keyboard = self._session.app.input
+        keys = [*get_typeahead(keyboard), *keyboard.read_keys()]
+        n_taken = max((number for number, key in enumerate(keys, 1) if key.key == Keys.ControlC), default=0)
+        store_typeahead(keyboard, keys[n_taken:])
+        return n_taken > 0
 
     def _begin(self) -> None:
         """On the thread, once the editor runs."""

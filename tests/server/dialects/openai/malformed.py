@@ -118,7 +118,7 @@ DEEP: Final = '{"a":' * 70 + "1" + "}" * 70
 CHAT_ONLY: Final[dict[str, list[str]]] = {
     "max_completion_tokens": ["-2", *NOT_INTEGERS],
     "logprobs": [*NOT_BOOLEANS],
-    "top_logprobs": ["1", "0", "-1", "101", *NOT_INTEGERS],
+    "top_logprobs": ["1", "5", "-1", "101", *NOT_INTEGERS],
     "response_format": NOT_OBJECTS,
     "response_format.type": ["{}", '{"type": 1}', '{"type": "xml"}', '{"json_schema": {}}'],
     "response_format.schema": ['{"type": "json_object", "schema": 1}', '{"type": "json_object", "schema": []}'],
@@ -147,7 +147,8 @@ CHAT_ONLY: Final[dict[str, list[str]]] = {
     "modalities[0]": ["[1]"],
     "audio": ['{"voice": "x", "format": "wav"}', "1"],
     "web_search_options": ["{}", "1"],
-    "chat_template_kwargs": NOT_OBJECTS,
+    "chat_template_kwargs": [*NOT_OBJECTS, '{"_x": 1}', '{"a b": 1}', '{"\\ud800": 1}', '{"": 1}'],
+    "chat_template_kwargs.messages": ['{"messages": []}'],
     "reasoning_effort": NOT_TEXTS,
     "prediction": NOT_OBJECTS,
     "parallel_tool_calls": NOT_BOOLEANS,

@@ -205,7 +205,7 @@ def test_best_of_may_only_be_what_is_returned() -> None:
         (text(logprobs=0), 0),
         (text(logprobs=5), 5),
         (chat(), -1),
-        (chat(logprobs=False), -1),
+        (chat(logprobs=False, top_logprobs=0), -1),
         (chat(logprobs=True), 0),
         (chat(logprobs=True, top_logprobs=3), 3),
     ],

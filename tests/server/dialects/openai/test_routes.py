@@ -272,7 +272,7 @@ async def test_the_server_refuses_in_the_words_of_the_dialect() -> None:
 
 async def test_malformed_requests_change_nothing() -> None:
     engine = FakeEngine()
-    async with serving(engine, deadline=60) as server:
+    async with serving(engine, deadline=240) as server:
         client = await server.connect()
         for path, body, param in malformed():
             raw = request("POST", path, body) if body else request("POST", path, b"", "Content-Length: 0")

@@ -25,6 +25,8 @@ from trio_runner.server.dialects.openai.requests import (
 )
 from trio_runner.server.dialects.places import naming, places_of_variables
 
+RESERVED: Final = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "now")
+"""Variables that every chat template gets, so that a request cannot define them."""
 ANY_OBJECT: Final = '{"type":"object"}'
 """The schema of `json_object`."""
 
@@ -48,6 +50,16 @@ def _modalities(name: str, value: Any) -> tuple[Any, ...]:
 
 def _refused(name: str, value: Any) -> None:
     raise Unsupported(name, f"{name}: this server cannot do that", param=name)
+
+
+def _variables(name: str, value: Any) -> Object:
+    variables = check_object(name, value)
+    for variable in variables:
+        if variable in RESERVED:
+            raise InvalidRequest(f"{name}.{variable} is what every chat template gets", param=f"{name}.{variable}")
+        if variable.startswith("_") or not variable.isidentifier():
+            raise InvalidRequest(f"{name}: {variable[:40]!a} is no name of a variable", param=name)
+    return variables
 
 
 def _response_format(name: str, value: Any) -> tuple[str, str]:
@@ -114,7 +126,7 @@ CHAT: Final = Body(
         "function_call": field(either(STRING, OBJECT), "See `functions`.", check=_choice),
         "reasoning_effort": field(STRING, "A variable of the chat template, for models that read it."),
         "chat_template_kwargs": field(
-            OBJECT, "Further variables of the chat template, such as `enable_thinking`.", check=check_object
+            OBJECT, "Further variables of the chat template, such as `enable_thinking`.", check=_variables
         ),
         "modalities": field(array(STRING), 'Only `["text"]`.', check=_modalities, default_text='`["text"]`'),
         "audio": field(OBJECT, "Refused: this server writes only text.", check=_refused),
@@ -141,7 +153,7 @@ def chat(body: bytes) -> Asked:
     _refuse_tools(given, "tools", "tool_choice")
     _refuse_tools(given, "functions", "function_call")
     top = given.get("top_logprobs")
-    if top is not None and not given.get("logprobs"):
+    if top and not given.get("logprobs"):
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     variables = dict(given.get("chat_template_kwargs", {}))
     if "reasoning_effort" in given:
@@ -149,7 +161,7 @@ def chat(body: bytes) -> Asked:
     prompt = Chat(messages=given["messages"], variables=variables)
     n_top = (top or 0) if given.get("logprobs") else -1
     place, schema = given.get("response_format", ("", ""))
-    if schema and ("grammar" in given or "json_schema" in given):
+    if schema and (given.get("grammar") or given.get("json_schema")):
         message = "response_format cannot be combined with grammar or json_schema"
         raise InvalidRequest(message, param="response_format")
     places = {"json_schema": place} if schema else {}

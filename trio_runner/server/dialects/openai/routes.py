@@ -108,10 +108,10 @@ class OpenAIRoutes:
     async def text(self) -> Response:
         asked = await self._threads.read_body(requests_text.text)
         self._names.check(asked.model)
-        echoes = [await self._text_of(asked, index) for index in range(len(asked.echoes))]
         choices = await self._start(asked)
         if isinstance(choices, Response):
             return choices
+        echoes = [await self._text_of(asked, index) for index in range(len(asked.echoes))]
         head = self._head("cmpl", asked.model)
         n_choices = len(asked.generations)
         if asked.stream:
