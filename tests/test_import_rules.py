@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "llama": {"llama", "core", *VALUES},
     "engine": {"engine", "core", "images", *VALUES},
     "server": {"server", "interface", *VALUES},
-    "testing": {"core", *VALUES},
+    "testing": {"testing", "core", *VALUES},
     "cli.chat.blocks": set(),
     "cli.chat.composer": set(),
     "cli.chat.conversation": set(),

@@ -1,4 +1,4 @@
-"""What the engine needs from a model and its context. `llama/` implements it over llama.cpp, `testing.py` as a toy."""
+"""What the engine needs from a model and its context. `llama/` implements it over llama.cpp, `testing/` as a toy."""
 
 from __future__ import annotations
 

@@ -1,231 +1,35 @@
-"""A toy model to test against, ours or yours, without a model file or the native library.
-
-    async with trio_runner.open_engine(ToyLoader(), slots=2) as engine:
-        ...
-
-The next token of a sequence is a hash of everything that its slot holds, and of the adapters that it was made with. So
-one stale, missing, misplaced or foreign entry of the KV cache gives another text; `toy_text` tells the right one. Where
-llama.cpp would abort or silently compute rubbish, the toy raises AssertionError.
-
-An image is a few rows that depend only on the digest of its pixels (`ToyProjector`). Adapters are known by the paths
-that they are loaded from.
-
-`ToyLoader` and `toy_text` are public API. Other names may change without notice.
-
-The file is longer than others, so that all of the toy is in one place.
-"""
+"""The KV cache of the toy, which notices whatever llama.cpp would abort on or silently compute rubbish from."""
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trio_runner.config import AdapterConfig, EngineConfig
 from trio_runner.core.batch import MAX_SCORED_ROWS, Batch, Chunk, DecodeOutcome, Sampled, StepResult
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
 from trio_runner.core.ports import (
     NO_ADAPTERS,
     NO_MEDIA,
     Adapter,
-    EncodedImage,
     EncodedMedia,
-    LoadedAdapter,
-    Runtime,
     Sampler,
 )
 from trio_runner.core.prompt import Item, Media, MediaRow
-from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest, LoadError, Unsupported
+from trio_runner.errors import InvalidGrammar
 from trio_runner.events import SampledToken, TokenInfo
-from trio_runner.info import Capabilities, ModelInfo
-from trio_runner.sampling import SamplingParams
+from trio_runner.info import Capabilities
+from trio_runner.testing.model import ToyAdapter, ToySampler
+from trio_runner.testing.text import END, N_EMBD, ToyAdapters, toy_cache_key, toy_next, toy_score, toy_vector
 
 if TYPE_CHECKING:
-    from trio_runner.pixels import Pixels
-
-N_VOCAB = 257
-END = 256
-"""The end token; every other token is the byte of its number."""
-N_EMBD = 8
-
-_ALPHABET = b"abcdefgh \xc3\xa9"
+    pass
 
 
-ToyAdapters: TypeAlias = Sequence[tuple[str, float]]
-"""(path, scale)"""
-
-
-def toy_cache_key(adapters: ToyAdapters = (), encoder_tokens: Sequence[int] = ()) -> str:
-    """What the next token depends on besides the items: adapters, and what an encoder has read. "" for neither."""
-    return f"{sorted(adapters)}{list(encoder_tokens)}" if adapters or encoder_tokens else ""
-
-
-def _named(item: Item) -> str:
-    return f"{item.media.key.hex()}:{item.row}" if isinstance(item, MediaRow) else str(item)
-
-
-def toy_next(items: Sequence[Item], cache_key: str = "", *, ignore_eos: bool = False) -> int:
-    """The token that follows `items`, all that a slot holds. `cache_key` is made by `toy_cache_key`."""
-    digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=4).digest()
-    number = int.from_bytes(digest, "big")
-    return END if number % 61 == 0 and not ignore_eos else _ALPHABET[number % len(_ALPHABET)]
-
-
-def toy_continuation(
-    prompt: Sequence[Item], n_tokens: int, cache_key: str = "", *, ignore_eos: bool = False
-) -> list[int]:
-    """The first `n_tokens` tokens after `prompt`, up to and including the end token, in an endless context."""
-    items = list(prompt)
-    tokens: list[int] = []
-    while len(tokens) < n_tokens and tokens[-1:] != [END]:
-        tokens.append(toy_next([*items, *tokens], cache_key, ignore_eos=ignore_eos))
-    return tokens
-
-
-def toy_text(prompt: str | Sequence[Item], n_tokens: int, cache_key: str = "") -> str:
-    """The text that the toy generates after `prompt` in an endless context, with at most `n_tokens` tokens."""
-    items: Sequence[Item] = list(prompt.encode()) if isinstance(prompt, str) else prompt
-    tokens = toy_continuation(items, n_tokens, cache_key)
-    return _whole_characters(bytes(token for token in tokens if token != END))
-
-
-def _whole_characters(data: bytes) -> str:
-    text = data.decode(errors="replace")
-    return text[:-1] if data and data[-1] == 0xC3 else text
-
-
-class ToySampler:
-    """Takes the token that the toy gives. A grammar is a string of the characters that it allows; "" allows all."""
-
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class ToyAdapter:
-    """Loaded from a path that need not exist. A path with "bad" in it is refused with a LoadError."""
-
-    def __init__(self, path: str) -> None:
-        if "bad" in path:
-            raise LoadError("the toy does not like this adapter", path=path)
-        self.path = path
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class ToyEncoding:
-    """One image being encoded. Calls the projector's `on_encode`, which may wait for `cancelled`; the rest is quick."""
-
-    def __init__(self, projector: ToyProjector, pixels: Pixels) -> None:
-        self.pixels = pixels
-        self.cancelled = threading.Event()
-        self._projector = projector
-
-    def run(self) -> EncodedImage:
-        projector = self._projector
-        with projector.lock:
-            assert not projector.closed
-            projector.encoded.append(self.pixels.digest)
-            if projector.on_encode is not None:
-                projector.on_encode(self)
-            if self.cancelled.is_set():
-                raise EngineClosed("encoding was cancelled")
-            return projector.image(self.pixels)
-
-    def cancel(self) -> None:
-        self.cancelled.set()
-
-
-class ToyProjector:
-    """Makes the items `<`, 2 to 6 rows, `>` of an image. The digest of its pixels decides how many rows.
-
-    `shares_positions` and `causal` are those of the `Media` that it makes. `on_encode(encoding)` is called for each
-    image.
-    """
-
-    def __init__(self, *, shares_positions: bool = False, causal: bool = True) -> None:
-        self.shares_positions, self.causal = shares_positions, causal
-        self.digest = b"toy"
-        self.on_encode: Callable[[ToyEncoding], None] | None = None
-        self.encoded: list[bytes] = []
-        """The digests of all images, in the order in which they were encoded."""
-        self.lock = threading.Lock()
-        self.closed = False
-
-    def encoding(self, pixels: Pixels) -> ToyEncoding:
-        return ToyEncoding(self, pixels)
-
-    def image(self, pixels: Pixels) -> EncodedImage:
-        n_rows = 2 + pixels.digest[0] % 5
-        media = Media(pixels.digest, n_rows, 2 if self.shares_positions else n_rows, self.causal, self.shares_positions)
-        rows = np.full((n_rows, N_EMBD), pixels.digest[0], np.float32)
-        items: tuple[Item, ...] = (ord("<"), *(MediaRow(media, row) for row in range(n_rows)), ord(">"))
-        return EncodedImage(items, {media: EncodedMedia(rows)})
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class ToyModel:
-    """Tokens are the bytes of the text."""
-
-    def __init__(self, name: str = "toy", *, causal: bool = True) -> None:
-        self.info = ModelInfo(
-            name=name,
-            architecture="toy",
-            description="a hash",
-            n_vocab=N_VOCAB,
-            n_ctx_train=4096,
-            n_embd=N_EMBD,
-            causal=causal,
-        )
-        self.samplers: list[ToySampler] = []
-        self.adapters: list[ToyAdapter] = []
-        self.closed = False
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        assert not self.closed
-        return list(text.encode())
-
-    def detokenize(self, tokens: Sequence[int]) -> bytes:
-        if any(not 0 <= token < N_VOCAB for token in tokens):
-            raise InvalidRequest("a token is outside the vocabulary", param="tokens")
-        return bytes(token for token in tokens if token != END)
-
-    def piece(self, token: int) -> bytes:
-        return self.detokenize([token])
-
-    def sampler(self, params: SamplingParams, prompt: Sequence[int]) -> ToySampler:
-        assert not self.closed
-        if "(" in params.grammar:
-            raise InvalidGrammar("the toy grammar does not like parentheses")
-        if params.json_schema:
-            raise Unsupported("schemas", "the toy model takes no schema", param="json_schema")
-        self.samplers.append(ToySampler(params))
-        return self.samplers[-1]
-
-    def has_schema(self, text: str) -> bool:
-        return False
-
-    def adapter(self, path: str) -> ToyAdapter:
-        assert not self.closed
-        self.adapters.append(ToyAdapter(path))
-        return self.adapters[-1]
-
-    def close(self) -> None:
-        assert all(sampler.closed for sampler in self.samplers)
-        assert all(adapter.closed for adapter in self.adapters)
-        self.closed = True
+def _path(adapter: Adapter) -> str:
+    assert isinstance(adapter, ToyAdapter)
+    assert not adapter.closed
+    return adapter.path
 
 
 @dataclass(slots=True, eq=False)
@@ -443,70 +247,3 @@ class ToyContext:
         n_top = min(sampler.params.logprobs, 1 if sampler.params.post_sampling_probs else sampler.params.logprobs)
         top = tuple(TokenInfo(token, piece, logprob) for _ in range(n_top))
         return Sampled(token, piece, logprob=logprob, top=top)
-
-
-def toy_score(items: Sequence[Item], token: int, n_top: int = 0, cache_key: str = "") -> SampledToken:
-    """How probable the toy finds `token` after `items`. All alternatives are the token that it would say."""
-    digest = hashlib.blake2b((",".join(map(_named, items)) + f" {token} {cache_key}").encode(), digest_size=2).digest()
-    said = toy_next(items, cache_key)
-    top = (TokenInfo(said, _piece(said), -1.0),) * n_top
-    return SampledToken(token, _piece(token), -float(int.from_bytes(digest, "big")), top)
-
-
-def _piece(token: int) -> bytes:
-    return b"" if token == END else bytes([token])
-
-
-def _path(adapter: Adapter) -> str:
-    assert isinstance(adapter, ToyAdapter)
-    assert not adapter.closed
-    return adapter.path
-
-
-def toy_vector(items: Sequence[Item], cache_key: str = "") -> NDArray[np.float32]:
-    """The embedding of a prompt, shape (8,)."""
-    digest = hashlib.blake2b((",".join(map(_named, items)) + cache_key).encode(), digest_size=N_EMBD).digest()
-    return np.frombuffer(digest, np.uint8).astype(np.float32)
-
-
-@dataclass(slots=True)
-class ToyLoader:
-    """Loads a toy model.
-
-    `capabilities` replaces fields of the `Capabilities` that follow from the engine's configuration. `on_load`, called
-    with `progress` and `cancelled`, may wait or raise. `on_decode` is the hook of the context. `projector`, if any, and
-    `adapters` are loaded too. `model` and `context` are those that were loaded last.
-    """
-
-    capabilities: Mapping[str, object] = field(default_factory=dict)
-    on_load: Callable[[Callable[[float], None], Callable[[], bool]], None] | None = None
-    on_decode: Callable[[Batch], Interruption | None] | None = None
-    projector: ToyProjector | None = None
-    adapters: tuple[AdapterConfig, ...] = ()
-    model: ToyModel | None = None
-    context: ToyContext | None = None
-
-    def __call__(
-        self, config: EngineConfig, *, progress: Callable[[float], None], cancelled: Callable[[], bool]
-    ) -> Runtime:
-        if self.on_load is not None:
-            self.on_load(progress, cancelled)
-        if cancelled():
-            raise EngineClosed("loading was cancelled")
-        progress(1.0)
-        capabilities = Capabilities(
-            n_slots=config.slots,
-            n_ctx=config.context_length or 4096,
-            max_rows=config.batch_size,
-            n_spare_slots=config.slots,
-            n_embed_slots=config.slots,
-            embedding_size=N_EMBD,
-        )
-        capabilities = replace(capabilities, **self.capabilities)  # type: ignore[arg-type]
-        self.model = ToyModel()
-        self.context = ToyContext(capabilities, on_decode=self.on_decode)
-        adapters = tuple(
-            LoadedAdapter(adapter.name, self.model.adapter(adapter.path), adapter.scale, adapter.path)
-            for adapter in self.adapters
-        )
-        return Runtime(self.model, self.context, self.projector, adapters)
