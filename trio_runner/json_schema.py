@@ -119,12 +119,12 @@ def _digits(value: object) -> int:
     no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
         return 1
-    if isinstance(value, float):
-        _, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
-        assert isinstance(exponent, int)
-        whole: int = int("".join(map(str, digits))) * 10 ** max(exponent, 0)
-        return whole
-    return abs(value)
+    if isinstance(value, int):
+        return abs(value)
+    _, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+    assert isinstance(exponent, int)
+    whole: int = int("".join(map(str, digits))) * 10 ** max(exponent, 0)
+    return whole
 
 
 def _check_settings(settings: object) -> None:

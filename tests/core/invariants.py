@@ -68,8 +68,9 @@ def check_admission(world: World, before: SchedulerState, after: SchedulerState)
     """A sequence that got a slot, if no other did in the same step, goes on from the longest prefix that any held."""
     started = [sequence for uid, sequence in after.running.items() if uid not in before.running]
     assert all(sequence.spec.uid not in world.paused for sequence in started), "a slot for a paused sequence"
-    # A text to embed may take the slot that holds the prefix.
-    if len(started) != 1 or started[0].spec.embedding or not world.capabilities.can_trim:
+    # Long texts that are to be embedded take the slots of generations, too.
+    started = [sequence for sequence in started if sequence.slot < world.capabilities.first_embed_slot]
+    if len(started) != 1 or not world.capabilities.can_trim:
         return
     sequence = started[0]
     if sequence.spec.reuses and sequence.follows is None and not sequence.prompt_done:

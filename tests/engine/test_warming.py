@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.engine.test_tiny_models import asked, running, tokens_of
 from tests.engine.toys import Projector, Toy, items_of, picture, prompts
+from trio_runner.core.ports import EncodedImage
 from trio_runner.engine.generation import Generation
 from trio_runner.events import Finished
+from trio_runner.pixels import Pixels
 from trio_runner.request import GenerateRequest
 from trio_runner.testing import toy_text
 
@@ -49,6 +52,26 @@ async def test_conversations_and_images_can_be_warmed(toy: Toy) -> None:
         await generation.collect()
         assert generation.usage is not None
         assert generation.usage.cached_tokens == n_prompt - 1
+
+
+class BareProjector(Projector):
+    """Puts no token behind an image, as some real ones do."""
+
+    def image(self, pixels: Pixels) -> EncodedImage:
+        image = super().image(pixels)
+        return replace(image, items=image.items[:-1])
+
+
+async def test_a_warmed_prompt_that_ends_with_an_image_is_not_cut_within_it(toy: Toy) -> None:
+    toy.projector = BareProjector(causal=False)
+    toy.capabilities = {"can_trim": False, "can_shift": False}
+    items = items_of(toy.projector, ["look: ", picture(1)])
+    async with toy.engine() as engine:
+        assert (await finished(engine.generate(["look: ", picture(1)], max_tokens=0))).reason == "length"
+        generation = engine.generate(["look: ", picture(1)], max_tokens=5)
+        assert await generation.collect() == toy_text(items, 5)
+        assert generation.usage is not None
+        assert generation.usage.cached_tokens == len("look: <")
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba", "swa", "t5"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from tests.llama.running import GREEDY, PROMPT, Running, tokens_of
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Trim
-from trio_runner.errors import InvalidGrammar, InvalidRequest
+from trio_runner.errors import EngineClosed, InvalidGrammar, InvalidRequest
 from trio_runner.llama import schema as schemas
 from trio_runner.sampling import SamplingParams
 
@@ -166,6 +168,24 @@ def test_compiled_schemas_are_kept_and_bounded(models: Models) -> None:
     assert running.model.has_schema(texts[0])
     running.model.close()  # they would keep its memory
     assert not running.model.has_schema(texts[0])
+
+
+def test_compiled_schemas_do_not_keep_a_closed_model(models: Models) -> None:
+    running = Running(models("llama"))
+    handle = weakref.ref(running.model.handle)
+    sampler = running.sampler(under(PERSON))
+    running.context.close()
+    running.model.close()
+    assert handle() is None
+    assert not running.model.has_schema(json.dumps(PERSON))
+    sampler.close()
+    with pytest.raises(EngineClosed):
+        running.sampler(under(PERSON))
+
+
+def test_an_llguidance_without_a_c_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: object())
+    assert schemas._load.__wrapped__() == "but this one has no C interface"
 
 
 def test_without_llguidance_the_error_says_how_to_get_it(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,12 @@ async def test_an_exception_in_a_handler_is_answered_with_500(caplog: pytest.Log
     assert "secret" in caplog.text
 
 
+async def test_what_is_no_request_is_not_repeated_to_the_client() -> None:
+    async with serving(FakeEngine()) as server:
+        answer = await server.ask(b"GET /secret\xff HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (answer.status, answer.body) == (400, b"illegal request line\n")
+
+
 async def test_keep_alive_serves_many_requests_on_one_connection() -> None:
     engine = FakeEngine()
     async with serving(engine) as server:

@@ -64,11 +64,12 @@ async def test_the_document_has_every_path_and_every_field() -> None:
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     paths = answer.json["paths"]
     names = []
-    for _, operation in OPERATIONS:
+    for dialect, operation in OPERATIONS:
         method = "get" if operation.method == "ANY" else operation.method.lower()
         described = paths[shown(operation.path)][method]
         names.append(described["operationId"])
         assert {"200", "400", "401", "403", "500", "503"} <= described["responses"].keys()
+        assert ("422" in described["responses"]) == (dialect.word(Problem(422, "")).status == 422)
         if operation.body is not None:
             schema = described["requestBody"]["content"]["application/json"]["schema"]
             assert list(schema["properties"]) == list(operation.body.fields)

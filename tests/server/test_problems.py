@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trio_runner import errors
+from trio_runner.server.dialects.runner.responses import health_line
 from trio_runner.server.problems import plain_text, problem
 
 EXPECTED = {
@@ -53,6 +54,14 @@ def test_status_text_and_headers(error: errors.RunnerError, status: int) -> None
 
 def test_the_text_of_an_unexpected_error_is_not_sent() -> None:
     assert (problem(KeyError("secret")).status, problem(KeyError("secret")).text) == (500, "internal error")
+
+
+def test_no_client_is_told_where_the_files_are() -> None:
+    path = "/srv/secret/model.gguf"
+    error = errors.LoadError(f"cannot be read: [Errno 13] Permission denied: '{path}'", path=path)
+    assert problem(error).text == "model.gguf: cannot be read: [Errno 13] Permission denied: 'model.gguf'"
+    assert problem(errors.LoadError("no GGUF", path="C:\\secret\\model.gguf")).text == "model.gguf: no GGUF"
+    assert b"secret" not in health_line("broken", 0.5, error)
 
 
 def test_the_body_is_one_line() -> None:

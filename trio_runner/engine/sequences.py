@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 from trio_runner.core.ports import EncodedImage, EncodedMedia, Model, Runtime
-from trio_runner.core.prompt import Item, Media, fit_prompt
+from trio_runner.core.prompt import Item, Media, cut_before, fit_prompt
 from trio_runner.core.sequence import SequenceSpec, takes_embed_slot
 from trio_runner.engine.chat_window import ChatWindow
 from trio_runner.engine.infill import infill_tokens
@@ -83,7 +83,7 @@ def _generation(
     samples = request.max_tokens != 0
     if not samples and not capabilities.can_trim and request.prompt_logprobs < 0:
         # The same prompt later needs the state before its last token, and this memory cannot go back to it.
-        prompt = prompt[:-1] or prompt
+        prompt = prompt[: cut_before(prompt, len(prompt) - 1)] or prompt
     spec = SequenceSpec(
         uid=uid,
         prompt=prompt,

@@ -44,6 +44,7 @@ class Schemas:
     def __init__(self) -> None:
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
+        self._closed = False
 
     def has(self, text: str) -> bool:
         """Whether the schema is compiled already."""
@@ -63,14 +64,16 @@ class Schemas:
                 return self._compiled[text]
         schema = _compile(model, text)
         with self._lock:
-            self._compiled[text] = schema
+            if not self._closed:  # it may have been closed meanwhile
+                self._compiled[text] = schema
             while len(self._compiled) > MAX_SCHEMAS:
                 self._compiled.popitem(last=False)
         return schema
 
     def close(self) -> None:
-        """Forget all schemas: each keeps the memory of its model."""
+        """Forget all schemas, and keep no more: each keeps the memory of its model."""
         with self._lock:
+            self._closed = True
             self._compiled.clear()
 
 
@@ -104,14 +107,17 @@ def _load() -> str:
         from llguidance import _lib
     except ImportError:
         return "which is not installed"
-    # The module is loaded already, so this opens nothing new.
-    library = ctypes.CDLL(_lib.__file__)
-    library.llg_get_version.restype = ctypes.c_char_p
-    version = (library.llg_get_version() or b"").decode(errors="replace")
-    if not version.startswith(f"llguidance@{VERSION}."):
-        return f"but this is {version[:40]}"
+    try:
+        # The module is loaded already, so this opens nothing new.
+        library = ctypes.CDLL(_lib.__file__)
+        library.llg_get_version.restype = ctypes.c_char_p
+        version = (library.llg_get_version() or b"").decode(errors="replace")
+        if not version.startswith(f"llguidance@{VERSION}."):
+            return f"but this is {version[:40]}"
+        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS]
+    except (AttributeError, OSError):
+        return "but this one has no C interface"
     loaded = native()
-    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS]
     functions = loaded.ffi.new("trio_schema_functions *", [loaded.ffi.cast("void *", at) for at in addresses])
     check("trio_schema_use", loaded.lib.trio_schema_use(functions))
     return ""

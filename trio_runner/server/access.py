@@ -5,7 +5,7 @@ each on something that a web page cannot forge:
 
 - Host must name a loopback address or a configured host, or a page could rebind its own name to 127.0.0.1.
 - Origin, which browsers send with every cross-site POST, must be configured; no Origin means no browser.
-- The API key, if there is one, must come with everything but /health and the front page.
+- The API key, if there is one, must come with everything but the two paths of health and the front page.
 """
 
 from __future__ import annotations

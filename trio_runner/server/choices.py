@@ -8,8 +8,23 @@ from typing import Protocol
 
 import trio
 
+from trio_runner.config import EngineConfig
+from trio_runner.errors import InvalidRequest
 from trio_runner.events import Event
+from trio_runner.request import GenerateRequest
 from trio_runner.server.event_body import EventSource
+
+
+def check_room(requests: Sequence[GenerateRequest], config: EngineConfig, param: str) -> None:
+    """Raise `InvalidRequest` about `param` if slots and queue together can never hold `requests`, which are of one
+    priority. To say that the server is busy would make the client ask again."""
+    if config.max_queue is None:
+        return
+    is_background = requests[0].priority == "background"  # which has half of the queue
+    room = config.slots + (config.max_queue // 2 if is_background else config.max_queue)
+    if len(requests) > room:
+        text = f"{param}: {len(requests)} answers at once are more than the {room} that fit"
+        raise InvalidRequest(text, param=param)
 
 
 class Choice(EventSource[Event], Protocol):

@@ -127,7 +127,8 @@ class Http1:
         try:
             event = self._h11.next_event()
         except h11.RemoteProtocolError as error:
-            await self._refuse(Problem(error.error_status_hint, str(error)))
+            text = str(error).partition(": bytearray(")[0]  # h11 repeats what it could not read
+            await self._refuse(Problem(error.error_status_hint, text))
             return False
         match event:
             case h11.Request():

@@ -18,13 +18,14 @@ import msgspec
 from trio_runner.server.access import needs_no_key
 from trio_runner.server.dialects.dialect import ANY_METHOD, Dialect, Operation
 from trio_runner.server.dialects.fields import Body, Field, either
+from trio_runner.server.problems import Problem
 
 Document: TypeAlias = dict[str, Any]
 Served: TypeAlias = Sequence[tuple[Dialect, Sequence[Operation]]]
 """Each dialect with what it serves."""
 
 EVERYWHERE: Final = (400, 401, 403, 422, 500, 503)
-"""Statuses of refusals that every operation may answer with."""
+"""Statuses of refusals that every operation may answer with, before its dialect words them."""
 WITH_BODY: Final = (404, 408, 413)
 """The same for operations with a body. What is not found is an adapter or a model."""
 
@@ -98,6 +99,7 @@ def _operation(dialect: Dialect, operation: Operation, types: _Types) -> dict[st
     if operation.body is not None:
         described["requestBody"] = _request_body(operation.body)
     refusals = {*EVERYWHERE, *operation.refusals, *(WITH_BODY if operation.body is not None else ())}
+    refusals = {dialect.word(Problem(status, "")).status for status in refusals}  # some make a 400 of a 422
     refusal = _refusal(dialect, types)
     described["responses"] = {
         "200": {"description": HTTPStatus.OK.phrase, "content": _content(operation, types)},

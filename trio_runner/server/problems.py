@@ -90,7 +90,18 @@ def problem_text(error: Exception) -> str:
     """What to tell the client, in one line that names the field at fault."""
     if not isinstance(error, RunnerError):
         return "internal error"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = load_failure(error) if isinstance(error, LoadError) else str(error)
+    text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, RequestError) and error.param is not None and error.param not in text:
         text = f"{error.param}: {text}"
     return text
+
+
+def load_failure(error: LoadError, *, named: bool = True) -> str:
+    """What is wrong with a file: with its name, if `named`, and never with its directory, which is no client's
+    business."""
+    if error.path is None:
+        return error.reason
+    name = error.path.replace("\\", "/").rpartition("/")[2]
+    reason = error.reason.replace(error.path, name)
+    return f"{name}: {reason}" if named else reason

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from trio_runner.errors import InvalidRequest
 from trio_runner.parameters import Kind, Parameter, parameters_of
-from trio_runner.request import AdapterChoice
+from trio_runner.request import MAX_STOP_STRINGS, AdapterChoice, GenerateRequest
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.json_in import Check, Object, wrong
 from trio_runner.server.names import MAX_NAME_LENGTH
@@ -184,6 +184,19 @@ def check_model_name(name: str, value: Any) -> str:
     if len(text) > MAX_NAME_LENGTH:
         raise InvalidRequest(f"{name} has more than {MAX_NAME_LENGTH} characters", param=name)
     return text
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (json_in.check_text(name, value),)
+    if not isinstance(value, list):
+        wrong(name, "a string or a list of strings", value)
+    return json_in.check_texts(name, value, MAX_STOP_STRINGS)
+
+
+STOP: Final = field(
+    either(STRING, array(STRING)), parameters_of(GenerateRequest)["stop"].doc, check=_stop, default_text="none"
+)
 
 
 def _adapter(name: str, value: Any) -> AdapterChoice:

@@ -20,8 +20,9 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import text_complaint
+from trio_runner.errors import InvalidImage, InvalidRequest
+from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.parameters import integer_complaint, text_complaint
 from trio_runner.request import MAX_TEXT_BYTES
 
 MAX_VALUES = 1 << 16
@@ -147,6 +148,25 @@ def check_boolean(name: str, value: Any) -> bool:
     return value
 
 
+def check_object(name: str, value: Any) -> Object:
+    if not isinstance(value, Object):
+        wrong(name, "an object", value)
+    return value
+
+
+def integer_between(low: int, high: int) -> Check:
+    """The check of an integer from `low` to `high`."""
+
+    def check(name: str, value: Any) -> int:
+        number = check_integer(name, value)
+        complaint = integer_complaint(name, number, low, high)
+        if complaint is not None:
+            raise InvalidRequest(complaint, param=name)
+        return number
+
+    return check
+
+
 def list_of(check: Check, what: str) -> Check:
     """The check of a list whose items pass `check`; `what` names them in the plural."""
 
@@ -189,3 +209,14 @@ def base64_bytes(name: str, value: str) -> bytes:
     except ValueError:
         raise InvalidRequest(f"{name} must be base64", param=name) from None
     return b"".join(pieces)
+
+
+def image_file(name: str, value: Any) -> bytes:
+    """The bytes of an image file in base64. Raises `InvalidImage` if there are none, or too many."""
+    if not isinstance(value, str):
+        wrong(name, "a string", value)
+    if not value:
+        raise InvalidImage(f"{name} is empty", param=name)
+    if len(value) > MAX_IMAGE_BYTES * 3 // 2:  # with line breaks
+        raise InvalidImage(f"{name} has more than {MAX_IMAGE_BYTES} bytes", param=name)
+    return base64_bytes(name, value)

@@ -172,6 +172,10 @@ def malformed() -> Iterator[Case]:
     yield "/llama/embedding", b"{}", "content"
     yield "/llama/rerank", b'{"documents": ["x"]}', "query"
     yield "/llama/rerank", b'{"query": "x"}', "documents"
+    texts = ", ".join(['"x"'] * 257)
+    yield wrong("/llama/completion", "prompt", f"[1, {texts}]")
+    yield wrong("/llama/tokenize", "content", f"[{texts}]")
+    yield wrong("/llama/completion", "logit_bias", "{" + ", ".join(f'"x{n}": 1' for n in range(257)) + "}")
     for body in (b"", b"[", b"[]", b"1", b'"x"', b"NaN", b"prompt=x", b'{"prompt": "x",}', b'{"top_p": NaN}'):
         yield "/llama/completion", body, "JSON object"
 

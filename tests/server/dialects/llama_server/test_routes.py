@@ -167,7 +167,7 @@ async def test_errors_before_the_stream() -> None:
         (InvalidGrammar("no root"), 400, "invalid_request_error", "grammar: no root"),
         (EngineBroken("the decode thread died"), 503, "unavailable_error", "the decode thread died"),
         (LoadError("not a GGUF file", path="m"), 503, "unavailable_error", "m: not a GGUF file"),
-        (Unsupported("images", "no images", param="prompt"), 400, "not_supported_error", "prompt: no images"),
+        (Unsupported("images", "no images", param="prompt"), 400, "not_supported_error", "prompt[0]: no images"),
         (KeyError("secret"), 500, "server_error", "internal error"),
     ]
     async with serving(engine) as server:

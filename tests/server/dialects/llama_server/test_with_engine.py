@@ -184,3 +184,14 @@ async def test_adapters_are_chosen_by_their_numbers() -> None:
             assert answer["content"] == toy_text(TEXT, 10, key)
         refused = await server.ask(post("/llama/completion", {"prompt": "x", "lora": [{"id": 2, "scale": 1}]}))
         assert (refused.status, refused.json["error"]["message"]) == (400, "lora: there is no adapter with id 2")
+
+
+async def test_more_completions_than_there_will_ever_be_room_for() -> None:
+    async with open_engine(ToyLoader(), slots=1, max_queue=2) as engine, serving(engine) as server:
+        assert len(await complete(server, n_cmpl=3)) == 3
+        for fields, name in (({"n_cmpl": 4}, "n_cmpl"), ({"prompt": ["a"] * 4}, "prompt")):
+            answer = await server.ask(post("/llama/completion", {"prompt": TEXT, "n_predict": 2, **fields}))
+            assert (answer.status, answer.json["error"]["message"]) == (
+                400,
+                f"{name}: 4 answers at once are more than the 3 that fit",
+            )

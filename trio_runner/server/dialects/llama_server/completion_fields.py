@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import integer_complaint, number_complaint, parameters_of
-from trio_runner.request import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_STOP_STRINGS, GenerateRequest
+from trio_runner.parameters import number_complaint
+from trio_runner.request import MAX_ADAPTER_SCALE, MAX_ADAPTERS, GenerateRequest
 from trio_runner.sampling import MAX_LOGPROBS, SamplingParams
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import (
@@ -21,6 +21,7 @@ from trio_runner.server.dialects.fields import (
     INTEGER,
     NUMBER,
     OBJECT,
+    STOP,
     STRING,
     Body,
     Field,
@@ -34,7 +35,7 @@ from trio_runner.server.dialects.fields import (
     ignored,
 )
 from trio_runner.server.dialects.json_in import Check, Object, fold, list_of, wrong
-from trio_runner.server.dialects.llama_server.prompts import PROMPTS, PromptForm, check_prompts
+from trio_runner.server.dialects.llama_server.prompts import MAX_TEXTS, PROMPTS, PromptForm, check_prompts
 from trio_runner.server.dialects.llama_server.samplers import check_samplers
 
 MAX_COMPLETIONS: Final = 128
@@ -58,14 +59,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 
 
 def _integer(low: int, high: int = _INT32) -> Check:
-    def check(name: str, value: Any) -> int:
-        number = json_in.check_integer(name, value)
-        complaint = integer_complaint(name, number, low, high)
-        if complaint is not None:
-            raise InvalidRequest(complaint, param=name)
-        return number
-
-    return check
+    return json_in.integer_between(low, high)
 
 
 def _bounded(low: int, doc: str, high: int = _INT32, **more: Any) -> Field:
@@ -94,22 +88,10 @@ def _any(name: str, value: Any) -> Any:
     return value
 
 
-def _object(name: str, value: Any) -> Any:
-    if not isinstance(value, Object):
-        wrong(name, "an object", value)
-    return value
-
-
 def _list(name: str, value: Any) -> Any:
     if not isinstance(value, list):
         wrong(name, "a list", value)
     return value
-
-
-def _stop(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (json_in.check_text(name, value),)
-    return json_in.check_texts(name, value, MAX_STOP_STRINGS)
 
 
 def _schema(name: str, value: Any) -> str:
@@ -155,7 +137,11 @@ def _biases(name: str, value: Any) -> tuple[tuple[int | str, float], ...]:
     pairs = [[_number_or_text(token), bias] for token, bias in value.items()] if is_object else value
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         wrong(name, "a list of [token, bias] or an object", value)
-    return tuple((_token_or_text(name, token), _bias(name, bias)) for token, bias in pairs)
+    biases = tuple((_token_or_text(name, token), _bias(name, bias)) for token, bias in pairs)
+    n_texts = sum(isinstance(token, str) for token, _ in biases)
+    if n_texts > MAX_TEXTS:
+        raise InvalidRequest(f"{name} has {n_texts} texts, but at most {MAX_TEXTS} are allowed", param=name)
+    return biases
 
 
 def _number_or_text(name: str) -> int | str:
@@ -247,9 +233,7 @@ _OPTIONS: Fields = {
     "max_tokens": _bounded(-1, "Another name of `n_predict`, which comes first.", default_text="`n_predict`"),
     "n_cmpl": _bounded(1, "Completions of each prompt. They are an array, and differ in their seeds.", default=1),
     "n": _bounded(1, "Another name of `n_cmpl`, which comes first.", default_text="`n_cmpl`"),
-    "stop": field(
-        either(STRING, array(STRING)), parameters_of(GenerateRequest)["stop"].doc, check=_stop, default_text="none"
-    ),
+    "stop": STOP,
     "cache_prompt": field(
         BOOLEAN,
         "Continue from the longest beginning of the prompt that a slot still holds, instead of decoding it again.",
@@ -302,7 +286,7 @@ _IGNORED: Fields = {
     "t_max_prompt_ms": ignored(INTEGER, "Checked and ignored, as in llama-server."),
     "backend_sampling": ignored(BOOLEAN, _ELSEWHERE),
     "verbose": ignored(BOOLEAN, _ELSEWHERE),
-    "stream_options": field(OBJECT, _NO_CHAT, check=_object, default_text="ignored", ignored=True),
+    "stream_options": field(OBJECT, _NO_CHAT, check=json_in.check_object, default_text="ignored", ignored=True),
     "echo": ignored(BOOLEAN, _NO_CHAT),
     "chat_format": field({}, _NO_CHAT, check=_any, default_text="ignored", ignored=True),
     "reasoning_format": ignored(STRING, _NO_CHAT),

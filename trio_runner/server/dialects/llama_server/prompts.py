@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from trio_runner.errors import InvalidImage, InvalidRequest
-from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.errors import InvalidRequest
 from trio_runner.request import MAX_IMAGES, Infill, Part
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import INTEGER, STRING, Schema, array, either
@@ -18,6 +17,9 @@ from trio_runner.server.dialects.json_in import Object, fold, wrong
 
 MARKER: Final = "<__media__>"
 """Stands for an image in a text. GET /props tells it to clients."""
+
+MAX_TEXTS: Final = 256
+"""Texts among the tokens of one prompt or of `logit_bias`. Each is tokenised by itself, in a millisecond at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,9 @@ def check_text_or_tokens(name: str, value: Any) -> str | tuple[int, ...] | Mixed
         wrong(name, "a string or a list of strings and integers", value)
     if not any(isinstance(part, str) for part in value):
         return json_in.check_tokens(name, value)
+    n_texts = sum(isinstance(part, str) for part in value)
+    if n_texts > MAX_TEXTS:
+        raise InvalidRequest(f"{name} has {n_texts} texts, but at most {MAX_TEXTS} are allowed", param=name)
     parts: list[str | int] = []
     for part in value:
         parts += [json_in.check_text(name, part)] if isinstance(part, str) else json_in.check_tokens(name, [part])
@@ -112,14 +117,4 @@ def _check_images(name: str, value: Any) -> list[bytes]:
         wrong(name, "a list of strings", value)
     if len(value) > MAX_IMAGES:
         raise InvalidRequest(f"{name} has {len(value)} images, but at most {MAX_IMAGES} are allowed", param=name)
-    return [_check_image(f"{name}[{index}]", item) for index, item in enumerate(value)]
-
-
-def _check_image(name: str, value: Any) -> bytes:
-    if not isinstance(value, str):
-        wrong(name, "a string", value)
-    if not value:
-        raise InvalidImage(f"{name} is empty", param=name)
-    if len(value) > MAX_IMAGE_BYTES * 3 // 2:  # with line breaks
-        raise InvalidImage(f"{name} has more than {MAX_IMAGE_BYTES} bytes", param=name)
-    return json_in.base64_bytes(name, value)
+    return [json_in.image_file(f"{name}[{index}]", item) for index, item in enumerate(value)]

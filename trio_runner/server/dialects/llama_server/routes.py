@@ -13,7 +13,7 @@ from trio_runner.errors import InvalidRequest, PromptTooLong, RequestError
 from trio_runner.events import Finished
 from trio_runner.request import AdapterChoice, GenerateRequest, Infill, Prompt
 from trio_runner.server.body_threads import LARGE
-from trio_runner.server.choices import Choice, Choices
+from trio_runner.server.choices import Choice, Choices, check_room
 from trio_runner.server.dialects.dialect import Handler, Operation, RouteContext, json_response, response
 from trio_runner.server.dialects.llama_server import problem_words, responses
 from trio_runner.server.dialects.llama_server.completion_fields import COMPLETION
@@ -92,6 +92,7 @@ class LlamaServerRoutes:
         asked = asked.settled(await self._biases(asked), await self._adapters(asked))
         prompts = [await self._prompt(form) for form in asked.prompts]
         requests = asked.requests(prompts)
+        check_room(requests, self._engine.config, "n_cmpl" if asked.n_choices > 1 else "prompt")
         choices = Choices([self._generation(asked, request) for request in requests])
         own(choices)
         started = trio.current_time()

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from trio_runner.errors import InvalidRequest, Unsupported
-from trio_runner.parameters import integer_complaint
 from trio_runner.request import MAX_DOCUMENTS, Chat, RerankRequest
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import BOOLEAN, INTEGER, OBJECT, STRING, Body, array, field
-from trio_runner.server.dialects.json_in import Check, Object, list_of, wrong
+from trio_runner.server.dialects.json_in import check_object, integer_between, list_of
 from trio_runner.server.dialects.llama_server.completion_fields import MODEL
 from trio_runner.server.dialects.llama_server.prompts import (
     PROMPTS,
@@ -37,17 +36,6 @@ EUCLIDEAN: Final = 2
 # --- Fields ----------------------------------------------------------------------------------------------------------
 
 
-def _integer(low: int, high: int) -> Check:
-    def check(name: str, value: Any) -> int:
-        number = json_in.check_integer(name, value)
-        complaint = integer_complaint(name, number, low, high)
-        if complaint is not None:
-            raise InvalidRequest(complaint, param=name)
-        return number
-
-    return check
-
-
 def _contents(name: str, value: Any) -> tuple[Content, ...]:
     prompts = check_prompts(name, value, MAX_DOCUMENTS)
     return tuple(
@@ -68,12 +56,6 @@ def _documents(name: str, value: Any) -> tuple[str, ...]:
     if not documents:
         raise InvalidRequest(f"{name} must not be empty", param=name)
     return documents
-
-
-def _object(name: str, value: Any) -> Object:
-    if not isinstance(value, Object):
-        wrong(name, "an object", value)
-    return value
 
 
 def _encoding(name: str, value: Any) -> str:
@@ -101,7 +83,7 @@ EMBEDDING: Final = Body(
             {**INTEGER, "minimum": -1, "maximum": MAX_NORM},
             "How the embedding is scaled: -1 not at all, 0 to a largest element of 32,760, 1 to a sum of 1, 2 to "
             "Euclidean length 1, p above 2 to a p-norm of 1.",
-            check=_integer(-1, MAX_NORM),
+            check=integer_between(-1, MAX_NORM),
             default=EUCLIDEAN,
         ),
         "encoding_format": field(
@@ -132,7 +114,7 @@ RERANK: Final = Body(
         "top_n": field(
             {**INTEGER, "minimum": 0},
             "Return only this many of the best documents.",
-            check=_integer(0, 2**31 - 1),
+            check=integer_between(0, 2**31 - 1),
             default_text="all",
         ),
         "return_text": field(BOOLEAN, "Repeat each text in the answer. Only with `texts`.", default=False),
@@ -164,11 +146,13 @@ TEMPLATE: Final = Body(
         "tools": field(
             array(OBJECT),
             "Tools that the template may describe.",
-            check=list_of(_object, "objects"),
+            check=list_of(check_object, "objects"),
             default_text="none",
         ),
         "add_generation_prompt": field(BOOLEAN, "End with what begins an answer of the assistant.", default=True),
-        "chat_template_kwargs": field(OBJECT, "Further variables of the template.", check=_object, default_text="none"),
+        "chat_template_kwargs": field(
+            OBJECT, "Further variables of the template.", check=check_object, default_text="none"
+        ),
     },
     {"messages": [{"role": "user", "content": "Hello"}]},
 )

@@ -41,6 +41,9 @@ class TextRoutes:
 
     def operations(self) -> tuple[Operation, ...]:
         """What is served."""
+        return (*self._converting(), *self._telling(), *self._refusing())
+
+    def _converting(self) -> tuple[Operation, ...]:
         return (
             *(
                 Operation(
@@ -88,6 +91,10 @@ class TextRoutes:
                 body=text_requests.TEMPLATE,
                 answer=results.Prompt,
             ),
+        )
+
+    def _telling(self) -> tuple[Operation, ...]:
+        return (
             Operation(
                 method="GET",
                 path="/llama/props",
@@ -117,19 +124,21 @@ class TextRoutes:
                 answer=results.Health,
             ),
             self._metrics.operation("/llama/metrics"),
-            *(
-                Operation(
-                    method="POST",
-                    path=path,
-                    handler=self.refuse,
-                    summary=f"Refused: {what} cannot be changed here.",
-                )
-                for path, what in (
-                    ("/llama/slots/<id>", "what a slot holds"),
-                    ("/llama/lora-adapters", "the scales of all requests"),
-                    ("/llama/props", "what the server is"),
-                )
-            ),
+        )
+
+    def _refusing(self) -> tuple[Operation, ...]:
+        return tuple(
+            Operation(
+                method="POST",
+                path=path,
+                handler=self.refuse,
+                summary=f"Refused: {what} cannot be changed here.",
+            )
+            for path, what in (
+                ("/llama/slots/<id>", "what a slot holds"),
+                ("/llama/lora-adapters", "the scales of all requests"),
+                ("/llama/props", "what the server is"),
+            )
         )
 
     async def embedding(self) -> Response:

@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from trio_runner.errors import InvalidImage, InvalidRequest
-from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.errors import InvalidRequest
 from trio_runner.parameters import parameters_of
 from trio_runner.request import MAX_DOCUMENTS, MAX_IMAGES, EmbedRequest, GenerateRequest
 from trio_runner.server.dialects import json_in
@@ -74,29 +73,12 @@ def _think(name: str, value: Any) -> bool | str:
     return bool(value) if isinstance(value, bool) else str(value)
 
 
-def _top_logprobs(name: str, value: Any) -> int:
-    n_top = json_in.check_integer(name, value)
-    if not 0 <= n_top <= MAX_TOP_LOGPROBS:
-        raise InvalidRequest(f"{name} must be between 0 and {MAX_TOP_LOGPROBS}, not {n_top}", param=name)
-    return n_top
-
-
 def _images(name: str, value: Any) -> tuple[bytes, ...]:
     if not isinstance(value, list):
         wrong(name, "a list of strings", value)
     if len(value) > MAX_IMAGES:
         raise InvalidRequest(f"{name} has {len(value)} images, but at most {MAX_IMAGES} are allowed", param=name)
-    return tuple(_image(f"{name}[{index}]", item) for index, item in enumerate(value))
-
-
-def _image(name: str, value: Any) -> bytes:
-    if not isinstance(value, str):
-        wrong(name, "a string", value)
-    if not value:
-        raise InvalidImage(f"{name} is empty", param=name)
-    if len(value) > MAX_IMAGE_BYTES * 3 // 2:  # with line breaks
-        raise InvalidImage(f"{name} has more than {MAX_IMAGE_BYTES} bytes", param=name)
-    return json_in.base64_bytes(name, value)
+    return tuple(json_in.image_file(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
 def _template(name: str, value: Any) -> str:
@@ -150,12 +132,6 @@ def _messages(name: str, value: Any) -> tuple[Mapping[str, Any], ...]:
     if n_images > MAX_IMAGES:
         raise InvalidRequest(f"{name} has {n_images} images, but at most {MAX_IMAGES} are allowed", param=name)
     return messages
-
-
-def _object(name: str, value: Any) -> Object:
-    if not isinstance(value, Object):
-        wrong(name, "an object", value)
-    return value
 
 
 def _input(name: str, value: Any) -> tuple[str, ...]:
@@ -246,7 +222,7 @@ _COMMON: Final[Fields] = {
     "top_logprobs": field(
         {**INTEGER, "minimum": 0, "maximum": MAX_TOP_LOGPROBS},
         "Number of most probable alternatives to report with every token; only with `logprobs`.",
-        check=_top_logprobs,
+        check=json_in.integer_between(0, MAX_TOP_LOGPROBS),
         default=0,
     ),
     **_KEEP_ALIVE,
@@ -320,7 +296,9 @@ SHOW: Final = Body(
         **_NAME,
         "verbose": ignored(BOOLEAN, "Checked and ignored: lists such as the vocabulary are never shown."),
         "system": ignored(STRING, "Checked and ignored."),
-        "options": field(OBJECT, "Checked and ignored.", check=_object, default_text="ignored", ignored=True),
+        "options": field(
+            OBJECT, "Checked and ignored.", check=json_in.check_object, default_text="ignored", ignored=True
+        ),
     },
     {},
 )

@@ -14,11 +14,9 @@ from trio_runner.server.dialects.fields import (
     ADAPTERS,
     BOOLEAN,
     INTEGER,
-    STRING,
+    STOP,
     Field,
     Fields,
-    array,
-    either,
     field,
     fields_of,
     ignored,
@@ -46,14 +44,6 @@ def _integer(name: str, value: Any) -> int:
     return json_in.check_integer(name, int(value) if type(value) is float and value.is_integer() else value)
 
 
-def _stop(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (json_in.check_text(name, value),)
-    if not isinstance(value, list):
-        json_in.wrong(name, "a string or a list of strings", value)
-    return tuple(json_in.check_text(f"{name}[{index}]", item) for index, item in enumerate(value))
-
-
 def _lenient(known: Field) -> Field:
     return replace(known, check=_integer) if known.check is json_in.check_integer else known
 
@@ -71,12 +61,7 @@ _FIELDS: Fields = {
         default=-1,
     ),
     "num_keep": field(INTEGER, parameters_of(GenerateRequest)["n_keep"].doc, default=4),
-    "stop": field(
-        either(STRING, array(STRING)),
-        parameters_of(GenerateRequest)["stop"].doc,
-        check=_stop,
-        default_text="none",
-    ),
+    "stop": STOP,
     "num_ctx": field(
         INTEGER,
         "Tokens of context that the client expects. It is accepted and changes nothing: the context is settled when "

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from trio_runner.errors import InvalidRequest
-from trio_runner.parameters import parameters_of
 from trio_runner.request import GenerateRequest, Prompt
 from trio_runner.sampling import MAX_LOGPROBS, RANDOM_SEED, SamplingParams
 from trio_runner.server.dialects import json_in
@@ -22,18 +21,18 @@ from trio_runner.server.dialects.fields import (
     BOOLEAN,
     INTEGER,
     OBJECT,
+    STOP,
     STRING,
     Field,
     Fields,
     Schema,
-    array,
     check_model_name,
     either,
     field,
     fields_of,
     ignored,
 )
-from trio_runner.server.dialects.json_in import Check, Object, fold, wrong
+from trio_runner.server.dialects.json_in import Check, check_object, fold, integer_between, wrong
 
 MAX_CHOICES: Final = 16
 """Answers to one prompt."""
@@ -67,12 +66,6 @@ class Asked:
 # --- Checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_object(name: str, value: Any) -> Object:
-    if not isinstance(value, Object):
-        wrong(name, "an object", value)
-    return value
-
-
 def check_items(name: str, value: Any, what: str, check: Check) -> tuple[Any, ...]:
     """A list whose items pass `check`, which is told the place of each; `what` names them in the plural."""
     if not isinstance(value, list):
@@ -102,21 +95,9 @@ def schema_text(name: str, value: Any) -> str:
     return json_in.check_text(name, text)
 
 
-def bounded(low: int, high: int) -> Check:
-    """The check of an integer from `low` to `high`."""
-
-    def check(name: str, value: Any) -> int:
-        number = json_in.check_integer(name, value)
-        if not low <= number <= high:
-            raise InvalidRequest(f"{name} must be between {low} and {high}, not {number}", param=name)
-        return number
-
-    return check
-
-
 def bounded_integer(low: int, high: int, doc: str, **more: Any) -> Field:
     """A field for an integer from `low` to `high`."""
-    return field({**INTEGER, "minimum": low, "maximum": high}, doc, check=bounded(low, high), **more)
+    return field({**INTEGER, "minimum": low, "maximum": high}, doc, check=integer_between(low, high), **more)
 
 
 def _token_limit(name: str, value: Any) -> int:
@@ -124,14 +105,6 @@ def _token_limit(name: str, value: Any) -> int:
     if limit < -1:
         raise InvalidRequest(f"{name} must be 0 or more, or -1 for no limit, not {limit}", param=name)
     return min(limit, 2**31 - 1)
-
-
-def _stop(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (json_in.check_text(name, value),)
-    if not isinstance(value, list):
-        wrong(name, "a string or a list of strings", value)
-    return check_items(name, value, "strings", json_in.check_text)
 
 
 def _stream_options(name: str, value: Any) -> bool:
@@ -172,12 +145,7 @@ GENERATION: Final[Fields] = {
         "Without it, or with -1, the text goes on until the model ends it or the context is full.",
         check=_token_limit,
     ),
-    "stop": field(
-        either(STRING, array(STRING)),
-        parameters_of(GenerateRequest)["stop"].doc,
-        check=_stop,
-        default_text="none",
-    ),
+    "stop": STOP,
     "seed": field(
         INTEGER,
         "Seed of the random draw; choice i has this seed plus i. Only the lowest 32 bits count; -1 chooses a seed.",

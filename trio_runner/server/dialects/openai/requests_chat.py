@@ -10,7 +10,7 @@ from trio_runner.request import Chat
 from trio_runner.sampling import MAX_LOGPROBS
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import BOOLEAN, OBJECT, STRING, Body, array, either, field, ignored
-from trio_runner.server.dialects.json_in import Object, fold, wrong
+from trio_runner.server.dialects.json_in import Object, check_object, fold, wrong
 from trio_runner.server.dialects.openai import requests_messages
 from trio_runner.server.dialects.openai.requests import (
     EXTRAS,
@@ -19,7 +19,6 @@ from trio_runner.server.dialects.openai.requests import (
     Asked,
     bounded_integer,
     check_items,
-    check_object,
     check_word,
     generations,
     schema_text,

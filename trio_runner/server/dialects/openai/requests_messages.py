@@ -10,12 +10,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from trio_runner.errors import InvalidImage, InvalidRequest, Unsupported
-from trio_runner.image_source import MAX_IMAGE_BYTES
+from trio_runner.errors import InvalidRequest, Unsupported
 from trio_runner.server.dialects import json_in
 from trio_runner.server.dialects.fields import OBJECT, STRING, Schema, array, either
-from trio_runner.server.dialects.json_in import Object, fold, wrong
-from trio_runner.server.dialects.openai.requests import check_items, check_object, check_word
+from trio_runner.server.dialects.json_in import Object, check_object, fold, wrong
+from trio_runner.server.dialects.openai.requests import check_items, check_word
 
 ROLES: Final = ("developer", "system", "user", "assistant", "tool", "function")
 DETAILS: Final = ("auto", "low", "high", "original")
@@ -99,11 +98,7 @@ def _image(place: str, value: Any) -> bytes:
     if not _DATA_URL.fullmatch(kind):
         message = f"{place} must be a data URL, data:image/...;base64,...: this server fetches nothing"
         raise InvalidRequest(message, param=place)
-    if not data:
-        raise InvalidImage(f"{place} is empty", param=place)
-    if len(data) > MAX_IMAGE_BYTES * 3 // 2:
-        raise InvalidImage(f"{place} has more than {MAX_IMAGE_BYTES} bytes", param=place)
-    return json_in.base64_bytes(place, data)
+    return json_in.image_file(place, data)
 
 
 def _tool_calls(place: str, value: Any) -> list[Object]:

@@ -9,9 +9,9 @@ from typing import Final
 
 from quart import Response
 
-from trio_runner.errors import InvalidRequest, RunnerError
+from trio_runner.errors import RunnerError
 from trio_runner.info import Capabilities, ModelInfo
-from trio_runner.server.choices import Choices
+from trio_runner.server.choices import Choices, check_room
 from trio_runner.server.dialects.dialect import Operation, RouteContext, json_response, response
 from trio_runner.server.dialects.openai import (
     requests_chat,
@@ -164,8 +164,7 @@ class OpenAIRoutes:
 
     async def _start(self, asked: Asked) -> Choices | Response:
         """All generations, started; or the answer that says why one of them cannot start."""
-        n_choices = len(asked.generations)
-        self._check_room(asked, n_choices)
+        check_room(asked.generations, self._engine.config, "n" if asked.n > 1 else "prompt")
         choices = Choices([self._engine.generate(request) for request in asked.generations])
         own(choices)
         try:
@@ -173,17 +172,6 @@ class OpenAIRoutes:
         except RunnerError as error:
             return _refused(error, {**asked.places, "prompt": _prompt(choices.n_started // asked.n, asked)})
         return choices
-
-    def _check_room(self, asked: Asked, n_choices: int) -> None:
-        """Refuse what can never be admitted: to say that the server is busy would make the client ask again."""
-        config = self._engine.config
-        if config.max_queue is None:
-            return
-        is_background = asked.generations[0].priority == "background"  # which has half of the queue
-        room = config.slots + (config.max_queue // 2 if is_background else config.max_queue)
-        if n_choices > room:
-            param = "n" if asked.n > 1 else "prompt"
-            raise InvalidRequest(f"{param}: {n_choices} answers at once are more than the {room} that fit", param=param)
 
     async def _answered(self, size: int, write: partial[bytes]) -> Response:
         return _whole(write() if size < _LONG else await self._threads.write(write))

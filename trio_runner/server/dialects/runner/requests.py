@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trio_runner.errors import InvalidImage, InvalidRequest
-from trio_runner.image_source import IMAGE_TAG, MAX_IMAGE_BYTES
-from trio_runner.parameters import integer_complaint, parameters_of
+from trio_runner.errors import InvalidRequest
+from trio_runner.image_source import IMAGE_TAG
+from trio_runner.parameters import parameters_of
 from trio_runner.request import (
     MAX_ADAPTER_SCALE,
     MAX_DOCUMENTS,
@@ -35,7 +35,7 @@ from trio_runner.server.dialects.fields import (
     fields_of,
     ignored,
 )
-from trio_runner.server.dialects.json_in import Object, fold, list_of, wrong
+from trio_runner.server.dialects.json_in import fold, list_of, wrong
 
 NO_SEQUENCE = "Failed to create new sequence: "
 """How the original begins the refusal of a request that it could read."""
@@ -52,20 +52,10 @@ def _go_text(name: str, value: Any) -> str:
 
 
 def _image(name: str, value: Any) -> tuple[int, bytes]:
-    if not isinstance(value, Object):
-        wrong(name, "an object", value)
-    given = fold(value)
-    image_id, data = json_in.check_integer(f"{name}.id", given.get("id", 0)), given.get("data", "")
-    complaint = integer_complaint(f"{name}.id", image_id, 0, 2**31 - 1)
-    if complaint is not None:  # said here, as an image that the prompt does not name gets no further
-        raise InvalidRequest(complaint, param=f"{name}.id")
-    if not isinstance(data, str):
-        wrong(f"{name}.data", "a string", data)
-    if not data:
-        raise InvalidImage(f"{name}.data is empty", param=f"{name}.data")
-    if len(data) > MAX_IMAGE_BYTES * 3 // 2:  # with line breaks
-        raise InvalidImage(f"{name}.data has more than {MAX_IMAGE_BYTES} bytes", param=f"{name}.data")
-    return image_id, json_in.base64_bytes(f"{name}.data", data)
+    given = fold(json_in.check_object(name, value))
+    # The bounds are checked here, as an image that the prompt does not name gets no further.
+    image_id = json_in.integer_between(0, 2**31 - 1)(f"{name}.id", given.get("id", 0))
+    return image_id, json_in.image_file(f"{name}.data", given.get("data", ""))
 
 
 def _images(name: str, value: Any) -> tuple[tuple[int, bytes], ...]:

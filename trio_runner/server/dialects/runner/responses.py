@@ -28,7 +28,7 @@ from trio_runner.server.dialects.json_out import (
 )
 from trio_runner.server.dialects.runner.requests import NO_SEQUENCE
 from trio_runner.server.dialects.sampled_tokens import finite_logprob
-from trio_runner.server.problems import Problem, problem, problem_text
+from trio_runner.server.problems import Problem, load_failure, problem, problem_text
 
 NO_SLOT = "Failed to load cache: no available cache slots"
 """How the original refuses a request when all its slots are taken."""
@@ -166,8 +166,7 @@ def health_line(status: str, progress: float, failure: BaseException | None = No
     the engine."""
     fields: dict[str, object] = {"status": _status(status), "progress": float32(progress)}
     if failure is not None:
-        # /health needs no key, so it does not tell where files are.
-        reason = failure.reason if isinstance(failure, LoadError) else str(failure)
+        reason = load_failure(failure, named=False) if isinstance(failure, LoadError) else str(failure)
         fields["error"] = whole_characters(" ".join(reason.split()) or type(failure).__name__)
     return go_line(fields)
 

@@ -25,6 +25,9 @@ class RunnerRoutes:
 
     def operations(self) -> tuple[Operation, ...]:
         """What is served."""
+        return (*self._converting(), *self._telling(), *self._adapters())
+
+    def _converting(self) -> tuple[Operation, ...]:
         return (
             Operation(
                 method="POST",
@@ -67,6 +70,17 @@ class RunnerRoutes:
                 body=requests.RERANK,
                 answer=answers.Ranking,
             ),
+        )
+
+    def _telling(self) -> tuple[Operation, ...]:
+        return (
+            Operation(
+                method=ANY_METHOD,
+                path="/health",
+                handler=self.health,
+                summary="Tell whether the model is loaded and served.",
+                answer=answers.Health,
+            ),
             Operation(
                 method="GET",
                 path="/props",
@@ -81,6 +95,10 @@ class RunnerRoutes:
                 summary="Tell how busy the engine is.",
                 answer=answers.Statistics,
             ),
+        )
+
+    def _adapters(self) -> tuple[Operation, ...]:
+        return (
             Operation(
                 method="GET",
                 path="/adapters",
@@ -103,13 +121,6 @@ class RunnerRoutes:
                 summary="Unload a LoRA adapter.",
                 refusals=(404,),
                 answer=answers.Adapter,
-            ),
-            Operation(
-                method=ANY_METHOD,
-                path="/health",
-                handler=self.health,
-                summary="Tell whether the model is loaded and served.",
-                answer=answers.Health,
             ),
         )
 
