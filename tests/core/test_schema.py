@@ -121,7 +121,7 @@ def test_bounds_become_inclusive_and_no_wider(upper: int, bound: float, kind: di
         if inclusive in result:
             assert (result[inclusive] - bound) * sign >= 0
             assert name == inclusive or result[inclusive] != bound
-            assert abs(result[inclusive] - bound) <= max(1.0, abs(bound) * 2e-14)
+            assert abs(result[inclusive] - bound) <= max(1.001, abs(bound) * 2e-14)
         else:
             assert name == exclusive
             assert bound != int(bound)
