@@ -200,7 +200,8 @@ def malformed() -> Iterator[Case]:
         for body in (b"", b"[]", b"1", b'"x"', b"{", b"{'a': 1}", b"\0", b"[" * 50_000, b'{"prompt": "x",}', b"x=1"):
             yield path, body, ""
     yield TEXT, b'{"prompt": ["a", "b", "c", "d", "e", "f", "g", "h", "i"], "n": 15}', "prompt"
-    yield TEXT, b'{"prompt": "a", "echo": true, "logprobs": 0}', "echo"
+    yield TEXT, b'{"prompt": "a", "echo": true, "logprobs": 0, "stream": true}', "echo"
+    yield TEXT, b'{"prompt": "a", "echo": true, "logprobs": 0, "suffix": "b"}', "echo"
     yield TEXT, b'{"prompt": "a", "n": 3, "best_of": 4}', "best_of"
     yield TEXT, b'{"prompt": [[1, 2]], "suffix": "x"}', "suffix"
     yield TEXT, b'{"prompt": "x", "PROMPT": 1}', "prompt"

@@ -46,8 +46,9 @@ class TextLogprobs(msgspec.Struct, frozen=True):
 
     tokens: list[str]
     """A token that is no whole characters is written as `bytes:\\xe4`."""
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    """The first token of a prompt has none."""
+    top_logprobs: list[dict[str, float] | None] | None
     """The most probable tokens at each place, and the token itself."""
     text_offset: list[int]
     """Where in the answer each token begins, in characters."""
@@ -81,25 +82,36 @@ class TextOffsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._n_characters = 0
 
-    def logprobs(self, tokens: Sequence[SampledToken]) -> TextLogprobs:
-        """Those of `tokens`, which follow the tokens of the last call."""
+    def logprobs(self, tokens: Sequence[SampledToken], *, first: bytes = b"") -> TextLogprobs:
+        """Those of `tokens`, which follow the tokens of the last call. `first` is a token before them that has none."""
+        before = [first] if first else []
         offsets = []
-        for token in tokens:
+        for piece in (*before, *(token.piece for token in tokens)):
             offsets.append(self._n_characters)
-            self._n_characters += len(self._decoder.decode(token.piece))
+            self._n_characters += len(self._decoder.decode(piece))
+        nothing: list[None] = [None] * len(before)
         return TextLogprobs(
-            [_name(token) for token in tokens],
-            [finite(token.logprob) for token in tokens],
-            [{_name(one): finite(one.logprob) for one in (*token.top, token)} for token in tokens]
-            if self._n_top
-            else None,
+            [*map(_name, before), *(_name(token.piece) for token in tokens)],
+            [*nothing, *(finite(token.logprob) for token in tokens)],
+            [*nothing, *(_named(token) for token in tokens)] if self._n_top else None,
             offsets,
         )
 
 
-def _name(token: TokenInfo) -> str:
+def _named(token: SampledToken) -> dict[str, float]:
+    return {_name(one.piece): finite(one.logprob) for one in (*token.top, token)}
+
+
+def _name(piece: bytes) -> str:
     """A text that no other token has: it is the name of a field."""
     try:
-        return token.piece.decode()
+        return piece.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.piece)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def first_of_prompt(text: str, tokens: Sequence[SampledToken]) -> bytes:
+    """What a prompt with this text has before `tokens`, which are all of its tokens but the first: the first one, or
+    nothing if that is a token such as BOS, which stands for no text."""
+    whole, n_rest = text.encode(errors="replace"), sum(len(token.piece) for token in tokens)
+    return whole[: max(len(whole) - n_rest, 0)]

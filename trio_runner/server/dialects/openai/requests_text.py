@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from trio_runner.errors import InvalidRequest, Unsupported
@@ -63,7 +64,12 @@ TEXT: Final = Body(
             default="",
         ),
         **GENERATION,
-        "echo": field(BOOLEAN, "Begin each answer with its prompt. Not together with `logprobs`.", default=False),
+        "echo": field(
+            BOOLEAN,
+            "Begin each answer with its prompt. With `logprobs` too, the tokens of the prompt have theirs, and the "
+            "answer cannot be streamed.",
+            default=False,
+        ),
         "logprobs": bounded_integer(
             0,
             MAX_LOGPROBS,
@@ -89,11 +95,17 @@ def text(body: bytes) -> Asked:
     if given.get("best_of", 1) not in (1, n):
         message = f"best_of must be 1 or the same as n, which is {n}: no answers are written that are not returned"
         raise Unsupported("best_of", message, param="best_of")
+    requests = generations(given, _for_engine(given, prompts), logprobs=logprobs)
     if given.get("echo") and logprobs >= 0:
-        message = "echo cannot be combined with logprobs: those of the prompt are not computed"
-        raise Unsupported("echo", message, param="echo")
+        for name in ("stream", "suffix"):
+            if given.get(name):
+                raise Unsupported("echo", f"echo with logprobs cannot be combined with {name}", param="echo")
+        # The choices of one prompt would all be told the same.
+        requests = tuple(
+            replace(request, prompt_logprobs=-1 if index % n else logprobs) for index, request in enumerate(requests)
+        )
     return Asked(
-        generations=generations(given, _for_engine(given, prompts), logprobs=logprobs),
+        generations=requests,
         n=n,
         n_top=logprobs,
         model=given.get("model"),

@@ -19,7 +19,13 @@ from trio_runner.errors import PromptTooLong, RequestError, RunnerError
 from trio_runner.events import Embedded, Event, Finished, SampledToken, TextPiece
 from trio_runner.info import Capabilities, ModelInfo
 from trio_runner.server.dialects.json_out import finite_vector, float32_list
-from trio_runner.server.dialects.openai.logprobs import ChatLogprobs, TextLogprobs, TextOffsets, chat_logprobs
+from trio_runner.server.dialects.openai.logprobs import (
+    ChatLogprobs,
+    TextLogprobs,
+    TextOffsets,
+    chat_logprobs,
+    first_of_prompt,
+)
 from trio_runner.server.dialects.places import renamed
 from trio_runner.server.dialects.sampled_tokens import last_of_answer
 from trio_runner.server.problems import Answer, Problem, problem
@@ -248,9 +254,15 @@ def text_completion(head: Head, gathered: Gathered, *, n: int, n_top: int, echoe
     """The whole answer of POST /v1/completions. `n_top` alternatives are reported with each token; below 0, nothing
     is. `echoes` are the texts that the choices of each prompt begin with; empty for none."""
     choices = []
-    for index, (said, finished) in enumerate(zip(gathered.said, gathered.finished(), strict=True)):
-        details = TextOffsets(n_top).logprobs(said.tokens) if n_top >= 0 else None
-        text = "".join([*echoes[index // n : index // n + 1], *said.pieces])
+    ends = gathered.finished()
+    for index, (said, finished) in enumerate(zip(gathered.said, ends, strict=True)):
+        echo = "".join(echoes[index // n : index // n + 1])
+        details = None
+        if n_top >= 0:
+            of_prompt = ends[index - index % n].prompt_logprobs if echo else ()
+            first = first_of_prompt(echo, of_prompt)
+            details = TextOffsets(n_top).logprobs([*of_prompt, *said.tokens], first=first)
+        text = "".join([echo, *said.pieces])
         choices.append(TextChoice(index, text, details, *ending(finished)))
     usage = total_usage([finished.usage for finished in gathered.finished()], n)
     return msgspec.json.encode(TextCompletion(**head.fields(), choices=choices, usage=usage))
