@@ -235,7 +235,11 @@ class World:
 
     def _count_prefilled(self, batch: Batch, result: StepResult) -> None:
         running = self.state.running
-        last_rows = {chunk.uid for chunk in batch.chunks if len(chunk.items) == len(running[chunk.uid].pending)}
+        last_rows = {
+            chunk.uid
+            for chunk in batch.chunks
+            if chunk.uid in running and len(chunk.items) == len(running[chunk.uid].pending)  # else it was cancelled
+        }
         is_lost = batch.kind.scored or (batch.kind.embedding and not self.capabilities.embeds_last_row)
         for chunk in batch.chunks:
             n_rows = len(chunk.items)

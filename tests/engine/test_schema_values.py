@@ -46,10 +46,10 @@ def request(schema: object, seed: int, closing: Sequence[int]) -> GenerateReques
     return GenerateRequest(prompt=f"hello {seed}", sampling=sampling, max_tokens=120, shift=False)
 
 
-async def write(engine: Engine, wanted: GenerateRequest) -> tuple[str, str]:
+async def write(engine: Engine, schema: object, seed: int, closing: Sequence[int]) -> tuple[str, str]:
     """The text under a schema, and why it ended; the message of the refusal and "refused"."""
     try:
-        async with engine.generate(wanted) as generation:
+        async with engine.generate(request(schema, seed, closing)) as generation:
             events = [event async for event in generation]
     except RequestError as refused:
         return str(refused), "refused"
@@ -64,7 +64,7 @@ async def test_every_text_is_a_value_of_its_schema_or_says_that_it_was_cut(tmp_p
 
     async def try_schema(engine: Engine, closing: Sequence[int], kind: str, schema: Any) -> None:
         for seed in range(N_SEEDS):
-            text, outcome = await write(engine, request(schema, seed, closing))
+            text, outcome = await write(engine, schema, seed, closing)
             outcomes[kind, outcome] += 1
             if outcome == "refused" and kind == "supported":
                 wrong.append(f"{schema} was refused: {text}")
