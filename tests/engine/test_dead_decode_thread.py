@@ -148,7 +148,7 @@ async def test_a_request_that_is_submitted_while_the_decode_thread_dies(
                 assert may_die.wait(HOLD_SECONDS)
             super().close()
 
-    monkeypatch.setattr("trio_runner.testing.ToySampler", SlowToClose)
+    monkeypatch.setattr("trio_runner.testing.model.ToySampler", SlowToClose)
     with trio.fail_after(DEADLINE), pytest.raises(EngineBroken):
         async with open_engine(toy) as engine:
             first, second = engine.generate("first"), engine.generate("second")
