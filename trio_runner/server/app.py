@@ -61,9 +61,10 @@ def create_app(
 
     context = RouteContext(engine, BodyThreads(), adapter_dir, names, model_path)
     access = access or Access()
-    site = Site(dialects, version=__version__, needs_key=access.api_key is not None)
-    for dialect in (*dialects, site):
-        for operation in dialect.operations(context):
+    site = Site(version=__version__, needs_key=access.api_key is not None)
+    site.served = [(dialect, dialect.operations(context)) for dialect in (*dialects, site)]
+    for dialect, operations in site.served:
+        for operation in operations:
             _add_route(app, dialect.name, operation)
     _handle_errors(app, word, max_body_bytes)
     app.asgi_app = Gate(Intake(app.asgi_app, word), access, word)  # type: ignore[method-assign,assignment]

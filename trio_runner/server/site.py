@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import msgspec
 from quart import Response, request
 
-from trio_runner.server.dialects.dialect import Dialect, Operation, RouteContext, json_response
+from trio_runner.server.dialects.dialect import Operation, RouteContext, json_response
 from trio_runner.server.docs_page import docs_page
 from trio_runner.server.front_page import front_page
 from trio_runner.server.metrics import Metrics
-from trio_runner.server.openapi import Document, describe
+from trio_runner.server.openapi import Document, Served, describe
 from trio_runner.server.problems import Answer, Problem, plain_text
 
 
@@ -23,11 +22,11 @@ class Site:
     about = "What the server says of itself."
     error_type = None
 
-    def __init__(self, dialects: Sequence[Dialect], *, version: str, needs_key: bool) -> None:
-        self._dialects = dialects
+    def __init__(self, *, version: str, needs_key: bool) -> None:
         self._version = version
         self._needs_key = needs_key
-        self._context: RouteContext | None = None
+        self.served: Served = ()
+        """What /openapi.json describes: the operations of all dialects and of the site itself."""
 
     def speaks_at(self, path: str) -> bool:
         return path in ("/", "/openapi.json", "/docs", "/metrics")
@@ -36,7 +35,6 @@ class Site:
         return plain_text(problem)
 
     def operations(self, context: RouteContext) -> tuple[Operation, ...]:
-        self._context = context
         return (
             Operation(
                 method="GET",
@@ -64,10 +62,7 @@ class Site:
     @cached_property
     def document(self) -> Document:
         """What /openapi.json says."""
-        assert self._context is not None, "operations() comes first"
-        speakers = (*self._dialects, self)
-        served = [(speaker, speaker.operations(self._context)) for speaker in speakers]
-        return describe(served, version=self._version, needs_key=self._needs_key)
+        return describe(self.served, version=self._version, needs_key=self._needs_key)
 
     async def openapi(self) -> Response:
         return json_response(msgspec.json.encode(self.document))
