@@ -82,14 +82,15 @@ def parse_schema(text: str) -> dict[str, Any]:
     return schema
 
 
-def _nodes(schema: object) -> Iterator[dict[str, Any] | list[Any]]:
-    """All objects and lists of a schema. Refuses one that is nested too deeply."""
+def objects_of(schema: object) -> Iterator[dict[str, Any]]:
+    """Every object in `schema`, whether it is a schema or not: a reference may point anywhere. Raises `InvalidRequest`
+    if they are nested too deeply."""
     level = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         nodes = [node for node in level if isinstance(node, (dict, list))]
         if not nodes:
             return
-        yield from nodes
+        yield from (node for node in nodes if isinstance(node, dict))
         level = [child for node in nodes for child in (node.values() if isinstance(node, dict) else node)]
     if any(isinstance(node, (dict, list)) for node in level):
         _refuse(f"is nested more than {MAX_SCHEMA_DEPTH} levels deep")
@@ -98,9 +99,7 @@ def _nodes(schema: object) -> Iterator[dict[str, Any] | list[Any]]:
 def _check_costs(schema: object) -> None:
     """Refuse what llguidance would spend seconds and gigabytes on."""
     multiple = 1
-    for node in _nodes(schema):
-        if not isinstance(node, dict):
-            continue
+    for node in objects_of(schema):
         patterns = [node.get("pattern")]
         if isinstance(node.get("patternProperties"), dict):
             patterns += node["patternProperties"]

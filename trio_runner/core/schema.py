@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, Final, NoReturn, TypeAlias, TypeGuard
 
 from trio_runner.core.meeting import Meeting
 from trio_runner.core.pattern import rust_pattern
 from trio_runner.errors import InvalidGrammar
-from trio_runner.json_schema import EXTENSIONS, parse_schema
+from trio_runner.json_schema import EXTENSIONS, objects_of, parse_schema
 
 Node: TypeAlias = dict[str, Any]
 
@@ -65,7 +64,7 @@ def guided_schema(text: str) -> str:
     settings = schema.get(EXTENSIONS, {})
     if "whitespace_flexible" not in settings:
         settings = {**settings, "whitespace_pattern": WHITESPACE}
-    for node in _nodes(schema):
+    for node in objects_of(schema):
         _check_numbers(node)
         _check_properties(node)
     _check_factors(schema)
@@ -74,18 +73,6 @@ def guided_schema(text: str) -> str:
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-def _nodes(value: object) -> Iterator[Node]:
-    """Every object in `value`, whether it is a schema or not: a reference may point anywhere."""
-    pending = [value]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            yield node
-            pending += node.values()
-        elif isinstance(node, list):
-            pending += node
 
 
 def _check_numbers(node: Node) -> None:
@@ -116,7 +103,7 @@ def _check_properties(node: Node) -> None:
 def _check_factors(schema: Node) -> None:
     """llguidance multiplies the factors of one number as 32-bit integers. Whether two of them meet is not known before
     references are resolved."""
-    factors = {Decimal(repr(node["multipleOf"])) for node in _nodes(schema) if _is_number(node.get("multipleOf"))}
+    factors = {Decimal(repr(node["multipleOf"])) for node in objects_of(schema) if _is_number(node.get("multipleOf"))}
     if len(factors) < 2:
         return
     scale = max(max(-int(factor.normalize().as_tuple().exponent), 0) for factor in factors)
@@ -127,7 +114,7 @@ def _check_factors(schema: Node) -> None:
 
 def _check_patterns(schema: Node) -> None:
     n_patterns = n_names = 0
-    for node in _nodes(schema):
+    for node in objects_of(schema):
         n_patterns += ("pattern" in node) + ("format" in node)
         if isinstance(node.get("patternProperties"), dict):
             n_names += len(node["patternProperties"])
