@@ -1,8 +1,9 @@
 // JSON schemas, by llguidance (https://github.com/guidance-ai/llguidance).
 //
-// llguidance is a library of its own, which comes in a Python wheel. Whoever loads it hands its functions to
-// trio_schema_use(). What is declared here of its C interface is that of the version which trio_runner/llama/schema.py
-// asks for: LlgConstraintInit has no field for its size, so another version may have another layout.
+// llguidance comes in a Python wheel, so nothing here is linked with it. trio_runner/llama/schema.py loads it, and
+// passes pointers to its functions to trio_schema_use(). Its C structs are declared here once more. They fit only the
+// version that schema.py asks for: LlgConstraintInit has no field for its size, so another version may have another
+// layout.
 
 #include "schema.h"
 #include "schema_watch.h"
@@ -223,7 +224,8 @@ template <class Call> void SchemaMatcher::run(double seconds, Call &&call) {
         throw Failure(TRIO_E_GRAMMAR, "the schema is too complex: it takes too long to find out what may come next");
     }
     if (code != 0) {
-        throw Failure(TRIO_E_GRAMMAR, "what may come next is not known: " + short_message(functions.get_error(native_.get())));
+        throw Failure(TRIO_E_GRAMMAR,
+                      "what may come next is not known: " + short_message(functions.get_error(native_.get())));
     }
 }
 

@@ -1,5 +1,5 @@
-// Stops what llguidance computes for too long. A schema can be such that one mask takes seconds, in spite of llguidance's
-// own limits. Nobody else could get a token meanwhile.
+// Stops llguidance when it computes for too long. With some schemas one mask takes seconds, in spite of llguidance's
+// own limits. All other streams would have to wait for it, since the mask is a part of their step.
 
 #include "schema_watch.h"
 

@@ -62,7 +62,7 @@ class Terminal:
     async def _read(self) -> None:
         try:
             data = await self._stream.receive_some()
-        except trio.BrokenResourceError:  # Linux reports EIO when nobody has the other end any more
+        except trio.BrokenResourceError:  # EIO: on Linux, the program has closed its end
             data = b""
         if not data:
             raise EOFError(self.screen.text)

@@ -170,7 +170,7 @@ async def test_saving_and_loading(tmp_path: Path) -> None:
         ("/nothing", "error: there is no command /nothing"),
     ],
 )
-async def test_the_first_error_ends_a_conversation_that_nobody_types(line: str, words: str, tmp_path: Path) -> None:
+async def test_the_first_error_ends_a_conversation_from_a_pipe(line: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("x")
     async with toy_model(ToyLoader()) as model:
         result = await talk(model, tmp_path, line.replace("{}", str(tmp_path)), "never read")

@@ -24,7 +24,7 @@ async def test_an_exchange_and_the_end(model: str, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-async def test_ctrl_c_ends_a_conversation_that_nobody_types(model: str) -> None:
+async def test_ctrl_c_ends_a_conversation_from_a_pipe(model: str) -> None:
     environment = {**SLOW, "TOY_TEMPLATE": CHAT_TEMPLATE}
     async with program("chat", "-m", model, stdin=b"hello\n", environment=environment) as running:
         await running.printed(3)
