@@ -6,6 +6,7 @@ The plugins are opened beside each other in this process, and not registered as 
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -74,6 +75,7 @@ I32 = 26
 
 @functools.cache
 def base() -> Any:
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # as the package does before it opens this library
     library = ffi.dlopen(str(next(LIBRARY_DIRECTORY.glob("libggml-base.*"))))
     assert library.ggml_tensor_overhead() == ffi.sizeof("struct ggml_tensor") + 32, "ggml_tensor has changed"
     return library
@@ -185,6 +187,8 @@ class Cpu:
     """An opened variant of the CPU plugin."""
 
     def __init__(self, path: Path) -> None:
+        base()
+        self.path = path
         self.name = path.stem.rpartition("-")[2]
         self.library = ffi.dlopen(str(path))
         self.score = int(self.library.ggml_backend_score())
@@ -268,11 +272,9 @@ def plugins() -> tuple[Cpu, ...]:
 @functools.cache
 def upstreams() -> Cpu:
     """The best variant again, but with upstream's products. A copy of its file is a plugin of its own."""
-    best = plugins()[0]
-    path = next(LIBRARY_DIRECTORY.glob(f"libggml-cpu-{best.name}.*"))
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIO_RUNNER_MATMUL", "ggml")
-        return Cpu(Path(shutil.copy(path, directory)))
+        return Cpu(Path(shutil.copy(plugins()[0].path, directory)))
 
 
 def exact(product: Product) -> npt.NDArray[np.float64]:
