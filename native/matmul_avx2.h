@@ -53,40 +53,86 @@ inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 
-// 8 rows of 8 dwords, `stride` bytes apart, to 8 columns, 64 bytes apart.
-inline void transpose_half(const char *rows, size_t stride, char *out) {
-    __m256i r[8], t[8];
-    for (int i = 0; i < 8; ++i)
-        r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(rows + i * stride));
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        _mm256_store_si256(reinterpret_cast<__m256i *>(out + i * 64), _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
-        _mm256_store_si256(reinterpret_cast<__m256i *>(out + (i + 4) * 64),
-                           _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+// 8 dwords of each of 16 rows, as `load(row)` gives them, to 8 columns of 16 dwords.
+template <class Load> void transpose_rows(Load load, char *columns) {
+    for (int first = 0; first < 16; first += 8, columns += 32) {
+        __m256i r[8], t[8];
+        for (int i = 0; i < 8; ++i)
+            r[i] = load(first + i);
+        for (int i = 0; i < 8; i += 2) {
+            t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+            t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+            r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+            r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+            r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+            r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        for (int i = 0; i < 4; ++i) {
+            auto *to = reinterpret_cast<__m256i *>(columns + i * 64);
+            _mm256_store_si256(to, _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+            _mm256_store_si256(to + 8, _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+        }
     }
 }
 
-// 16 rows of 8 dwords, `stride` bytes apart, to 8 columns of 16.
-inline void transpose(const void *rows, size_t stride, void *out) {
-    transpose_half(static_cast<const char *>(rows), stride, static_cast<char *>(out));
-    transpose_half(static_cast<const char *>(rows) + 8 * stride, stride, static_cast<char *>(out) + 32);
+// Of each of 16 rows the 8 dwords that begin `at` bytes after its pointer, to 8 columns of 16 dwords.
+inline void transpose8(const char *const *rows, size_t at, char *columns) {
+    transpose_rows([=](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(rows[i] + at)); }, columns);
+}
+// The same with 8 numbers of 16 bits in each row, which become floats.
+inline void transpose8_f16(const char *const *rows, size_t at, char *columns) {
+    transpose_rows(
+        [=](int i) {
+            const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[i] + at));
+            return _mm256_castps_si256(_mm256_cvtph_ps(halves));
+        },
+        columns);
+}
+inline void transpose8_bf16(const char *const *rows, size_t at, char *columns) {
+    transpose_rows(
+        [=](int i) {
+            const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[i] + at));
+            return _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+        },
+        columns);
 }
 
-// Bytes with signs, four in a lane, to words: first and third of each lane, then second and fourth.
-inline void widen(Ints bytes, Ints &even, Ints &odd) {
-    even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
-    odd = _mm256_srai_epi16(bytes, 8);
+// Of each of 16 rows 4 dwords, to 4 columns.
+inline void transpose4(const char *const *rows, size_t at, char *columns) {
+    for (int half = 0; half < 2; ++half, rows += 8, columns += 32) {
+        __m256i r[4];
+        for (int i = 0; i < 4; ++i) {
+            const auto *low = reinterpret_cast<const __m128i *>(rows[i] + at);
+            const auto *high = reinterpret_cast<const __m128i *>(rows[i + 4] + at);
+            r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+        }
+        const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
+        const __m256i c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+        auto *to = reinterpret_cast<__m256i *>(columns);
+        _mm256_store_si256(to, _mm256_unpacklo_epi64(a, c));
+        _mm256_store_si256(to + 2, _mm256_unpackhi_epi64(a, c));
+        _mm256_store_si256(to + 4, _mm256_unpacklo_epi64(b, d));
+        _mm256_store_si256(to + 6, _mm256_unpackhi_epi64(b, d));
+    }
 }
-inline void store_ints(void *p, Ints x) { _mm256_store_si256(static_cast<__m256i *>(p), x); }
-inline Ints flip_signs(Ints bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(char(0x80))); }
+
+// Each byte of x, which is below 16, replaced by that number of the table.
+template <class Bytes> Bytes look_up(const int8_t *table, const Bytes &x) {
+    const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+    return Bytes(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(numbers), __m256i(x)));
+}
+// In each lane four copies of its byte number `i`.
+template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
+    const __m256i first = _mm256_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, //
+                                           0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    return Bytes(_mm256_shuffle_epi8(__m256i(x), _mm256_add_epi8(first, _mm256_set1_epi8(char(i)))));
+}
+// 16 numbers of 16 bits.
+inline void halves_to_floats(const uint16_t *x, float *to) {
+    for (int i = 0; i < 16; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x + i))));
+}
 
 } // namespace

@@ -9,17 +9,17 @@
 // results do not depend, to the last bit, on how many rows are beside it, which thread computes it, or where a part ends.
 #pragma once
 
-#include "matmul_activations.h"
-#include "matmul_formats.h"
-#if defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "matmul_avx2.h"
 #else
 #include "matmul_portable.h"
 #endif
 
+#include "matmul_activations.h"
+#include "matmul_formats.h"
+
 namespace {
 
-constexpr int TILE = 16; // rows of weights that are multiplied at once
 constexpr int VECTORS = TILE / LANES;
 
 // A row of activations, and where its results go: one for each row of weights.
@@ -58,52 +58,52 @@ template <class Format> struct Part {
     alignas(64) float offsets[Way<Format>::HAS_OFFSET ? GROUPS * TILE : 1];
 };
 
-// Moves 32 codes of each of 16 rows into their places.
-template <class Format> void place_codes(const uint8_t *rows, size_t stride, char *to) {
-    if constexpr (!Way<Format>::IS_WIDE && !Way<Format>::IS_FLIPPED) {
-        transpose(rows, stride, to);
-        return;
+// Where the rows of a tile are. Rows that it lacks are its last one again.
+struct Places {
+    const char *of_rows[TILE];
+
+    explicit Places(const Weights &weights) {
+        for (int row = 0; row < TILE; ++row)
+            of_rows[row] = weights.data + size_t(std::min(row, weights.n - 1)) * weights.stride;
     }
-    alignas(64) char columns[8 * TILE * 4];
-    transpose(rows, stride, columns);
-    for (int i = 0; i < 8 * VECTORS; ++i) {
-        const Ints bytes = load_ints(columns + i * LANES * 4);
-        if constexpr (Way<Format>::IS_WIDE) {
-            Ints even, odd;
-            widen(bytes, even, odd);
-            char *column = to + i / VECTORS * TILE * 8 + i % VECTORS * LANES * 4;
-            store_ints(column, even);
-            store_ints(column + TILE * 4, odd);
-        } else {
-            store_ints(to + i * LANES * 4, flip_signs(bytes));
-        }
+};
+
+// Puts the codes of four weights of some rows into their place in a part: as bytes, or as words, the first and the third,
+// then the second and the fourth.
+template <class Format> void place_codes(Bytes x, int vector, char *column) {
+    if constexpr (Way<Format>::IS_WIDE) {
+        const auto words = Words(x);
+        store(column + vector * sizeof x, Words(words << 8) >> 8);
+        store(column + COLUMN + vector * sizeof x, words >> 8);
+    } else {
+        if constexpr (Way<Format>::IS_FLIPPED) x ^= 128;
+        store(column + vector * sizeof x, x);
     }
 }
 
-// Unpacks `n_k` numbers of each row, from number `from` on. Rows that a tile lacks are zero.
+// Unpacks `n_k` numbers of each row, from number `from` on.
 template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &part) {
-    constexpr int N = Format::N, GROUPS = N / Format::SCALED;
-    alignas(64) uint8_t rows[TILE * N];
-    if (weights.n < TILE) std::memset(rows, 0, sizeof rows);
+    using Block = typename Format::Block;
+    constexpr int N = Format::N, GROUPS = N / Format::SCALED, CODE_SIZE = Way<Format>::IS_WIDE ? 2 : 1;
+    const Places places(weights);
+    char *to = part.codes;
     for (int64_t block = 0; block < n_k / N; ++block) {
-        float *to_scales = part.scales + block * GROUPS * TILE, *to_offsets = part.offsets + block * GROUPS * TILE;
-        for (int row = 0; row < weights.n; ++row) {
-            float scales[GROUPS], offsets[GROUPS];
-            const auto *x = reinterpret_cast<const typename Format::Block *>(weights.data + size_t(row) * weights.stride);
-            Format::unpack(x[from / N + block], rows + row * N, scales, offsets);
-            for (int i = 0; i < GROUPS; ++i) {
-                to_scales[i * TILE + row] = scales[i];
-                if constexpr (Way<Format>::IS_FLIPPED) to_offsets[i * TILE + row] = -128.0f * scales[i];
-                else if constexpr (Format::OFFSET) to_offsets[i * TILE + row] = offsets[i];
-            }
+        Blocks<Block> blocks;
+        for (int row = 0; row < TILE; ++row)
+            blocks.rows[row] = places.of_rows[row] + size_t(from / N + block) * sizeof(Block);
+        float *scales = part.scales + block * GROUPS * TILE, *offsets = part.offsets + block * GROUPS * TILE;
+        Format::scales(blocks, scales, offsets);
+        if constexpr (Way<Format>::IS_FLIPPED)
+            for (int i = 0; i < GROUPS * TILE; ++i)
+                offsets[i] = -128.0f * scales[i];
+        for (int chunk = 0; chunk < N / Format::CHUNK; ++chunk, to += Format::CHUNK * TILE * CODE_SIZE) {
+            alignas(64) char columns[Format::COLUMNS * COLUMN];
+            Format::gather(blocks, chunk, columns);
+            for (int v = 0; v < VECTORS; ++v)
+                Format::codes(columns + v * sizeof(Bytes), chunk, [&](int i, const Bytes &x) {
+                    place_codes<Format>(x, v, to + i * COLUMN * CODE_SIZE);
+                });
         }
-        for (int row = weights.n; row < TILE; ++row)
-            for (int i = 0; i < GROUPS; ++i) {
-                to_scales[i * TILE + row] = 0.0f;
-                if constexpr (Way<Format>::HAS_OFFSET) to_offsets[i * TILE + row] = 0.0f;
-            }
-        for (int i = 0; i < N; i += 32)
-            place_codes<Format>(rows + i, N, part.codes + (block * N + i) * TILE * (Way<Format>::IS_WIDE ? 2 : 1));
     }
 }
 
@@ -199,19 +199,20 @@ struct FloatPart {
 };
 
 template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part) {
-    alignas(64) float rows[TILE * 8];
-    if (weights.n < TILE || n_k % 8) std::memset(rows, 0, sizeof rows);
-    for (int64_t k = 0; k < n_k; k += 8) {
-        for (int row = 0; row < weights.n; ++row) {
-            const auto *x = reinterpret_cast<const typename Format::Number *>(weights.data + size_t(row) * weights.stride);
-            if (n_k - k >= 8)
-                Format::unpack(x + from + k, rows + row * 8);
-            else
-                for (int64_t i = k; i < n_k; ++i)
-                    rows[row * 8 + i - k] = Format::unpack(x[from + i]);
-        }
-        transpose(rows, 8 * sizeof(float), part.columns + k * TILE);
+    using Number = typename Format::Number;
+    const Places places(weights);
+    auto *columns = reinterpret_cast<char *>(part.columns);
+    int64_t k = 0;
+    for (; k + 8 <= n_k; k += 8)
+        Format::gather(places.of_rows, size_t(from + k) * sizeof(Number), columns + k * COLUMN);
+    if (k == n_k) return;
+    Number last[TILE][8] = {}; // nothing may be read behind the end of a row
+    const char *of_rows[TILE];
+    for (int row = 0; row < TILE; ++row) {
+        std::memcpy(last[row], places.of_rows[row] + size_t(from + k) * sizeof(Number), size_t(n_k - k) * sizeof(Number));
+        of_rows[row] = reinterpret_cast<const char *>(last[row]);
     }
+    Format::gather(of_rows, 0, columns + k * COLUMN);
 }
 
 template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first) {

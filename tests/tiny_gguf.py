@@ -50,9 +50,9 @@ class ModelFile:
         self.writer.write_tensors_to_file()
         self.writer.close()
 
-    def add_sizes(self, *, n_layer: int, n_ctx: int = N_CTX, n_ff: int = N_FF) -> None:
+    def add_sizes(self, *, n_layer: int, n_ctx: int = N_CTX, n_ff: int = N_FF, n_embd: int = N_EMBD) -> None:
         self.writer.add_context_length(n_ctx)
-        self.writer.add_embedding_length(N_EMBD)
+        self.writer.add_embedding_length(n_embd)
         self.writer.add_block_count(n_layer)
         self.writer.add_feed_forward_length(n_ff)
 
@@ -116,9 +116,9 @@ class Bpe:
         writer.add_chat_template(CHAT_TEMPLATE)
         writer.add_vocab_size(len(self.tokens))
 
-    def output(self, model: ModelFile) -> Array:
+    def output(self, model: ModelFile, *, n_embd: int = N_EMBD) -> Array:
         """An output matrix under which only printable ASCII is ever the most probable token."""
-        rows = model.random(len(self.tokens), N_EMBD, gain=5.0)
+        rows = model.random(len(self.tokens), n_embd, gain=5.0)
         printable = {self.of_byte[byte] for byte in range(0x20, 0x7F)}
         for token, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
             if kind != gguf.TokenType.NORMAL or not printable.issuperset(text):
@@ -126,22 +126,22 @@ class Bpe:
         return rows
 
 
-def attention(model: ModelFile, *, n_head: int, n_head_kv: int) -> dict[str, Array]:
-    head = N_EMBD // n_head
+def attention(model: ModelFile, *, n_head: int, n_head_kv: int, n_embd: int = N_EMBD) -> dict[str, Array]:
+    head = n_embd // n_head
     sizes = {"q": n_head * head, "k": n_head_kv * head, "v": n_head_kv * head}
     return {
-        "attn_norm.weight": ones(N_EMBD),
-        **{f"attn_{part}.weight": model.random(size, N_EMBD, gain=2.0) for part, size in sizes.items()},
-        "attn_output.weight": model.random(N_EMBD, n_head * head, gain=2.0),
+        "attn_norm.weight": ones(n_embd),
+        **{f"attn_{part}.weight": model.random(size, n_embd, gain=2.0) for part, size in sizes.items()},
+        "attn_output.weight": model.random(n_embd, n_head * head, gain=2.0),
     }
 
 
-def feed_forward(model: ModelFile) -> dict[str, Array]:
+def feed_forward(model: ModelFile, *, n_embd: int = N_EMBD, n_ff: int = N_FF) -> dict[str, Array]:
     return {
-        "ffn_norm.weight": ones(N_EMBD),
-        "ffn_gate.weight": model.random(N_FF, N_EMBD, gain=2.0),
-        "ffn_up.weight": model.random(N_FF, N_EMBD),
-        "ffn_down.weight": model.random(N_EMBD, N_FF),
+        "ffn_norm.weight": ones(n_embd),
+        "ffn_gate.weight": model.random(n_ff, n_embd, gain=2.0),
+        "ffn_up.weight": model.random(n_ff, n_embd),
+        "ffn_down.weight": model.random(n_embd, n_ff),
     }
 
 

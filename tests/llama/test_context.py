@@ -11,7 +11,8 @@ import pytest
 
 from tests.llama.running import GREEDY, LONG_TEXT, Running, tokens_of
 from tests.tiny_models import CHAIN_TEXT, GENERATIVE
-from trio_runner.config import AdapterConfig
+from tests.tiny_wide import wide_model
+from trio_runner.config import KV_TYPES, AdapterConfig
 from trio_runner.core.batch import Chunk, DecodeOutcome
 from trio_runner.core.memory import Copy, Slide, Trim
 from trio_runner.errors import EngineClosed, LoadError, NativeError
@@ -228,6 +229,22 @@ def test_sliding_everything_changes_nothing(models: Models, name: str) -> None:
         assert running.context.apply(Trim(slot, 40))
         position = running.prefill(tokens[40:-1], slot=slot, start=40)
         assert tokens_of(running.go_on(tokens[-1], position, 8, slot=slot)) == expected
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize(("name", "n_embd_head"), [("chain", 32), ("wide", 64)])
+def test_keys_slide_where_that_does_not_end_the_process(
+    models: Models, tmp_path: Path, name: str, n_embd_head: int, kv_type: str
+) -> None:
+    running = Running(wide_model("wide", "f16", tmp_path) if name == "wide" else models(name), kv_type=kv_type)
+    is_quantised = kv_type not in ("f32", "f16", "bf16")
+    assert running.capabilities.can_shift == (kv_type != "bf16" and not (is_quantised and n_embd_head % 64))
+    position = running.prefill(running.tokens("the story of the world"))
+    if running.capabilities.can_shift:
+        assert running.context.apply(Trim(0, 2, 4))
+        assert running.context.apply(Slide(0, 4, position, -2))
+        position -= 2
+    assert running.go_on(running.tokens("hello")[0], position, 1)
 
 
 def test_a_slide_survives_an_abort_of_the_next_step(models: Models) -> None:

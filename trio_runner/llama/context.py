@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from trio_runner.config import EngineConfig
+from trio_runner.config import EngineConfig, KvType
 from trio_runner.core import ports
 from trio_runner.core.batch import AdapterSet, Batch, BatchKind, Chunk, DecodeOutcome, StepResult
 from trio_runner.core.memory import Copy, MemoryOp, Slide, Trim
@@ -299,9 +299,21 @@ def _capabilities(model: Model, config: EngineConfig, plan: ContextPlan, info: A
         has_memory=has_memory,
         can_trim=can_trim,
         # A recurrent state claims that it can shift, but the part to drop cannot be removed from it.
-        can_shift=bool(info.can_shift) and can_trim,
+        can_shift=bool(info.can_shift) and can_trim and _keys_can_move(model, config.kv_type),
         can_generate=has_memory and info.pooling_type != POOLING_RANK and bool(model.native_info.has_vocab),
         ranks=info.pooling_type == POOLING_RANK,
         embedding_size=int(info.n_embd_out),
         decoder_start=int(info.decoder_start) if info.has_encoder else None,
     )
+
+
+def _keys_can_move(model: Model, kv_type: KvType) -> bool:
+    """Whether llama.cpp can give keys of this type other positions. Where it cannot, it does not refuse: it aborts with
+    bf16, and with quantised keys it crashes unless their heads are multiples of 64 long, as it then takes for granted
+    that it has rotated them."""
+    if kv_type in ("f32", "f16"):
+        return True
+    info, n_head = model.info, model.native_info.n_head
+    told = info.metadata.get(f"{info.architecture}.attention.key_length", "")
+    n_embd_head = int(told) if told.isdecimal() else int(model.native_info.n_embd) // max(n_head, 1)
+    return kv_type != "bf16" and n_embd_head % 64 == 0
