@@ -6,15 +6,18 @@
 // others' in the third digit. This one is for any number of rows:
 //
 // - A tile of keys and values is converted once for all rows of a sequence and all heads of a group (GQA).
-// - A tile consists of cells that these rows see, wherever they lie: cells of sequences that decode together alternate.
-// - The result of a row depends on the cells that it sees and on their order, to the last bit. It does not depend on
-//   other rows, other cells, or the number of threads. Cells are summed in chunks of a fixed size, and the chunks are
-//   merged one after the other, whichever thread computed them.
+// - The result of a row depends on the cells that it sees and on their places in its sequence, to the last bit. It does
+//   not depend on other rows, other cells, where in the KV cache its cells lie, or the number of threads.
 //
-// So results do not depend on company as long as the cells of a sequence lie in the same order. Usually that is the
-// order of positions. But llama.cpp fills gaps: after another sequence was trimmed, later cells of this one may lie
-// before earlier ones, and results differ by about 1e-6. And with a sliding window, chunks begin with the oldest cell
-// that any row of the block sees, so results also depend on which rows of the sequence are in the same batch.
+// A place is a position, usually: patches/attention_order.cmake says how this file learns of it. A tile consists of the
+// cells of TILE places, from a multiple of TILE on. A cell is at the same place of the same tile for every row that ever
+// sees it. Cells that a row does not see get the weight 0, which changes no sum; so do places where there is no cell,
+// as before a sliding window. Tiles are summed in chunks of a fixed size, which also begin at multiples of their size.
+// The chunks are merged one after the other, whichever thread computed them. All of this holds for any number of rows,
+// because every element of a product is summed in the same order (attention_tiles.h).
+//
+// If places are not known (masks that llama.cpp computes; a server that computes for another machine), or two cells have
+// the same, cells are numbered as they lie. Then the result of a row also depends on the other rows of its block.
 //
 // Patches of an image all see each other, without a mask. They are left to ggml's third kernel, which is quicker then.
 //
@@ -65,6 +68,8 @@ Attention describe(ggml_tensor *dst) {
     a.k = dst->src[1];
     a.v = dst->src[2];
     a.mask = dst->src[3];
+    const ggml_tensor *order = dst->src[5];
+    if (order != nullptr && order->type == GGML_TYPE_I32 && order->ne[0] == a.k->ne[1] + a.q->ne[1]) a.order = order;
     a.dst = dst;
     std::memcpy(&a.scale, dst->op_params, sizeof a.scale);
     a.n_embd_k = a.k->ne[0];
@@ -91,7 +96,11 @@ struct Sums {
     }
 };
 
-// Adds the sums of one query over one more chunk. To be called in the order of the chunks, for equal results.
+// Adds the sums of one query over one more chunk. To be called in the order of the chunks, for equal results. It is not
+// inlined, because a compiler may round differently in each place.
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
 void merge(float &highest, float &weight, float *values, float chunk_highest, float chunk_weight,
            const float *chunk_values, int64_t n_embd) {
     if (chunk_weight == 0.0f) return;
@@ -130,6 +139,7 @@ public:
 private:
     struct Scratch {
         std::vector<float> floats;
+        std::vector<ggml_fp16_t> zeros;
         float *keys, *values, *queries, *scores;
         Sums chunk, total;
     };
@@ -140,6 +150,8 @@ private:
         const size_t n_tile = size_t(TILE) * size_t(a.n_embd_k + a.n_embd_v);
         const size_t n_query = size_t(MAX_QUERIES) * size_t(a.n_embd_k + 2 * a.n_embd_v + TILE);
         if (s.floats.size() < n_tile + n_query) s.floats.resize(n_tile + n_query);
+        const auto n_zeros = size_t(std::max(a.n_embd_k, a.n_embd_v));
+        if (s.zeros.size() < n_zeros) s.zeros.resize(n_zeros, 0);
         s.keys = s.floats.data();
         s.values = s.keys + TILE * a.n_embd_k;
         s.queries = s.values + TILE * a.n_embd_v;
@@ -165,44 +177,58 @@ private:
     }
 
     void attend(int chunk) {
-        const int32_t *cells = block_.cells.data() + chunk * CHUNK;
-        const int n_cells = int(std::min(size_t(CHUNK), block_.cells.size() - size_t(chunk) * CHUNK));
+        constexpr int CHUNK_TILES = CHUNK / TILE;
+        const int first = chunk * CHUNK_TILES, end = std::min(first + CHUNK_TILES, int(block_.tiles.size()));
         const char *keys[CHUNK], *values[CHUNK];
-        for (int i = 0; i < n_cells; ++i) {
-            keys[i] = at(a_.k, cells[i]);
-            values[i] = at(a_.v, cells[i]);
+        for (int i = 0; i < (end - first) * TILE; ++i) {
+            const int32_t cell = block_.cells[size_t(first * TILE + i)];
+            keys[i] = at(a_.k, cell);
+            values[i] = at(a_.v, cell);
         }
-        for (int cell = 0; cell < n_cells; cell += TILE) {
-            const int n = std::min(TILE, n_cells - cell), next = cell + n;
-            prefetch(keys + next, std::min(TILE, n_cells - next), int(a_.n_embd_k));
-            prefetch(values + next, std::min(TILE, n_cells - next), int(a_.n_embd_v));
-            load_keys(keys + cell, n, int(a_.n_embd_k), s_.keys);
-            load_values(values + cell, n, int(a_.n_embd_v), s_.values);
-            attend_tile(cells + cell, n);
+        for (int tile = first; tile < end; ++tile) {
+            const char **tile_keys = keys + (tile - first) * TILE, **tile_values = values + (tile - first) * TILE;
+            if (tile + 1 < end) {
+                const int n_next = n_places(tile + 1);
+                prefetch(tile_keys + TILE, n_next, int(a_.n_embd_k));
+                prefetch(tile_values + TILE, n_next, int(a_.n_embd_v));
+            }
+            const int n = n_places(tile);
+            if (n == 0) continue;
+            load_keys(tile_keys, n, int(a_.n_embd_k), s_.keys);
+            load_values(tile_values, n, int(a_.n_embd_v), s_.values);
+            attend_tile(tile);
         }
     }
 
+    // The places of a tile up to the last one with a cell.
+    int n_places(int tile) const { return highest_bit(block_.tiles[size_t(tile)].any) + 1; }
+
+    // The key or value of a cell. That of NO_CELL is zero.
     const char *at(const ggml_tensor *tensor, int32_t cell) const {
+        if (cell == NO_CELL) return reinterpret_cast<const char *>(s_.zeros.data());
         return static_cast<const char *>(tensor->data) + size_t(cell) * tensor->nb[1] +
                size_t(kv_head_) * tensor->nb[2] + size_t(kv_stream()) * tensor->nb[3];
     }
 
-    // The cells of the tile that a row sees, a bit for each.
-    uint64_t seen_in_tile(int64_t row, const int32_t *cells, int n_cells) const {
+    // The places of a tile whose cells a row sees.
+    uint64_t seen_in_tile(int64_t row, int tile) const {
         const uint64_t *seen = plan_.seen(a_, block_.stream, row);
-        uint64_t bits = 0;
-        for (int i = 0; i < n_cells; ++i)
-            bits |= (seen[cells[i] / WORD] >> (cells[i] % WORD) & 1) << i;
+        const Tile &t = block_.tiles[size_t(tile)];
+        uint64_t bits = t.all;
+        for (uint64_t some = t.any & ~t.all; some != 0; some &= some - 1) {
+            const int place = lowest_bit(some);
+            const int32_t cell = block_.cells[size_t(tile * TILE + place)];
+            bits |= (seen[cell / WORD] >> (cell % WORD) & 1) << place;
+        }
         return bits;
     }
 
-    void attend_tile(const int32_t *cells, int n_cells) {
+    void attend_tile(int tile) {
         const int n = int(n_rows_ * a_.group);
         std::fill_n(s_.scores, n * TILE, 0.0f);
         multiply(s_.scores, s_.queries, s_.keys, n, int(a_.n_embd_k), TILE);
         for (int64_t row = 0; row < n_rows_; ++row) {
-            const uint64_t seen = n_rows_ == 1 ? ~uint64_t(0) >> (TILE - n_cells)
-                                               : seen_in_tile(block_.first_row + row, cells, n_cells);
+            const uint64_t seen = seen_in_tile(block_.first_row + row, tile);
             for (int64_t i = row * a_.group; i < (row + 1) * a_.group; ++i)
                 weigh(i, seen);
         }
@@ -271,7 +297,7 @@ void merge_partials(const Attention &a, const Plan &plan, int ith, int nth) {
     values.resize(size_t(a.n_embd_v));
     for (size_t index = 0; index < plan.n_blocks(); ++index) {
         const Block &block = plan.block(index);
-        if (block.cells.empty()) continue;
+        if (block.tiles.empty()) continue;
         for (int64_t query = block.first_row * a.n_heads + ith; query < block.end_row * a.n_heads; query += nth) {
             float highest = -INFINITY, weight = 0.0f;
             std::fill(values.begin(), values.end(), 0.0f);

@@ -13,22 +13,33 @@
 
 namespace {
 
-constexpr int CHUNK = 4 * TILE; // cells that are summed on their own
+constexpr int CHUNK = 4 * TILE; // places that are summed on their own
 constexpr int MAX_QUERIES = 64; // of a block: rows times heads
 constexpr int UNITS_PER_THREAD = 4;
 constexpr size_t MAX_PARTIALS = size_t(1) << 22; // floats: 16 MiB
 constexpr uint16_t HIDDEN = 0xfc00;              // minus infinity in 16 bits; the rest of a mask is zero
 constexpr int WORD = 64;                         // bits of a set of cells in one integer
+constexpr int32_t NO_CELL = -1;                  // at a place
+
+static_assert(TILE == WORD, "the cells of a tile are a set in one integer");
 
 // The operands of one operation, and their sizes.
 struct Attention {
     const ggml_tensor *q, *k, *v, *mask;
+    const ggml_tensor *order; // or null: see patches/attention_order.cmake
     ggml_tensor *dst;
     float scale;
     int64_t n_embd_k, n_embd_v, n_rows, n_heads, n_kv_heads, n_cells, n_streams;
     int64_t group; // heads that share keys and values
 
     int64_t partial_size() const { return 2 + n_embd_v; }
+
+    // The place of each cell in its sequence, and the sequence of each row. Null if they are not known.
+    const int32_t *places(int64_t stream) const {
+        if (order == nullptr) return nullptr;
+        return static_cast<const int32_t *>(order->data) + (stream % order->ne[1]) * order->ne[0];
+    }
+    const int32_t *sequences(int64_t stream) const { return order == nullptr ? nullptr : places(stream) + n_cells; }
 };
 
 // The set of visible cells in up to WORD elements of a mask, a bit for each.
@@ -59,13 +70,31 @@ int lowest_bit(uint64_t word) {
 #endif
 }
 
-// Consecutive rows that see nearly the same cells, so probably rows of one sequence; and all cells that any of them
-// sees.
+// Of a word that may be 0: then it is -1.
+int highest_bit(uint64_t word) {
+#if defined(__GNUC__)
+    return word == 0 ? -1 : 63 - __builtin_clzll(word);
+#else
+    int n = -1;
+    for (; word != 0; word >>= 1) ++n;
+    return n;
+#endif
+}
+
+// Up to TILE places one after the other, as sets with a bit for each place: those where any row of the block sees a
+// cell, and those where all rows do.
+struct Tile {
+    uint64_t any, all;
+};
+
+// Consecutive rows of one sequence, and the cells that any of them sees. If the sequences are not known: rows that see
+// nearly the same cells.
 struct Block {
     int64_t stream, first_row, end_row;
-    std::vector<int32_t> cells;
+    std::vector<int32_t> cells;  // the cell at each place, from the beginning of a chunk on; or NO_CELL
+    std::vector<Tile> tiles;
 
-    int n_chunks() const { return int((cells.size() + CHUNK - 1) / CHUNK); }
+    int n_chunks() const { return int((tiles.size() * TILE + CHUNK - 1) / CHUNK); }
 };
 
 // The blocks of rows with their cells, and how they are divided among threads. One thread makes it for each operation.
@@ -123,8 +152,7 @@ private:
             seen[i] = visible_word(mask + i * WORD, int(std::min(int64_t(WORD), a.n_cells - int64_t(i) * WORD)));
     }
 
-    // Makes a block that begins with `row`. A next row belongs to it if it sees all that the row before saw, except
-    // cells before the first one that it sees (a sliding window). Returns the row after the block.
+    // Makes a block that begins with `row`. Returns the row after the block.
     int64_t add_block(const Attention &a, int64_t stream, int64_t row) {
         if (blocks_.size() == n_blocks_) blocks_.emplace_back();
         Block &block = blocks_[n_blocks_++];
@@ -132,22 +160,65 @@ private:
         block.stream = stream;
         block.first_row = row;
         any_.assign(seen(a, stream, row), seen(a, stream, row) + n_words_);
-        for (++row; row < end && goes_on(seen(a, stream, row - 1), seen(a, stream, row)); ++row) {
+        all_ = any_;
+        for (++row; row < end && goes_on(a, stream, row); ++row) {
             const uint64_t *more = seen(a, stream, row);
-            for (size_t i = 0; i < n_words_; ++i)
+            for (size_t i = 0; i < n_words_; ++i) {
                 any_[i] |= more[i];
+                all_[i] &= more[i];
+            }
         }
         block.end_row = row;
-        block.cells.clear();
-        for (size_t i = 0; i < n_words_; ++i) {
-            for (uint64_t word = any_[i]; word != 0; word &= word - 1)
-                block.cells.push_back(int32_t(i) * WORD + lowest_bit(word));
-        }
+        if (!lay_out(block, a.places(stream))) lay_out(block, nullptr);
         return row;
     }
 
-    // Whether a row that sees `seen` belongs to the block of a row that sees `before`.
-    bool goes_on(const uint64_t *before, const uint64_t *seen) const {
+    // Puts the cells of `any_` at their places. Without places, these are numbered as the cells are. Returns false if
+    // the cells do not have places of their own, or have them far from each other.
+    bool lay_out(Block &block, const int32_t *places) {
+        int64_t lowest = INT32_MAX, highest = -1, n = 0;
+        for_each_cell([&](int32_t cell) {
+            const int64_t place = places == nullptr ? n : places[cell];
+            lowest = std::min(lowest, place);
+            highest = std::max(highest, place);
+            ++n;
+        });
+        const int64_t begin = lowest / CHUNK * CHUNK, n_tiles = n == 0 ? 0 : (highest - begin) / TILE + 1;
+        if (n != 0 && (lowest < 0 || n_tiles * TILE > 2 * (n + CHUNK))) return false;
+        block.cells.assign(size_t(n_tiles * TILE), NO_CELL);
+        block.tiles.assign(size_t(n_tiles), Tile{0, 0});
+        int64_t next = 0;
+        bool is_clear = true;
+        for_each_cell([&](int32_t cell) {
+            const auto place = size_t((places == nullptr ? next++ : places[cell]) - begin);
+            Tile &tile = block.tiles[place / TILE];
+            const uint64_t bit = uint64_t(1) << (place % TILE);
+            is_clear = is_clear && (tile.any & bit) == 0;
+            tile.any |= bit;
+            if ((all_[size_t(cell) / WORD] >> (cell % WORD) & 1) != 0) tile.all |= bit;
+            block.cells[place] = cell;
+        });
+        return is_clear;
+    }
+
+    // Calls visit(cell) for each cell of `any_`.
+    template <typename Visit> void for_each_cell(Visit visit) const {
+        for (size_t i = 0; i < n_words_; ++i) {
+            for (uint64_t word = any_[i]; word != 0; word &= word - 1)
+                visit(int32_t(i) * WORD + lowest_bit(word));
+        }
+    }
+
+    // Whether a row belongs to the block of the row before it.
+    bool goes_on(const Attention &a, int64_t stream, int64_t row) const {
+        const int32_t *sequences = a.sequences(stream);
+        return sequences != nullptr ? sequences[row] == sequences[row - 1]
+                                    : sees_as_much(seen(a, stream, row - 1), seen(a, stream, row));
+    }
+
+    // Whether a row that sees `seen` sees all that the row before it saw, except cells before the first one that it sees
+    // (a sliding window).
+    bool sees_as_much(const uint64_t *before, const uint64_t *seen) const {
         bool has_begun = false;
         for (size_t i = 0; i < n_words_; ++i) {
             uint64_t lost = before[i] & ~seen[i];
@@ -161,7 +232,8 @@ private:
     }
 
     size_t n_words_, n_blocks_;
-    std::vector<uint64_t> seen_, any_; // sets of cells, a bit for each
+    std::vector<uint64_t> seen_;       // sets of cells, a bit for each: those that each row sees,
+    std::vector<uint64_t> any_, all_;  // and those that any row of a block sees, and all rows
     std::vector<Block> blocks_;        // may be more than n_blocks_: their memory is used again
 };
 

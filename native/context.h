@@ -38,6 +38,7 @@ struct trio_context {
     int32_t n_threads = 1, n_threads_batch = 1;
     bool is_narrow = false; // the thread pool for narrow steps is attached
     std::atomic<uint64_t> aborted_number{0};
+    mutable std::atomic<uint64_t> seen_number{0}; // of the last batch that was seen to be aborted
     uint64_t running_number = 0; // of the batch that is being decoded
     bool abort_armed = true;     // false while an aborted graph would leave the KV cache wrong
 
@@ -75,8 +76,12 @@ struct trio_context {
     std::vector<trio::Scratch> scratch;              // of each of its members
     std::vector<const float *> logits;
 
+    // Once true, true until the batch ends: a product may have seen it, and left its results unfinished.
     bool is_aborted() const {
-        return running_number != 0 && aborted_number.load(std::memory_order_relaxed) == running_number;
+        if (running_number == 0) return false;
+        if (aborted_number.load(std::memory_order_relaxed) == running_number)
+            seen_number.store(running_number, std::memory_order_relaxed);
+        return seen_number.load(std::memory_order_relaxed) == running_number;
     }
     void check_alive() const {
         if (poison[0] != '\0') {

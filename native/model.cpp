@@ -121,6 +121,12 @@ llama_load_mode load_mode(const trio_model_params &params) {
     return params.use_mlock ? LLAMA_LOAD_MODE_MLOCK : LLAMA_LOAD_MODE_NONE;
 }
 
+// Whether matmul.cpp leaves products to ggml.
+bool is_matmul_upstreams() {
+    const char *choice = std::getenv("TRIO_RUNNER_MATMUL");
+    return choice != nullptr && std::strcmp(choice, "ggml") == 0;
+}
+
 // Throws Refused for parameters out of range. `split` and `devices` must live as long as the result is used.
 llama_model_params native_params(const trio_model_params &params, trio_load *load, std::vector<float> &split,
                                  std::vector<ggml_backend_dev_t> &devices) {
@@ -139,6 +145,7 @@ llama_model_params native_params(const trio_model_params &params, trio_load *loa
     devices.push_back(nullptr); // llama.cpp's end of the list
 
     llama_model_params native = llama_model_default_params();
+    native.use_extra_bufts = is_matmul_upstreams(); // weights in other layouts, for kernels of upstream
     native.devices = devices.data();
     native.n_gpu_layers = params.n_gpu_layers;
     native.split_mode = llama_split_mode(params.split_mode);

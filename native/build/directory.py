@@ -106,7 +106,7 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-NATIVE_FILES = ("*.h", "*.cpp", "*.cmake", "CMakeLists.txt")
+NATIVE_FILES = ("*.h", "*.c", "*.cpp", "*.cmake", "CMakeLists.txt")
 """The files that are compiled or read by CMake. Anything else in native/ may change without a rebuild."""
 
 

@@ -174,3 +174,15 @@ def test_a_plot_needs_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["bench", "--url", "x", "--plot", "x.png"]) == 1
     assert "pip install 'trio-runner[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ["--turns", "--streams 2", "--prompt-tokens 8 --prompt-tokens 9"])
+def test_options_of_the_bare_loop_need_it(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *options.split()]) == 2
+    assert "are for --bare only" in capsys.readouterr().err
+
+
+def test_more_streams_than_slots_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = str(tiny_model("llama", tmp_path))
+    assert main(["bench", "--bare", "--streams", "3", "--slots", "2", "--model", model]) == 2
+    assert "3 streams need --slots 3" in capsys.readouterr().err

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import statistics
+from random import Random
 
-from trio_runner.bench.figures import Figures, figures, paired_ratio, percentile
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_runner.bench.figures import Figures, figures, median_interval, paired_ratio, percentile
 
 
 @pytest.mark.parametrize(
@@ -41,3 +46,21 @@ def test_statistics_of_samples() -> None:
 )
 def test_ratios_are_taken_by_round(first: list[list[float]], second: list[list[float]], expected: float | None) -> None:
     assert paired_ratio(first, second) == expected
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=30))
+def test_the_interval_is_around_the_median(values: list[float]) -> None:
+    low, high = median_interval(values, n_draws=200)
+    assert min(values) <= low <= statistics.median(values) <= high <= max(values)
+
+
+def test_the_interval_is_as_certain_as_it_says() -> None:
+    """The median of many experiments' values is known, and lies in about 95 of 100 of their intervals."""
+    random = Random(1)
+    experiments = [[random.gauss(5, 1) for _ in range(15)] for _ in range(400)]
+    intervals = [median_interval(values, n_draws=400) for values in experiments]
+    n_right = sum(low <= 5 <= high for low, high in intervals)
+    assert 0.91 <= n_right / len(intervals) <= 0.99
+    assert median_interval(experiments[0]) == median_interval(experiments[0])
+    with pytest.raises(ValueError, match="no values"):
+        median_interval([])

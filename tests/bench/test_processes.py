@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from trio_runner.bench.processes import cpu_seconds, foreign_seconds, holdings, listener
+from trio_runner.bench.processes import PeakMemory, cpu_seconds, foreign_seconds, holdings, listener
 
 MIB = 1 << 20
 
@@ -46,6 +46,22 @@ def test_holdings_of_a_process() -> None:
     assert 8 <= after.memory - before.memory < 8 + 2  # and not what it maps
     assert after.threads == before.threads + 1
     assert after.descriptors == before.descriptors + 2
+
+
+def test_memory_that_is_given_back_is_in_the_peak() -> None:
+    with PeakMemory() as peak:
+        before = holdings(os.getpid())
+        held = bytearray(b"x" * 64 * MIB)
+        reached = peak.largest
+        while peak.largest < 64:  # until the next look
+            pass
+        del held
+        after = holdings(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert reached <= peak.largest
+    assert peak.largest >= before.memory + 63
+    assert peak.largest >= after.memory + 60
 
 
 def test_a_process_that_has_ended_holds_nothing() -> None:

@@ -127,7 +127,7 @@ async def test_bench_compares_with_a_bare_loop(models: Path) -> None:
         assert await runner.ended() == 0, runner.log
         head, *rows = runner.output.decode().splitlines()
         assert head.split() == ["tokens", "per", "second", "engine", "bare", "loop", "ratio"]
-        assert [row[:20].strip() for row in rows] == ["prefill", "decode, 1 stream", "decode, 2 streams"]
+        assert [row[:20].strip() for row in rows] == ["prefill of 40 tokens", "decode, 1 stream", "decode, 2 streams"]
         assert all(float(figure) > 0 for row in rows for figure in row[20:].split())
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Literal, TypeAlias
 
 Unit: TypeAlias = Literal["tokens/s", "ms", "s", "tokens", "MiB", "x", "nats", ""]
@@ -75,3 +76,17 @@ def paired_ratio(first: Iterable[Sequence[float]], second: Iterable[Sequence[flo
     )
     ratios = [ours / theirs for ours, theirs in medians if ours > 0 and theirs > 0]
     return statistics.median(ratios) if ratios else None
+
+
+def median_interval(values: Sequence[float], *, percent: float = 95.0, n_draws: int = 2000) -> tuple[float, float]:
+    """The interval that holds the median of `values` with `percent` percent certainty, by bootstrap (Efron, 1979).
+
+    The medians of `n_draws` samples are taken, each drawn from `values` with replacement. The interval leaves out
+    equally many of them at both ends. The draws are the same in every call. Raises ValueError if there are no values.
+    """
+    if not values:
+        raise ValueError("no values")
+    random = Random(0)
+    medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(n_draws))
+    tail = (100 - percent) / 2
+    return percentile(medians, tail), percentile(medians, 100 - tail)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Self
+
+LOOK_SECONDS: Final = 0.001
+"""Seconds between two looks at the memory of this process."""
 
 _PROC = Path("/proc")
 _LISTENING = "0A"
@@ -34,6 +39,31 @@ def holdings(pid: int) -> Holdings | None:
     if "RssAnon" not in fields:  # the process has ended, but its parent has not waited for it
         return None
     return Holdings(int(fields["Threads"]), n_descriptors, int(fields["RssAnon"]) / 1024)
+
+
+class PeakMemory:
+    """The largest `Holdings.memory` of this process while a block ran, by looks a millisecond apart."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+        """MiB. 0 where it cannot be seen."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        ends = False
+        while not ends:
+            ends = self._over.wait(LOOK_SECONDS)  # so the last look is at the end
+            now = holdings(os.getpid())
+            self.largest = max(self.largest, 0.0 if now is None else now.memory)
 
 
 def cpu_seconds(pid: int) -> float | None:

@@ -41,7 +41,10 @@ class BenchOptions:
     scenarios: tuple[str, ...]
     """Names; none means all scenarios."""
     repeat: int
-    prompt_tokens: int | None
+    prompt_tokens: tuple[int, ...]
+    """Lengths of prompts; none means the default. More than one only with --bare."""
+    streams: tuple[int, ...]
+    """Numbers of streams, for --bare; none means the default."""
     max_tokens: int
     storm: int
     cancellations: int
@@ -77,7 +80,18 @@ class BenchOptions:
 @click.option(
     "--repeat", "--rounds", type=_POSITIVE, default=5, show_default=True, help="Rounds to measure each scenario for."
 )
-@click.option("--prompt-tokens", type=_POSITIVE, help="Tokens of a long prompt.  [default: 1900; with --bare: 512]")
+@click.option(
+    "--prompt-tokens",
+    type=_POSITIVE,
+    multiple=True,
+    help="Tokens of a long prompt. May be repeated with --bare.  [default: 1900; with --bare: 512]",
+)
+@click.option(
+    "--streams",
+    type=_POSITIVE,
+    multiple=True,
+    help="With --bare: number of streams that decode together. May be repeated.  [default: 1, and one on every slot]",
+)
 @click.option(
     "--max-tokens",
     "-n",
@@ -109,8 +123,13 @@ class BenchOptions:
 @click.option(
     "--bare", is_flag=True, help="Measure instead the engine beside a bare loop of llama.cpp, in this process."
 )
+@click.option(
+    "--turns",
+    is_flag=True,
+    help="With --bare: load the model, and measure one turn for each line of JSON on stdin. For other programs.",
+)
 @engine_options()
-def bench(options: EngineChoice, /, bare: bool, **chosen: Any) -> int:
+def bench(options: EngineChoice, /, bare: bool, turns: bool, **chosen: Any) -> int:
     """Measure what the clients of a server notice: how soon and how fast text comes, and what happens when they leave.
 
     Each scenario is measured for several rounds. Two servers take turns in each round, and the last column of the
@@ -121,7 +140,11 @@ def bench(options: EngineChoice, /, bare: bool, **chosen: Any) -> int:
     set_up_logging(options.verbose)
     asked = BenchOptions(**chosen)
     if bare:
-        return _bench_bare(options, asked)
+        from trio_runner.cli.bench_bare import bench_bare, take_turns
+
+        return take_turns(options) if turns else bench_bare(options, asked)
+    if turns or asked.streams or len(asked.prompt_tokens) > 1:
+        raise click.UsageError("--turns, --streams and several --prompt-tokens are for --bare only")
     if asked.scenarios == ("list",):
         _list_scenarios()
         return 0
@@ -168,9 +191,10 @@ def _load(asked: BenchOptions) -> Load:
     from trio_runner.bench.scenarios import Load
 
     load = Load(tokens=asked.max_tokens, storm=asked.storm, cancellations=asked.cancellations, clients=asked.clients)
-    if asked.prompt_tokens is None:
+    if not asked.prompt_tokens:
         return load
-    return dataclasses.replace(load, long_prompt=asked.prompt_tokens, prefix=max(asked.prompt_tokens * 15 // 19, 1))
+    [n_prompt] = asked.prompt_tokens
+    return dataclasses.replace(load, long_prompt=n_prompt, prefix=max(n_prompt * 15 // 19, 1))
 
 
 async def _measure(asked: BenchOptions, arguments: Sequence[str], slots: int | None) -> None:
@@ -274,25 +298,3 @@ class _Results:
 
         document = report.document(self._outcomes, seed=self._asked.seed, repeat=self._asked.repeat, load=self.load)
         return json.dumps(document, indent=1)
-
-
-def _bench_bare(options: EngineChoice, asked: BenchOptions) -> int:
-    model, config = options.configs()
-
-    from trio_runner.bench.bare import run_bench
-    from trio_runner.cli.running import run_until_signal
-    from trio_runner.llama.loader import LlamaLoader
-
-    async def measure() -> None:
-        measured = await run_bench(
-            LlamaLoader(model),
-            config,
-            n_prompt=asked.prompt_tokens or 512,
-            n_tokens=asked.max_tokens,
-            rounds=asked.repeat,
-        )
-        click.echo(f"{'tokens per second':<20} {'engine':>10} {'bare loop':>10} {'ratio':>7}")
-        for row in measured:
-            click.echo(f"{row.name:<20} {row.engine:>10.1f} {row.bare:>10.1f} {row.ratio:>7.3f}")
-
-    return run_until_signal(measure)

@@ -1,0 +1,311 @@
+// Products of a tile of 16 rows of weights with rows of activations.
+//
+// docs/internals.md has the picture. A tile is unpacked into the cache, a part of its length at a time, and then
+// multiplied with all rows, a few at once. In a tile, the 16 rows are the lanes of vectors: for each four numbers of k
+// (for floats: each one), 16 lanes of 32 bits lie one after the other.
+//
+// Every result is one chain of additions: within a group of weights that share a scale, whole numbers are summed, so
+// their order does not matter; then the groups are added as floats in the order of k. Nothing else is added, so a row's
+// results do not depend, to the last bit, on how many rows are beside it, which thread computes it, or where a part ends.
+#pragma once
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "matmul_avx2.h"
+#else
+#include "matmul_portable.h"
+#endif
+
+#include "matmul_activations.h"
+#include "matmul_formats.h"
+
+namespace {
+
+constexpr int VECTORS = TILE / LANES;
+
+// A row of activations, and where its results go: one for each row of weights.
+struct Row {
+    const char *activations;
+    float *results;
+};
+
+// The weights of a product: TILE rows or fewer, `stride` bytes apart, of `k` numbers each.
+struct Weights {
+    const char *data;
+    size_t stride;
+    int n;
+    int64_t k;
+};
+
+// How the codes of a format are multiplied on this machine.
+template <class Format> struct Way {
+    // As words, where bytes with signs cannot be multiplied.
+    static constexpr bool IS_WIDE = Format::SIGNED && !HAS_DOT_BYTES;
+    // By adding 128 to codes with signs, where the weights of a product of bytes have none.
+    static constexpr bool IS_FLIPPED = Format::SIGNED && HAS_DOT_BYTES && WEIGHTS_ARE_UNSIGNED;
+    static constexpr bool HAS_OFFSET = Format::OFFSET || IS_FLIPPED;
+    // Products of bytes that fit into the 16 bits of a pair: 2 * 127 * MAX each.
+    static constexpr int PAIRS = 32767 / (2 * 127 * Format::MAX);
+    static constexpr int SCALED = Format::SCALED;
+    static constexpr int STEPS = SCALED / (IS_WIDE ? 2 : 4); // lanes of codes in a group
+};
+
+// A part of a tile, unpacked.
+template <class Format> struct Part {
+    static constexpr int K = Way<Format>::IS_WIDE ? 512 : 1024;
+    static constexpr int GROUPS = K / Format::SCALED;
+    alignas(64) char codes[TILE * K * (Way<Format>::IS_WIDE ? 2 : 1)];
+    alignas(64) float scales[GROUPS * TILE];
+    alignas(64) float offsets[Way<Format>::HAS_OFFSET ? GROUPS * TILE : 1];
+};
+
+// Where the rows of a tile are. Rows that it lacks are its last one again.
+struct Places {
+    const char *of_rows[TILE];
+
+    explicit Places(const Weights &weights) {
+        for (int row = 0; row < TILE; ++row)
+            of_rows[row] = weights.data + size_t(std::min(row, weights.n - 1)) * weights.stride;
+    }
+};
+
+// Puts the codes of four weights of some rows into their place in a part: as bytes, or as words, the first and the third,
+// then the second and the fourth.
+template <class Format> void place_codes(Bytes x, int vector, char *column) {
+    if constexpr (Way<Format>::IS_WIDE) {
+        const auto words = Words(x);
+        store(column + vector * sizeof x, Words(words << 8) >> 8);
+        store(column + COLUMN + vector * sizeof x, words >> 8);
+    } else {
+        if constexpr (Way<Format>::IS_FLIPPED) x ^= 128;
+        store(column + vector * sizeof x, x);
+    }
+}
+
+// Unpacks `n_k` numbers of each row, from number `from` on.
+template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &part) {
+    using Block = typename Format::Block;
+    constexpr int N = Format::N, GROUPS = N / Format::SCALED, CODE_SIZE = Way<Format>::IS_WIDE ? 2 : 1;
+    const Places places(weights);
+    char *to = part.codes;
+    for (int64_t block = 0; block < n_k / N; ++block) {
+        Blocks<Block> blocks;
+        for (int row = 0; row < TILE; ++row)
+            blocks.rows[row] = places.of_rows[row] + size_t(from / N + block) * sizeof(Block);
+        float *scales = part.scales + block * GROUPS * TILE, *offsets = part.offsets + block * GROUPS * TILE;
+        Format::scales(blocks, scales, offsets);
+        if constexpr (Way<Format>::IS_FLIPPED)
+            for (int i = 0; i < GROUPS * TILE; ++i)
+                offsets[i] = -128.0f * scales[i];
+        for (int chunk = 0; chunk < N / Format::CHUNK; ++chunk, to += Format::CHUNK * TILE * CODE_SIZE) {
+            alignas(64) char columns[Format::COLUMNS * COLUMN];
+            Format::gather(blocks, chunk, columns);
+            for (int v = 0; v < VECTORS; ++v)
+                Format::codes(columns + v * sizeof(Bytes), chunk, [&](int i, const Bytes &x) {
+                    place_codes<Format>(x, v, to + i * COLUMN * CODE_SIZE);
+                });
+        }
+    }
+}
+
+// The sum over one group of weights that share a scale: whole numbers, so exact.
+template <class Format, int N_ROWS>
+inline void sum_group(const char *codes, const char *const *activations, int64_t at, Ints (&sums)[N_ROWS][VECTORS]) {
+    using W = Way<Format>;
+    for (auto &row : sums)
+        for (Ints &sum : row)
+            sum = no_ints();
+    if constexpr (W::IS_WIDE || HAS_DOT_BYTES) {
+#pragma GCC unroll 16
+        for (int step = 0; step < W::STEPS; ++step) {
+            Ints weights[VECTORS];
+            for (int v = 0; v < VECTORS; ++v)
+                weights[v] = load_ints(codes + (step * VECTORS + v) * LANES * 4);
+            for (int row = 0; row < N_ROWS; ++row) {
+                const Ints x = all_lanes(activations[row] + at + step * 4);
+                for (int v = 0; v < VECTORS; ++v)
+                    sums[row][v] = W::IS_WIDE ? dot_words(sums[row][v], weights[v], x)
+                                              : dot_bytes(sums[row][v], weights[v], x);
+                for (int v = 0; v < VECTORS; ++v)
+                    settle(sums[row][v]);
+            }
+        }
+    } else {
+        constexpr int AT_ONCE = std::min(W::PAIRS, W::STEPS);
+        static_assert(AT_ONCE >= 1 && W::STEPS % AT_ONCE == 0);
+        for (int first = 0; first < W::STEPS; first += AT_ONCE) {
+            Ints pairs[N_ROWS][VECTORS];
+#pragma GCC unroll 16
+            for (int step = 0; step < AT_ONCE; ++step) {
+                Ints weights[VECTORS];
+                for (int v = 0; v < VECTORS; ++v)
+                    weights[v] = load_ints(codes + ((first + step) * VECTORS + v) * LANES * 4);
+                for (int row = 0; row < N_ROWS; ++row) {
+                    const Ints x = all_lanes(activations[row] + at + (first + step) * 4);
+                    for (int v = 0; v < VECTORS; ++v) {
+                        const Ints products = pair_up(weights[v], x);
+                        pairs[row][v] = step == 0 ? products : add_pairs(pairs[row][v], products);
+                        settle(pairs[row][v]);
+                    }
+                }
+            }
+            for (int row = 0; row < N_ROWS; ++row)
+                for (int v = 0; v < VECTORS; ++v)
+                    sums[row][v] = add(sums[row][v], sum_pairs(pairs[row][v]));
+        }
+    }
+}
+
+// Multiplies a part with some rows, and adds that to their results. With `is_first`, results begin with zero.
+template <class Format, int N_ROWS>
+void multiply(const Part<Format> &part, int64_t from, int64_t n_k, const Layout &layout, const Row *rows, bool is_first) {
+    using W = Way<Format>;
+    constexpr int SCALED = W::SCALED;
+    const int64_t code_size = layout.code_size();
+    const char *codes[N_ROWS];
+    const float *scales[N_ROWS], *of_groups[N_ROWS];
+    Floats results[N_ROWS][VECTORS];
+    for (int row = 0; row < N_ROWS; ++row) {
+        codes[row] = rows[row].activations + from * code_size;
+        scales[row] = reinterpret_cast<const float *>(rows[row].activations + layout.scales()) + from / GROUP;
+        of_groups[row] = reinterpret_cast<const float *>(rows[row].activations + layout.sums()) + from / SCALED;
+        for (int v = 0; v < VECTORS; ++v)
+            results[row][v] = is_first ? no_floats() : load_floats(rows[row].results + v * LANES);
+    }
+    for (int64_t group = 0; group < n_k / SCALED; ++group) {
+        Ints sums[N_ROWS][VECTORS];
+        sum_group<Format>(part.codes + group * SCALED * TILE * code_size, codes, group * SCALED * code_size, sums);
+        for (int v = 0; v < VECTORS; ++v) {
+            const Floats scale = load_floats(part.scales + group * TILE + v * LANES);
+            for (int row = 0; row < N_ROWS; ++row) {
+                const Floats both = multiply(scale, all_lanes(scales[row][group * SCALED / GROUP]));
+                results[row][v] = multiply_add(to_floats(sums[row][v]), both, results[row][v]);
+            }
+            if constexpr (W::HAS_OFFSET) {
+                const Floats offset = load_floats(part.offsets + group * TILE + v * LANES);
+                for (int row = 0; row < N_ROWS; ++row)
+                    results[row][v] = multiply_add(offset, all_lanes(of_groups[row][group]), results[row][v]);
+            }
+        }
+    }
+    for (int row = 0; row < N_ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v)
+            store_floats(rows[row].results + v * LANES, results[row][v]);
+}
+
+// Floats: a part of a tile is as many columns of 16.
+struct FloatPart {
+    static constexpr int K = 256;
+    alignas(64) float columns[K * TILE];
+};
+
+template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part) {
+    using Number = typename Format::Number;
+    const Places places(weights);
+    auto *columns = reinterpret_cast<char *>(part.columns);
+    int64_t k = 0;
+    for (; k + 8 <= n_k; k += 8)
+        Format::gather(places.of_rows, size_t(from + k) * sizeof(Number), columns + k * COLUMN);
+    if (k == n_k) return;
+    Number last[TILE][8] = {}; // nothing may be read behind the end of a row
+    const char *of_rows[TILE];
+    for (int row = 0; row < TILE; ++row) {
+        std::memcpy(last[row], places.of_rows[row] + size_t(from + k) * sizeof(Number), size_t(n_k - k) * sizeof(Number));
+        of_rows[row] = reinterpret_cast<const char *>(last[row]);
+    }
+    Format::gather(of_rows, 0, columns + k * COLUMN);
+}
+
+template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first) {
+    const float *numbers[N_ROWS];
+    Floats results[N_ROWS][VECTORS];
+    for (int row = 0; row < N_ROWS; ++row) {
+        numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
+        for (int v = 0; v < VECTORS; ++v)
+            results[row][v] = is_first ? no_floats() : load_floats(rows[row].results + v * LANES);
+    }
+    for (int64_t k = 0; k < n_k; ++k) {
+        Floats weights[VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            weights[v] = load_floats(part.columns + k * TILE + v * LANES);
+        for (int row = 0; row < N_ROWS; ++row) {
+            const Floats x = all_lanes(numbers[row][k]);
+            for (int v = 0; v < VECTORS; ++v)
+                results[row][v] = multiply_add(weights[v], x, results[row][v]);
+        }
+    }
+    for (int row = 0; row < N_ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v)
+            store_floats(rows[row].results + v * LANES, results[row][v]);
+}
+
+// Calls `multiply_rows(std::integral_constant<int, n>, rows)` with at most MOST rows each time, until all are done.
+template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F multiply_rows) {
+    for (; n_rows >= MOST; n_rows -= MOST, rows += MOST)
+        multiply_rows(std::integral_constant<int, MOST>{}, rows);
+    if constexpr (MOST > 1)
+        if (n_rows > 0) by_rows<MOST - 1>(rows, n_rows, multiply_rows);
+}
+
+template <class Format>
+void product(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
+    static thread_local Part<Format> part;
+    for (int64_t from = 0; from < weights.k; from += part.K) {
+        const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
+        unpack<Format>(weights, from, n_k, part);
+        by_rows<ROWS_OF_INTS>(rows, n_rows, [&](auto n, const Row *some) {
+            multiply<Format, n>(part, from, n_k, layout, some, from == 0);
+        });
+    }
+}
+
+template <class Format>
+void product_of_floats(const Weights &weights, const Layout &, const Row *rows, int64_t n_rows) {
+    static thread_local FloatPart part;
+    for (int64_t from = 0; from < weights.k; from += part.K) {
+        const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
+        unpack<Format>(weights, from, n_k, part);
+        by_rows<ROWS_OF_FLOATS>(rows, n_rows,
+                                [&](auto n, const Row *some) { multiply<n>(part, from, n_k, some, from == 0); });
+    }
+}
+
+// A type of weights: what it needs of a row of activations, and its product. Results are written 16 at a time.
+struct Product {
+    void (*run)(const Weights &, const Layout &, const Row *, int64_t n_rows);
+    bool takes_floats;
+    bool is_wide;
+    int summed;
+};
+
+template <class Format> constexpr Product product_of() {
+    return {product<Format>, false, Way<Format>::IS_WIDE, Way<Format>::HAS_OFFSET ? Format::SCALED : 0};
+}
+
+inline const Product *find_product(ggml_type type) {
+    static const Product f32{product_of_floats<F32>, true, false, 0}, f16{product_of_floats<F16>, true, false, 0},
+        bf16{product_of_floats<BF16>, true, false, 0}, q4_0 = product_of<Q4_0>(), q4_1 = product_of<Q4_1>(),
+        q5_0 = product_of<Q5_0>(), q5_1 = product_of<Q5_1>(), q8_0 = product_of<Q8_0>(), q2_k = product_of<Q2_K>(),
+        q3_k = product_of<Q3_K>(), q4_k = product_of<Q4_K>(), q5_k = product_of<Q5_K>(), q6_k = product_of<Q6_K>(),
+        iq4_nl = product_of<IQ4_NL>(), iq4_xs = product_of<IQ4_XS>(), mxfp4 = product_of<MXFP4>();
+    switch (type) {
+        case GGML_TYPE_F32: return &f32;
+        case GGML_TYPE_F16: return &f16;
+        case GGML_TYPE_BF16: return &bf16;
+        case GGML_TYPE_Q4_0: return &q4_0;
+        case GGML_TYPE_Q4_1: return &q4_1;
+        case GGML_TYPE_Q5_0: return &q5_0;
+        case GGML_TYPE_Q5_1: return &q5_1;
+        case GGML_TYPE_Q8_0: return &q8_0;
+        case GGML_TYPE_Q2_K: return &q2_k;
+        case GGML_TYPE_Q3_K: return &q3_k;
+        case GGML_TYPE_Q4_K: return &q4_k;
+        case GGML_TYPE_Q5_K: return &q5_k;
+        case GGML_TYPE_Q6_K: return &q6_k;
+        case GGML_TYPE_IQ4_NL: return &iq4_nl;
+        case GGML_TYPE_IQ4_XS: return &iq4_xs;
+        case GGML_TYPE_MXFP4: return &mxfp4;
+        default: return nullptr;
+    }
+}
+
+} // namespace
