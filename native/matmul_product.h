@@ -9,7 +9,11 @@
 // results do not depend, to the last bit, on how many rows are beside it, which thread computes it, or where a part ends.
 #pragma once
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(MATMUL_VECTORS) // tests choose
+#include MATMUL_VECTORS
+#elif defined(__AVX512F__) && defined(__AVX512BW__)
+#include "matmul_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "matmul_avx2.h"
 #else
 #include "matmul_portable.h"
@@ -133,15 +137,17 @@ void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &par
 template <class Format, int N_ROWS>
 inline void sum_group(const char *codes, const char *const *activations, int64_t at, Ints (&sums)[N_ROWS][VECTORS]) {
     using W = Way<Format>;
-    for (auto &row : sums)
-        for (Ints &sum : row)
-            sum = no_ints();
+#pragma GCC unroll 16
+    for (int row = 0; row < N_ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v)
+            sums[row][v] = no_ints();
     if constexpr (W::IS_WIDE || HAS_DOT_BYTES) {
 #pragma GCC unroll 16
         for (int step = 0; step < W::STEPS; ++step) {
             Ints weights[VECTORS];
             for (int v = 0; v < VECTORS; ++v)
                 weights[v] = load_ints(codes + (step * VECTORS + v) * LANES * 4);
+#pragma GCC unroll 16
             for (int row = 0; row < N_ROWS; ++row) {
                 const Ints x = all_lanes(activations[row] + at + step * 4);
                 for (int v = 0; v < VECTORS; ++v)
@@ -161,6 +167,7 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
                 Ints weights[VECTORS];
                 for (int v = 0; v < VECTORS; ++v)
                     weights[v] = load_ints(codes + ((first + step) * VECTORS + v) * LANES * 4);
+#pragma GCC unroll 16
                 for (int row = 0; row < N_ROWS; ++row) {
                     const Ints x = all_lanes(activations[row] + at + (first + step) * 4);
                     for (int v = 0; v < VECTORS; ++v) {
@@ -170,6 +177,7 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
                     }
                 }
             }
+#pragma GCC unroll 16
             for (int row = 0; row < N_ROWS; ++row)
                 for (int v = 0; v < VECTORS; ++v)
                     sums[row][v] = add(sums[row][v], sum_pairs(pairs[row][v]));
@@ -177,38 +185,50 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
     }
 }
 
+// Hides from the compiler where x comes from. It would else keep a pointer for each address that is made of x: more than
+// there are registers.
+inline void hide(int64_t &x) { asm volatile("" : "+r"(x)); }
+
 // Multiplies a part with some rows, and adds that to their results. With `is_first`, results begin with zero.
+// Loops over rows must be unrolled early, or GCC keeps arrays of vectors in memory.
 template <class Format, int N_ROWS>
 void multiply(const Part<Format> &part, int64_t from, int64_t n_k, const Layout &layout, const Row *rows, bool is_first) {
     using W = Way<Format>;
     constexpr int SCALED = W::SCALED;
-    const int64_t code_size = layout.code_size();
-    const char *codes[N_ROWS];
-    const float *scales[N_ROWS], *of_groups[N_ROWS];
+    constexpr auto FLOAT = int64_t(sizeof(float));
+    const char *x[N_ROWS];
     Floats results[N_ROWS][VECTORS];
+#pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row) {
-        codes[row] = rows[row].activations + from * code_size;
-        scales[row] = reinterpret_cast<const float *>(rows[row].activations + layout.scales()) + from / GROUP;
-        of_groups[row] = reinterpret_cast<const float *>(rows[row].activations + layout.sums()) + from / SCALED;
+        x[row] = rows[row].activations;
         for (int v = 0; v < VECTORS; ++v)
             results[row][v] = is_first ? no_floats() : load_floats(rows[row].results + v * LANES);
     }
-    for (int64_t group = 0; group < n_k / SCALED; ++group) {
+    const int64_t code_size = layout.code_size(), first_scale = layout.scales() + from / GROUP * FLOAT;
+    int64_t codes_at = from * code_size, sum_at = layout.sums() + from / SCALED * FLOAT; // in a row of activations
+    for (int64_t group = 0; group < n_k / SCALED; ++group, codes_at += SCALED * code_size, sum_at += FLOAT) {
+        int64_t scale_at = first_scale + group * SCALED / GROUP * FLOAT;
+        hide(codes_at), hide(sum_at), hide(scale_at);
         Ints sums[N_ROWS][VECTORS];
-        sum_group<Format>(part.codes + group * SCALED * TILE * code_size, codes, group * SCALED * code_size, sums);
+        sum_group<Format>(part.codes + group * SCALED * TILE * code_size, x, codes_at, sums);
         for (int v = 0; v < VECTORS; ++v) {
             const Floats scale = load_floats(part.scales + group * TILE + v * LANES);
+#pragma GCC unroll 16
             for (int row = 0; row < N_ROWS; ++row) {
-                const Floats both = multiply(scale, all_lanes(scales[row][group * SCALED / GROUP]));
+                const Floats both = multiply(scale, all_lanes(*reinterpret_cast<const float *>(x[row] + scale_at)));
                 results[row][v] = multiply_add(to_floats(sums[row][v]), both, results[row][v]);
             }
             if constexpr (W::HAS_OFFSET) {
                 const Floats offset = load_floats(part.offsets + group * TILE + v * LANES);
-                for (int row = 0; row < N_ROWS; ++row)
-                    results[row][v] = multiply_add(offset, all_lanes(of_groups[row][group]), results[row][v]);
+#pragma GCC unroll 16
+                for (int row = 0; row < N_ROWS; ++row) {
+                    const Floats sum = all_lanes(*reinterpret_cast<const float *>(x[row] + sum_at));
+                    results[row][v] = multiply_add(offset, sum, results[row][v]);
+                }
             }
         }
     }
+#pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row)
         for (int v = 0; v < VECTORS; ++v)
             store_floats(rows[row].results + v * LANES, results[row][v]);
@@ -243,6 +263,7 @@ void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part, 
 template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first) {
     const float *numbers[N_ROWS];
     Floats results[N_ROWS][VECTORS];
+#pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row) {
         numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
         for (int v = 0; v < VECTORS; ++v)
@@ -252,12 +273,14 @@ template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t
         Floats weights[VECTORS];
         for (int v = 0; v < VECTORS; ++v)
             weights[v] = load_floats(part.columns + k * TILE + v * LANES);
+#pragma GCC unroll 16
         for (int row = 0; row < N_ROWS; ++row) {
             const Floats x = all_lanes(numbers[row][k]);
             for (int v = 0; v < VECTORS; ++v)
                 results[row][v] = multiply_add(weights[v], x, results[row][v]);
         }
     }
+#pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row)
         for (int v = 0; v < VECTORS; ++v)
             store_floats(rows[row].results + v * LANES, results[row][v]);
