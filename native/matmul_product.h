@@ -5,8 +5,9 @@
 // (for floats: each one), 16 lanes of 32 bits lie one after the other.
 //
 // Every result is one chain of additions: within a group of weights that share a scale, whole numbers are summed, so
-// their order does not matter; then the groups are added as floats in the order of k. Nothing else is added, so a row's
-// results do not depend, to the last bit, on how many rows are beside it, which thread computes it, or where a part ends.
+// their order does not matter; then the groups are added as floats in the order of k. (Weights that are floats are summed
+// in chains of 64, which are added in the order of k.) Nothing else is added, so a row's results do not depend, to the
+// last bit, on how many rows are beside it, which thread computes it, or where a part ends.
 #pragma once
 
 #if defined(MATMUL_VECTORS) // tests choose
@@ -260,38 +261,57 @@ void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part, 
     Format::gather(of_rows, 0, columns + k * COLUMN);
 }
 
+// Multiplies a part of floats with some rows. Each CHAIN of products is summed on its own: long sums lose digits.
 template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first) {
+    constexpr int64_t CHAIN = 64;
+    static_assert(FloatPart::K % CHAIN == 0);
     const float *numbers[N_ROWS];
-    Floats results[N_ROWS][VECTORS];
-#pragma GCC unroll 16
-    for (int row = 0; row < N_ROWS; ++row) {
-        numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
-        for (int v = 0; v < VECTORS; ++v)
-            results[row][v] = is_first ? no_floats() : load_floats(rows[row].results + v * LANES);
-    }
-    for (int64_t k = 0; k < n_k; ++k) {
-        Floats weights[VECTORS];
-        for (int v = 0; v < VECTORS; ++v)
-            weights[v] = load_floats(part.columns + k * TILE + v * LANES);
-#pragma GCC unroll 16
-        for (int row = 0; row < N_ROWS; ++row) {
-            const Floats x = all_lanes(numbers[row][k]);
-            for (int v = 0; v < VECTORS; ++v)
-                results[row][v] = multiply_add(weights[v], x, results[row][v]);
-        }
-    }
 #pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row)
-        for (int v = 0; v < VECTORS; ++v)
-            store_floats(rows[row].results + v * LANES, results[row][v]);
+        numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
+    for (int64_t begin = 0; begin < n_k; begin += CHAIN) {
+        Floats sums[N_ROWS][VECTORS];
+#pragma GCC unroll 16
+        for (int row = 0; row < N_ROWS; ++row)
+            for (int v = 0; v < VECTORS; ++v)
+                sums[row][v] = no_floats();
+        for (int64_t k = begin, end = std::min(begin + CHAIN, n_k); k < end; ++k) {
+            Floats weights[VECTORS];
+            for (int v = 0; v < VECTORS; ++v)
+                weights[v] = load_floats(part.columns + k * TILE + v * LANES);
+#pragma GCC unroll 16
+            for (int row = 0; row < N_ROWS; ++row) {
+                const Floats x = all_lanes(numbers[row][k]);
+                for (int v = 0; v < VECTORS; ++v)
+                    sums[row][v] = multiply_add(weights[v], x, sums[row][v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < N_ROWS; ++row)
+            for (int v = 0; v < VECTORS; ++v) {
+                float *results = rows[row].results + v * LANES;
+                const Floats before = is_first && begin == 0 ? no_floats() : load_floats(results);
+                store_floats(results, add(before, sums[row][v]));
+            }
+    }
 }
 
-// Calls `multiply_rows(std::integral_constant<int, n>, rows)` with at most MOST rows each time, until all are done.
-template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F multiply_rows) {
-    for (; n_rows >= MOST; n_rows -= MOST, rows += MOST)
-        multiply_rows(std::integral_constant<int, MOST>{}, rows);
+// Calls f(std::integral_constant<int, n>), where n is from 1 to MOST.
+template <int MOST, class F> void call_with(int n, F f) {
     if constexpr (MOST > 1)
-        if (n_rows > 0) by_rows<MOST - 1>(rows, n_rows, multiply_rows);
+        if (n < MOST) return call_with<MOST - 1>(n, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
+// Calls `multiply_rows(std::integral_constant<int, n>, rows)` with at most MOST rows each time, until all are done. The
+// last two calls share what is left: a row on its own would cost as much as two.
+template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F multiply_rows) {
+    while (n_rows > 0) {
+        const int64_t n = n_rows <= MOST ? n_rows : n_rows < 2 * MOST ? (n_rows + 1) / 2 : MOST;
+        call_with<MOST>(int(n), [&](auto constant) { multiply_rows(constant, rows); });
+        rows += n;
+        n_rows -= n;
+    }
 }
 
 template <class Format>
