@@ -52,6 +52,7 @@ public:
         if (product_ != nullptr) {
             layout_.is_wide = product_->is_wide;
             layout_.summed = product_->summed;
+            layout_.is_flipped = product_->is_flipped;
         }
     }
 

@@ -3,6 +3,7 @@
 // Each row is rounded once, on its own, 32 numbers at a time: x = scale * code. Its place in memory holds the codes,
 // then the scales, then for each group of weights that share an offset the sum of its numbers, which is what the offset
 // is multiplied with. Where weights are unsigned bytes or the machine multiplies bytes, codes are bytes; else words.
+// Where 128 was added to weights to make them unsigned, the place of sums has, as whole numbers, what takes that off again.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +18,10 @@ constexpr int GROUP = 32; // numbers of a row that share a scale
 
 // What a product needs of a row of activations: where things are, in bytes from its beginning.
 struct Layout {
-    int64_t k = 0;       // numbers in a row
-    bool is_wide = false; // codes are words
-    int summed = 0;      // numbers in each sum; 0: no sums
+    int64_t k = 0;           // numbers in a row
+    bool is_wide = false;    // codes are words
+    int summed = 0;          // numbers in each sum; 0: no sums
+    bool is_flipped = false; // sums are whole numbers: those of the codes, times -128
 
     int64_t code_size() const { return is_wide ? 2 : 1; }
     int64_t scales() const { return k * code_size(); }
@@ -56,7 +58,7 @@ inline float greatest(const float *x) {
 inline void round_row(const Layout &layout, const float *x, int64_t begin, int64_t end, char *row) {
     const float most = layout.is_wide ? 32767.0f : 127.0f;
     auto *scales = reinterpret_cast<float *>(row + layout.scales());
-    auto *sums = reinterpret_cast<float *>(row + layout.sums());
+    char *sums = row + layout.sums();
     for (int64_t group = begin; group < end; ++group) {
         const float *numbers = x + group * GROUP;
         const float highest = greatest(numbers), scale = highest / most;
@@ -85,7 +87,9 @@ inline void round_row(const Layout &layout, const float *x, int64_t begin, int64
             int32_t sum = 0;
             for (int j = 0; j < layout.summed; ++j)
                 sum += codes[i + j];
-            sums[(group * GROUP + i) / layout.summed] = scale * float(sum);
+            const int64_t at = (group * GROUP + i) / layout.summed;
+            if (layout.is_flipped) reinterpret_cast<int32_t *>(sums)[at] = -128 * sum;
+            else reinterpret_cast<float *>(sums)[at] = scale * float(sum);
         }
     }
 }
