@@ -1,7 +1,7 @@
 """Batch invariance on the CPU: the same request gives the same tokens, log-probabilities and embeddings, to the last
 bit, whoever else is there, whatever is cached, and however its prompt is cut into steps.
 
-tests/engine/company.py makes the schedules. `TRIO_RUNNER_EVENTS=1000` in the environment makes them longer. A failure
+tests/engine/company.py makes the schedules. `TRIO_RUNNER_TEST_EVENTS=1000` in the environment makes them longer. A failure
 names the requests that differ, and `python -m tests.engine.play` finds the shortest schedule that does.
 """
 
@@ -30,7 +30,7 @@ from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
 
 TYPES = (*OUR_TYPES, *OTHER_TYPES)
-N_EVENTS = int(os.environ.get("TRIO_RUNNER_EVENTS", "60"))
+N_EVENTS = int(os.environ.get("TRIO_RUNNER_TEST_EVENTS", "60"))
 """Events of one schedule. All schedules of the suite have more than 2,000 together."""
 DEADLINE = 60.0
 PROMPT = "the story and the model and the answer of the user " * 6
