@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,12 +40,18 @@ inline int32_t nearest(float x) {
     return (bits & 0x007fffff) - 0x00400000;
 }
 
+// The greatest of a group's numbers without their signs; NaN if there is one. As whole numbers, the bits of floats
+// without signs are in the order of the floats, and NaN comes after infinity.
 inline float greatest(const float *x) {
-    float lanes[8] = {};
+    int32_t bits[GROUP], lanes[8] = {};
+    std::memcpy(bits, x, sizeof bits);
     for (int i = 0; i < GROUP; i += 8)
         for (int j = 0; j < 8; ++j)
-            lanes[j] = std::max(lanes[j], std::fabs(x[i + j]));
-    return *std::max_element(lanes, lanes + 8);
+            lanes[j] = std::max(lanes[j], bits[i + j] & 0x7fffffff);
+    const int32_t highest = *std::max_element(lanes, lanes + 8);
+    float result;
+    std::memcpy(&result, &highest, sizeof result);
+    return result;
 }
 
 // Rounds the groups [begin, end) of a row.
@@ -55,7 +62,9 @@ inline void round_row(const Layout &layout, const float *x, int64_t begin, int64
     for (int64_t group = begin; group < end; ++group) {
         const float *numbers = x + group * GROUP;
         const float highest = greatest(numbers), scale = highest / most;
-        const float factor = highest > 0 ? most / highest : 0.0f;
+        // A group of numbers so small that the factor would not be finite counts as zeros. A NaN or an infinite number
+        // is kept by the scale: all results of the row become NaN.
+        const float factor = highest > most * FLT_MIN ? most / highest : 0.0f;
         int32_t codes[GROUP];
         for (int i = 0; i < GROUP; ++i)
             codes[i] = nearest(numbers[i] * factor);

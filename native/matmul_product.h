@@ -5,8 +5,9 @@
 // (for floats: each one), 16 lanes of 32 bits lie one after the other.
 //
 // Every result is one chain of additions: within a group of weights that share a scale, whole numbers are summed, so
-// their order does not matter; then the groups are added as floats in the order of k. Nothing else is added, so a row's
-// results do not depend, to the last bit, on how many rows are beside it, which thread computes it, or where a part ends.
+// their order does not matter; then the groups are added as floats in the order of k. (Weights that are floats are summed
+// in chains of 64, which are added in the order of k.) Nothing else is added, so a row's results do not depend, to the
+// last bit, on how many rows are beside it, which thread computes it, or where a part ends.
 #pragma once
 
 #if defined(MATMUL_VECTORS) // tests choose
@@ -40,6 +41,26 @@ struct Weights {
     size_t stride;
     int n;
     int64_t k;
+    const char *next; // the weights that will probably be wanted next, or null
+};
+
+// Fetches the next weights into the cache while these are unpacked, as many bytes for each block as it has itself. The
+// machine would not guess where to read on: a tile is read from 16 places in turns.
+class Prefetch {
+public:
+    Prefetch(const Weights &weights, int64_t n_blocks)
+        : at_(weights.next), step_(weights.next == nullptr ? 0 : TILE * weights.stride / size_t(n_blocks)) {}
+    void go_on() {
+        const char *end = at_ + step_;
+        for (; done_ < end; done_ += 64)
+            __builtin_prefetch(done_);
+        at_ = end;
+    }
+
+private:
+    const char *at_;
+    size_t step_;
+    const char *done_ = at_;
 };
 
 // How the codes of a format are multiplied on this machine.
@@ -89,12 +110,14 @@ template <class Format> void place_codes(Bytes x, int vector, char *column) {
 }
 
 // Unpacks `n_k` numbers of each row, from number `from` on.
-template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &part) {
+template <class Format>
+void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &part, Prefetch &prefetch) {
     using Block = typename Format::Block;
     constexpr int N = Format::N, GROUPS = N / Format::SCALED, CODE_SIZE = Way<Format>::IS_WIDE ? 2 : 1;
     const Places places(weights);
     char *to = part.codes;
     for (int64_t block = 0; block < n_k / N; ++block) {
+        prefetch.go_on();
         Blocks<Block> blocks;
         for (int row = 0; row < TILE; ++row)
             blocks.rows[row] = places.of_rows[row] + size_t(from / N + block) * sizeof(Block);
@@ -220,13 +243,16 @@ struct FloatPart {
     alignas(64) float columns[K * TILE];
 };
 
-template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part) {
+template <class Format>
+void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part, Prefetch &prefetch) {
     using Number = typename Format::Number;
     const Places places(weights);
     auto *columns = reinterpret_cast<char *>(part.columns);
     int64_t k = 0;
-    for (; k + 8 <= n_k; k += 8)
+    for (; k + 8 <= n_k; k += 8) {
+        prefetch.go_on();
         Format::gather(places.of_rows, size_t(from + k) * sizeof(Number), columns + k * COLUMN);
+    }
     if (k == n_k) return;
     Number last[TILE][8] = {}; // nothing may be read behind the end of a row
     const char *of_rows[TILE];
@@ -237,46 +263,66 @@ template <class Format> void unpack(const Weights &weights, int64_t from, int64_
     Format::gather(of_rows, 0, columns + k * COLUMN);
 }
 
+// Multiplies a part of floats with some rows. Each CHAIN of products is summed on its own: long sums lose digits.
 template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first) {
+    constexpr int64_t CHAIN = 64;
+    static_assert(FloatPart::K % CHAIN == 0);
     const float *numbers[N_ROWS];
-    Floats results[N_ROWS][VECTORS];
-#pragma GCC unroll 16
-    for (int row = 0; row < N_ROWS; ++row) {
-        numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
-        for (int v = 0; v < VECTORS; ++v)
-            results[row][v] = is_first ? no_floats() : load_floats(rows[row].results + v * LANES);
-    }
-    for (int64_t k = 0; k < n_k; ++k) {
-        Floats weights[VECTORS];
-        for (int v = 0; v < VECTORS; ++v)
-            weights[v] = load_floats(part.columns + k * TILE + v * LANES);
-#pragma GCC unroll 16
-        for (int row = 0; row < N_ROWS; ++row) {
-            const Floats x = all_lanes(numbers[row][k]);
-            for (int v = 0; v < VECTORS; ++v)
-                results[row][v] = multiply_add(weights[v], x, results[row][v]);
-        }
-    }
 #pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row)
-        for (int v = 0; v < VECTORS; ++v)
-            store_floats(rows[row].results + v * LANES, results[row][v]);
+        numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
+    for (int64_t begin = 0; begin < n_k; begin += CHAIN) {
+        Floats sums[N_ROWS][VECTORS];
+#pragma GCC unroll 16
+        for (int row = 0; row < N_ROWS; ++row)
+            for (int v = 0; v < VECTORS; ++v)
+                sums[row][v] = no_floats();
+        for (int64_t k = begin, end = std::min(begin + CHAIN, n_k); k < end; ++k) {
+            Floats weights[VECTORS];
+            for (int v = 0; v < VECTORS; ++v)
+                weights[v] = load_floats(part.columns + k * TILE + v * LANES);
+#pragma GCC unroll 16
+            for (int row = 0; row < N_ROWS; ++row) {
+                const Floats x = all_lanes(numbers[row][k]);
+                for (int v = 0; v < VECTORS; ++v)
+                    sums[row][v] = multiply_add(weights[v], x, sums[row][v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < N_ROWS; ++row)
+            for (int v = 0; v < VECTORS; ++v) {
+                float *results = rows[row].results + v * LANES;
+                const Floats before = is_first && begin == 0 ? no_floats() : load_floats(results);
+                store_floats(results, add(before, sums[row][v]));
+            }
+    }
 }
 
-// Calls `multiply_rows(std::integral_constant<int, n>, rows)` with at most MOST rows each time, until all are done.
-template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F multiply_rows) {
-    for (; n_rows >= MOST; n_rows -= MOST, rows += MOST)
-        multiply_rows(std::integral_constant<int, MOST>{}, rows);
+// Calls f(std::integral_constant<int, n>), where n is from 1 to MOST.
+template <int MOST, class F> void call_with(int n, F f) {
     if constexpr (MOST > 1)
-        if (n_rows > 0) by_rows<MOST - 1>(rows, n_rows, multiply_rows);
+        if (n < MOST) return call_with<MOST - 1>(n, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
+// Calls `multiply_rows(std::integral_constant<int, n>, rows)` with at most MOST rows each time, until all are done. The
+// last two calls share what is left: a row on its own would cost as much as two.
+template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F multiply_rows) {
+    while (n_rows > 0) {
+        const int64_t n = n_rows <= MOST ? n_rows : n_rows < 2 * MOST ? (n_rows + 1) / 2 : MOST;
+        call_with<MOST>(int(n), [&](auto constant) { multiply_rows(constant, rows); });
+        rows += n;
+        n_rows -= n;
+    }
 }
 
 template <class Format>
 void product(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
     static thread_local Part<Format> part;
+    Prefetch prefetch(weights, weights.k / Format::N);
     for (int64_t from = 0; from < weights.k; from += part.K) {
         const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
-        unpack<Format>(weights, from, n_k, part);
+        unpack<Format>(weights, from, n_k, part, prefetch);
         by_rows<ROWS_OF_INTS>(rows, n_rows, [&](auto n, const Row *some) {
             multiply<Format, n>(part, from, n_k, layout, some, from == 0);
         });
@@ -286,9 +332,10 @@ void product(const Weights &weights, const Layout &layout, const Row *rows, int6
 template <class Format>
 void product_of_floats(const Weights &weights, const Layout &, const Row *rows, int64_t n_rows) {
     static thread_local FloatPart part;
+    Prefetch prefetch(weights, weights.k / 8 + 1);
     for (int64_t from = 0; from < weights.k; from += part.K) {
         const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
-        unpack<Format>(weights, from, n_k, part);
+        unpack<Format>(weights, from, n_k, part, prefetch);
         by_rows<ROWS_OF_FLOATS>(rows, n_rows,
                                 [&](auto n, const Row *some) { multiply<n>(part, from, n_k, some, from == 0); });
     }
