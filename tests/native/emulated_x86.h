@@ -132,6 +132,7 @@ template <class F> __m512i shift(__m512i a, F shifted) {
 #define _mm512_maddubs_epi16 emulated::maddubs
 #define _mm512_madd_epi16 emulated::madd
 #define _mm512_cvtepi32_ps emulated::to_floats
+#define _mm512_add_ps(a, b) __m512((a) + (b))
 #define _mm512_mul_ps(a, b) __m512((a) * (b))
 #define _mm512_fmadd_ps emulated::fma
 #define _mm512_castsi128_si512(x) emulated::insert(__m512i{}, x, 0)
