@@ -14,7 +14,7 @@ constexpr int LANES = 16;
 constexpr int ROWS_OF_INTS = 8;
 constexpr int ROWS_OF_FLOATS = 12;
 constexpr bool WEIGHTS_ARE_UNSIGNED = true; // in dot_bytes and pair_up
-#if __AVX512VNNI__
+#if defined(__AVX512VNNI__)
 constexpr bool HAS_DOT_BYTES = true;
 #else
 constexpr bool HAS_DOT_BYTES = false;
@@ -39,7 +39,7 @@ inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 
 // sum + the four products of bytes in each lane
 inline Ints dot_bytes(Ints sum, Ints weights, Ints activations) {
-#if __AVX512VNNI__
+#if defined(__AVX512VNNI__)
     return _mm512_dpbusd_epi32(sum, weights, activations);
 #else
     (void) weights, (void) activations;

@@ -38,6 +38,7 @@ inline Floats load_floats(const float *p) { return vld1q_f32(p); }
 inline void store_floats(float *p, Floats x) { vst1q_f32(p, x); }
 inline Floats all_lanes(float x) { return vdupq_n_f32(x); }
 inline Floats to_floats(Ints x) { return vcvtq_f32_s32(x); }
+inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 inline Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return vfmaq_f32(sum, a, b); }
 
