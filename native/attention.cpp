@@ -96,11 +96,7 @@ struct Sums {
     }
 };
 
-// Adds the sums of one query over one more chunk. To be called in the order of the chunks, for equal results. It is not
-// inlined, because a compiler may round differently in each place.
-#if defined(__GNUC__)
-__attribute__((noinline))
-#endif
+// Adds the sums of one query over one more chunk. To be called in the order of the chunks, for equal results.
 void merge(float &highest, float &weight, float *values, float chunk_highest, float chunk_weight,
            const float *chunk_values, int64_t n_embd) {
     if (chunk_weight == 0.0f) return;

@@ -52,6 +52,7 @@ public:
         if (product_ != nullptr) {
             layout_.is_wide = product_->is_wide;
             layout_.summed = product_->summed;
+            layout_.is_flipped = product_->is_flipped;
         }
     }
 
@@ -73,7 +74,7 @@ public:
             const Division division(n_tiles_, n_rows_of(matrix), n_matrices(), params->nth);
             for (; unit < first + division.n_units(); unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
                 if (may_abort && ggml_cpu_is_abort_wanted(params->threadpool)) return;
-                multiply_unit(matrix, division, unit - first);
+                multiply_unit(matrix, division, unit - first, params->nth);
             }
             first += division.n_units();
         }
@@ -179,8 +180,14 @@ private:
                size_t(i3 / (x_->ne[3] / weights_->ne[3])) * weights_->nb[3];
     }
 
-    void multiply_unit(int64_t matrix, const Division &division, int64_t unit) const {
+    const char *tile_data(int64_t matrix, int64_t tile) const {
+        return matrix_data(matrix) + size_t(tile * TILE) * weights_->nb[1];
+    }
+
+    void multiply_unit(int64_t matrix, const Division &division, int64_t unit, int n_threads) const {
         const int64_t first_tile = unit % division.n_tile_parts() * division.tiles_at_once,
+                      // of the unit that this thread will probably take next
+                      later_tile = first_tile + division.tiles_at_once * n_threads,
                       end_tile = std::min(first_tile + division.tiles_at_once, n_tiles_),
                       first_row = unit / division.n_tile_parts() * division.rows_at_once,
                       n_rows = std::min(division.rows_at_once, division.n_rows - first_row);
@@ -188,8 +195,11 @@ private:
         for (int64_t i = 0; i < n_rows; ++i)
             all[i] = row_of(matrix, first_row + i);
         for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-            const int64_t first = tile * TILE, n = std::min<int64_t>(TILE, weights_->ne[1] - first);
-            const Weights weights{matrix_data(matrix) + size_t(first) * weights_->nb[1], weights_->nb[1], int(n), k_};
+            const int64_t first = tile * TILE, n = std::min<int64_t>(TILE, weights_->ne[1] - first),
+                          next = tile + 1 < end_tile ? tile + 1 : later_tile;
+            // The last tile, which may not be full, is not worth fetching.
+            const Weights weights{tile_data(matrix, tile), weights_->nb[1], int(n), k_,
+                                  next + 1 < n_tiles_ ? tile_data(matrix, next) : nullptr};
             if (product_ == nullptr) {
                 multiply_dots(weights, all, n_rows, first);
                 continue;

@@ -10,5 +10,9 @@ foreach(target ${targets})
     set_source_files_properties(
       ${LLAMA_SOURCE}/ggml/src/ggml-cpu/ops.cpp TARGET_DIRECTORY ${target}
       PROPERTIES COMPILE_DEFINITIONS ggml_compute_forward_flash_attn_ext=ggml_flash_attn_ext_upstream)
+    # A function that is inlined in two places must round the same in both.
+    set_source_files_properties(
+      ${CMAKE_CURRENT_SOURCE_DIR}/attention.cpp TARGET_DIRECTORY ${target}
+      PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
   endif()
 endforeach()

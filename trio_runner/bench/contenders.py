@@ -55,8 +55,6 @@ class Loaded:
     """Bytes of weights that a step reads."""
     weights: int
     """Weights that a row is multiplied with."""
-    threads: Mapping[str, int]
-    """Ids of the threads that Python knows, by name."""
 
 
 class OwnProcess:
@@ -86,7 +84,7 @@ class OwnProcess:
             raise
 
     def turn(self, loop: Loop, case: Case) -> dict[str, Any]:
-        """Measure once. Returns the fields of `bare.Turn`."""
+        """Measure once. Returns the fields of `bare.Turn`, and the ids of Python's threads by their names."""
         assert self._process.stdin is not None
         try:
             print(json.dumps({"loop": loop, **dataclasses.asdict(case)}), file=self._process.stdin, flush=True)
