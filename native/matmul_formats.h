@@ -19,6 +19,8 @@
 
 namespace {
 
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 constexpr int TILE = 16;        // rows that are unpacked, and multiplied, at once
 constexpr int COLUMN = TILE * 4; // bytes of a column
 
@@ -37,6 +39,10 @@ template <class V> void store(void *p, const V &x) { std::memcpy(p, &x, sizeof x
 template <class Block> struct Blocks {
     const char *rows[TILE];
 
+    Blocks(const char *const (&begins)[TILE], int64_t number) {
+        for (int row = 0; row < TILE; ++row)
+            rows[row] = begins[row] + size_t(number) * sizeof(Block);
+    }
     const Block &operator[](int row) const { return *reinterpret_cast<const Block *>(rows[row]); }
 };
 
@@ -48,19 +54,9 @@ inline float half(ggml_half x) {
 #endif
 }
 
-// Two numbers of 16 bits that begin a block, or one of them, of 16 rows.
-template <class Block> void first_halves(const Blocks<Block> &blocks, float *of_rows) {
-    ggml_half numbers[TILE];
-    for (int row = 0; row < TILE; ++row)
-        std::memcpy(numbers + row, blocks.rows[row], sizeof(ggml_half));
-    halves_to_floats(numbers, of_rows);
-}
-template <class Block> void second_halves(const Blocks<Block> &blocks, float *of_rows) {
-    ggml_half numbers[TILE];
-    for (int row = 0; row < TILE; ++row)
-        std::memcpy(numbers + row, blocks.rows[row] + sizeof(ggml_half), sizeof(ggml_half));
-    halves_to_floats(numbers, of_rows);
-}
+// The first four bytes of a block of each of 16 rows: one or two numbers of 16 bits.
+using Heads = const uint32_t *;
+
 inline void multiples(const float *x, float factor, float *of_rows) {
     for (int row = 0; row < TILE; ++row)
         of_rows[row] = x[row] * factor;
@@ -86,14 +82,15 @@ template <class Block> void gather8(const Blocks<Block> &blocks, size_t at, char
 //   codes      from a vector of each column (COLUMN bytes apart) to the codes: put(i, x) takes those of the weights from
 //              4 * i to 4 * i + 3 of the chunk
 //   scales     for each group of SCALED weights of a block the scales of 16 rows, then those of the next group; likewise
-//              the offsets, if there are any
+//              the offsets, if there are any. It takes the Heads of the blocks if HAS_HEADS, else Blocks
 
 template <class B> struct Nibbles { // 32 weights: first the low halves of 16 bytes, then the high ones
     using Block = B;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 15, COLUMNS = 4;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = true;
     static void gather(const Blocks<B> &blocks, int, char *columns) { gather4(blocks, offsetof(B, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, x & 15);
@@ -103,30 +100,31 @@ template <class B> struct Nibbles { // 32 weights: first the low halves of 16 by
 };
 
 struct Q4_0 : Nibbles<block_q4_0> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
         multiples(scales, -8.0f, offsets);
     }
 };
 
 struct Q4_1 : Nibbles<block_q4_1> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
-        second_halves(blocks, offsets);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
+        high_halves(heads, offsets);
     }
 };
 
 template <class B> struct FiveBits { // like Nibbles, and the fifth bits in 32 bits of their own
     using Block = B;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 31, COLUMNS = 5;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = true;
     static void gather(const Blocks<B> &blocks, int, char *columns) {
         gather4(blocks, offsetof(B, qs), columns);
         for (int row = 0; row < TILE; ++row)
             std::memcpy(columns + 4 * COLUMN + 4 * row, blocks[row].qh, 4);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
         const auto bits = load<Bytes>(columns + 4 * COLUMN);
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, (x & 15) | fifth_bits(bits, i));
@@ -146,54 +144,56 @@ private:
 };
 
 struct Q5_0 : FiveBits<block_q5_0> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
         multiples(scales, -16.0f, offsets);
     }
 };
 
 struct Q5_1 : FiveBits<block_q5_1> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
-        second_halves(blocks, offsets);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
+        high_halves(heads, offsets);
     }
 };
 
 struct Q8_0 {
     using Block = block_q8_0;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 128, COLUMNS = 8;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = true;
     static void gather(const Blocks<Block> &blocks, int, char *columns) { gather8(blocks, offsetof(Block, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i)
             put(i, load<Bytes>(columns + i * COLUMN));
     }
-    static void scales(const Blocks<Block> &blocks, float *scales, float *) { first_halves(blocks, scales); }
+    static void scales(Heads heads, float *scales, float *) { low_halves(heads, scales); }
 };
 
 struct IQ4_NL {
     using Block = block_iq4_nl;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 127, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = true;
     static void gather(const Blocks<Block> &blocks, int, char *columns) { gather4(blocks, offsetof(Block, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, look_up(kvalues_iq4nl, x & 15));
             put(i + 4, look_up(kvalues_iq4nl, x >> 4));
         }
     }
-    static void scales(const Blocks<Block> &blocks, float *scales, float *) { first_halves(blocks, scales); }
+    static void scales(Heads heads, float *scales, float *) { low_halves(heads, scales); }
 };
 
 struct IQ4_XS {
     using Block = block_iq4_xs;
     static constexpr int N = 256, CHUNK = 32, SCALED = 32, MAX = 127, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather4(blocks, offsetof(Block, qs) + size_t(chunk) * 16, columns);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) { IQ4_NL::codes(columns, 0, put); }
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) { IQ4_NL::codes(columns, 0, put); }
     static void scales(const Blocks<Block> &blocks, float *scales, float *) {
         for (int row = 0; row < TILE; ++row) {
             const Block &x = blocks[row];
@@ -209,9 +209,10 @@ struct IQ4_XS {
 struct MXFP4 {
     using Block = block_mxfp4;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 12, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int, char *columns) { gather4(blocks, offsetof(Block, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, look_up(kvalues_mxfp4, x & 15));
@@ -226,18 +227,16 @@ struct MXFP4 {
 
 // Q4_K and Q5_K: 6 bits of each of 8 scales and 8 offsets, in 12 bytes.
 template <class Block> void scales_of_six_bits(const Blocks<Block> &blocks, float *scales, float *offsets) {
-    float d[TILE], d_min[TILE];
-    first_halves(blocks, d);
-    second_halves(blocks, d_min);
     for (int row = 0; row < TILE; ++row) {
+        const float d = half(blocks[row].data.data.d), d_min = half(blocks[row].data.data.dmin);
         uint32_t packed[3];
         std::memcpy(packed, blocks[row].scales, sizeof packed);
         // Four numbers at once, one in each byte: the numbers 0 to 3, then 4 to 7.
         const uint32_t s[2] = {packed[0] & 0x3f3f3f3f, (packed[2] & 0x0f0f0f0f) | (packed[0] >> 2 & 0x30303030)};
         const uint32_t o[2] = {packed[1] & 0x3f3f3f3f, (packed[2] >> 4 & 0x0f0f0f0f) | (packed[1] >> 2 & 0x30303030)};
         for (int i = 0; i < 8; ++i) {
-            scales[i * TILE + row] = d[row] * float(s[i / 4] >> 8 * (i % 4) & 255);
-            offsets[i * TILE + row] = -d_min[row] * float(o[i / 4] >> 8 * (i % 4) & 255);
+            scales[i * TILE + row] = d * float(s[i / 4] >> 8 * (i % 4) & 255);
+            offsets[i * TILE + row] = -d_min * float(o[i / 4] >> 8 * (i % 4) & 255);
         }
     }
 }
@@ -245,11 +244,12 @@ template <class Block> void scales_of_six_bits(const Blocks<Block> &blocks, floa
 struct Q4_K {
     using Block = block_q4_K;
     static constexpr int N = 256, CHUNK = 64, SCALED = 32, MAX = 15, COLUMNS = 8;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, x & 15);
@@ -264,12 +264,13 @@ struct Q4_K {
 struct Q5_K {
     using Block = block_q5_K;
     static constexpr int N = 256, CHUNK = 64, SCALED = 32, MAX = 31, COLUMNS = 16;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
         gather8(blocks, offsetof(Block, qh), columns + 8 * COLUMN);
     }
-    template <class Put> static void codes(const char *columns, int chunk, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int chunk, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             const auto high = load<Bytes>(columns + (i + 8) * COLUMN) >> uint8_t(2 * chunk);
@@ -285,13 +286,14 @@ struct Q5_K {
 struct Q6_K {
     using Block = block_q6_K;
     static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 32, COLUMNS = 24;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, ql) + size_t(chunk) * 64, columns);
         gather8(blocks, offsetof(Block, ql) + size_t(chunk) * 64 + 32, columns + 8 * COLUMN);
         gather8(blocks, offsetof(Block, qh) + size_t(chunk) * 32, columns + 16 * COLUMN);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN), more = load<Bytes>(columns + (i + 8) * COLUMN);
             const auto high = load<Bytes>(columns + (i + 16) * COLUMN);
@@ -313,12 +315,13 @@ struct Q6_K {
 struct Q3_K {
     using Block = block_q3_K;
     static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 4, COLUMNS = 16;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
         gather8(blocks, offsetof(Block, hmask), columns + 8 * COLUMN);
     }
-    template <class Put> static void codes(const char *columns, int chunk, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int chunk, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN);
             const auto high = load<Bytes>(columns + (i + 8) * COLUMN) >> uint8_t(4 * chunk);
@@ -343,11 +346,12 @@ struct Q3_K {
 struct Q2_K {
     using Block = block_q2_K;
     static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 3, COLUMNS = 8;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, x & 3);
