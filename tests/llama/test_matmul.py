@@ -62,7 +62,9 @@ def test_a_row_gives_the_same_alone_and_among_others(cpu: Cpu, name: str) -> Non
     def check(k: int, n_weights: int, n_rows: int, seed: int, threads: int) -> None:
         random = np.random.default_rng(seed)
         n3, n2, by_3, by_2 = random.integers(1, 3, 4)
-        weights = kind.random(random, (n3, n2, n_weights, k))
+        weights = kind.random(random, (n3, n2 + 1, n_weights, k + kind.block))[
+            :, :n2, :, : k // kind.block * kind.block_bytes
+        ]
         x = spread(random, (n3 * by_3, n2 * by_2, n_rows, k))
         orders = [np.arange(n_rows), random.integers(0, n_rows, 1), random.integers(0, n_rows, random.integers(2, 7))]
         together, alone, few = cpu.multiply(*(Product(kind, weights, x[:, :, order]) for order in orders))
