@@ -14,7 +14,7 @@ constexpr int LANES = 16;
 constexpr int ROWS_OF_INTS = 8;
 constexpr int ROWS_OF_FLOATS = 12;
 constexpr bool WEIGHTS_ARE_UNSIGNED = true; // in dot_bytes and pair_up
-#if __AVX512VNNI__
+#if defined(__AVX512VNNI__)
 constexpr bool HAS_DOT_BYTES = true;
 #else
 constexpr bool HAS_DOT_BYTES = false;
@@ -39,7 +39,7 @@ inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 
 // sum + the four products of bytes in each lane
 inline Ints dot_bytes(Ints sum, Ints weights, Ints activations) {
-#if __AVX512VNNI__
+#if defined(__AVX512VNNI__)
     return _mm512_dpbusd_epi32(sum, weights, activations);
 #else
     (void) weights, (void) activations;
@@ -60,6 +60,7 @@ inline Floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float *p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats all_lanes(float x) { return _mm512_set1_ps(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 

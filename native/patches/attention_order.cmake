@@ -6,8 +6,8 @@
 # How: beside each mask of a graph there is one more input, of n_kv + n_rows integers for each stream: the place of each
 # cell, or -1 if the cell is empty, and the sequence of each row. It is filled when the mask is. The attention has it as
 # a sixth source, which upstream's kernels do not look at. The mask's `extra` points to it until then, because no struct
-# of a header has to change for that. Where a GPU or a server computes the attention, the input is not part of the graph
-# and costs nothing.
+# of a header has to change for that. Where a GPU of this machine computes the attention, the input is not part of the
+# graph and costs nothing. Servers get it with the masks, because theirs may be our CPU plugin.
 # A place is a position. With M-RoPE, where rows of an image share a position, it is the cell's number in its sequence:
 # cells are ordered by position, then as their rows are in the image. Without a cache it is the row's number.
 # Until: upstream's attention gives a row the same result wherever its cells lie.
@@ -29,15 +29,22 @@ static void trio_build_order(ggml_context * ctx, ggml_tensor * mask) {
     mask->extra = order;
 }
 
-// Whether a CPU of this process will compute the attention with these keys.
-static bool trio_is_on_cpu(ggml_backend_sched_t sched, const ggml_tensor * keys) {
+// Whether a backend may compute attention on a CPU: this machine's, or that of a server.
+static bool trio_may_be_cpu(ggml_backend_dev_t device) {
+    const auto type = ggml_backend_dev_type(device);
+    return type == GGML_BACKEND_DEVICE_TYPE_CPU || type == GGML_BACKEND_DEVICE_TYPE_ACCEL ||
+           std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)), "RPC") == 0;
+}
+
+// Whether attention with these keys may be computed on a CPU.
+static bool trio_may_be_on_cpu(ggml_backend_sched_t sched, const ggml_tensor * keys) {
     const ggml_tensor * memory = keys->view_src ? keys->view_src : keys;
     if (memory->buffer) {
-        return ggml_backend_buffer_is_host(memory->buffer);
+        const auto device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(memory->buffer));
+        return ggml_backend_buffer_is_host(memory->buffer) || (device && trio_may_be_cpu(device));
     }
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        const auto type = ggml_backend_dev_type(ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i)));
-        if (type != GGML_BACKEND_DEVICE_TYPE_CPU && type != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+        if (!trio_may_be_cpu(ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i)))) {
             return false;
         }
     }
@@ -80,7 +87,7 @@ trio_replace(graph 1 [=[
         ggml_flash_attn_ext_add_sinks(cur, sinks);
 ]=] [=[
         ggml_flash_attn_ext_add_sinks(cur, sinks);
-        if (kq_mask && kq_mask->extra && trio_is_on_cpu(sched, k)) {
+        if (kq_mask && kq_mask->extra && trio_may_be_on_cpu(sched, k)) {
             cur->src[5] = static_cast<ggml_tensor *>(kq_mask->extra);
         }
 ]=])

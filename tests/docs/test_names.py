@@ -19,7 +19,7 @@ MEMBER = re.compile(r"([A-Z]\w+)\.(\w+)(?:\(.*\))?")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]+)?\)")
 NOT_OURS = {"--help", "--hypothesis-profile", "--unix-socket"}
 VARIABLE = re.compile(r"\bTRIO_RUNNER_[A-Z_]+\b")
-OF_TESTS = {"TRIO_RUNNER_TEST_DEVICES"}
+OF_TESTS = {"TRIO_RUNNER_TEST_DEVICES", "TRIO_RUNNER_TEST_EVENTS"}
 
 
 def shell_text(page: Path | None = None) -> str:
@@ -101,6 +101,7 @@ def test_options_exist() -> None:
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     scripts = [ROOT / "build_llama.py", *(ROOT / "native").rglob("*.py"), *(ROOT / "ci").iterdir()]
+    scripts += [ROOT / "tests" / "engine" / "play.py"]
     of_scripts = {
         option
         for path in scripts
