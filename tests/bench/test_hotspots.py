@@ -50,6 +50,7 @@ def test_samples_are_read() -> None:
         ("libggml-cpu-haswell.so", "", "ggml_vec_dot_q4_1_q8_1", "products"),
         ("libggml-cpu-haswell.so", "matmul_avx2.cpp", "tile", "products"),
         ("libggml-cpu-haswell.so", "", "quantize_row_q8_1", "quantising activations"),
+        ("libggml-cpu-haswell.so", "matmul.cpp", "Traits::compute_forward", "quantising activations"),
         ("libggml-cpu-haswell.so", "", "ggml_compute_forward_flash_attn_ext", "attention"),
         ("libggml-cpu-haswell.so", "", "ggml_compute_forward_rms_norm_mul_fused", "norms"),
         ("libggml-cpu-haswell.so", "", "void rotate_pairs<float>", "RoPE"),
@@ -91,3 +92,11 @@ def test_the_table_divides_the_time_of_a_step() -> None:
         " functions:",
         "  28.6%     1.000 ms    ggml_barrier (libggml-cpu-haswell.so)",
     ]
+
+
+def test_libraries_without_names_of_functions_are_reported() -> None:
+    script = SCRIPT.replace("ggml_barrier", "[unknown]")
+    lines = Profile("decode", read_samples(script, {}, {}), 0.001, 0.01, 2, "a step", None).table(1).splitlines()
+    assert lines[-1] == (
+        " Functions of libggml-cpu-haswell.so have no names: the symbols are missing, or are those of another build."
+    )

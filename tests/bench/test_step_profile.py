@@ -36,7 +36,7 @@ def test_the_time_of_a_step_is_divided(tmp_path: Path, monkeypatch: pytest.Monke
     kinds = {kind: float(figures.split("%")[0]) for figures, kind in rows}
     assert sum(kinds.values()) == pytest.approx(100, abs=1)
     assert {"Python, decode thread", "graphs, memory, batches"} <= kinds.keys()
-    assert len(lines) == len(kinds) + 1 + 3 + 1
+    assert sum(" ms    " in line for line in lines) == 3  # functions
 
 
 @pytest.mark.skipif(shutil.which("perf") is None, reason="perf is not installed")

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans, read
-from trio_runner.bench import kernels, step_profile
+from trio_runner.bench import embedding_turns, kernels, step_profile
 from trio_runner.cli.dropin import FLAGS
 from trio_runner.cli.main import cli
 
@@ -95,7 +95,7 @@ def test_commands_exist() -> None:
 def test_options_exist() -> None:
     options = {
         option
-        for command in (*cli.commands.values(), kernels.main, step_profile.main)
+        for command in (*cli.commands.values(), embedding_turns.main, kernels.main, step_profile.main)
         for parameter in command.params
         if isinstance(parameter, click.Option)
         for option in (*parameter.opts, *parameter.secondary_opts)

@@ -186,8 +186,9 @@ class Aborted(Exception):
 class Cpu:
     """An opened variant of the CPU plugin."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_upstreams: bool = False) -> None:
         base()
+        self.is_upstreams = is_upstreams
         self.path = path
         self.name = path.stem.rpartition("-")[2]
         self.library = ffi.dlopen(str(path))
@@ -227,9 +228,10 @@ class Cpu:
 
     def _compute(self, graph: Any, threads: int, abort: Callable[[], bool] | None) -> int:
         plan = self.library.ggml_graph_plan(graph, threads, ffi.NULL)
-        size = plan.work_size - threads * CACHE_LINE
+        size = plan.work_size if self.is_upstreams else plan.work_size - threads * CACHE_LINE
         work = np.full(size + N_GUARD + CACHE_LINE, GUARD, np.uint8)
-        begin = (CACHE_LINE + 16 - work.ctypes.data) % CACHE_LINE  # aligned as memory from malloc is, and no better
+        alignment = CACHE_LINE if self.is_upstreams else 4  # as bad as can be
+        begin = (CACHE_LINE + alignment - work.ctypes.data) % CACHE_LINE
         plan.work_data = ffi.cast("uint8_t *", work.ctypes.data + begin)
         callback = ffi.callback("ggml_abort_callback", lambda _: abort()) if abort is not None else ffi.NULL
         plan.abort_callback = callback
@@ -274,7 +276,7 @@ def upstreams() -> Cpu:
     """The best variant again, but with upstream's products. A copy of its file is a plugin of its own."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIO_RUNNER_MATMUL", "ggml")
-        return Cpu(Path(shutil.copy(plugins()[0].path, directory)))
+        return Cpu(Path(shutil.copy(plugins()[0].path, directory)), is_upstreams=True)
 
 
 def exact(product: Product) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.llama.one_operation import TYPES, Aborted, Cpu, Floats, Product, Type, exact, plugins, upstreams
@@ -57,7 +57,7 @@ def same(a: Floats, b: Floats) -> bool:
 def test_a_row_gives_the_same_alone_and_among_others(cpu: Cpu, name: str) -> None:
     kind = TYPES[name]
 
-    @settings(max_examples=4)
+    @settings(max_examples=4, phases=[Phase.generate])
     @given(lengths(kind), st.integers(1, 50), st.integers(1, 70), seeds, numbers_of_threads)
     def check(k: int, n_weights: int, n_rows: int, seed: int, threads: int) -> None:
         random = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def test_a_row_gives_the_same_alone_and_among_others(cpu: Cpu, name: str) -> Non
 def test_a_row_gives_the_same_with_one_expert_among_many(cpu: Cpu, name: str) -> None:
     kind = TYPES[name]
 
-    @settings(max_examples=3)
+    @settings(max_examples=3, phases=[Phase.generate])
     @given(lengths(kind), st.integers(1, 40), st.integers(1, 6), st.integers(1, 20), seeds, numbers_of_threads)
     def check(k: int, n_weights: int, n_experts: int, n_tokens: int, seed: int, threads: int) -> None:
         random = np.random.default_rng(seed)

@@ -15,11 +15,17 @@ from typing import Final
 PYTHON: Final = "Python, decode thread"
 OTHER_PYTHON: Final = "Python, other threads"
 OTHER: Final = "other"
+OURS: Final = "ggml"
+"""In the names of the libraries that compute."""
+UNKNOWN: Final = "[unknown]"
+"""What perf calls a function that it has no name for."""
+NAMELESS: Final = 0.05
+"""Part of the samples that may be in our libraries without a name of the function."""
 
 KINDS: Final[Mapping[str, str]] = {
     "waiting for other threads": r"ggml_barrier|ggml_thread|ggml_graph_compute_(secondary_)?thread|sched_yield|futex",
     "attention": r"/attention\.cpp|flash_attn|simd_gemm",
-    "quantising activations": r"quantize_(row|mat)|quantise",
+    "quantising activations": r"quantize_(row|mat)|matmul\.cpp Traits::compute_forward",
     "products": r"/matmul|vec_dot|mul_mat|gemm|gemv|tinyBLAS|sgemm|tiled_|out_prod",
     "RoPE": r"rope|rotate_pairs|sincos",
     "norms": r"ggml-cpu.*norm",
@@ -127,7 +133,14 @@ class Profile:
         largest = [
             (f"  {function.name[:70]} ({function.where})", n) for function, n in functions.most_common(n_functions)
         ]
-        return "\n".join([title, *self._lines(rows), " functions:", *self._lines(largest), ""])
+        return "\n".join([title, *self._lines(rows), " functions:", *self._lines(largest), *self._remarks(), ""])
+
+    def _remarks(self) -> list[str]:
+        nameless = [each for each in self.samples if each.function.name == UNKNOWN and OURS in each.function.library]
+        if len(nameless) <= NAMELESS * len(self.samples):
+            return []
+        libraries = ", ".join(sorted({sample.function.library for sample in nameless}))
+        return [f" Functions of {libraries} have no names: the symbols are missing, or are those of another build."]
 
     def _kind(self, sample: Sample) -> str:
         kind = sample.function.kind

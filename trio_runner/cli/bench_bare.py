@@ -88,7 +88,8 @@ def take_turns(options: EngineChoice) -> int:
     """Load the model and say so in a line of JSON; then answer each line on stdin, until there are no more.
 
     A line has the fields of `Case`, and "loop": "engine" or "bare". The answer has the fields of `Turn`, and the ids of
-    Python's threads by name; or else an "error". Returns the exit code.
+    Python's threads by name. Or a line has "texts", lists of tokens to embed; the answer says how long that took, and
+    has the first "vector". An answer may also be an "error". Returns the exit code.
     """
     model, config = options.configs()
 
@@ -140,6 +141,9 @@ async def _answer(pair: Pair, line: str) -> dict[str, Any]:
 
     try:
         fields = json.loads(line)
+        if "texts" in fields:
+            seconds, cpu_seconds, vector = await pair.embed(fields["texts"])
+            return {"seconds": seconds, "cpu_seconds": cpu_seconds, "vector": vector}
         loop = fields.pop("loop")
         if loop not in LOOPS:
             raise ValueError(f"there is no loop {loop}")
