@@ -13,6 +13,7 @@ constexpr int LANES = 8;
 constexpr int ROWS_OF_INTS = 3;   // rows that are multiplied with a tile at once: what 16 registers hold
 constexpr int ROWS_OF_FLOATS = 4; // also 4 x 2 chains of additions, enough to hide how long each takes
 constexpr bool WEIGHTS_ARE_UNSIGNED = true; // in dot_bytes and pair_up
+constexpr bool HAS_PAIRS = true; // there is pair_up
 #if defined(__AVXVNNI__)
 constexpr bool HAS_DOT_BYTES = true;
 #else

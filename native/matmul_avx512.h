@@ -14,6 +14,7 @@ constexpr int LANES = 16;
 constexpr int ROWS_OF_INTS = 8;
 constexpr int ROWS_OF_FLOATS = 12;
 constexpr bool WEIGHTS_ARE_UNSIGNED = true; // in dot_bytes and pair_up
+constexpr bool HAS_PAIRS = true; // there is pair_up
 #if defined(__AVX512VNNI__)
 constexpr bool HAS_DOT_BYTES = true;
 #else

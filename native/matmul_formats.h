@@ -27,6 +27,7 @@ constexpr int COLUMN = TILE * 4; // bytes of a column
 // As many bytes of a column as a vector has. The compiler knows the operators of these.
 typedef uint8_t Bytes __attribute__((vector_size(LANES * 4)));
 typedef int16_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Dwords __attribute__((vector_size(LANES * 4)));
 
 template <class V> V load(const void *p) {
     V x;
@@ -34,6 +35,10 @@ template <class V> V load(const void *p) {
     return x;
 }
 template <class V> void store(void *p, const V &x) { std::memcpy(p, &x, sizeof x); }
+
+// Bytes shifted, with bits of their neighbours where zeros should be: compilers have no good code for most such shifts.
+inline Bytes shift_left(const Bytes &x, int n) { return Bytes(Words(x) << n); }
+inline Bytes shift_right(const Bytes &x, int n) { return Bytes(Words(x) >> n); }
 
 // The same block of each of 16 rows.
 template <class Block> struct Blocks {
@@ -46,13 +51,18 @@ template <class Block> struct Blocks {
     const Block &operator[](int row) const { return *reinterpret_cast<const Block *>(rows[row]); }
 };
 
-inline float half(ggml_half x) {
-#if defined(__F16C__)
-    return _cvtsh_ss(x); // ggml looks numbers up in a table of 256 KiB, which would push weights out of the cache
-#else
-    return GGML_CPU_FP16_TO_FP32(x);
-#endif
+// The number of 16 bits that is `at` bytes after the beginning of a block, of 16 rows.
+template <class Block> void halves(const Blocks<Block> &blocks, size_t at, float *of_rows) {
+    alignas(64) uint32_t numbers[TILE] = {};
+    for (int row = 0; row < TILE; ++row) {
+        ggml_half number;
+        std::memcpy(&number, blocks.rows[row] + at, sizeof number);
+        numbers[row] = number;
+    }
+    low_halves(numbers, of_rows);
 }
+template <class Block> void first_halves(const Blocks<Block> &blocks, float *of_rows) { halves(blocks, 0, of_rows); }
+template <class Block> void second_halves(const Blocks<Block> &blocks, float *of_rows) { halves(blocks, 2, of_rows); }
 
 // The first four bytes of a block of each of 16 rows: one or two numbers of 16 bits.
 using Heads = const uint32_t *;
@@ -60,6 +70,20 @@ using Heads = const uint32_t *;
 inline void multiples(const float *x, float factor, float *of_rows) {
     for (int row = 0; row < TILE; ++row)
         of_rows[row] = x[row] * factor;
+}
+
+// 32 bits of each of 16 rows times a factor of the row, as floats.
+inline void multiples_of_dwords(const Dwords &x, const float *factors, float *of_rows) {
+    store_floats(of_rows, multiply(to_floats(load_ints(&x)), load_floats(factors)));
+}
+// Four bytes of some rows, with or without signs, times factors of the rows: the scales or offsets of four groups.
+inline void multiples_of_bytes(const Dwords &x, bool has_signs, const float *factors, float *of_rows) {
+    typedef int32_t Signed __attribute__((vector_size(LANES * 4)));
+    for (int i = 0; i < 4; ++i) {
+        const Dwords byte_on_top = x << (24 - 8 * i);
+        const Dwords number = has_signs ? Dwords(Signed(byte_on_top) >> 24) : byte_on_top >> 24;
+        multiples_of_dwords(number, factors, of_rows + i * TILE);
+    }
 }
 
 // Columns of the 16 or 32 bytes of each block that begin `at` bytes after it.
@@ -138,7 +162,6 @@ private:
         const auto copies = copy_byte(bits, i / 2);
         const uint8_t b = uint8_t(1 << 4 * (i % 2));
         const uint32_t places = b | uint32_t(b << 1) << 8 | uint32_t(b << 2) << 16 | uint32_t(uint8_t(b << 3)) << 24;
-        typedef uint32_t Dwords __attribute__((vector_size(LANES * 4)));
         return Bytes((copies & Bytes(Dwords{} + places)) != 0) & 16;
     }
 };
@@ -195,13 +218,14 @@ struct IQ4_XS {
     }
     template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) { IQ4_NL::codes(columns, 0, put); }
     static void scales(const Blocks<Block> &blocks, float *scales, float *) {
-        for (int row = 0; row < TILE; ++row) {
-            const Block &x = blocks[row];
-            const float d = half(x.d);
-            for (int i = 0; i < 8; ++i) {
-                const int low = x.scales_l[i / 2] >> 4 * (i % 2) & 15, high = x.scales_h >> 2 * i & 3;
-                scales[i * TILE + row] = d * float((low | high << 4) - 32);
-            }
+        alignas(64) char columns[4 * COLUMN]; // d and the high bits of the scales; their low bits; codes, not needed here
+        float d[TILE];
+        first_halves(blocks, d);
+        gather4(blocks, 0, columns);
+        for (int row = 0; row < TILE; row += LANES) {
+            const auto high = load<Dwords>(columns + 4 * row) >> 16, low = load<Dwords>(columns + COLUMN + 4 * row);
+            for (int i = 0; i < 8; ++i)
+                multiples_of_dwords(((low >> 4 * i & 15) | (high >> 2 * i & 3) << 4) - 32, d + row, scales + i * TILE + row);
         }
     }
 };
@@ -227,17 +251,19 @@ struct MXFP4 {
 
 // Q4_K and Q5_K: 6 bits of each of 8 scales and 8 offsets, in 12 bytes.
 template <class Block> void scales_of_six_bits(const Blocks<Block> &blocks, float *scales, float *offsets) {
-    for (int row = 0; row < TILE; ++row) {
-        const float d = half(blocks[row].data.data.d), d_min = half(blocks[row].data.data.dmin);
-        uint32_t packed[3];
-        std::memcpy(packed, blocks[row].scales, sizeof packed);
-        // Four numbers at once, one in each byte: the numbers 0 to 3, then 4 to 7.
-        const uint32_t s[2] = {packed[0] & 0x3f3f3f3f, (packed[2] & 0x0f0f0f0f) | (packed[0] >> 2 & 0x30303030)};
-        const uint32_t o[2] = {packed[1] & 0x3f3f3f3f, (packed[2] >> 4 & 0x0f0f0f0f) | (packed[1] >> 2 & 0x30303030)};
-        for (int i = 0; i < 8; ++i) {
-            scales[i * TILE + row] = d * float(s[i / 4] >> 8 * (i % 4) & 255);
-            offsets[i * TILE + row] = -d_min * float(o[i / 4] >> 8 * (i % 4) & 255);
-        }
+    alignas(64) char columns[4 * COLUMN];
+    float d[TILE], d_min[TILE];
+    first_halves(blocks, d);
+    second_halves(blocks, d_min);
+    multiples(d_min, -1.0f, d_min);
+    gather4(blocks, offsetof(Block, scales), columns);
+    for (int row = 0; row < TILE; row += LANES) {
+        const auto a = load<Dwords>(columns + 4 * row), b = load<Dwords>(columns + COLUMN + 4 * row),
+                   c = load<Dwords>(columns + 2 * COLUMN + 4 * row);
+        multiples_of_bytes(a & 0x3f3f3f3f, false, d + row, scales + row);
+        multiples_of_bytes((c & 0x0f0f0f0f) | (a >> 2 & 0x30303030), false, d + row, scales + 4 * TILE + row);
+        multiples_of_bytes(b & 0x3f3f3f3f, false, d_min + row, offsets + row);
+        multiples_of_bytes((c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030), false, d_min + row, offsets + 4 * TILE + row);
     }
 }
 
@@ -273,9 +299,9 @@ struct Q5_K {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
-            const auto high = load<Bytes>(columns + (i + 8) * COLUMN) >> uint8_t(2 * chunk);
-            put(i, (x & 15) | (high & 1) << 4);
-            put(i + 8, x >> 4 | (high & 2) << 3);
+            const auto high = shift_right(load<Bytes>(columns + (i + 8) * COLUMN), 2 * chunk);
+            put(i, (x & 15) | (shift_left(high, 4) & 16));
+            put(i + 8, x >> 4 | (shift_left(high, 3) & 16));
         }
     }
     static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
@@ -297,18 +323,20 @@ struct Q6_K {
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN), more = load<Bytes>(columns + (i + 8) * COLUMN);
             const auto high = load<Bytes>(columns + (i + 16) * COLUMN);
-            put(i, ((low & 15) | (high & 3) << 4) - 32);
-            put(i + 8, ((more & 15) | (high & 12) << 2) - 32);
+            put(i, ((low & 15) | (shift_left(high, 4) & 48)) - 32);
+            put(i + 8, ((more & 15) | (shift_left(high, 2) & 48)) - 32);
             put(i + 16, (low >> 4 | (high & 48)) - 32);
             put(i + 24, (more >> 4 | (high >> 2 & 48)) - 32);
         }
     }
     static void scales(const Blocks<Block> &blocks, float *scales, float *) {
-        for (int row = 0; row < TILE; ++row) {
-            const float d = half(blocks[row].d);
-            for (int i = 0; i < 16; ++i)
-                scales[i * TILE + row] = d * float(blocks[row].scales[i]);
-        }
+        alignas(64) char columns[4 * COLUMN];
+        float d[TILE];
+        halves(blocks, offsetof(Block, d), d);
+        gather4(blocks, offsetof(Block, scales), columns);
+        for (int i = 0; i < 4; ++i)
+            for (int row = 0; row < TILE; row += LANES)
+                multiples_of_bytes(load<Dwords>(columns + i * COLUMN + 4 * row), true, d + row, scales + 4 * i * TILE + row);
     }
 };
 
@@ -324,22 +352,25 @@ struct Q3_K {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN);
-            const auto high = load<Bytes>(columns + (i + 8) * COLUMN) >> uint8_t(4 * chunk);
-            put(i, ((low & 3) | (high & 1) << 2) - 4);
-            put(i + 8, ((low >> 2 & 3) | (high & 2) << 1) - 4);
+            const auto high = shift_right(load<Bytes>(columns + (i + 8) * COLUMN), 4 * chunk);
+            put(i, ((low & 3) | (shift_left(high, 2) & 4)) - 4);
+            put(i + 8, ((low >> 2 & 3) | (shift_left(high, 1) & 4)) - 4);
             put(i + 16, ((low >> 4 & 3) | (high & 4)) - 4);
             put(i + 24, (low >> 6 | (high >> 1 & 4)) - 4);
         }
     }
     static void scales(const Blocks<Block> &blocks, float *scales, float *) {
-        for (int row = 0; row < TILE; ++row) {
-            const Block &x = blocks[row];
-            const float d = half(x.d);
-            for (int i = 0; i < 16; ++i) {
-                const int low = x.scales[i % 8] >> 4 * (i / 8) & 15, high = x.scales[8 + i % 4] >> 2 * (i / 4) & 3;
-                scales[i * TILE + row] = d * float((low | high << 4) - 32);
+        alignas(64) char columns[4 * COLUMN]; // codes, not needed here; 8 bytes with low bits; 4 bytes with high bits
+        float d[TILE];
+        halves(blocks, offsetof(Block, d), d);
+        gather4(blocks, offsetof(Block, scales) - 4, columns); // 4 bytes later, it would read behind the block
+        for (int i = 0; i < 4; ++i)
+            for (int row = 0; row < TILE; row += LANES) {
+                const auto low = load<Dwords>(columns + (i % 2 + 1) * COLUMN + 4 * row),
+                           high = load<Dwords>(columns + 3 * COLUMN + 4 * row);
+                const auto bits = (low >> 4 * (i / 2) & 0x0f0f0f0f) | (high >> 2 * i & 0x03030303) << 4;
+                multiples_of_bytes(Dwords(Bytes(bits) - 32), true, d + row, scales + 4 * i * TILE + row);
             }
-        }
     }
 };
 
@@ -361,14 +392,18 @@ struct Q2_K {
         }
     }
     static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        for (int row = 0; row < TILE; ++row) {
-            const Block &x = blocks[row];
-            const float d = half(x.data.data.d), d_min = half(x.data.data.dmin);
-            for (int i = 0; i < 16; ++i) {
-                scales[i * TILE + row] = d * float(x.scales[i] & 15);
-                offsets[i * TILE + row] = -d_min * float(x.scales[i] >> 4);
+        alignas(64) char columns[4 * COLUMN];
+        float d[TILE], d_min[TILE];
+        halves(blocks, offsetof(Block, data), d);
+        halves(blocks, offsetof(Block, data) + 2, d_min);
+        multiples(d_min, -1.0f, d_min);
+        gather4(blocks, offsetof(Block, scales), columns);
+        for (int i = 0; i < 4; ++i)
+            for (int row = 0; row < TILE; row += LANES) {
+                const auto both = load<Dwords>(columns + i * COLUMN + 4 * row);
+                multiples_of_bytes(both & 0x0f0f0f0f, false, d + row, scales + 4 * i * TILE + row);
+                multiples_of_bytes(both >> 4 & 0x0f0f0f0f, false, d_min + row, offsets + 4 * i * TILE + row);
             }
-        }
     }
 };
 

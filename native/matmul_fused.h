@@ -12,9 +12,9 @@ namespace {
 // need several. They must be in registers: GCC keeps them there only if everything is inlined before it looks at them.
 template <class Format> class GroupSums {
     using W = Way<Format>;
-    static constexpr bool HAS_PAIRS = !W::IS_WIDE && !HAS_DOT_BYTES;
+    static constexpr bool AS_PAIRS = !W::IS_WIDE && !HAS_DOT_BYTES;
     static constexpr int GROUPS = Format::CHUNK / Format::SCALED, COLUMNS_OF_GROUP = Format::SCALED / 4;
-    static constexpr int AT_ONCE = HAS_PAIRS ? std::min(W::PAIRS, COLUMNS_OF_GROUP) : COLUMNS_OF_GROUP;
+    static constexpr int AT_ONCE = AS_PAIRS ? std::min(W::PAIRS, COLUMNS_OF_GROUP) : COLUMNS_OF_GROUP;
     static constexpr int SHARES = COLUMNS_OF_GROUP / AT_ONCE;
 
 public:
@@ -44,7 +44,7 @@ public:
 
     ALWAYS_INLINE Ints of_group(int group) const {
         const Ints(&shares)[SHARES] = sums_[group];
-        if constexpr (!HAS_PAIRS) return shares[0];
+        if constexpr (!AS_PAIRS) return shares[0];
         Ints sum = sum_pairs(shares[0]);
 #pragma GCC unroll 4
         for (int share = 1; share < SHARES; ++share)

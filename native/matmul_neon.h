@@ -14,6 +14,7 @@ constexpr int LANES = 4;
 constexpr int ROWS_OF_INTS = 3;   // rows that are multiplied with a tile at once: what 32 registers hold
 constexpr int ROWS_OF_FLOATS = 5; // 5 x 4 chains of additions: cores have up to four units, and an addition takes 4 cycles
 constexpr bool WEIGHTS_ARE_UNSIGNED = false;
+constexpr bool HAS_PAIRS = false; // there is no pair_up
 constexpr bool HAS_DOT_BYTES = true;
 
 inline Ints no_ints() { return vdupq_n_s32(0); }

@@ -20,6 +20,7 @@ constexpr int LANES = 16;
 constexpr int ROWS_OF_INTS = 1;
 constexpr int ROWS_OF_FLOATS = 1;
 constexpr bool WEIGHTS_ARE_UNSIGNED = false;
+constexpr bool HAS_PAIRS = false; // there is no pair_up
 constexpr bool HAS_DOT_BYTES = true;
 
 template <class F> Ints of_ints(F lane) {

@@ -7,6 +7,8 @@
 #include "matmul_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "matmul_avx2.h"
+#elif defined(__x86_64__)
+#include "matmul_sse.h"
 #elif defined(__aarch64__)
 #include "matmul_neon.h"
 #else
@@ -56,8 +58,8 @@ private:
 
 // How the codes of a format are multiplied on this machine.
 template <class Format> struct Way {
-    // As words, where bytes with signs cannot be multiplied.
-    static constexpr bool IS_WIDE = Format::SIGNED && !HAS_DOT_BYTES;
+    // As words, where such bytes cannot be multiplied.
+    static constexpr bool IS_WIDE = !HAS_DOT_BYTES && (Format::SIGNED || !HAS_PAIRS);
     // By adding 128 to codes with signs, where the weights of a product of bytes have none. What that adds to the whole
     // numbers of a row is taken off beforehand: round_row has put it where other formats have their sums.
     static constexpr bool IS_FLIPPED = Format::SIGNED && HAS_DOT_BYTES && WEIGHTS_ARE_UNSIGNED;
