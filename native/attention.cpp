@@ -10,14 +10,14 @@
 //   not depend on other rows, other cells, where in the KV cache its cells lie, or the number of threads.
 //
 // A place is a position, usually: patches/attention_order.cmake says how this file learns of it. A tile consists of the
-// cells of TILE places, from a multiple of TILE on. A cell is at the same place of the same tile for every row that ever
-// sees it. Cells that a row does not see get the weight 0, which changes no sum; so do places where there is no cell,
-// as before a sliding window. Tiles are summed in chunks of a fixed size, which also begin at multiples of their size.
-// The chunks are merged one after the other, whichever thread computed them. All of this holds for any number of rows,
-// because every element of a product is summed in the same order (attention_tiles.h).
+// cells of TILE places, from a multiple of TILE on. A cell is at the same place of the same tile for every row that
+// ever sees it. Cells that a row does not see get the weight 0, which changes no sum; so do places where there is no
+// cell, as before a sliding window. Tiles are summed in chunks of a fixed size, which also begin at multiples of their
+// size. The chunks are merged one after the other, whichever thread computed them. All of this holds for any number of
+// rows, because every element of a product is summed in the same order (attention_tiles.h).
 //
-// If places are not known (masks that llama.cpp computes; a server that computes for another machine), or two cells have
-// the same, cells are numbered as they lie. Then the result of a row also depends on the other rows of its block.
+// If places are not known (masks that a model computes), or two cells have the same, cells are numbered as they lie.
+// Then the result of a row also depends on the other rows of its block.
 //
 // Patches of an image all see each other, without a mask. They are left to ggml's third kernel, which is quicker then.
 //
@@ -68,8 +68,6 @@ Attention describe(ggml_tensor *dst) {
     a.k = dst->src[1];
     a.v = dst->src[2];
     a.mask = dst->src[3];
-    const ggml_tensor *order = dst->src[5];
-    if (order != nullptr && order->type == GGML_TYPE_I32 && order->ne[0] == a.k->ne[1] + a.q->ne[1]) a.order = order;
     a.dst = dst;
     std::memcpy(&a.scale, dst->op_params, sizeof a.scale);
     a.n_embd_k = a.k->ne[0];
@@ -80,6 +78,8 @@ Attention describe(ggml_tensor *dst) {
     a.n_cells = a.k->ne[1];
     a.n_kv_heads = a.k->ne[2];
     a.group = a.n_heads / a.n_kv_heads;
+    const ggml_tensor *order = dst->src[5];
+    if (order != nullptr && order->type == GGML_TYPE_I32 && order->ne[0] == a.n_cells + a.n_rows + 2) a.order = order;
     return a;
 }
 
@@ -176,11 +176,8 @@ private:
         constexpr int CHUNK_TILES = CHUNK / TILE;
         const int first = chunk * CHUNK_TILES, end = std::min(first + CHUNK_TILES, int(block_.tiles.size()));
         const char *keys[CHUNK], *values[CHUNK];
-        for (int i = 0; i < (end - first) * TILE; ++i) {
-            const int32_t cell = block_.cells[size_t(first * TILE + i)];
-            keys[i] = at(a_.k, cell);
-            values[i] = at(a_.v, cell);
-        }
+        find_rows(a_.k, first, end, keys);
+        find_rows(a_.v, first, end, values);
         for (int tile = first; tile < end; ++tile) {
             const char **tile_keys = keys + (tile - first) * TILE, **tile_values = values + (tile - first) * TILE;
             if (tile + 1 < end) {
@@ -199,11 +196,15 @@ private:
     // The places of a tile up to the last one with a cell.
     int n_places(int tile) const { return highest_bit(block_.tiles[size_t(tile)].any) + 1; }
 
-    // The key or value of a cell. That of NO_CELL is zero.
-    const char *at(const ggml_tensor *tensor, int32_t cell) const {
-        if (cell == NO_CELL) return reinterpret_cast<const char *>(s_.zeros.data());
-        return static_cast<const char *>(tensor->data) + size_t(cell) * tensor->nb[1] +
-               size_t(kv_head_) * tensor->nb[2] + size_t(kv_stream()) * tensor->nb[3];
+    // The key or value at each place of some tiles. Where there is no cell, it is zero.
+    void find_rows(const ggml_tensor *tensor, int first_tile, int end_tile, const char **rows) const {
+        const char *start = static_cast<const char *>(tensor->data) + size_t(kv_head_) * tensor->nb[2] +
+                            size_t(kv_stream()) * tensor->nb[3];
+        const auto *zero = reinterpret_cast<const char *>(s_.zeros.data());
+        const int32_t *cells = block_.cells.data() + first_tile * TILE;
+        const size_t stride = tensor->nb[1];
+        for (int i = 0; i < (end_tile - first_tile) * TILE; ++i)
+            rows[i] = cells[i] == NO_CELL ? zero : start + size_t(cells[i]) * stride;
     }
 
     // The places of a tile whose cells a row sees.
@@ -316,9 +317,8 @@ extern "C" void ggml_compute_forward_flash_attn_ext(const ggml_compute_params *p
     const Attention attention = describe(dst);
     if (params->ith == 0) {
         // The other threads find it in the work buffer, which all share.
-        static thread_local Plan made;
-        made.make(attention, params->nth);
-        Plan *address = &made;
+        static thread_local Plans plans;
+        Plan *address = &plans.find(attention, params->nth);
         std::memcpy(params->wdata, &address, sizeof address);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }

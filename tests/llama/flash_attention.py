@@ -94,6 +94,8 @@ class Operands:
     """The place of each cell in its sequence, or -1."""
     sequences: Sequence[int] | None = None
     """The sequence of each row."""
+    number: int = 0
+    """The number of what `seen`, `places` and `sequences` hold, below 2**31; or 0."""
 
 
 def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
@@ -107,7 +109,7 @@ def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
         result = lib["ggml_flash_attn_ext"](context, *sources, n_embd**-0.5, 0.0, 0.0)
         assert ctypes.addressof(result.contents.src[3].contents) == ctypes.addressof(sources[3].contents)
         if operands.places is not None and operands.sequences is not None:
-            arrays.append(np.array([*operands.places, *operands.sequences], np.int32))
+            arrays.append(np.array([*operands.places, *operands.sequences, operands.number, 0], np.int32))
             sources.append(_tensor(context, arrays[-1]))
             result.contents.src[5] = sources[-1]
         graph = lib["ggml_new_graph"](context)

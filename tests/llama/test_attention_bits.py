@@ -103,6 +103,20 @@ def test_a_row_has_the_same_bits_in_any_company(
         assert np.array_equal(result[row], alone(shape, sequence, place, window)[0]), (row, sequence, place)
 
 
+def test_layers_with_the_same_mask_share_a_plan_and_others_do_not() -> None:
+    """Also two kinds of layers that take turns, as in models with a sliding window."""
+    shape = SHAPES[1]
+    rows = [(sequence, place) for sequence in range(2) for place in range(380, 400)]
+    cells: list[Cell] = [(sequence, place) for place in range(400) for sequence in range(2)]
+    for number in (1, 3, 5):
+        random.Random(number).shuffle(cells)
+        for kind in (0, 1, 0, 0, 1):
+            window = (N_PLACES, 30)[kind]
+            given = replace(operands(shape, cells, rows, window=window), number=number + kind)
+            for row, result in zip(rows, attend(given), strict=True):
+                assert np.array_equal(result, alone(shape, *row, window)[0])
+
+
 @settings(max_examples=10)
 @given(st.data())
 def test_rows_that_see_all_of_their_sequence_have_the_same_bits(data: st.DataObject) -> None:
