@@ -50,11 +50,10 @@ bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
         const char *choice = std::getenv("TRIO_RUNNER_ATTENTION");
         return choice == nullptr || std::strcmp(choice, "ggml") != 0;
     }();
-    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3], *sinks = dst->src[4];
-    float max_bias, softcap;
+    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3];
+    float max_bias;
     std::memcpy(&max_bias, dst->op_params + 1, sizeof max_bias);
-    std::memcpy(&softcap, dst->op_params + 2, sizeof softcap);
-    return is_enabled && !params->use_ref && sinks == nullptr && max_bias == 0.0f && softcap == 0.0f &&
+    return is_enabled && !params->use_ref && max_bias == 0.0f &&
            q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 &&
            q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t) &&
            k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 &&
@@ -69,7 +68,10 @@ Attention describe(ggml_tensor *dst) {
     a.v = dst->src[2];
     a.mask = dst->src[3];
     a.dst = dst;
+    a.sinks = dst->src[4] == nullptr ? nullptr : static_cast<const float *>(dst->src[4]->data);
     std::memcpy(&a.scale, dst->op_params, sizeof a.scale);
+    std::memcpy(&a.soft_cap, dst->op_params + 2, sizeof a.soft_cap);
+    if (a.soft_cap != 0.0f) a.scale /= a.soft_cap;
     a.n_embd_k = a.k->ne[0];
     a.n_embd_v = a.v->ne[0];
     a.n_rows = a.q->ne[1];
@@ -239,6 +241,10 @@ private:
             std::fill_n(scores, TILE, 0.0f);
             return;
         }
+        if (a_.soft_cap != 0.0f) {
+            for (int i = 0; i < TILE; ++i)
+                scores[i] = a_.soft_cap * std::tanh(scores[i]);
+        }
         if (seen != ~uint64_t(0)) {
             for (int i = 0; i < TILE; ++i)
                 if ((seen >> i & 1) == 0) scores[i] = -INFINITY;
@@ -275,17 +281,25 @@ private:
     int64_t kv_head_, n_rows_;
 };
 
-void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head, float weight, const float *values) {
+void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head, float highest, float weight,
+                  const float *values) {
     auto *target = reinterpret_cast<float *>(static_cast<char *>(a.dst->data) +
                                              size_t((stream * a.n_rows + row) * a.n_heads + head) * a.dst->nb[1]);
-    const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+    float factor = 1.0f;
+    if (a.sinks != nullptr) { // one more score, whose value is zero
+        const float sink = a.sinks[head], new_highest = std::max(highest, sink);
+        factor = std::exp(highest - new_highest);
+        weight = weight * factor + std::exp(sink - new_highest);
+    }
+    if (weight != 0.0f) factor /= weight;
     for (int64_t i = 0; i < a.n_embd_v; ++i)
-        target[i] = values[i] * inverse;
+        target[i] = values[i] * factor;
 }
 
 void Worker::store() const {
     for (int64_t i = 0; i < n_rows_ * a_.group; ++i)
-        store_result(a_, block_.stream, row(i), head(i), s_.total.weight[i], s_.total.values + i * a_.n_embd_v);
+        store_result(a_, block_.stream, row(i), head(i), s_.total.highest[i], s_.total.weight[i],
+                     s_.total.values + i * a_.n_embd_v);
 }
 
 // Merges the chunks of this thread's share of the queries.
@@ -302,7 +316,7 @@ void merge_partials(const Attention &a, const Plan &plan, int ith, int nth) {
                                    (block.stream * a.n_rows * a.n_heads + query) * plan.n_chunks * a.partial_size();
             for (int chunk = 0; chunk < block.n_chunks(); ++chunk, partial += a.partial_size())
                 merge(highest, weight, values.data(), partial[0], partial[1], partial + 2, a.n_embd_v);
-            store_result(a, block.stream, query / a.n_heads, query % a.n_heads, weight, values.data());
+            store_result(a, block.stream, query / a.n_heads, query % a.n_heads, highest, weight, values.data());
         }
     }
 }

@@ -30,7 +30,9 @@ struct Attention {
     const ggml_tensor *q, *k, *v, *mask;
     const ggml_tensor *order; // or null: see patches/attention_order.cmake
     ggml_tensor *dst;
+    const float *sinks; // a score for each head that takes weight and has no value; or null
     float scale;
+    float soft_cap; // or 0: scores become soft_cap * tanh(score / soft_cap)
     int64_t n_embd_k, n_embd_v, n_rows, n_heads, n_kv_heads, n_cells, n_streams;
     int64_t group; // heads that share keys and values
 

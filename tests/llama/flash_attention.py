@@ -96,6 +96,10 @@ class Operands:
     """The sequence of each row."""
     number: int = 0
     """The number of what `seen`, `places` and `sequences` hold, below 2**31; or 0."""
+    soft_cap: float = 0.0
+    """Scores become soft_cap * tanh(score / soft_cap), unless it is 0."""
+    sinks: NDArray[np.float32] | None = None
+    """For each head, a score that takes weight and has no value."""
 
 
 def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
@@ -106,12 +110,16 @@ def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
     with _graph(threads) as (context, backend):
         arrays: list[NDArray[Any]] = [operands.queries, operands.keys, operands.values, mask]
         sources = [_tensor(context, array) for array in arrays]
-        result = lib["ggml_flash_attn_ext"](context, *sources, n_embd**-0.5, 0.0, 0.0)
+        result = lib["ggml_flash_attn_ext"](context, *sources, n_embd**-0.5, 0.0, operands.soft_cap)
         assert ctypes.addressof(result.contents.src[3].contents) == ctypes.addressof(sources[3].contents)
         if operands.places is not None and operands.sequences is not None:
             arrays.append(np.array([*operands.places, *operands.sequences, operands.number, 0], np.int32))
             sources.append(_tensor(context, arrays[-1]))
             result.contents.src[5] = sources[-1]
+        if operands.sinks is not None:
+            arrays.append(operands.sinks)
+            sources.append(_tensor(context, operands.sinks))
+            result.contents.src[4] = sources[-1]
         graph = lib["ggml_new_graph"](context)
         lib["ggml_build_forward_expand"](graph, result)
         buffer = lib["ggml_backend_alloc_ctx_tensors"](context, backend)
@@ -126,7 +134,7 @@ def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
 
 
 def exact(operands: Operands) -> NDArray[np.float64]:
-    """The same in 64 bits, by the definition: softmax(q k^T / sqrt(n_embd)) v."""
+    """The same in 64 bits, by the definition: softmax(q k^T / sqrt(n_embd)) v, with a soft cap and a sink if any."""
     n_heads, n_rows, n_embd = operands.queries.shape
     group = n_heads // operands.keys.shape[0]
     output = np.zeros((n_rows, n_heads, operands.values.shape[2]))
@@ -136,8 +144,11 @@ def exact(operands: Operands) -> NDArray[np.float64]:
             keys = operands.keys[head // group, seen].astype(np.float64)
             values = operands.values[head // group, seen].astype(np.float64)
             scores = keys @ operands.queries[head, row].astype(np.float64) * n_embd**-0.5
-            weights = np.exp(scores - scores.max(initial=-np.inf))
-            output[row, head] = weights @ values / weights.sum() if seen.any() else 0.0
+            if operands.soft_cap:
+                scores = operands.soft_cap * np.tanh(scores / operands.soft_cap)
+            sink = -np.inf if operands.sinks is None else float(operands.sinks[head])
+            weights = np.exp(scores)
+            output[row, head] = weights @ values / (weights.sum() + np.exp(sink)) if seen.any() else 0.0
     return output
 
 

@@ -117,6 +117,22 @@ def test_layers_with_the_same_mask_share_a_plan_and_others_do_not() -> None:
                 assert np.array_equal(result, alone(shape, *row, window)[0])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_soft_cap_and_sinks(shape: Shape) -> None:
+    """As in Gemma 2 and gpt-oss. A row beside others has the bits that it has alone, for any number of threads."""
+    rows = [(sequence, place) for sequence in range(2) for place in (0, 50, 399)]
+    cells: list[Cell] = [(sequence, place) for sequence in range(2) for place in range(400)]
+    random.Random(1).shuffle(cells)
+    sinks = np.linspace(-3, 9, N_KV_HEADS * shape.group, dtype=np.float32)
+    for change in ({"soft_cap": 5.0}, {"sinks": sinks}, {"soft_cap": 2.0, "sinks": sinks}):
+        given = replace(operands(shape, cells, rows), **change)
+        result = attend(given, threads=2)
+        assert np.abs(result - exact(given)).max() < 1e-5
+        for index, row in enumerate(rows):
+            one = replace(operands(shape, cells[::-1], [row]), **change)
+            assert np.array_equal(result[index], attend(one)[0])
+
+
 @settings(max_examples=10)
 @given(st.data())
 def test_rows_that_see_all_of_their_sequence_have_the_same_bits(data: st.DataObject) -> None:
