@@ -29,6 +29,7 @@ std::vector<ggml_backend_buffer_type_t> &ggml_backend_cpu_get_extra_buffer_types
 namespace {
 
 constexpr int64_t MOST_ROWS = 512;      // of activations that are multiplied with a tile before the next one
+constexpr int64_t ROWS_CACHE = 1 << 18; // their bytes at most: what the second cache holds beside other things
 constexpr int64_t FEWEST_ROWS = 16;     // below which it is not worth unpacking a tile twice
 constexpr int64_t UNITS_PER_THREAD = 8; // so that a slow core does not hold up the others
 constexpr int64_t ABORT_WORK = 1 << 24; // multiplications of a node from which it is looked whether it is aborted
@@ -41,6 +42,8 @@ bool is_enabled() {
     return answer;
 }
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // One operation: its operands, and how its work is divided.
 class MatMul {
 public:
@@ -52,6 +55,7 @@ public:
         if (product_ != nullptr) {
             layout_.is_wide = product_->is_wide;
             layout_.summed = product_->summed;
+            layout_.is_flipped = product_->is_flipped;
         }
     }
 
@@ -70,10 +74,10 @@ public:
         const bool may_abort = double(k_) * double(weights_->ne[1]) * double(ggml_nrows(results_)) > double(ABORT_WORK);
         int64_t unit = params->ith, first = 0;
         for (int64_t matrix = 0; matrix < n_matrices(); ++matrix) {
-            const Division division(n_tiles_, n_rows_of(matrix), n_matrices(), params->nth);
+            const Division division(n_tiles_, n_rows_of(matrix), row_bytes(), n_matrices(), params->nth);
             for (; unit < first + division.n_units(); unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
                 if (may_abort && ggml_cpu_is_abort_wanted(params->threadpool)) return;
-                multiply_unit(matrix, division, unit - first);
+                multiply_unit(matrix, division, unit - first, params->nth);
             }
             first += division.n_units();
         }
@@ -84,14 +88,16 @@ private:
     struct Division {
         int64_t n_tiles, n_rows, tiles_at_once, rows_at_once;
 
-        Division(int64_t tiles, int64_t rows, int64_t n_matrices, int n_threads) : n_tiles(tiles), n_rows(rows) {
+        Division(int64_t tiles, int64_t rows, int64_t row_bytes, int64_t n_matrices, int n_threads)
+            : n_tiles(tiles), n_rows(rows) {
             const int64_t wanted = (n_threads == 1 ? 1 : n_threads * UNITS_PER_THREAD) / n_matrices + 1;
             tiles_at_once = std::max<int64_t>(1, n_tiles / wanted);
-            const int64_t parts = std::max<int64_t>(1, std::min(wanted / n_tiles, n_rows / FEWEST_ROWS));
-            rows_at_once = std::max<int64_t>(1, std::min((n_rows + parts - 1) / parts, MOST_ROWS));
+            const int64_t most = std::max(FEWEST_ROWS, std::min(MOST_ROWS, ROWS_CACHE / row_bytes)),
+                          parts = std::max(divide_up(n_rows, most), std::min(wanted / n_tiles, n_rows / FEWEST_ROWS));
+            rows_at_once = std::max<int64_t>(1, divide_up(n_rows, std::max<int64_t>(1, parts)));
         }
-        int64_t n_tile_parts() const { return (n_tiles + tiles_at_once - 1) / tiles_at_once; }
-        int64_t n_row_parts() const { return (n_rows + rows_at_once - 1) / rows_at_once; }
+        int64_t n_tile_parts() const { return divide_up(n_tiles, tiles_at_once); }
+        int64_t n_row_parts() const { return divide_up(n_rows, rows_at_once); }
         int64_t n_units() const { return n_tile_parts() * n_row_parts(); }
     };
 
@@ -103,6 +109,7 @@ private:
         if (product_ == nullptr) return int64_t(ggml_row_size(dot_type(), k_) + 63) / 64 * 64;
         return product_->takes_floats ? 0 : layout_.size();
     }
+    int64_t row_bytes() const { return row_size() == 0 ? k_ * int64_t(sizeof(float)) : row_size(); }
     const char *x_row(int64_t row) const {
         const int64_t i1 = row % x_->ne[1], i2 = row / x_->ne[1] % x_->ne[2], i3 = row / x_->ne[1] / x_->ne[2];
         return static_cast<const char *>(x_->data) + size_t(i1) * x_->nb[1] + size_t(i2) * x_->nb[2] +
@@ -179,8 +186,14 @@ private:
                size_t(i3 / (x_->ne[3] / weights_->ne[3])) * weights_->nb[3];
     }
 
-    void multiply_unit(int64_t matrix, const Division &division, int64_t unit) const {
+    const char *tile_data(int64_t matrix, int64_t tile) const {
+        return matrix_data(matrix) + size_t(tile * TILE) * weights_->nb[1];
+    }
+
+    void multiply_unit(int64_t matrix, const Division &division, int64_t unit, int n_threads) const {
         const int64_t first_tile = unit % division.n_tile_parts() * division.tiles_at_once,
+                      // of the unit that this thread will probably take next
+                      later_tile = first_tile + division.tiles_at_once * n_threads,
                       end_tile = std::min(first_tile + division.tiles_at_once, n_tiles_),
                       first_row = unit / division.n_tile_parts() * division.rows_at_once,
                       n_rows = std::min(division.rows_at_once, division.n_rows - first_row);
@@ -188,8 +201,11 @@ private:
         for (int64_t i = 0; i < n_rows; ++i)
             all[i] = row_of(matrix, first_row + i);
         for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-            const int64_t first = tile * TILE, n = std::min<int64_t>(TILE, weights_->ne[1] - first);
-            const Weights weights{matrix_data(matrix) + size_t(first) * weights_->nb[1], weights_->nb[1], int(n), k_};
+            const int64_t first = tile * TILE, n = std::min<int64_t>(TILE, weights_->ne[1] - first),
+                          next = tile + 1 < end_tile ? tile + 1 : later_tile;
+            // The last tile, which may not be full, is not worth fetching.
+            const Weights weights{tile_data(matrix, tile), weights_->nb[1], int(n), k_,
+                                  next + 1 < n_tiles_ ? tile_data(matrix, next) : nullptr};
             if (product_ == nullptr) {
                 multiply_dots(weights, all, n_rows, first);
                 continue;

@@ -50,6 +50,7 @@ inline Floats load_floats(const float *p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float *p, Floats x) { _mm256_storeu_ps(p, x); }
 inline Floats all_lanes(float x) { return _mm256_set1_ps(x); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 

@@ -74,6 +74,9 @@ inline Floats all_lanes(float x) {
 inline Floats to_floats(Ints x) {
     return of_floats([&](int i) { return float(x.lane[i]); });
 }
+inline Floats add(Floats a, Floats b) {
+    return of_floats([&](int i) { return a.lane[i] + b.lane[i]; });
+}
 inline Floats multiply(Floats a, Floats b) {
     return of_floats([&](int i) { return a.lane[i] * b.lane[i]; });
 }

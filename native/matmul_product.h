@@ -5,12 +5,19 @@
 // (for floats: each one), 16 lanes of 32 bits lie one after the other.
 //
 // Every result is one chain of additions: within a group of weights that share a scale, whole numbers are summed, so
-// their order does not matter; then the groups are added as floats in the order of k. Nothing else is added, so a row's
-// results do not depend, to the last bit, on how many rows are beside it, which thread computes it, or where a part ends.
+// their order does not matter; then the groups are added as floats in the order of k. (Weights that are floats are summed
+// in chains of 64, which are added in the order of k.) Nothing else is added, so a row's results do not depend, to the
+// last bit, on how many rows are beside it, which thread computes it, or where a part ends.
 #pragma once
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(MATMUL_VECTORS) // tests choose
+#include MATMUL_VECTORS
+#elif defined(__AVX512F__) && defined(__AVX512BW__)
+#include "matmul_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "matmul_avx2.h"
+#elif defined(__aarch64__)
+#include "matmul_neon.h"
 #else
 #include "matmul_portable.h"
 #endif
@@ -34,15 +41,36 @@ struct Weights {
     size_t stride;
     int n;
     int64_t k;
+    const char *next; // the weights that will probably be wanted next, or null
+};
+
+// Fetches the next weights into the cache while these are unpacked, as many bytes for each block as it has itself. The
+// machine would not guess where to read on: a tile is read from 16 places in turns.
+class Prefetch {
+public:
+    Prefetch(const Weights &weights, int64_t n_blocks)
+        : at_(weights.next), step_(weights.next == nullptr ? 0 : TILE * weights.stride / size_t(n_blocks)) {}
+    void go_on() {
+        const char *end = at_ + step_;
+        for (; done_ < end; done_ += 64)
+            __builtin_prefetch(done_);
+        at_ = end;
+    }
+
+private:
+    const char *at_;
+    size_t step_;
+    const char *done_ = at_;
 };
 
 // How the codes of a format are multiplied on this machine.
 template <class Format> struct Way {
     // As words, where bytes with signs cannot be multiplied.
     static constexpr bool IS_WIDE = Format::SIGNED && !HAS_DOT_BYTES;
-    // By adding 128 to codes with signs, where the weights of a product of bytes have none.
+    // By adding 128 to codes with signs, where the weights of a product of bytes have none. What that adds to the whole
+    // numbers of a row is taken off beforehand: round_row has put it where other formats have their sums.
     static constexpr bool IS_FLIPPED = Format::SIGNED && HAS_DOT_BYTES && WEIGHTS_ARE_UNSIGNED;
-    static constexpr bool HAS_OFFSET = Format::OFFSET || IS_FLIPPED;
+    static_assert(!IS_FLIPPED || !Format::OFFSET);
     // Products of bytes that fit into the 16 bits of a pair: 2 * 127 * MAX each.
     static constexpr int PAIRS = 32767 / (2 * 127 * Format::MAX);
     static constexpr int SCALED = Format::SCALED;
@@ -55,7 +83,7 @@ template <class Format> struct Part {
     static constexpr int GROUPS = K / Format::SCALED;
     alignas(64) char codes[TILE * K * (Way<Format>::IS_WIDE ? 2 : 1)];
     alignas(64) float scales[GROUPS * TILE];
-    alignas(64) float offsets[Way<Format>::HAS_OFFSET ? GROUPS * TILE : 1];
+    alignas(64) float offsets[Format::OFFSET ? GROUPS * TILE : 1];
 };
 
 // Where the rows of a tile are. Rows that it lacks are its last one again.
@@ -82,20 +110,19 @@ template <class Format> void place_codes(Bytes x, int vector, char *column) {
 }
 
 // Unpacks `n_k` numbers of each row, from number `from` on.
-template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &part) {
+template <class Format>
+void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &part, Prefetch &prefetch) {
     using Block = typename Format::Block;
     constexpr int N = Format::N, GROUPS = N / Format::SCALED, CODE_SIZE = Way<Format>::IS_WIDE ? 2 : 1;
     const Places places(weights);
     char *to = part.codes;
     for (int64_t block = 0; block < n_k / N; ++block) {
+        prefetch.go_on();
         Blocks<Block> blocks;
         for (int row = 0; row < TILE; ++row)
             blocks.rows[row] = places.of_rows[row] + size_t(from / N + block) * sizeof(Block);
         float *scales = part.scales + block * GROUPS * TILE, *offsets = part.offsets + block * GROUPS * TILE;
         Format::scales(blocks, scales, offsets);
-        if constexpr (Way<Format>::IS_FLIPPED)
-            for (int i = 0; i < GROUPS * TILE; ++i)
-                offsets[i] = -128.0f * scales[i];
         for (int chunk = 0; chunk < N / Format::CHUNK; ++chunk, to += Format::CHUNK * TILE * CODE_SIZE) {
             alignas(64) char columns[Format::COLUMNS * COLUMN];
             Format::gather(blocks, chunk, columns);
@@ -107,19 +134,23 @@ template <class Format> void unpack(const Weights &weights, int64_t from, int64_
     }
 }
 
-// The sum over one group of weights that share a scale: whole numbers, so exact.
+// The sum over one group of weights that share a scale: whole numbers, so exact. `at` and `sum_at`: where its codes and
+// its sum are in a row of activations.
 template <class Format, int N_ROWS>
-inline void sum_group(const char *codes, const char *const *activations, int64_t at, Ints (&sums)[N_ROWS][VECTORS]) {
+inline void sum_group(const char *codes, const char *const *activations, int64_t at, [[maybe_unused]] int64_t sum_at,
+                      Ints (&sums)[N_ROWS][VECTORS]) {
     using W = Way<Format>;
-    for (auto &row : sums)
-        for (Ints &sum : row)
-            sum = no_ints();
+#pragma GCC unroll 16
+    for (int row = 0; row < N_ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v)
+            sums[row][v] = W::IS_FLIPPED ? all_lanes(activations[row] + sum_at) : no_ints();
     if constexpr (W::IS_WIDE || HAS_DOT_BYTES) {
 #pragma GCC unroll 16
         for (int step = 0; step < W::STEPS; ++step) {
             Ints weights[VECTORS];
             for (int v = 0; v < VECTORS; ++v)
                 weights[v] = load_ints(codes + (step * VECTORS + v) * LANES * 4);
+#pragma GCC unroll 16
             for (int row = 0; row < N_ROWS; ++row) {
                 const Ints x = all_lanes(activations[row] + at + step * 4);
                 for (int v = 0; v < VECTORS; ++v)
@@ -139,6 +170,7 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
                 Ints weights[VECTORS];
                 for (int v = 0; v < VECTORS; ++v)
                     weights[v] = load_ints(codes + ((first + step) * VECTORS + v) * LANES * 4);
+#pragma GCC unroll 16
                 for (int row = 0; row < N_ROWS; ++row) {
                     const Ints x = all_lanes(activations[row] + at + (first + step) * 4);
                     for (int v = 0; v < VECTORS; ++v) {
@@ -148,6 +180,7 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
                     }
                 }
             }
+#pragma GCC unroll 16
             for (int row = 0; row < N_ROWS; ++row)
                 for (int v = 0; v < VECTORS; ++v)
                     sums[row][v] = add(sums[row][v], sum_pairs(pairs[row][v]));
@@ -155,38 +188,50 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
     }
 }
 
+// Hides from the compiler where x comes from. It would else keep a pointer for each address that is made of x: more than
+// there are registers.
+inline void hide(int64_t &x) { asm volatile("" : "+r"(x)); }
+
 // Multiplies a part with some rows, and adds that to their results. With `is_first`, results begin with zero.
+// Loops over rows must be unrolled early, or GCC keeps arrays of vectors in memory.
 template <class Format, int N_ROWS>
 void multiply(const Part<Format> &part, int64_t from, int64_t n_k, const Layout &layout, const Row *rows, bool is_first) {
     using W = Way<Format>;
     constexpr int SCALED = W::SCALED;
-    const int64_t code_size = layout.code_size();
-    const char *codes[N_ROWS];
-    const float *scales[N_ROWS], *of_groups[N_ROWS];
+    constexpr auto FLOAT = int64_t(sizeof(float));
+    const char *x[N_ROWS];
     Floats results[N_ROWS][VECTORS];
+#pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row) {
-        codes[row] = rows[row].activations + from * code_size;
-        scales[row] = reinterpret_cast<const float *>(rows[row].activations + layout.scales()) + from / GROUP;
-        of_groups[row] = reinterpret_cast<const float *>(rows[row].activations + layout.sums()) + from / SCALED;
+        x[row] = rows[row].activations;
         for (int v = 0; v < VECTORS; ++v)
             results[row][v] = is_first ? no_floats() : load_floats(rows[row].results + v * LANES);
     }
-    for (int64_t group = 0; group < n_k / SCALED; ++group) {
+    const int64_t code_size = layout.code_size(), first_scale = layout.scales() + from / GROUP * FLOAT;
+    int64_t codes_at = from * code_size, sum_at = layout.sums() + from / SCALED * FLOAT; // in a row of activations
+    for (int64_t group = 0; group < n_k / SCALED; ++group, codes_at += SCALED * code_size, sum_at += FLOAT) {
+        int64_t scale_at = first_scale + group * SCALED / GROUP * FLOAT;
+        hide(codes_at), hide(sum_at), hide(scale_at);
         Ints sums[N_ROWS][VECTORS];
-        sum_group<Format>(part.codes + group * SCALED * TILE * code_size, codes, group * SCALED * code_size, sums);
+        sum_group<Format>(part.codes + group * SCALED * TILE * code_size, x, codes_at, sum_at, sums);
         for (int v = 0; v < VECTORS; ++v) {
             const Floats scale = load_floats(part.scales + group * TILE + v * LANES);
+#pragma GCC unroll 16
             for (int row = 0; row < N_ROWS; ++row) {
-                const Floats both = multiply(scale, all_lanes(scales[row][group * SCALED / GROUP]));
+                const Floats both = multiply(scale, all_lanes(*reinterpret_cast<const float *>(x[row] + scale_at)));
                 results[row][v] = multiply_add(to_floats(sums[row][v]), both, results[row][v]);
             }
-            if constexpr (W::HAS_OFFSET) {
+            if constexpr (Format::OFFSET) {
                 const Floats offset = load_floats(part.offsets + group * TILE + v * LANES);
-                for (int row = 0; row < N_ROWS; ++row)
-                    results[row][v] = multiply_add(offset, all_lanes(of_groups[row][group]), results[row][v]);
+#pragma GCC unroll 16
+                for (int row = 0; row < N_ROWS; ++row) {
+                    const Floats sum = all_lanes(*reinterpret_cast<const float *>(x[row] + sum_at));
+                    results[row][v] = multiply_add(offset, sum, results[row][v]);
+                }
             }
         }
     }
+#pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row)
         for (int v = 0; v < VECTORS; ++v)
             store_floats(rows[row].results + v * LANES, results[row][v]);
@@ -198,13 +243,16 @@ struct FloatPart {
     alignas(64) float columns[K * TILE];
 };
 
-template <class Format> void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part) {
+template <class Format>
+void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part, Prefetch &prefetch) {
     using Number = typename Format::Number;
     const Places places(weights);
     auto *columns = reinterpret_cast<char *>(part.columns);
     int64_t k = 0;
-    for (; k + 8 <= n_k; k += 8)
+    for (; k + 8 <= n_k; k += 8) {
+        prefetch.go_on();
         Format::gather(places.of_rows, size_t(from + k) * sizeof(Number), columns + k * COLUMN);
+    }
     if (k == n_k) return;
     Number last[TILE][8] = {}; // nothing may be read behind the end of a row
     const char *of_rows[TILE];
@@ -215,43 +263,66 @@ template <class Format> void unpack(const Weights &weights, int64_t from, int64_
     Format::gather(of_rows, 0, columns + k * COLUMN);
 }
 
+// Multiplies a part of floats with some rows. Each CHAIN of products is summed on its own: long sums lose digits.
 template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first) {
+    constexpr int64_t CHAIN = 64;
+    static_assert(FloatPart::K % CHAIN == 0);
     const float *numbers[N_ROWS];
-    Floats results[N_ROWS][VECTORS];
-    for (int row = 0; row < N_ROWS; ++row) {
-        numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
-        for (int v = 0; v < VECTORS; ++v)
-            results[row][v] = is_first ? no_floats() : load_floats(rows[row].results + v * LANES);
-    }
-    for (int64_t k = 0; k < n_k; ++k) {
-        Floats weights[VECTORS];
-        for (int v = 0; v < VECTORS; ++v)
-            weights[v] = load_floats(part.columns + k * TILE + v * LANES);
-        for (int row = 0; row < N_ROWS; ++row) {
-            const Floats x = all_lanes(numbers[row][k]);
-            for (int v = 0; v < VECTORS; ++v)
-                results[row][v] = multiply_add(weights[v], x, results[row][v]);
-        }
-    }
+#pragma GCC unroll 16
     for (int row = 0; row < N_ROWS; ++row)
-        for (int v = 0; v < VECTORS; ++v)
-            store_floats(rows[row].results + v * LANES, results[row][v]);
+        numbers[row] = reinterpret_cast<const float *>(rows[row].activations) + from;
+    for (int64_t begin = 0; begin < n_k; begin += CHAIN) {
+        Floats sums[N_ROWS][VECTORS];
+#pragma GCC unroll 16
+        for (int row = 0; row < N_ROWS; ++row)
+            for (int v = 0; v < VECTORS; ++v)
+                sums[row][v] = no_floats();
+        for (int64_t k = begin, end = std::min(begin + CHAIN, n_k); k < end; ++k) {
+            Floats weights[VECTORS];
+            for (int v = 0; v < VECTORS; ++v)
+                weights[v] = load_floats(part.columns + k * TILE + v * LANES);
+#pragma GCC unroll 16
+            for (int row = 0; row < N_ROWS; ++row) {
+                const Floats x = all_lanes(numbers[row][k]);
+                for (int v = 0; v < VECTORS; ++v)
+                    sums[row][v] = multiply_add(weights[v], x, sums[row][v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < N_ROWS; ++row)
+            for (int v = 0; v < VECTORS; ++v) {
+                float *results = rows[row].results + v * LANES;
+                const Floats before = is_first && begin == 0 ? no_floats() : load_floats(results);
+                store_floats(results, add(before, sums[row][v]));
+            }
+    }
 }
 
-// Calls `multiply_rows(std::integral_constant<int, n>, rows)` with at most MOST rows each time, until all are done.
-template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F multiply_rows) {
-    for (; n_rows >= MOST; n_rows -= MOST, rows += MOST)
-        multiply_rows(std::integral_constant<int, MOST>{}, rows);
+// Calls f(std::integral_constant<int, n>), where n is from 1 to MOST.
+template <int MOST, class F> void call_with(int n, F f) {
     if constexpr (MOST > 1)
-        if (n_rows > 0) by_rows<MOST - 1>(rows, n_rows, multiply_rows);
+        if (n < MOST) return call_with<MOST - 1>(n, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
+// Calls `multiply_rows(std::integral_constant<int, n>, rows)` with at most MOST rows each time, until all are done. The
+// last two calls share what is left: a row on its own would cost as much as two.
+template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F multiply_rows) {
+    while (n_rows > 0) {
+        const int64_t n = n_rows <= MOST ? n_rows : n_rows < 2 * MOST ? (n_rows + 1) / 2 : MOST;
+        call_with<MOST>(int(n), [&](auto constant) { multiply_rows(constant, rows); });
+        rows += n;
+        n_rows -= n;
+    }
 }
 
 template <class Format>
 void product(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
     static thread_local Part<Format> part;
+    Prefetch prefetch(weights, weights.k / Format::N);
     for (int64_t from = 0; from < weights.k; from += part.K) {
         const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
-        unpack<Format>(weights, from, n_k, part);
+        unpack<Format>(weights, from, n_k, part, prefetch);
         by_rows<ROWS_OF_INTS>(rows, n_rows, [&](auto n, const Row *some) {
             multiply<Format, n>(part, from, n_k, layout, some, from == 0);
         });
@@ -261,9 +332,10 @@ void product(const Weights &weights, const Layout &layout, const Row *rows, int6
 template <class Format>
 void product_of_floats(const Weights &weights, const Layout &, const Row *rows, int64_t n_rows) {
     static thread_local FloatPart part;
+    Prefetch prefetch(weights, weights.k / 8 + 1);
     for (int64_t from = 0; from < weights.k; from += part.K) {
         const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
-        unpack<Format>(weights, from, n_k, part);
+        unpack<Format>(weights, from, n_k, part, prefetch);
         by_rows<ROWS_OF_FLOATS>(rows, n_rows,
                                 [&](auto n, const Row *some) { multiply<n>(part, from, n_k, some, from == 0); });
     }
@@ -275,15 +347,17 @@ struct Product {
     bool takes_floats;
     bool is_wide;
     int summed;
+    bool is_flipped;
 };
 
 template <class Format> constexpr Product product_of() {
-    return {product<Format>, false, Way<Format>::IS_WIDE, Way<Format>::HAS_OFFSET ? Format::SCALED : 0};
+    using W = Way<Format>;
+    return {product<Format>, false, W::IS_WIDE, Format::OFFSET || W::IS_FLIPPED ? W::SCALED : 0, W::IS_FLIPPED};
 }
 
 inline const Product *find_product(ggml_type type) {
-    static const Product f32{product_of_floats<F32>, true, false, 0}, f16{product_of_floats<F16>, true, false, 0},
-        bf16{product_of_floats<BF16>, true, false, 0}, q4_0 = product_of<Q4_0>(), q4_1 = product_of<Q4_1>(),
+    static const Product f32{product_of_floats<F32>, true, false, 0, false}, f16{product_of_floats<F16>, true, false, 0, false},
+        bf16{product_of_floats<BF16>, true, false, 0, false}, q4_0 = product_of<Q4_0>(), q4_1 = product_of<Q4_1>(),
         q5_0 = product_of<Q5_0>(), q5_1 = product_of<Q5_1>(), q8_0 = product_of<Q8_0>(), q2_k = product_of<Q2_K>(),
         q3_k = product_of<Q3_K>(), q4_k = product_of<Q4_K>(), q5_k = product_of<Q5_K>(), q6_k = product_of<Q6_K>(),
         iq4_nl = product_of<IQ4_NL>(), iq4_xs = product_of<IQ4_XS>(), mxfp4 = product_of<MXFP4>();

@@ -27,14 +27,19 @@ OUR_TYPES: Final = (
 OTHER_TYPES: Final = ("iq3_s", "tq2_0")
 """Some of the types whose products are upstream's."""
 
+_KEPT: Final = (
+    *("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight"),
+    *("ssm_a", "ssm_conv1d.weight", "shortconv.conv.weight"),
+)
+"""Routers of experts, what is added to the rows of tokens, and parts of recurrent layers."""
 _NEED_IMPORTANCE: Final = ("iq2_xxs", "iq2_xs", "iq1_s")
 
 
 def convert(source: Path, target: Path, kind: str) -> None:
     """Write the model `source` to `target` with all its matrices in type `kind`.
 
-    Vectors, routers of experts and matrices whose rows are no whole number of blocks become float32. `source` may have
-    any types that the gguf package can read.
+    Vectors, what llama.cpp keeps in float32, and matrices whose rows are no whole number of blocks become float32.
+    `source` may have any types that the gguf package can read.
     """
     reader = GGUFReader(source)
     writer = GGUFWriter(str(target), _text(reader, "general.architecture"))
@@ -45,8 +50,7 @@ def convert(source: Path, target: Path, kind: str) -> None:
     block_size = GGML_TYPES[WEIGHT_TYPES[kind]].block_size
     for tensor in reader.tensors:
         values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        is_router = tensor.name.endswith("ffn_gate_inp.weight")
-        if values.ndim < 2 or is_router or values.shape[-1] % block_size:
+        if values.ndim < 2 or tensor.name.endswith(_KEPT) or values.shape[-1] % block_size:
             writer.add_tensor(tensor.name, values)
         else:
             writer.add_tensor(tensor.name, quantized(values, kind), raw_dtype=GGMLQuantizationType(WEIGHT_TYPES[kind]))

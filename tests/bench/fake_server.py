@@ -45,7 +45,10 @@ class FakeServer:
         self.requests: list[Fields] = []
         """The fields of every request for a completion."""
         self.texts_break = False
-        """Whether a cancellation changes the texts of the others, as a bug would."""
+        """Whether texts depend on who else is there, as with a bug."""
+        self.bits_break = False
+        """The same of log-probabilities, by a little."""
+        self.tells_logprobs = True
         self.leaks = False
         """Whether an abandoned generation is counted for ever."""
         self.pauses = True
@@ -186,15 +189,19 @@ class FakeServer:
         pieces = []
         if streamed:
             await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        n_top = self.tells_logprobs and bool(fields.get("n_probs") or fields.get("logprobs"))
         for number in range(n_predict):
             await trio.sleep(self.step + (0 if self.pauses else 0.01 * self.n_stuck))
-            word = f" {len(words)}:{number}" + ("!" if self.texts_break and self.n_disconnected and number > 2 else "")
+            in_company = self.generations > 1 and number > 2
+            word = f" {len(words)}:{number}" + ("!" if self.texts_break and in_company else "")
+            logprob = -0.1 - 1e-9 * (self.bits_break and in_company)
             pieces.append(word)
             if streamed:
                 self.sending[stream] = trio.current_time()
                 try:
-                    for line in self._piece(word, bool(fields.get("n_probs") or fields.get("logprobs"))):
-                        await stream.send_all(b"%x\r\n%b\r\n" % (len(line), line))
+                    for answer in range(fields.get("n") or fields.get("n_cmpl") or 1):
+                        for line in self._piece(word, logprob if n_top else None, answer):
+                            await stream.send_all(b"%x\r\n%b\r\n" % (len(line), line))
                 finally:
                     del self.sending[stream]
         last = self._last(len(words), n_cached, n_predict, "" if streamed else "".join(pieces))
@@ -205,21 +212,25 @@ class FakeServer:
         else:
             await _respond(stream, 200, last[0].removeprefix(b"data: ").strip())
 
-    def _piece(self, word: str, n_top: bool) -> Iterator[bytes]:
-        top = [{"logprob": -0.1}, {"logprob": -1.0}]
-        token = {"bytes": list(word.encode()), "top_logprobs": top}
-        entry = {"completion_probabilities": [token]} if n_top else {}
+    def _piece(self, word: str, logprob: float | None, answer: int) -> Iterator[bytes]:
+        top = [{"logprob": logprob}, {"logprob": -1.0}]
+        token = {"id": len(word), "bytes": list(word.encode()), "logprob": logprob, "top_logprobs": top}
+        entry = {"completion_probabilities": [token]} if logprob is not None else {}
         if self.dialect == "runner":
             yield _line({"content": word, "stop": False, "padding": PADDING, **entry})
         elif self.dialect == "llama":
             yield b": a comment\n\n"
-            yield _event({"content": word, "stop": False, "padding": PADDING, **entry})
+            yield _event({"index": answer, "content": word, "stop": False, "padding": PADDING, **entry})
         elif self.dialect == "openai-chat":
-            part = {"delta": {"content": word}, "logprobs": {"content": [token]} if n_top else None}
+            logprobs: Any = {"content": [token]} if logprob is not None else None
+            part = {"index": answer, "delta": {"content": word}, "logprobs": logprobs}
             yield _event({"choices": [part], "padding": PADDING})
         else:
-            logprobs = {"tokens": [word], "top_logprobs": [{word: -0.1, "else": -1.0}]} if n_top else None
-            yield _event({"choices": [{"text": word, "finish_reason": None, "logprobs": logprobs}], "padding": PADDING})
+            top_of_word = [{word: logprob, "else": -1.0}]
+            logprobs = {"tokens": [word], "token_logprobs": [logprob], "top_logprobs": top_of_word}
+            part = {"index": answer, "text": word, "finish_reason": None}
+            part["logprobs"] = logprobs if logprob is not None else None
+            yield _event({"choices": [part], "padding": PADDING})
 
     def _last(self, n_prompt: int, n_cached: int, n_predicted: int, text: str) -> list[bytes]:
         timings = {"predicted_n": n_predicted, "prompt_n": n_prompt, "cache_n": n_cached}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trio_runner.bench.dialects import DIALECTS, Choice, DialectName, Message, Request, Total
 
-TOP = {"bytes": [32, 97], "top_logprobs": [{"logprob": -2.5}, {"logprob": -0.5}]}
+TOP = {"id": 5, "bytes": [32, 97], "logprob": -0.5, "top_logprobs": [{"logprob": -2.5}, {"logprob": -0.5}]}
 
 ANSWERS: list[tuple[DialectName, bytes, list[Message]]] = [
     (
@@ -24,7 +24,12 @@ ANSWERS: list[tuple[DialectName, bytes, list[Message]]] = [
     (
         "runner",
         json.dumps({"content": " a", "completion_probabilities": [TOP]}).encode() + b"\n",
-        [Message(" a", (Choice(b" a", (-0.5, -2.5)),))],
+        [Message(" a", (Choice(b" a", (-0.5, -2.5), -0.5, 5),))],
+    ),
+    (
+        "llama",
+        b"data: " + json.dumps({"index": 1, "content": " a", "completion_probabilities": [TOP]}).encode() + b"\n\n",
+        [Message(" a", (Choice(b" a", (-0.5, -2.5), -0.5, 5, answer=1),))],
     ),
     (
         "llama",
@@ -48,17 +53,17 @@ ANSWERS: list[tuple[DialectName, bytes, list[Message]]] = [
     ),
     (
         "openai",
-        b'{"choices":[{"text":" a","finish_reason":"stop","logprobs":'
-        b'{"tokens":[" a"],"top_logprobs":[{" a":-1,"b":-3}]}}]}',
-        [Message(" a", (Choice(b" a", (-1.0, -3.0)),))],
+        b'{"choices":[{"index":1,"text":" a","finish_reason":"stop","logprobs":'
+        b'{"tokens":[" a"],"token_logprobs":[-1.0],"top_logprobs":[{" a":-1,"b":-3}]}}]}',
+        [Message(" a", (Choice(b" a", (-1.0, -3.0), -1.0, answer=1),))],
     ),
     (
         "openai-chat",
         b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n: a comment\n\n'
-        b'data: {"choices":[{"delta":{"content":" a"},"logprobs":{"content":[{"bytes":[32,97],"top_logprobs":'
-        b'[{"logprob":-2.5},{"logprob":-0.5}]}]}}]}\n\n'
+        b'data: {"choices":[{"delta":{"content":" a"},"logprobs":{"content":[{"bytes":[32,97],"logprob":-0.5,'
+        b'"top_logprobs":[{"logprob":-2.5},{"logprob":-0.5}]}]}}]}\n\n'
         b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\ndata: [DONE]\n\n',
-        [Message(""), Message(" a", (Choice(b" a", (-0.5, -2.5)),)), Message(total=Total(9, None, 1))],
+        [Message(""), Message(" a", (Choice(b" a", (-0.5, -2.5), -0.5),)), Message(total=Total(9, None, 1))],
     ),
     (
         "openai-chat",
@@ -86,6 +91,16 @@ def test_every_request_is_greedy_and_has_a_length(name: DialectName) -> None:
     assert fields["temperature"] == 0
     assert fields["cache_prompt"] is True
     assert fields.get("n_predict", fields.get("max_tokens")) == 5
+
+
+def test_several_answers_and_a_priority_are_asked_for_by_their_names() -> None:
+    request = Request(prompt="p", max_tokens=5, n_answers=2, background=True)
+    bodies = {name: DIALECTS[name]().body(request) for name in DIALECTS}
+    assert {body["priority"] for body in bodies.values()} == {"background"}
+    assert [bodies[name].get("n", bodies[name].get("n_cmpl")) for name in DIALECTS] == [None, 2, 2, 2]
+    assert [DIALECTS[name].max_answers > 1 for name in DIALECTS] == [False, True, True, True]
+    plain = DIALECTS["llama"]().body(Request(prompt="p", max_tokens=5))
+    assert not plain.keys() & {"priority", "n_cmpl"}
 
 
 def test_tokens_that_would_end_a_stream_are_forbidden() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import statistics
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from random import Random
 
 import pytest
@@ -15,6 +16,8 @@ from trio.testing import MockClock
 
 from tests.bench.fake_server import fake_server, listening
 from tests.bench.loads import LOAD
+from tests.engine.toys import Toy
+from tests.server.client import serving
 from trio_runner.bench import crowd, leaving
 from trio_runner.bench.client import Address
 from trio_runner.bench.dialects import DIALECTS, DialectName, Runner
@@ -23,7 +26,7 @@ from trio_runner.bench.processes import Holdings
 from trio_runner.bench.prompts import Prompts
 from trio_runner.bench.rounds import SCENARIOS, run_rounds
 from trio_runner.bench.scenarios import Load, Turn
-from trio_runner.bench.server import Server
+from trio_runner.bench.server import Server, meet
 
 ALL = {
     "throughput": ["1 stream", "4 streams"],
@@ -71,10 +74,11 @@ ALL = {
         "of those, queued",
         "of those, in its prefill",
         "of those, decoding",
-        "texts compared",
-        "texts that are identical",
-        "texts that differ",
-        "texts that differ where no alternative is known",
+        "streams compared",
+        "tokens compared",
+        "identical in every bit",
+        "not identical",
+        "of those, with another text",
     ],
 }
 """The metrics of each scenario on every server."""
@@ -273,24 +277,72 @@ async def test_leaving_the_queue_is_seen_before_the_step_ends() -> None:
     assert statistics.median(measured["until it has left the queue"]) < 50
 
 
-@pytest.mark.parametrize("dialect", ["runner", "llama", "openai"])
-async def test_survivors_whose_texts_change_are_found(dialect: DialectName) -> None:
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+async def test_survivors_whose_bits_change_are_found(dialect: DialectName) -> None:
     async with fake_server(dialect) as (fake, server):
         measured = await measure("survivors", server)
-        assert measured["texts that differ"] == [0]
-        assert measured["texts that are identical"] == measured["texts compared"]
+        assert measured["not identical"] == [0]
+        assert measured["identical in every bit"] == measured["streams compared"]
+        assert min(measured["tokens compared"][0] / LOAD.tokens, measured["streams compared"][0]) > 2
+        fake.bits_break = True
+        measured = await measure("survivors", server)
+    [n_differing] = measured["not identical"]
+    assert n_differing > 0
+    assert measured["of those, with another text"] == [0]
+    assert measured["first token that differs"] == [3] * int(n_differing)
+    assert measured["greatest difference"] == [pytest.approx(1e-9)] * int(n_differing)
+
+
+async def test_survivors_whose_texts_change_are_found() -> None:
+    async with fake_server("llama") as (fake, server):
         fake.texts_break = True
-        fake.n_disconnected = 0
+        measured = await measure("survivors", server)
+    assert measured["of those, with another text"] == measured["not identical"]
+    assert min(measured["first token that differs"]) == 3
+
+
+async def test_survivors_run_alone_on_a_server_that_is_started_for_them() -> None:
+    n_started = 0
+
+    @asynccontextmanager
+    async def fresh() -> AsyncIterator[Server]:
+        nonlocal n_started
+        n_started += 1
+        async with fake_server("runner") as (_, another):
+            yield another
+
+    async with fake_server("runner") as (fake, server):
+        fake.bits_break = True
+        measured = await measure("survivors", dataclasses.replace(server, fresh=fresh))
+    assert n_started == 2
+    assert measured["not identical"][0] > 0
+
+
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+async def test_survivors_of_a_server_of_ours_are_paused_too(dialect: DialectName) -> None:
+    """The real server with the toy, whose every token depends on all that its slot holds."""
+    toy = Toy()
+    toy.info = {"chat_template": "{{ messages[0].content }}"}
+    load = dataclasses.replace(LOAD, late=200, cancellations=20, endless=300)
+    async with toy.engine(slots=3, context_length=600, max_backlog=8) as engine, serving(engine) as served:
+        server = await meet(f"http://{served.host}:{served.port}", dialect, slots=3)
+        measured = await measure("survivors", server, load)
+    assert measured["not identical"] == [0]
+    assert measured["identical in every bit"][0] >= 3 + (dialect != "runner")
+    assert measured["streams that were paused"] == [1]
+    assert measured.keys() >= {"preemptions", "batches aborted"}
+    assert measured["tokens found in the prompt cache"][0] > 0
+
+
+async def test_texts_are_compared_where_there_are_no_log_probabilities() -> None:
+    async with fake_server("openai") as (fake, server):
+        fake.tells_logprobs = False
         [outcome] = await run_rounds([server], ["survivors"], repeat=1, seed=1, load=LOAD)
     samples = {metric.name: values for metric, values in outcome.rounds[0].samples.items()}
-    [n_differing] = samples["texts that differ"]
-    assert n_differing > 0
-    margins = samples["margin of the two best tokens at the first difference"]
-    assert margins == [pytest.approx(0.9)] * int(n_differing)
-    assert samples["largest margin of them"] == [pytest.approx(0.9)]
-    assert samples["texts that differ where no alternative is known"] == [0]
-    explained = r"\d+ x a text differs from token \d+ on, where the two best were 0.9000 nats apart"
-    assert any(re.fullmatch(explained, note) for note in outcome.notes)
+    assert samples["texts that are identical"] == samples["texts compared"]
+    assert samples["texts compared"][0] > 0
+    assert "identical in every bit" not in samples
+    assert "the server reports no log-probabilities: only texts are compared" in outcome.notes
 
 
 async def test_scenarios_that_need_more_slots_are_unavailable() -> None:

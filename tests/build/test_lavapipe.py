@@ -20,7 +20,7 @@ def machine(tmp_path: Path) -> Machine:
     def run(apt: str, missing: str = "glslc|spirv-headers") -> tuple[int, str, list[str]]:
         bin = tmp_path / "bin"
         bin.mkdir()
-        for name in ("bash", "env", "mktemp", "rm", "tail"):
+        for name in ("bash", "dirname", "env", "mktemp", "rm", "tail"):
             (bin / name).symlink_to(shutil.which(name) or name)
         scripts = {
             "dpkg-query": f"case $3 in {missing}) exit 1;; *) printf installed;; esac",

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, code_spans, read
-from trio_runner.bench import kernels
+from trio_runner.bench import embedding_turns, kernels, step_profile
 from trio_runner.cli.dropin import FLAGS
 from trio_runner.cli.main import cli
 
@@ -19,7 +19,7 @@ MEMBER = re.compile(r"([A-Z]\w+)\.(\w+)(?:\(.*\))?")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]+)?\)")
 NOT_OURS = {"--help", "--hypothesis-profile", "--unix-socket"}
 VARIABLE = re.compile(r"\bTRIO_RUNNER_[A-Z_]+\b")
-OF_TESTS = {"TRIO_RUNNER_TEST_DEVICES"}
+OF_TESTS = {"TRIO_RUNNER_TEST_DEVICES", "TRIO_RUNNER_TEST_EVENTS"}
 
 
 def shell_text(page: Path | None = None) -> str:
@@ -95,12 +95,13 @@ def test_commands_exist() -> None:
 def test_options_exist() -> None:
     options = {
         option
-        for command in (*cli.commands.values(), kernels.main)
+        for command in (*cli.commands.values(), embedding_turns.main, kernels.main, step_profile.main)
         for parameter in command.params
         if isinstance(parameter, click.Option)
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     scripts = [ROOT / "build_llama.py", *(ROOT / "native").rglob("*.py"), *(ROOT / "ci").iterdir()]
+    scripts += [ROOT / "tests" / "engine" / "play.py"]
     of_scripts = {
         option
         for path in scripts

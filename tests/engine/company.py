@@ -261,7 +261,10 @@ class Company(_Driver):
         elif kind == "submit one that shifts":
             spec = replace(spec, shift=True, max_tokens=2 * self.running.capabilities.n_ctx, n_keep=4)
         elif kind == "submit an embedding":
-            spec = replace(spec, embedding=True, background=False, prompt_logprobs=-1)
+            able = self.running.capabilities
+            longest = able.n_ctx if able.embeds_last_row else able.max_rows  # the engine refuses longer ones
+            prompt = spec.prompt[:longest]
+            spec = replace(spec, prompt=prompt, embedding=True, background=False, prompt_logprobs=-1)
         for _ in range(n_answers):
             sampling = chance.choice(SAMPLINGS)
             self.requests[self.submit(spec, sampling)] = spec, sampling

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_tiny_models import NEAR_TIE, PROMPT, asked, running, tokens_of
+from tests.engine.test_tiny_models import PROMPT, asked, running, tokens_of
 from tests.engine.toys import Gate, Projector, Toy, items_of, picture, prompts, until
 from trio_runner.core.batch import MAX_SCORED_ROWS
 from trio_runner.engine.engine import Engine
@@ -105,10 +105,7 @@ async def test_they_are_those_that_the_tokens_had_when_they_were_sampled(tmp_pat
         request = GenerateRequest(prompt=whole, max_tokens=0, prompt_logprobs=2)
         scores = (await finished(engine, request)).prompt_logprobs
         assert [score.token for score in scores] == list(whole[1:])
-        assert b"".join(score.piece for score in scores[-len(sampled) :]) == b"".join(one.piece for one in sampled)
-        for score, one in zip(scores[-len(sampled) :], sampled, strict=True):
-            assert score.logprob == pytest.approx(one.logprob, abs=NEAR_TIE)
-            assert [top.logprob for top in score.top] == pytest.approx([top.logprob for top in one.top], abs=NEAR_TIE)
+        assert list(scores[-len(sampled) :]) == sampled
         # The prompt that was scored is in the cache like any other.
         generation = engine.generate(asked(PROMPT[:60], 1))
         await generation.collect()

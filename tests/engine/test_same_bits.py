@@ -1,8 +1,8 @@
 """Batch invariance on the CPU: the same request gives the same tokens, log-probabilities and embeddings, to the last
 bit, whoever else is there, whatever is cached, and however its prompt is cut into steps.
 
-tests/engine/company.py makes the schedules. `TRIO_RUNNER_EVENTS=1000` in the environment makes them longer. A failure
-names the requests that differ, and `python -m tests.engine.play` finds the shortest schedule that does.
+tests/engine/company.py makes the schedules; `TRIO_RUNNER_TEST_EVENTS=1000` in the environment makes them longer. A
+failure names the requests that differ, and `python -m tests.engine.play` finds the shortest schedule that does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trio_runner.request import GenerateRequest
 from trio_runner.sampling import SamplingParams
 
 TYPES = (*OUR_TYPES, *OTHER_TYPES)
-N_EVENTS = int(os.environ.get("TRIO_RUNNER_EVENTS", "60"))
+N_EVENTS = int(os.environ.get("TRIO_RUNNER_TEST_EVENTS", "60"))
 """Events of one schedule. All schedules of the suite have more than 2,000 together."""
 DEADLINE = 60.0
 PROMPT = "the story and the model and the answer of the user " * 6
@@ -64,7 +64,7 @@ def test_weights_of_every_type(models: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_number_of_threads_changes_no_bit(models: Path, kind: str) -> None:
     """The runs alone have one thread, the company has two. Few steps, for on a busy machine threads wait for long."""
-    check(wide_model("wide", kind, models), seed=TYPES.index(kind), n_events=max(N_EVENTS // 5, 12), threads=2)
+    check(wide_model("wide", kind, models), seed=TYPES.index(kind), n_events=max(N_EVENTS // 6, 10), threads=2)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_K", "q6_K", "iq4_nl", "mxfp4", "f16", "f32", "iq3_s"])
@@ -80,16 +80,23 @@ def test_other_kinds_of_attention(models: Path, name: str, kind: str) -> None:
     check(converted(models, name, kind), seed=40, context_length=96 if name == "gpt2" else 160)
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "f32"])
+@pytest.mark.parametrize("name", ["mamba", "lfm2"])
+def test_recurrent_state(models: Path, name: str, kind: str) -> None:
+    """Layers that compute a prompt row by row. Of those that compute it in pieces nothing is promised."""
+    check(converted(models, name, kind), seed=45)
+
+
 @pytest.mark.parametrize("kind", ["q4_0", "q4_K", "f16"])
 def test_adapters(models: Path, kind: str) -> None:
     adapter = AdapterConfig(str(wide_model("wide-lora", "f32", models)))
     check(wide_model("wide", kind, models), seed=50, adapters=(adapter,))
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
-def test_types_of_the_kv_cache(models: Path, kv_type: str) -> None:
-    for seed in range(2):
-        check(wide_model("wide", "q4_0", models), seed=60 + seed, kv_type=kv_type)
+@pytest.mark.parametrize("seed", [60, 61])
+def test_a_kv_cache_of_32_bits(models: Path, seed: int) -> None:
+    """All other tests have 16 bits, as an engine by default. Other types are not promised: docs/behaviour.md."""
+    check(wide_model("wide", "q4_0", models), seed=seed, kv_type="f32")
 
 
 def test_a_schedule_has_everything_in_it(models: Path) -> None:

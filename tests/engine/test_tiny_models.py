@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from tests.engine.toys import until, until_idle
-from tests.placing import model_config
+from tests.placing import device_number, model_config
 from tests.tiny_models import tiny_model
 from trio_runner.engine.engine import Engine
 from trio_runner.engine.generation import Generation
@@ -27,8 +27,8 @@ KINDS = ["llama", "swa", "mrope", "gpt2", "mamba", "lfm2", "t5"]
 """One for each kind of memory there is."""
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1)
 NEAR_TIE = 0.05
-"""Nats. llama.cpp rounds a row differently alone and in a batch, by up to 0.017 nats in these models on CPUs without
-AVX-512. If the two most probable tokens are nearer to each other than this, either may be chosen."""
+"""Nats. GPUs round a row differently alone and in a batch, and so does T5 with its biased attention. If the two most
+probable tokens are nearer to each other than this, either may be chosen."""
 PROMPT = "the story and the model and the answer of the user " * 8
 
 
@@ -119,10 +119,10 @@ async def test_a_long_embedding_does_not_depend_on_the_batch_size(
         expected = await engine.embed([text, "hello"])
     async with running(models, name, **options) as engine:
         assert len(await engine.tokenize(text)) > engine.config.batch_size
-        np.testing.assert_allclose(await engine.embed([text, "hello"]), expected, atol=1e-4)
+        np.testing.assert_array_equal(await engine.embed([text, "hello"]), expected)
         if engine.capabilities.can_generate:
             texts = await alone(engine, "hello")
-            np.testing.assert_allclose(await engine.embed([text]), expected[:1], atol=1e-4)
+            np.testing.assert_array_equal(await engine.embed([text]), expected[:1])
             assert await alone(engine, "hello") == texts
 
 
@@ -190,6 +190,9 @@ async def test_requests_that_stay_do_not_notice_those_that_go(models: Path, name
                     nursery.start_soon(go, engine, start[: chance.randrange(20, longest)], chance.random() * 0.05)
                     await trio.sleep(chance.random() * 0.005)
         for prompt in prompts:
-            assert_same_tokens(found[prompt], expected[prompt])
+            if device_number() is None and name != "t5":
+                assert found[prompt] == expected[prompt]
+            else:
+                assert_same_tokens(found[prompt], expected[prompt])
         await until_idle(engine)
         await until(lambda: engine.statistics().scheduler.n_preempted == 0)

@@ -231,10 +231,10 @@ async def test_embeddings_differ_by_meaning_and_are_the_same_beside_others(servi
     assert vectors.shape == (4, service.engine.info.n_embd)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(vectors[0], vectors[2], atol=2e-3)
+    np.testing.assert_array_equal(vectors[0], vectors[2])
     [answer] = await service.lines("/embedding", content="one")
     over_http = np.array(answer["embedding"], np.float32)
-    np.testing.assert_allclose(over_http / np.linalg.norm(over_http), vectors[0], atol=2e-3)
+    np.testing.assert_allclose(over_http / np.linalg.norm(over_http), vectors[0], rtol=1e-6)
 
 
 async def test_a_copied_prefix_gives_the_same_text_as_a_new_one(default_model: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Literal, TypeAlias
 
+import numpy as np
 import trio
 
 from trio_runner.config import EngineConfig
@@ -26,7 +27,7 @@ from trio_runner.errors import PromptTooLong
 from trio_runner.events import Finished, TextPiece
 from trio_runner.front_door import open_engine
 from trio_runner.interface import EngineInterface
-from trio_runner.request import GenerateRequest
+from trio_runner.request import EmbedRequest, GenerateRequest
 from trio_runner.sampling import SamplingParams
 
 N_SHORT_PROMPT: Final = 16
@@ -168,6 +169,15 @@ class Pair:
             cpu_seconds=time.process_time() - cpu_started,
             n_batches=self.engine.statistics().scheduler.n_batches - batches_started,
         )
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> tuple[float, float, list[float]]:
+        """Embed `texts`, given as tokens. Returns seconds, CPU seconds of this process, and the first embedding."""
+        requests = [EmbedRequest(content=tuple(text)) for text in texts]
+        started, cpu_started = time.perf_counter(), time.process_time()
+        embedded = await self.engine.embed_requests(requests)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        vector: list[float] = np.asarray(embedded[0].vector).tolist()
+        return seconds, cpu_seconds, vector
 
     def close(self) -> None:
         """Free the context of the bare loop."""

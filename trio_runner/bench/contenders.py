@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,8 @@ from trio_runner.errors import RunnerError
 
 UPSTREAM: Final = {"TRIO_RUNNER_MATMUL": "ggml", "TRIO_RUNNER_ATTENTION": "ggml"}
 """The environment in which our library computes with upstream's kernels."""
+CLOSE_SECONDS: Final = 10
+"""Seconds after which a child that does not end by itself is killed."""
 CELLS: Final = 256
 """The peer gets a context of a multiple of this."""
 
@@ -55,52 +58,41 @@ class Loaded:
     """Bytes of weights that a step reads."""
     weights: int
     """Weights that a row is multiplied with."""
-    threads: Mapping[str, int]
-    """Ids of the threads that Python knows, by name."""
 
 
-class OwnProcess:
-    """`trio-runner bench --bare --turns` as a child process, until the end of the block.
+class Child:
+    """A process that answers each line of JSON with one, until the end of the block.
 
-    Raises `ContenderFailed` if it does not start, or ends before it has answered.
+    Raises `ContenderFailed` if it ends before it has answered, or answers with an error.
     """
 
-    def __init__(
-        self, model: Path, *, slots: int, context: int, threads: int, environment: Mapping[str, str] | None = None
-    ) -> None:
-        options = {"--model": model, "--slots": slots, "--context-length": context, "--threads": threads}
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "trio_runner", "bench", "--bare", "--turns"),
-                *(str(word) for pair in options.items() for word in pair),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | dict(environment or {}),
-            text=True,
-        )
-        try:
-            self.loaded = Loaded(**self._read())
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        env = os.environ | dict(environment or {})
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
 
-    def turn(self, loop: Loop, case: Case) -> dict[str, Any]:
-        """Measure once. Returns the fields of `bare.Turn`."""
+    def send(self, document: Mapping[str, Any]) -> None:
+        """Send a line that has no answer."""
         assert self._process.stdin is not None
         try:
-            print(json.dumps({"loop": loop, **dataclasses.asdict(case)}), file=self._process.stdin, flush=True)
+            print(json.dumps(document), file=self._process.stdin, flush=True)
         except BrokenPipeError:
             raise ContenderFailed("a child process has ended") from None
-        answer = self._read()
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next answer."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ContenderFailed("a child process has ended without an answer")
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise ContenderFailed(answer["error"])
         return answer
 
-    def sample(self, loop: Loop, case: Case) -> Sample:
-        """Measure once."""
-        turn = self.turn(loop, case)
-        return Sample(turn["rate"], turn["cpu_seconds"] / case.n_tokens)
+    def ask(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a line."""
+        self.send(document)
+        return self.receive()
 
     @property
     def pid(self) -> int:
@@ -111,9 +103,10 @@ class OwnProcess:
         """End the process, and wait for it."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()  # at the end of its input it ends by itself
+            with suppress(BrokenPipeError):  # what it has not read
+                pipe.close()  # at the end of its input it ends by itself
         try:
-            self._process.wait(10)
+            self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -126,13 +119,30 @@ class OwnProcess:
     ) -> None:
         self.close()
 
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ContenderFailed("a child process has ended without an answer")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+
+class OwnProcess(Child):
+    """`trio-runner bench --bare --turns` as a child process. Raises `ContenderFailed` if it does not start."""
+
+    def __init__(
+        self, model: Path, *, slots: int, context: int, threads: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        options = {"--model": model, "--slots": slots, "--context-length": context, "--threads": threads}
+        words = [str(word) for pair in options.items() for word in pair]
+        super().__init__([sys.executable, "-m", "trio_runner", "bench", "--bare", "--turns", *words], environment)
+        try:
+            self.loaded = Loaded(**self.receive())
+        except BaseException:
+            self.close()
+            raise
+
+    def turn(self, loop: Loop, case: Case) -> dict[str, Any]:
+        """Measure once. Returns the fields of `bare.Turn`, and the ids of Python's threads by their names."""
+        return self.ask({"loop": loop, **dataclasses.asdict(case)})
+
+    def sample(self, loop: Loop, case: Case) -> Sample:
+        """Measure once."""
+        turn = self.turn(loop, case)
+        return Sample(turn["rate"], turn["cpu_seconds"] / case.n_tokens)
 
 
 class Peer:

@@ -28,14 +28,27 @@ class Request:
     stream: bool = True
     n_top: int = 0
     """Most probable tokens that the answer reports at each position."""
+    n_answers: int = 1
+    """Answers to the prompt, all in one. At most `Dialect.max_answers`."""
+    background: bool = False
+    """Whether it may be made to wait for others. Only servers of ours know that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A sampled token: its bytes, and the log-probabilities of the best tokens at its position, highest first."""
+    """A sampled token: its bytes, and the log-probabilities of the best tokens at its position, highest first.
+
+    Numbers are as in the JSON of the answer, which has enough digits to tell any two of the server's numbers apart.
+    """
 
     piece: bytes
     top: tuple[float, ...]
+    logprob: float | None = None
+    """The log-probability of the token itself."""
+    token: int | None = None
+    """Its number; None if the server does not tell."""
+    answer: int = 0
+    """Which of several answers it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,8 @@ class Dialect(ABC):
     all paths begin with `base`."""
 
     name: ClassVar[DialectName]
+    max_answers: ClassVar[int] = 1
+    """Answers to one prompt that a request can ask for."""
     path: str
     embedding_path = "/embedding"
 
@@ -145,6 +160,7 @@ class Runner(Dialect):
             "cache_prompt": request.reuse,
             "logit_bias": [[token, False] for token in self.forbidden],
             **({"logprobs": request.n_top} if request.n_top else {}),
+            **_priority(request),
         }
 
     def message(self, fields: Mapping[str, Any]) -> Message:
@@ -163,6 +179,7 @@ class Llama(Dialect):
     """llama-server's own endpoints."""
 
     name = "llama"
+    max_answers = 4
     path = "/completion"
 
     def body(self, request: Request) -> dict[str, Any]:
@@ -178,19 +195,23 @@ class Llama(Dialect):
             "cache_prompt": request.reuse,
             "stream": request.stream,
             **({"n_probs": request.n_top} if request.n_top else {}),
+            **({"n_cmpl": request.n_answers} if request.n_answers > 1 else {}),
+            **_priority(request),
         }
 
     def message(self, fields: Mapping[str, Any]) -> Message:
         if "error" in fields:
             return Message(error=_error_text(fields["error"]))
         total = _llama_total(fields.get("timings", {})) if fields.get("stop") else None
-        return Message(fields.get("content", ""), _choices(fields.get("completion_probabilities")), total)
+        choices = _choices(fields.get("completion_probabilities"), fields.get("index", 0))
+        return Message(fields.get("content", ""), choices, total)
 
 
 class OpenAI(Dialect):
     """OpenAI's endpoints, as many servers have them."""
 
     name: ClassVar[DialectName] = "openai"
+    max_answers = 4
     path = "/v1/completions"
     embedding_path = "/v1/embeddings"
 
@@ -205,6 +226,8 @@ class OpenAI(Dialect):
             "cache_prompt": request.reuse,  # a field of llama-server, which others ignore
             **({"stream_options": {"include_usage": True}} if request.stream else {}),
             **({"logprobs": request.n_top} if request.n_top else {}),
+            **({"n": request.n_answers} if request.n_answers > 1 else {}),
+            **_priority(request),
         }
 
     def message(self, fields: Mapping[str, Any]) -> Message:
@@ -220,7 +243,8 @@ class OpenAI(Dialect):
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
             decoded = prompt - cached if prompt is not None and cached is not None else None
             total = Total(prompt, decoded, usage.get("completion_tokens"))
-        return Message(choices[0].get("text") or "", _openai_choices(choices[0].get("logprobs")), total)
+        sampled = _openai_choices(choices[0].get("logprobs"), choices[0].get("index", 0))
+        return Message(choices[0].get("text") or "", sampled, total)
 
     def embedding_body(self, text: str) -> dict[str, Any]:
         return {"model": self.model, "input": text}
@@ -262,22 +286,33 @@ def _llama_total(timings: Mapping[str, Any]) -> Total:
     return Total(prompt, decoded, timings.get("predicted_n"))
 
 
-def _choices(entries: Sequence[Mapping[str, Any]] | None) -> tuple[Choice, ...]:
+def _priority(request: Request) -> dict[str, str]:
+    return {"priority": "background"} if request.background else {}
+
+
+def _choices(entries: Sequence[Mapping[str, Any]] | None, answer: int = 0) -> tuple[Choice, ...]:
     return tuple(
-        Choice(bytes(entry["bytes"]), _descending(item["logprob"] for item in entry.get("top_logprobs", ())))
+        Choice(
+            bytes(entry["bytes"]),
+            _descending(item["logprob"] for item in entry.get("top_logprobs", ())),
+            entry.get("logprob"),
+            entry.get("id"),
+            answer,
+        )
         for entry in entries or ()
     )
 
 
-def _openai_choices(logprobs: Mapping[str, Any] | None) -> tuple[Choice, ...]:
+def _openai_choices(logprobs: Mapping[str, Any] | None, answer: int) -> tuple[Choice, ...]:
     if not logprobs:
         return ()
     if "content" in logprobs:  # llama-server answers with the fields of the chat endpoint
-        return _choices(logprobs["content"])
-    tops = logprobs.get("top_logprobs") or [{}] * len(logprobs["tokens"])
+        return _choices(logprobs["content"], answer)
+    nothing: list[Any] = [None] * len(logprobs["tokens"])
+    tops, own = (logprobs.get(name) or nothing for name in ("top_logprobs", "token_logprobs"))
     return tuple(
-        Choice(token.encode(), _descending((top or {}).values()))
-        for token, top in zip(logprobs["tokens"], tops, strict=False)
+        Choice(token.encode(), _descending((top or {}).values()), logprob, None, answer)
+        for token, top, logprob in zip(logprobs["tokens"], tops, own, strict=False)
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from random import Random
 from statistics import median
@@ -14,7 +13,7 @@ from typing import Final, TypeAlias
 
 import trio
 
-from trio_runner.bench.client import Connection, CutShort, Ending, Refused, Stream
+from trio_runner.bench.client import Connection, CutShort, Ending, Refused
 from trio_runner.bench.dialects import Request
 from trio_runner.bench.figures import Measured, Metric
 from trio_runner.bench.processes import Holdings, holdings
@@ -31,8 +30,6 @@ MAX_DELAY: Final = 1.0
 """Seconds after which one of many clients disconnects, at most."""
 N_STORM_PIECES: Final = 4
 """Pieces of text after which one of many clients disconnects, at most."""
-N_QUEUED: Final = 3
-"""Clients that disconnect beside survivors, in addition to those that have a slot."""
 CLIENT_SECONDS: Final = 20.0
 """Seconds after which a client of the storm gives up."""
 SETTLE_SECONDS: Final = 12.0
@@ -180,7 +177,7 @@ async def _idle(turn: Turn) -> list[float]:
 async def storm(turn: Turn) -> Measured:
     """Clients connect and disconnect at random moments: what the server still holds when all of them are gone."""
     measured, server, n_clients = Measured(), turn.server, turn.load.storm
-    pool, delay = await _leaving(turn)
+    pool, delay = await leaving_requests(turn)
     clients = _Clients(server, turn.random, pool, delay)
     await clients.run(2 * turn.load.crowd, turn.load.crowd)  # the server now has all that it creates once and keeps
     await server.quiet()
@@ -217,7 +214,7 @@ async def storm(turn: Turn) -> Measured:
     return measured
 
 
-async def _leaving(turn: Turn) -> tuple[list[Request], float]:
+async def leaving_requests(turn: Turn) -> tuple[list[Request], float]:
     """The requests of many clients that disconnect, and the seconds after which they do so, at most."""
     n_long = turn.load.long_prompt
     pool = [await turn.request(n, turn.load.endless) for n in (N_SHORT, max(n_long // 4, 1), n_long)]
@@ -305,87 +302,3 @@ class _Clients:
         async with self._server.requesting(self._pool[0], receive_buffer=SMALL_BUFFER) as stream:
             await trio.sleep(self._random.uniform(0, self._delay))
             stream.disconnect(how)
-
-
-async def survivors(turn: Turn) -> Measured:
-    """Greedy streams beside clients that connect and disconnect: whether any of their texts changes."""
-    measured, server = Measured(), turn.server
-    n_survivors = turn.beside(1)
-    requests = [await turn.request(N_SHORT * (1 + index), turn.load.tokens) for index in range(n_survivors)]
-    undisturbed = [await server.complete(replace(request, n_top=2)) for request in requests]
-    pool, delay = await _leaving(turn)
-    remaining = itertools.repeat(None, turn.load.cancellations)
-    in_flight: list[Stream] = []  # in the order in which they came
-    phases = Counter({"queued": 0, "in its prefill": 0, "decoding": 0})
-    texts: list[tuple[int, str]] = []
-
-    @asynccontextmanager
-    async def requesting(request: Request) -> AsyncIterator[Stream]:
-        async with server.requesting(request) as stream:
-            in_flight.append(stream)
-            try:
-                yield stream
-            finally:
-                in_flight.remove(stream)
-
-    async def come_and_go() -> None:
-        for _ in remaining:
-            async with requesting(turn.random.choice([pool[0], *pool])) as victim:  # short prompts reach decoding
-                with trio.move_on_after(turn.random.uniform(0, delay)):
-                    await victim.finish()
-                has_slot = in_flight.index(victim) < server.slots
-                phases["decoding" if victim.pieces else "in its prefill" if has_slot else "queued"] += 1
-                victim.disconnect()
-
-    async def survive(index: int, over: trio.Event) -> None:
-        while not over.is_set():
-            async with requesting(requests[index]) as stream:
-                await stream.finish()
-            texts.append((index, stream.text))
-
-    async with trio.open_nursery() as surviving:
-        over = trio.Event()
-        for index in range(n_survivors):
-            surviving.start_soon(survive, index, over)
-        async with trio.open_nursery() as leaving:
-            for _ in range(server.slots - n_survivors + N_QUEUED):
-                leaving.start_soon(come_and_go)
-        over.set()
-    measured.add(Metric("cancellations", ""), turn.load.cancellations)
-    for phase, n in phases.items():
-        measured.add(Metric(f"of those, {phase}", ""), n)
-    differing = [(index, text) for index, text in texts if text != undisturbed[index].text]
-    measured.add(Metric("texts compared", ""), len(texts))
-    measured.add(Metric("texts that are identical", ""), len(texts) - len(differing))
-    measured.add(Metric("texts that differ", ""), len(differing))
-    _explain_differences(measured, [_difference(undisturbed[index], text) for index, text in differing])
-    return measured
-
-
-def _explain_differences(measured: Measured, differences: Sequence[tuple[int, float] | None]) -> None:
-    """Report how close the two best tokens were where a text first differs. In batches of another size, logits differ
-    slightly, so only tokens that are close to a tie may change."""
-    found = Counter(difference for difference in differences if difference is not None)
-    for (position, margin), n in sorted(found.items()):
-        measured.note(f"{n} x a text differs from token {position} on, where the two best were {margin:.4f} nats apart")
-    measured.add(Metric("texts that differ where no alternative is known", ""), len(differences) - found.total())
-    if found:
-        margins = [margin for _, margin in found.elements()]
-        measured.add(Metric("margin of the two best tokens at the first difference", "nats"), *margins)
-        measured.add(Metric("largest margin of them", "nats"), max(margins))
-
-
-def _difference(undisturbed: Stream, text: str) -> tuple[int, float] | None:
-    """The position of the first token that differs in `text`, and the log-probability it was ahead of the second best.
-
-    None if the server has not reported the second best.
-    """
-    pairs = zip(undisturbed.text, text, strict=False)
-    n_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    n_bytes = len(undisturbed.text[:n_same].encode())
-    n_before = 0
-    for position, choice in enumerate(undisturbed.choices):
-        n_before += len(choice.piece)
-        if n_before > n_bytes:
-            return (position, choice.top[0] - choice.top[1]) if len(choice.top) >= 2 else None
-    return None

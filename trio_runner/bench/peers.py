@@ -12,7 +12,8 @@ from typing import Final
 
 import trio
 
-from trio_runner.bench.server import Unavailable
+from trio_runner.bench.dialects import DialectName
+from trio_runner.bench.server import Server, Unavailable, meet
 
 KILL_SECONDS: Final = 5.0
 """Seconds after which a child that ignores SIGTERM is killed."""
@@ -44,6 +45,13 @@ async def own_server(arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]
             nursery.cancel_scope.cancel()
     finally:
         await _end(process)
+
+
+@asynccontextmanager
+async def another_server(arguments: Sequence[str], dialect: DialectName, slots: int | None) -> AsyncIterator[Server]:
+    """The same, as a server that can be sent requests. Nobody has asked it for anything yet."""
+    async with own_server(arguments) as (url, pid):
+        yield await meet(url, dialect, slots=slots, pid=pid)
 
 
 class _Log:

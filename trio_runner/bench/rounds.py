@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from trio_runner.bench import crowd, leaving, speed
+from trio_runner.bench import crowd, leaving, speed, survivors
 from trio_runner.bench.figures import Measured
 from trio_runner.bench.processes import foreign_seconds
 from trio_runner.bench.prompts import Prompts
@@ -43,7 +43,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "slow-reader": crowd.slow_reader,
     "embeddings": crowd.embeddings,
     "overload": crowd.overload,
-    "survivors": leaving.survivors,
+    "survivors": survivors.survivors,
 }
 
 ROUND_SECONDS: Final = 3600.0

@@ -46,6 +46,8 @@ class Load:
     """Requests at once in the overload."""
     endless: int = 2000
     """Tokens of a stream that is not meant to end by itself."""
+    late: int = 340
+    """Tokens of a stream whose client does not read until it is paused. A server of ours pauses after 256."""
     unread: int = 1500
     """Tokens after which a server must have noticed a client that does not read."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
@@ -41,6 +42,10 @@ _ENDS: Final = (
 )
 """Special tokens that end a text in one vocabulary or another."""
 
+_COUNT: Final = re.compile(
+    r"^trio_runner_(?P<name>\w+_total)(?:\{model_name=\"[^\"]*\"\})? (?P<value>\S+)$", re.MULTILINE
+)
+
 
 class Unavailable(RunnerError):
     """The server cannot do what a scenario needs, in this round or any other. The message is for the report."""
@@ -63,6 +68,8 @@ class Server:
     """Whether the server has /tokenize."""
     is_ours: bool = False
     """Whether it is trio-runner, which speaks several dialects, and has /statistics beside all of them."""
+    fresh: Callable[[], AbstractAsyncContextManager[Server]] | None = field(default=None, compare=False)
+    """Starts another server like this one, which ends with the block. None for a server that others have started."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -91,6 +98,18 @@ class Server:
         """Post `fields` to `path` and return the JSON of the answer. Raises the same as `get`."""
         with await Connection.open(self.address) as connection:
             return await fetch(connection, "POST", path, fields)
+
+    async def counted(self) -> dict[str, float]:
+        """What a server of ours has counted since it started, by the names in docs/metrics.md without their beginning.
+        Empty for other servers. Raises `CutShort` and OSError."""
+        if not self.is_ours:
+            return {}
+        with await Connection.open(self.address) as connection:
+            await connection.send(connection.encode("GET", "/metrics"))
+            head = await connection.head()
+            text = (await connection.read()).decode()
+        found = _COUNT.finditer(text) if head.status == 200 else ()
+        return {match["name"]: float(match["value"]) for match in found}
 
     async def count_tokens(self, text: str) -> int:
         """Tokens of `text`, with the special ones that a prompt begins with. Raises the same as `get`."""

@@ -233,7 +233,13 @@ async def _meet_servers(
 
     if not asked.urls:
         url, pid = await stack.enter_async_context(peers.own_server(arguments))
-        servers = [await meet(url, dialect, slots=slots, pid=pid) for dialect in asked.dialects or ("runner",)]
+        servers = [
+            dataclasses.replace(
+                await meet(url, dialect, slots=slots, pid=pid),
+                fresh=partial(peers.another_server, arguments, dialect, slots),
+            )
+            for dialect in asked.dialects or ("runner",)
+        ]
     else:
         dialects = asked.dialects or (None,) * len(asked.urls)
         pids = asked.pids or (None,) * len(asked.urls)

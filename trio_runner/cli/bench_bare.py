@@ -87,8 +87,9 @@ def _write(file: str, document: dict[str, Any]) -> None:
 def take_turns(options: EngineChoice) -> int:
     """Load the model and say so in a line of JSON; then answer each line on stdin, until there are no more.
 
-    A line has the fields of `Case`, and "loop": "engine" or "bare". The answer has the fields of `Turn`, or an "error".
-    Returns the exit code.
+    A line has the fields of `Case`, and "loop": "engine" or "bare". The answer has the fields of `Turn`, and the ids of
+    Python's threads by name. Or a line has "texts", lists of tokens to embed; the answer says how long that took, and
+    has the first "vector". An answer may also be an "error". Returns the exit code.
     """
     model, config = options.configs()
 
@@ -132,7 +133,6 @@ def _loaded(path: str, seconds: float, peak: float) -> dict[str, Any]:
         "peak": peak,
         "bytes": sum(tensor.n_bytes for tensor in used),
         "weights": sum(tensor.shape[0] * tensor.shape[1] for tensor in used if len(tensor.shape) == 2),
-        "threads": {thread.name: thread.native_id for thread in threading.enumerate()},
     }
 
 
@@ -141,9 +141,13 @@ async def _answer(pair: Pair, line: str) -> dict[str, Any]:
 
     try:
         fields = json.loads(line)
+        if "texts" in fields:
+            seconds, cpu_seconds, vector = await pair.embed(fields["texts"])
+            return {"seconds": seconds, "cpu_seconds": cpu_seconds, "vector": vector}
         loop = fields.pop("loop")
         if loop not in LOOPS:
             raise ValueError(f"there is no loop {loop}")
-        return dataclasses.asdict(await pair.turn(loop, Case(**fields)))
+        turn = dataclasses.asdict(await pair.turn(loop, Case(**fields)))
+        return turn | {"threads": {thread.name: thread.native_id for thread in threading.enumerate()}}
     except (AttributeError, KeyError, TypeError, ValueError, RunnerError) as error:
         return {"error": str(error)}
