@@ -1,4 +1,4 @@
-// Attention on a CPU, in the place of ggml's own, for the usual case: keys and values of 16 bits, and a mask.
+// Attention on a CPU, in the place of ggml's own, for the usual case: keys and values of 16 or 8 bits, and a mask.
 //
 // ggml has one kernel for a single row, one for up to 63 rows, and one for more. Several streams, and a prompt beside
 // them, run on the one in the middle. That one converts every key and value again for every row and head, and sums in
@@ -44,6 +44,12 @@ extern "C" void ggml_flash_attn_ext_upstream(const ggml_compute_params *params, 
 
 namespace {
 
+// Whether keys or values are stored in a way that attention_tiles.h can convert.
+bool is_known(const ggml_tensor *tensor) {
+    return (tensor->type == GGML_TYPE_F16 || tensor->type == GGML_TYPE_Q8_0) &&
+           tensor->nb[0] == ggml_type_size(tensor->type);
+}
+
 // Whether this file computes the operation. Otherwise ggml's own function does.
 bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
     static const bool is_enabled = [] {
@@ -54,8 +60,7 @@ bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
     float max_bias;
     std::memcpy(&max_bias, dst->op_params + 1, sizeof max_bias);
     return is_enabled && !params->use_ref && max_bias == 0.0f &&
-           q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 &&
-           q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t) &&
+           q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && is_known(k) && is_known(v) &&
            k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 &&
            q->ne[3] % k->ne[3] == 0 && q->ne[2] / k->ne[2] <= MAX_QUERIES &&
            mask != nullptr && mask->type == GGML_TYPE_F16 && mask->ne[2] == 1;
@@ -113,7 +118,9 @@ void merge(float &highest, float &weight, float *values, float chunk_highest, fl
 class Worker {
 public:
     Worker(const Attention &attention, Plan &plan, const Plan::Unit &unit, int64_t kv_head)
-        : a_(attention), plan_(plan), unit_(unit), block_(plan.block(unit.block)), s_(scratch(attention)),
+        : load_keys_(attention.k->type == GGML_TYPE_F16 ? load_keys<Half> : load_keys<Bytes>),
+          load_values_(attention.v->type == GGML_TYPE_F16 ? load_values<Half> : load_values<Bytes>),
+          a_(attention), plan_(plan), unit_(unit), block_(plan.block(unit.block)), s_(scratch(attention)),
           kv_head_(kv_head), n_rows_(block_.end_row - block_.first_row) {}
 
     void run() {
@@ -184,13 +191,13 @@ private:
             const char **tile_keys = keys + (tile - first) * TILE, **tile_values = values + (tile - first) * TILE;
             if (tile + 1 < end) {
                 const int n_next = n_places(tile + 1);
-                prefetch(tile_keys + TILE, n_next, int(a_.n_embd_k));
-                prefetch(tile_values + TILE, n_next, int(a_.n_embd_v));
+                prefetch(tile_keys + TILE, n_next, ggml_row_size(a_.k->type, a_.n_embd_k));
+                prefetch(tile_values + TILE, n_next, ggml_row_size(a_.v->type, a_.n_embd_v));
             }
             const int n = n_places(tile);
             if (n == 0) continue;
-            load_keys(tile_keys, n, int(a_.n_embd_k), s_.keys);
-            load_values(tile_values, n, int(a_.n_embd_v), s_.values);
+            load_keys_(tile_keys, n, int(a_.n_embd_k), s_.keys);
+            load_values_(tile_values, n, int(a_.n_embd_v), s_.values);
             attend_tile(tile);
         }
     }
@@ -273,6 +280,8 @@ private:
 
     void store() const;
 
+    void (*const load_keys_)(const char *const *, int, int, float *);
+    void (*const load_values_)(const char *const *, int, int, float *);
     const Attention &a_;
     Plan &plan_;
     const Plan::Unit &unit_;

@@ -30,9 +30,11 @@ class Shape:
     n_embd_v: int
     group: int
     """Heads that share keys and values."""
+    in_bytes: bool = False
+    """Whether keys and values are stored as q8_0."""
 
 
-SHAPES = (Shape(16, 16, 1), Shape(64, 64, 3), Shape(40, 24, 2), Shape(80, 12, 7))
+SHAPES = (Shape(16, 16, 1), Shape(64, 64, 3), Shape(40, 24, 2), Shape(80, 12, 7), Shape(64, 96, 2, in_bytes=True))
 """Among them widths that are no multiple of a vector's."""
 
 
@@ -65,6 +67,7 @@ def operands(
         seen,
         place_of.tolist(),
         sequences.ravel().tolist(),
+        in_bytes=shape.in_bytes,
     )
 
 
