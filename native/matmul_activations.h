@@ -85,7 +85,12 @@ public:
         for (int i = 0; i < GROUP; ++i)
             to[i] = char(codes_[i]);
     }
-    void store_words(char *) const {} // there is no machine without AVX2 where codes are words
+    void store_words(char *to) const { // in the order of place_codes(), as above
+        for (int i = 0; i < GROUP; i += 4) {
+            const int16_t four[] = {int16_t(codes_[i]), int16_t(codes_[i + 2]), int16_t(codes_[i + 1]), int16_t(codes_[i + 3])};
+            std::memcpy(to + 2 * i, four, sizeof four);
+        }
+    }
     int32_t sum(int first, int n) const {
         int32_t sum = 0;
         for (int i = first; i < first + n; ++i)
