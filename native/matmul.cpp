@@ -203,9 +203,10 @@ private:
         for (int64_t tile = first_tile; tile < end_tile; ++tile) {
             const int64_t first = tile * TILE, n = std::min<int64_t>(TILE, weights_->ne[1] - first),
                           next = tile + 1 < end_tile ? tile + 1 : later_tile;
-            // The last tile, which may not be full, is not worth fetching.
+            // The last tile, which may not be full, is not worth fetching, nor is what lies between rows of a view.
+            const bool is_fetched = next + 1 < n_tiles_ && weights_->nb[1] == ggml_row_size(weights_->type, k_);
             const Weights weights{tile_data(matrix, tile), weights_->nb[1], int(n), k_,
-                                  next + 1 < n_tiles_ ? tile_data(matrix, next) : nullptr};
+                                  is_fetched ? tile_data(matrix, next) : nullptr};
             if (product_ == nullptr) {
                 multiply_dots(weights, all, n_rows, first);
                 continue;
@@ -245,7 +246,7 @@ bool is_ours(const ggml_tensor *op) {
     const ggml_backend_buffer_t buffer = weights->view_src ? weights->view_src->buffer : weights->buffer;
     if (buffer != nullptr && !ggml_backend_buffer_is_host(buffer)) return false; // weights in another layout
     return x->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float) &&
-           x->nb[0] == sizeof(float) && weights->nb[0] == ggml_type_size(weights->type) &&
+           x->nb[0] == sizeof(float) && weights->nb[0] == ggml_type_size(weights->type) && x->ne[0] > 0 &&
            (find_product(weights->type) != nullptr || ggml_get_type_traits_cpu(weights->type)->vec_dot != nullptr);
 }
 

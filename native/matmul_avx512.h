@@ -121,9 +121,12 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
     const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
     return Bytes(_mm512_shuffle_epi8(__m512i(x), _mm512_add_epi8(first, _mm512_set1_epi8(char(i)))));
 }
-// 16 numbers of 16 bits.
-inline void halves_to_floats(const uint16_t *x, float *to) {
-    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x))));
+// 16 floats of the lower, or higher, 16 bits of as many dwords.
+inline void low_halves(const uint32_t *x, float *to) {
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(load_ints(x))));
+}
+inline void high_halves(const uint32_t *x, float *to) {
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(load_ints(x), 16))));
 }
 
 } // namespace

@@ -19,6 +19,8 @@
 
 namespace {
 
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 constexpr int TILE = 16;        // rows that are unpacked, and multiplied, at once
 constexpr int COLUMN = TILE * 4; // bytes of a column
 
@@ -42,18 +44,28 @@ inline Bytes shift_right(const Bytes &x, int n) { return Bytes(Words(x) >> n); }
 template <class Block> struct Blocks {
     const char *rows[TILE];
 
+    Blocks(const char *const (&begins)[TILE], int64_t number) {
+        for (int row = 0; row < TILE; ++row)
+            rows[row] = begins[row] + size_t(number) * sizeof(Block);
+    }
     const Block &operator[](int row) const { return *reinterpret_cast<const Block *>(rows[row]); }
 };
 
 // The number of 16 bits that is `at` bytes after the beginning of a block, of 16 rows.
 template <class Block> void halves(const Blocks<Block> &blocks, size_t at, float *of_rows) {
-    ggml_half numbers[TILE];
-    for (int row = 0; row < TILE; ++row)
-        std::memcpy(numbers + row, blocks.rows[row] + at, sizeof(ggml_half));
-    halves_to_floats(numbers, of_rows);
+    alignas(64) uint32_t numbers[TILE] = {};
+    for (int row = 0; row < TILE; ++row) {
+        ggml_half number;
+        std::memcpy(&number, blocks.rows[row] + at, sizeof number);
+        numbers[row] = number;
+    }
+    low_halves(numbers, of_rows);
 }
 template <class Block> void first_halves(const Blocks<Block> &blocks, float *of_rows) { halves(blocks, 0, of_rows); }
 template <class Block> void second_halves(const Blocks<Block> &blocks, float *of_rows) { halves(blocks, 2, of_rows); }
+
+// The first four bytes of a block of each of 16 rows: one or two numbers of 16 bits.
+using Heads = const uint32_t *;
 
 inline void multiples(const float *x, float factor, float *of_rows) {
     for (int row = 0; row < TILE; ++row)
@@ -94,14 +106,15 @@ template <class Block> void gather8(const Blocks<Block> &blocks, size_t at, char
 //   codes      from a vector of each column (COLUMN bytes apart) to the codes: put(i, x) takes those of the weights from
 //              4 * i to 4 * i + 3 of the chunk
 //   scales     for each group of SCALED weights of a block the scales of 16 rows, then those of the next group; likewise
-//              the offsets, if there are any
+//              the offsets, if there are any. It takes the Heads of the blocks if HAS_HEADS, else Blocks
 
 template <class B> struct Nibbles { // 32 weights: first the low halves of 16 bytes, then the high ones
     using Block = B;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 15, COLUMNS = 4;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = true;
     static void gather(const Blocks<B> &blocks, int, char *columns) { gather4(blocks, offsetof(B, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, x & 15);
@@ -111,30 +124,31 @@ template <class B> struct Nibbles { // 32 weights: first the low halves of 16 by
 };
 
 struct Q4_0 : Nibbles<block_q4_0> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
         multiples(scales, -8.0f, offsets);
     }
 };
 
 struct Q4_1 : Nibbles<block_q4_1> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
-        second_halves(blocks, offsets);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
+        high_halves(heads, offsets);
     }
 };
 
 template <class B> struct FiveBits { // like Nibbles, and the fifth bits in 32 bits of their own
     using Block = B;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 31, COLUMNS = 5;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = true;
     static void gather(const Blocks<B> &blocks, int, char *columns) {
         gather4(blocks, offsetof(B, qs), columns);
         for (int row = 0; row < TILE; ++row)
             std::memcpy(columns + 4 * COLUMN + 4 * row, blocks[row].qh, 4);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
         const auto bits = load<Bytes>(columns + 4 * COLUMN);
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, (x & 15) | fifth_bits(bits, i));
@@ -153,54 +167,56 @@ private:
 };
 
 struct Q5_0 : FiveBits<block_q5_0> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
         multiples(scales, -16.0f, offsets);
     }
 };
 
 struct Q5_1 : FiveBits<block_q5_1> {
-    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
-        first_halves(blocks, scales);
-        second_halves(blocks, offsets);
+    static void scales(Heads heads, float *scales, float *offsets) {
+        low_halves(heads, scales);
+        high_halves(heads, offsets);
     }
 };
 
 struct Q8_0 {
     using Block = block_q8_0;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 128, COLUMNS = 8;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = true;
     static void gather(const Blocks<Block> &blocks, int, char *columns) { gather8(blocks, offsetof(Block, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i)
             put(i, load<Bytes>(columns + i * COLUMN));
     }
-    static void scales(const Blocks<Block> &blocks, float *scales, float *) { first_halves(blocks, scales); }
+    static void scales(Heads heads, float *scales, float *) { low_halves(heads, scales); }
 };
 
 struct IQ4_NL {
     using Block = block_iq4_nl;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 127, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = true;
     static void gather(const Blocks<Block> &blocks, int, char *columns) { gather4(blocks, offsetof(Block, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, look_up(kvalues_iq4nl, x & 15));
             put(i + 4, look_up(kvalues_iq4nl, x >> 4));
         }
     }
-    static void scales(const Blocks<Block> &blocks, float *scales, float *) { first_halves(blocks, scales); }
+    static void scales(Heads heads, float *scales, float *) { low_halves(heads, scales); }
 };
 
 struct IQ4_XS {
     using Block = block_iq4_xs;
     static constexpr int N = 256, CHUNK = 32, SCALED = 32, MAX = 127, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather4(blocks, offsetof(Block, qs) + size_t(chunk) * 16, columns);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) { IQ4_NL::codes(columns, 0, put); }
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) { IQ4_NL::codes(columns, 0, put); }
     static void scales(const Blocks<Block> &blocks, float *scales, float *) {
         alignas(64) char columns[4 * COLUMN]; // d and high bits of the scales; their low bits; codes, not needed here
         float d[TILE];
@@ -218,9 +234,10 @@ struct IQ4_XS {
 struct MXFP4 {
     using Block = block_mxfp4;
     static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 12, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int, char *columns) { gather4(blocks, offsetof(Block, qs), columns); }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, look_up(kvalues_mxfp4, x & 15));
@@ -254,11 +271,12 @@ template <class Block> void scales_of_six_bits(const Blocks<Block> &blocks, floa
 struct Q4_K {
     using Block = block_q4_K;
     static constexpr int N = 256, CHUNK = 64, SCALED = 32, MAX = 15, COLUMNS = 8;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, x & 15);
@@ -273,12 +291,13 @@ struct Q4_K {
 struct Q5_K {
     using Block = block_q5_K;
     static constexpr int N = 256, CHUNK = 64, SCALED = 32, MAX = 31, COLUMNS = 16;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
         gather8(blocks, offsetof(Block, qh), columns + 8 * COLUMN);
     }
-    template <class Put> static void codes(const char *columns, int chunk, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int chunk, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             const auto high = shift_right(load<Bytes>(columns + (i + 8) * COLUMN), 2 * chunk);
@@ -294,13 +313,14 @@ struct Q5_K {
 struct Q6_K {
     using Block = block_q6_K;
     static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 32, COLUMNS = 24;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, ql) + size_t(chunk) * 64, columns);
         gather8(blocks, offsetof(Block, ql) + size_t(chunk) * 64 + 32, columns + 8 * COLUMN);
         gather8(blocks, offsetof(Block, qh) + size_t(chunk) * 32, columns + 16 * COLUMN);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN), more = load<Bytes>(columns + (i + 8) * COLUMN);
             const auto high = load<Bytes>(columns + (i + 16) * COLUMN);
@@ -325,12 +345,13 @@ struct Q6_K {
 struct Q3_K {
     using Block = block_q3_K;
     static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 4, COLUMNS = 16;
-    static constexpr bool SIGNED = true, OFFSET = false;
+    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
         gather8(blocks, offsetof(Block, hmask), columns + 8 * COLUMN);
     }
-    template <class Put> static void codes(const char *columns, int chunk, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int chunk, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN);
             const auto high = shift_right(load<Bytes>(columns + (i + 8) * COLUMN), 4 * chunk);
@@ -358,11 +379,12 @@ struct Q3_K {
 struct Q2_K {
     using Block = block_q2_K;
     static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 3, COLUMNS = 8;
-    static constexpr bool SIGNED = false, OFFSET = true;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
     }
-    template <class Put> static void codes(const char *columns, int, Put put) {
+    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
             put(i, x & 3);

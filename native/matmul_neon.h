@@ -99,10 +99,14 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
     const uint32x4_t first = {0x00000000, 0x04040404, 0x08080808, 0x0c0c0c0c};
     return Bytes(vqtbl1q_u8(uint8x16_t(x), vaddq_u8(vreinterpretq_u8_u32(first), vdupq_n_u8(uint8_t(i)))));
 }
-// 16 numbers of 16 bits.
-inline void halves_to_floats(const uint16_t *x, float *to) {
+// 16 floats of the lower, or higher, 16 bits of as many dwords.
+inline void low_halves(const uint32_t *x, float *to) {
     for (int i = 0; i < 16; i += 4)
-        vst1q_f32(to + i, f16_to_floats(vld1_u16(x + i)));
+        vst1q_f32(to + i, f16_to_floats(vmovn_u32(vld1q_u32(x + i))));
+}
+inline void high_halves(const uint32_t *x, float *to) {
+    for (int i = 0; i < 16; i += 4)
+        vst1q_f32(to + i, f16_to_floats(vshrn_n_u32(vld1q_u32(x + i), 16)));
 }
 
 // Where bytes with signs can be multiplied, these are never called.

@@ -84,11 +84,6 @@ inline void transpose8(const char *const *rows, size_t at, char *columns) {
     transpose4(rows, at + 16, columns + 4 * 64);
 }
 
-// Numbers of 16 bits, four or 16 of them.
-inline void halves_to_floats(const uint16_t *x, float *to, int n = 16) {
-    for (int i = 0; i < n; ++i)
-        to[i] = GGML_CPU_FP16_TO_FP32(x[i]);
-}
 // Of each of 16 rows 8 numbers of 16 bits, which become floats, to 8 columns.
 inline void transpose8_f16(const char *const *rows, size_t at, char *columns) {
     for (int i = 0; i < 8; i += 4, at += 8, columns += 4 * 64)
@@ -97,7 +92,8 @@ inline void transpose8_f16(const char *const *rows, size_t at, char *columns) {
                 uint16_t numbers[4];
                 float floats[4];
                 std::memcpy(numbers, rows[row] + at, sizeof numbers);
-                halves_to_floats(numbers, floats, 4);
+                for (int number = 0; number < 4; ++number)
+                    floats[number] = GGML_CPU_FP16_TO_FP32(numbers[number]);
                 return _mm_castps_si128(_mm_loadu_ps(floats));
             },
             columns);
@@ -135,5 +131,15 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
 
 // Never called, as there are no such products.
 inline Ints dot_bytes(Ints sum, Ints, Ints) { return sum; }
+
+// 16 floats of the lower, or higher, 16 bits of as many dwords.
+inline void low_halves(const uint32_t *x, float *to) {
+    for (int i = 0; i < 16; ++i)
+        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i]));
+}
+inline void high_halves(const uint32_t *x, float *to) {
+    for (int i = 0; i < 16; ++i)
+        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i] >> 16));
+}
 
 } // namespace

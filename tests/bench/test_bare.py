@@ -73,6 +73,7 @@ async def test_a_turn_is_measured_for_each_line(tmp_path: Path) -> None:
     loaded, decode, prefill, first, *refused, again = (json.loads(line) for line in runner.output.splitlines())
     assert loaded["peak"] >= loaded["memory"] > 0
     assert loaded["bytes"] > loaded["weights"] > 0
+    assert loaded["are_floats"]
     assert decode["n_batches"] == 6
     assert decode["threads"]["MainThread"] > 0
     assert prefill["n_batches"] == 0

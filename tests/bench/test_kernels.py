@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.tiny_models import tiny_model
 from trio_runner.bench.bare import Case
 from trio_runner.bench.contenders import ContenderFailed, Sample, read_batched_bench, read_llama_bench
 from trio_runner.bench.kernel_table import Limits, Measured, markdown
-from trio_runner.bench.kernels import main
+from trio_runner.bench.kernels import Plan, main
 
 RATE = 1234.5
 SMALL = ["--rounds", "1", "--prompts", "16,600", "--streams", "1,2", "--tokens", "4"]
@@ -103,10 +104,17 @@ def test_wrong_command_lines_are_refused(options: str, message: str, tmp_path: P
     assert message in " ".join(ended.stderr.split())
 
 
+def test_several_streams_may_be_for_some_models_only() -> None:
+    plan = Plan(1, 1, (16,), (1, 4), streams_of=("b",), n_decode=8, loads=False)
+    alone = [Case(16, n_times=32), Case(16, 1, 8)]
+    assert list(plan.groups("a")) == [alone]
+    assert list(plan.groups("b")) == [alone, [Case(16, 4, 8)]]
+
+
 def measured(case: Case, *rates: tuple[float, float]) -> Measured:
     """Rounds with a rate of the engine and one of the peer."""
     rounds = tuple({"engine": Sample(ours, 0.001), "peer": Sample(theirs, 0.002)} for ours, theirs in rates)
-    return Measured("q8_0", case, bytes=2_000_000_000, weights=100_000_000, rounds=rounds)
+    return Measured("q8_0", case, bytes=1_000_000_000, weights=100_000_000, are_floats=False, rounds=rounds)
 
 
 def test_the_ratio_is_that_of_the_rounds() -> None:
@@ -117,13 +125,16 @@ def test_the_ratio_is_that_of_the_rounds() -> None:
     assert of_rounds.rate("engine") == 11
 
 
-def test_decoding_is_limited_by_reads_and_the_rest_by_products() -> None:
-    limits = Limits(reads={"2": 20.0}, int8={"2": 400.0}, f32={"2": 100.0})
-    assert measured(Case(16, 1, 64), (5, 5)).share(limits, 2) == pytest.approx(5 * 2 / 20)
-    assert measured(Case(512), (1000, 1000)).share(limits, 2) == pytest.approx(1000 * 0.1 / 400)
-    assert measured(Case(16, 4, 64), (1000, 1000)).share(limits, 2) == pytest.approx(1000 * 0.1 / 400)
-    assert measured(Case(512), (1000, 1000)).share(limits, 1) is None
-    assert measured(Case(512), (1000, 1000)).share(None, 2) is None
+def test_the_limit_is_the_slower_of_reads_and_products() -> None:
+    limits = Limits(reads={"2": 20.0}, int8={"2": 400.0}, f32={"2": 50.0})
+    decode, streams, prompt = Case(16, 1, 64), Case(16, 4, 64), Case(1900)
+    assert measured(decode, (5, 5)).share(limits, 2) == pytest.approx(5 * 1 / 20)
+    assert measured(streams, (40, 40)).share(limits, 2) == pytest.approx(40 / 4 * 1 / 20)
+    assert measured(prompt, (1000, 1000)).share(limits, 2) == pytest.approx(1000 * 0.1 / 400)
+    of_floats = dataclasses.replace(measured(prompt, (100, 100)), are_floats=True)
+    assert of_floats.share(limits, 2) == pytest.approx(100 * 0.1 / 50)
+    assert measured(prompt, (1000, 1000)).share(limits, 1) is None
+    assert measured(prompt, (1000, 1000)).share(None, 2) is None
 
 
 def test_what_was_not_measured_is_left_open_in_the_table() -> None:

@@ -58,6 +58,8 @@ class Loaded:
     """Bytes of weights that a step reads."""
     weights: int
     """Weights that a row is multiplied with."""
+    are_floats: bool
+    """Whether they are floats, and not codes of a few bits."""
 
 
 class Child:

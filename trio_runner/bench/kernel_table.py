@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from trio_runner.bench.bare import Case
 from trio_runner.bench.contenders import Loaded, Sample
 from trio_runner.bench.figures import median_interval
+
+STEP_ROWS: Final = 512
+"""Rows of the widest step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Measured:
     """Bytes of weights that a step reads."""
     weights: int
     """Weights that a row is multiplied with."""
+    are_floats: bool
+    """Whether weights are floats. All others are multiplied as bytes."""
     rounds: tuple[Mapping[str, Sample], ...]
     """Samples by contender: "engine", "bare", "upstream", and "peer" if there is one."""
 
@@ -51,15 +56,19 @@ class Measured:
         return (statistics.median(ratios), *median_interval(ratios)) if ratios else None
 
     def share(self, limits: Limits | None, threads: int) -> float | None:
-        """What part of the machine's limit the engine uses. Decoding one stream is limited by reads of the weights,
-        everything else by products of bytes. None if that limit was not measured."""
+        """What part of the machine's limit the engine uses. None if that limit was not measured.
+
+        A step must read all weights once, and multiply each row with all of them. The limit is the one of the two that
+        takes longer.
+        """
         if limits is None or (rate := self.rate("engine")) is None:
             return None
-        if self.case.n_decode and self.case.n_streams == 1:
-            per_second, limit = rate * self.bytes / 1e9, limits.reads.get(str(threads))
-        else:
-            per_second, limit = rate * self.weights / 1e9, limits.int8.get(str(threads))
-        return per_second / limit if limit else None
+        rows = self.case.n_streams if self.case.n_decode else min(self.case.n_prompt, STEP_ROWS)
+        products = limits.f32 if self.are_floats else limits.int8
+        of_reads, of_products = limits.reads.get(str(threads)), products.get(str(threads))
+        if not of_reads or not of_products:
+            return None
+        return max(rate / rows * self.bytes / 1e9 / of_reads, rate * self.weights / 1e9 / of_products)
 
     @staticmethod
     def _median(values: Sequence[float]) -> float | None:

@@ -37,16 +37,19 @@ class Plan:
     rounds: int
     prompts: tuple[int, ...]
     streams: tuple[int, ...]
+    streams_of: tuple[str, ...]
+    """Models that are measured with several streams; none means all."""
     n_decode: int
     loads: bool
 
-    def groups(self) -> Iterator[list[Case]]:
-        """The cases, in groups that share child processes: one stream, and several."""
+    def groups(self, model: str) -> Iterator[list[Case]]:
+        """The cases of a model, in groups that share child processes: one stream, and several."""
         yield [
             *(Case(n_prompt, n_times=max(1, WARM_TOKENS // n_prompt)) for n_prompt in self.prompts),
             *(Case(N_SHORT_PROMPT, 1, self.n_decode) for n_streams in self.streams if n_streams == 1),
         ]
-        yield [Case(N_SHORT_PROMPT, n_streams, self.n_decode) for n_streams in self.streams if n_streams > 1]
+        if model in (self.streams_of or (model,)):
+            yield [Case(N_SHORT_PROMPT, n_streams, self.n_decode) for n_streams in self.streams if n_streams > 1]
 
 
 def measure(
@@ -56,13 +59,14 @@ def measure(
 
     Raises `ContenderFailed`.
     """
-    for cases in plan.groups():
+    for cases in plan.groups(name):
         if not cases:
             continue
         slots = max(case.n_streams for case in cases)
         context = max(case.n_prompt + case.n_decode for case in cases) + SPARE_CELLS
         start = partial(OwnProcess, model, slots=slots, context=context, threads=plan.threads)
         with start() as ours, start(environment=UPSTREAM) as upstream:
+            of = ours.loaded
             turns: dict[str, Callable[[Case], Sample]] = {
                 "engine": partial(ours.sample, "engine"),
                 "bare": partial(ours.sample, "bare"),
@@ -73,7 +77,7 @@ def measure(
             for case in cases:
                 able = {who: turn for who, turn in turns.items() if who != "peer" or (peer and peer.can(case))}
                 rounds = _rounds(able, case, plan.rounds, lambda text: say(f"{name}, {text}"))
-                keep(Measured(name, case, ours.loaded.bytes, ours.loaded.weights, tuple(rounds)))
+                keep(Measured(name, case, of.bytes, of.weights, of.are_floats, tuple(rounds)))
 
 
 def _rounds(
@@ -141,6 +145,10 @@ def _models(_context: click.Context, _parameter: click.Parameter, values: Sequen
     return models
 
 
+def _names(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(word for word in value.split(",") if word)
+
+
 def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(word) for word in value.split(",") if word)
@@ -165,6 +173,7 @@ _PROGRAM = click.Path(dir_okay=False, exists=True, path_type=Path)
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds of each case.")
 @click.option("--prompts", default="16,64,512,1900", show_default=True, callback=_numbers, help="Lengths of prompts.")
 @click.option("--streams", default="1,4,8,16,32", show_default=True, callback=_numbers, help="Numbers of streams.")
+@click.option("--streams-of", default="", callback=_names, help="Only these models with several.  [default: all]")
 @click.option("--tokens", "n_decode", type=click.IntRange(1), default=64, show_default=True, help="Tokens a stream.")
 @click.option("--loads/--no-loads", default=True, show_default=True, help="Measure loading and memory, too.")
 @click.option("--limits", type=click.File(), help="What the machine can do, as ci/limits.c prints it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import threading
@@ -118,8 +119,7 @@ def _say(document: dict[str, Any]) -> None:
 
 
 def _loaded(path: str, seconds: float, peak: float) -> dict[str, Any]:
-    """What is known when the model is loaded. Memory is anonymous, in MiB; bytes and weights are those that one row
-    of a step needs, with an output layer."""
+    """What is known when the model is loaded: the fields of `contenders.Loaded`."""
     from trio_runner.bench.processes import holdings
     from trio_runner.llama.gguf import check_gguf
 
@@ -127,12 +127,14 @@ def _loaded(path: str, seconds: float, peak: float) -> dict[str, Any]:
     tensors = check_gguf(path).tensors
     has_output = any(tensor.name == "output.weight" for tensor in tensors)
     used = [tensor for tensor in tensors if not (has_output and tensor.name == "token_embd.weight")]
+    matrices = [tensor for tensor in used if len(tensor.shape) == 2]
     return {
         "seconds": seconds,
         "memory": None if held is None else held.memory,
         "peak": peak,
         "bytes": sum(tensor.n_bytes for tensor in used),
-        "weights": sum(tensor.shape[0] * tensor.shape[1] for tensor in used if len(tensor.shape) == 2),
+        "weights": sum(math.prod(tensor.shape) for tensor in matrices),
+        "are_floats": max(matrices, key=lambda tensor: math.prod(tensor.shape)).type in ("f16", "f32", "bf16"),
     }
 
 
