@@ -65,7 +65,7 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 
-// Of each of 16 rows 4 dwords, in four columns of 16 dwords. Rows are loaded so that each quarter of a vector has a row:
+// Of each of 16 rows 4 dwords, in four columns of 16 dwords. Rows are loaded so that each quarter of a vector has one:
 // what transposes 4 x 4 dwords within a quarter then gives whole columns.
 struct Columns4 {
     __m512i x[4];

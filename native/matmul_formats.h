@@ -218,14 +218,15 @@ struct IQ4_XS {
     }
     template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) { IQ4_NL::codes(columns, 0, put); }
     static void scales(const Blocks<Block> &blocks, float *scales, float *) {
-        alignas(64) char columns[4 * COLUMN]; // d and the high bits of the scales; their low bits; codes, not needed here
+        alignas(64) char columns[4 * COLUMN]; // d and high bits of the scales; their low bits; codes, not needed here
         float d[TILE];
         first_halves(blocks, d);
         gather4(blocks, 0, columns);
         for (int row = 0; row < TILE; row += LANES) {
             const auto high = load<Dwords>(columns + 4 * row) >> 16, low = load<Dwords>(columns + COLUMN + 4 * row);
             for (int i = 0; i < 8; ++i)
-                multiples_of_dwords(((low >> 4 * i & 15) | (high >> 2 * i & 3) << 4) - 32, d + row, scales + i * TILE + row);
+                multiples_of_dwords(((low >> 4 * i & 15) | (high >> 2 * i & 3) << 4) - 32, d + row,
+                                    scales + i * TILE + row);
         }
     }
 };
@@ -336,7 +337,8 @@ struct Q6_K {
         gather4(blocks, offsetof(Block, scales), columns);
         for (int i = 0; i < 4; ++i)
             for (int row = 0; row < TILE; row += LANES)
-                multiples_of_bytes(load<Dwords>(columns + i * COLUMN + 4 * row), true, d + row, scales + 4 * i * TILE + row);
+                multiples_of_bytes(load<Dwords>(columns + i * COLUMN + 4 * row), true, d + row,
+                                   scales + 4 * i * TILE + row);
     }
 };
 

@@ -115,8 +115,8 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
     }
 }
 
-// Hides from the compiler where x comes from. It would else keep a pointer for each address that is made of x: more than
-// there are registers.
+// Hides from the compiler where x comes from. It would else keep a pointer for each address that is made of x, which
+// takes more registers than there are.
 inline void hide(int64_t &x) { asm volatile("" : "+r"(x)); }
 
 // Multiplies a part with some rows, and adds that to their results. With `is_first`, results begin with zero.

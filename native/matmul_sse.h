@@ -58,7 +58,8 @@ inline Floats all_lanes(float x) { return _mm_set1_ps(x); }
 inline Floats to_floats(Ints x) { return _mm_cvtepi32_ps(x); }
 inline Floats add(Floats a, Floats b) { return _mm_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm_mul_ps(a, b); }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm_add_ps(_mm_mul_ps(a, b), sum); } // two roundings
+// Two roundings: there is no fused multiply-add.
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm_add_ps(_mm_mul_ps(a, b), sum); }
 
 // Of each of 16 rows 4 dwords, as `load(row)` gives them, to 4 columns of 16 dwords.
 template <class Load> void transpose_rows(Load load, char *columns) {
