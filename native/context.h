@@ -87,7 +87,11 @@ struct trio_context {
         if (running_number == 0) return false;
         if (aborted_number.load(std::memory_order_relaxed) == running_number)
             seen_number.store(running_number, std::memory_order_relaxed);
-        return seen_number.load(std::memory_order_relaxed) == running_number;
+        return was_seen_aborted();
+    }
+    // Whether anything that computes the batch has seen that it is aborted.
+    bool was_seen_aborted() const {
+        return running_number != 0 && seen_number.load(std::memory_order_relaxed) == running_number;
     }
     void check_alive() const {
         if (poison[0] != '\0') {

@@ -213,6 +213,12 @@ int32_t decode(trio_context &context, const trio_batch &batch, bool is_narrow) {
     // So far the work has only been queued on devices. A step ends when they have done it. Otherwise a failure would
     // show in a later call, and the batches of a prompt would queue up, with no way to abort between them.
     if (code == 0 && context.has_devices) llama_synchronize(context.native.get());
+    // llama.cpp looks last when the first thread has done its share of the last operation. Another thread may have seen
+    // the abort after that, and left its share undone.
+    if (code == 0 && context.was_seen_aborted()) {
+        forget_rows(context, batch);
+        code = 2;
+    }
     context.abort_armed = true;
     if (code != -1) context.plan_pending = false;
     if (code == 0 || code == 2 || code < -1) context.shift_pending = false;
@@ -235,6 +241,7 @@ int32_t encode(trio_context &context, const trio_batch &batch, bool is_narrow) {
         code = 2;
     }
     if (code == 0 && context.has_devices) llama_synchronize(context.native.get());
+    if (code == 0 && context.was_seen_aborted()) code = 2; // as in decode()
     if (code != -1) context.plan_pending = false;
     return code;
 }
