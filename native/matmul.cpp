@@ -2,8 +2,8 @@
 //
 // ggml has several kernels for a product: for one row and for many, for repacked weights, for tiles. Which one runs
 // depends on how many rows there are, and each sums in another order, so what a row gives depends on its neighbours.
-// Here there is one (matmul_product.h), and what a row gives depends, to the last bit, on this row and the weights alone. It is
-// also quicker, as a tile of weights is unpacked once for all rows. Weights stay as and where they are in the file.
+// Here there is one (matmul_product.h), and what a row gives depends, to the last bit, on this row and the weights alone.
+// It is also quicker, as a tile of weights is unpacked once for all rows. Weights stay as and where they are in the file.
 //
 // ggml asks "extra buffer types" first who computes an operation. They are meant for weights in a layout of their own,
 // but may claim any operation, with a work buffer of their own size. So nothing needs to be patched in ggml's dispatch:
@@ -74,8 +74,10 @@ public:
         ggml_barrier(params->threadpool);
         const bool may_abort = double(k_) * double(weights_->ne[1]) * double(ggml_nrows(results_)) > double(ABORT_WORK);
         int64_t unit = params->ith, first = 0;
+        const int64_t n_used = n_used_matrices();
         for (int64_t matrix = 0; matrix < n_matrices(); ++matrix) {
-            const Division division(n_tiles_, n_rows_of(matrix), row_bytes(), TILE * k_, n_matrices(), params->nth);
+            if (n_rows_of(matrix) == 0) continue;
+            const Division division(n_tiles_, n_rows_of(matrix), row_bytes(), TILE * k_, n_used, params->nth);
             for (; unit < first + division.n_units(); unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
                 if (may_abort && ggml_cpu_is_abort_wanted(params->threadpool)) return;
                 multiply_unit(matrix, division, unit - first, params->nth);
@@ -104,6 +106,11 @@ private:
 
     int64_t n_matrices() const { return ids_ != nullptr ? weights_->ne[2] : x_->ne[2] * x_->ne[3]; }
     int64_t n_rows_of(int64_t matrix) const { return ids_ != nullptr ? counts()[matrix] : x_->ne[1]; }
+    // A few rows use few of many experts.
+    int64_t n_used_matrices() const {
+        const int64_t n = n_matrices();
+        return ids_ != nullptr ? n - std::count(counts(), counts() + n, 0) : n;
+    }
 
     ggml_type dot_type() const { return ggml_get_type_traits_cpu(weights_->type)->vec_dot_type; }
     int64_t row_size() const { // of a rounded row
