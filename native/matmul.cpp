@@ -264,8 +264,8 @@ public:
         size = MatMul(const_cast<ggml_tensor *>(op)).work_size();
         return true;
     }
+    // Also if ggml's reference is wanted (use_ref): for that, no work buffer was planned.
     bool compute_forward(ggml_compute_params *params, ggml_tensor *op) override {
-        if (params->use_ref) return false;
         MatMul(op).compute(params);
         return true;
     }

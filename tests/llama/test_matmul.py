@@ -227,3 +227,23 @@ def test_an_abort_ends_a_product_early(cpu: Cpu, name: str, threads: int) -> Non
         if first == 0:
             assert len(set(told)) == threads
     assert same(cpu.multiply(product, threads=threads)[0], undisturbed)
+
+
+@each_cpu
+def test_a_few_of_many_experts_keep_all_threads_busy(cpu: Cpu) -> None:
+    random = np.random.default_rng(12)
+    kind, threads, n_looks = TYPES["Q4_K"], 3, 0
+    weights = kind.random(random, BIG)
+    of_experts = np.broadcast_to(weights, (1, 256, *weights.shape[2:]))
+    ids = random.choice(np.array([[3], [200]], np.int32), 64)
+
+    def look() -> bool:  # once before each unit of work, and after the operation
+        nonlocal n_looks
+        with lock:
+            n_looks += 1
+        return False
+
+    lock = threading.Lock()
+    x = random.standard_normal((1, 64, 1, 512), np.float32)
+    cpu.multiply(Product(kind, of_experts, x, ids), threads=threads, abort=look)
+    assert n_looks > 8 * threads
