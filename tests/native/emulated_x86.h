@@ -1,4 +1,4 @@
-// Instructions of x86 that native/matmul_avx512.h and matmul_avx2.h use and few machines have, in plain C++. So they are
+// Instructions of x86 that native/matmul_avx512.h and matmul_avx2.h use and few machines have, in plain C++. They are
 // tested on every machine with AVX2. Must be included before everything else.
 //
 // Each is written as Intel's intrinsics guide describes it. GCC knows the names, but compiles them only for machines
