@@ -245,7 +245,9 @@ template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F mul
 
 template <class Format>
 void product(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
-    if (n_rows == 1) {
+    // With words and short groups, the sums of a chunk are more than the registers hold.
+    constexpr bool IS_FUSED = !Way<Format>::IS_WIDE || Format::SCALED == GROUP;
+    if (IS_FUSED && n_rows == 1) {
         fused_product<Format>(weights, layout, *rows);
         return;
     }
