@@ -13,6 +13,9 @@ from tests.tiny_models import tiny_model
 from trio_runner.bench import embedding_turns
 from trio_runner.bench.embedding_turns import cosine, main, table, texts_of
 
+__all__ = ["deadline"]  # a fixture
+pytestmark = pytest.mark.usefixtures("deadline")
+
 OTHER = """
 import json, sys
 assert json.loads(sys.stdin.readline()) == {"threads": 1}
