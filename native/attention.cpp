@@ -1,4 +1,4 @@
-// Attention on a CPU, in the place of ggml's own, for the usual case: keys and values of 16 bits, and a mask.
+// Attention on a CPU, in the place of ggml's own, for the usual case: keys and values of 16 or 8 bits, and a mask.
 //
 // ggml has one kernel for a single row, one for up to 63 rows, and one for more. Several streams, and a prompt beside
 // them, run on the one in the middle. That one converts every key and value again for every row and head, and sums in
@@ -10,14 +10,14 @@
 //   not depend on other rows, other cells, where in the KV cache its cells lie, or the number of threads.
 //
 // A place is a position, usually: patches/attention_order.cmake says how this file learns of it. A tile consists of the
-// cells of TILE places, from a multiple of TILE on. A cell is at the same place of the same tile for every row that ever
-// sees it. Cells that a row does not see get the weight 0, which changes no sum; so do places where there is no cell,
-// as before a sliding window. Tiles are summed in chunks of a fixed size, which also begin at multiples of their size.
-// The chunks are merged one after the other, whichever thread computed them. All of this holds for any number of rows,
-// because every element of a product is summed in the same order (attention_tiles.h).
+// cells of TILE places, from a multiple of TILE on. A cell is at the same place of the same tile for every row that
+// ever sees it. Cells that a row does not see get the weight 0, which changes no sum; so do places where there is no
+// cell, as before a sliding window. Tiles are summed in chunks of a fixed size, which also begin at multiples of their
+// size. The chunks are merged one after the other, whichever thread computed them. All of this holds for any number of
+// rows, because every element of a product is summed in the same order (attention_tiles.h).
 //
-// If places are not known (masks that llama.cpp computes; a server that computes for another machine), or two cells have
-// the same, cells are numbered as they lie. Then the result of a row also depends on the other rows of its block.
+// If places are not known (masks that a model computes), or two cells have the same, cells are numbered as they lie.
+// Then the result of a row also depends on the other rows of its block.
 //
 // Patches of an image all see each other, without a mask. They are left to ggml's third kernel, which is quicker then.
 //
@@ -44,19 +44,23 @@ extern "C" void ggml_flash_attn_ext_upstream(const ggml_compute_params *params, 
 
 namespace {
 
+// Whether keys or values are stored in a way that attention_tiles.h can convert.
+bool is_known(const ggml_tensor *tensor) {
+    return (tensor->type == GGML_TYPE_F16 || tensor->type == GGML_TYPE_Q8_0) &&
+           tensor->nb[0] == ggml_type_size(tensor->type);
+}
+
 // Whether this file computes the operation. Otherwise ggml's own function does.
 bool is_usual(const ggml_compute_params *params, const ggml_tensor *dst) {
     static const bool is_enabled = [] {
         const char *choice = std::getenv("TRIO_RUNNER_ATTENTION");
         return choice == nullptr || std::strcmp(choice, "ggml") != 0;
     }();
-    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3], *sinks = dst->src[4];
-    float max_bias, softcap;
+    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3];
+    float max_bias;
     std::memcpy(&max_bias, dst->op_params + 1, sizeof max_bias);
-    std::memcpy(&softcap, dst->op_params + 2, sizeof softcap);
-    return is_enabled && !params->use_ref && sinks == nullptr && max_bias == 0.0f && softcap == 0.0f &&
-           q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 &&
-           q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t) &&
+    return is_enabled && !params->use_ref && max_bias == 0.0f &&
+           q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && is_known(k) && is_known(v) &&
            k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 &&
            q->ne[3] % k->ne[3] == 0 && q->ne[2] / k->ne[2] <= MAX_QUERIES &&
            mask != nullptr && mask->type == GGML_TYPE_F16 && mask->ne[2] == 1;
@@ -68,10 +72,11 @@ Attention describe(ggml_tensor *dst) {
     a.k = dst->src[1];
     a.v = dst->src[2];
     a.mask = dst->src[3];
-    const ggml_tensor *order = dst->src[5];
-    if (order != nullptr && order->type == GGML_TYPE_I32 && order->ne[0] == a.k->ne[1] + a.q->ne[1]) a.order = order;
     a.dst = dst;
+    a.sinks = dst->src[4] == nullptr ? nullptr : static_cast<const float *>(dst->src[4]->data);
     std::memcpy(&a.scale, dst->op_params, sizeof a.scale);
+    std::memcpy(&a.soft_cap, dst->op_params + 2, sizeof a.soft_cap);
+    if (a.soft_cap != 0.0f) a.scale /= a.soft_cap;
     a.n_embd_k = a.k->ne[0];
     a.n_embd_v = a.v->ne[0];
     a.n_rows = a.q->ne[1];
@@ -80,6 +85,8 @@ Attention describe(ggml_tensor *dst) {
     a.n_cells = a.k->ne[1];
     a.n_kv_heads = a.k->ne[2];
     a.group = a.n_heads / a.n_kv_heads;
+    const ggml_tensor *order = dst->src[5];
+    if (order != nullptr && order->type == GGML_TYPE_I32 && order->ne[0] == a.n_cells + a.n_rows + 2) a.order = order;
     return a;
 }
 
@@ -111,7 +118,9 @@ void merge(float &highest, float &weight, float *values, float chunk_highest, fl
 class Worker {
 public:
     Worker(const Attention &attention, Plan &plan, const Plan::Unit &unit, int64_t kv_head)
-        : a_(attention), plan_(plan), unit_(unit), block_(plan.block(unit.block)), s_(scratch(attention)),
+        : load_keys_(attention.k->type == GGML_TYPE_F16 ? load_keys<Half> : load_keys<Bytes>),
+          load_values_(attention.v->type == GGML_TYPE_F16 ? load_values<Half> : load_values<Bytes>),
+          a_(attention), plan_(plan), unit_(unit), block_(plan.block(unit.block)), s_(scratch(attention)),
           kv_head_(kv_head), n_rows_(block_.end_row - block_.first_row) {}
 
     void run() {
@@ -176,22 +185,19 @@ private:
         constexpr int CHUNK_TILES = CHUNK / TILE;
         const int first = chunk * CHUNK_TILES, end = std::min(first + CHUNK_TILES, int(block_.tiles.size()));
         const char *keys[CHUNK], *values[CHUNK];
-        for (int i = 0; i < (end - first) * TILE; ++i) {
-            const int32_t cell = block_.cells[size_t(first * TILE + i)];
-            keys[i] = at(a_.k, cell);
-            values[i] = at(a_.v, cell);
-        }
+        find_rows(a_.k, first, end, keys);
+        find_rows(a_.v, first, end, values);
         for (int tile = first; tile < end; ++tile) {
             const char **tile_keys = keys + (tile - first) * TILE, **tile_values = values + (tile - first) * TILE;
             if (tile + 1 < end) {
                 const int n_next = n_places(tile + 1);
-                prefetch(tile_keys + TILE, n_next, int(a_.n_embd_k));
-                prefetch(tile_values + TILE, n_next, int(a_.n_embd_v));
+                prefetch(tile_keys + TILE, n_next, ggml_row_size(a_.k->type, a_.n_embd_k));
+                prefetch(tile_values + TILE, n_next, ggml_row_size(a_.v->type, a_.n_embd_v));
             }
             const int n = n_places(tile);
             if (n == 0) continue;
-            load_keys(tile_keys, n, int(a_.n_embd_k), s_.keys);
-            load_values(tile_values, n, int(a_.n_embd_v), s_.values);
+            load_keys_(tile_keys, n, int(a_.n_embd_k), s_.keys);
+            load_values_(tile_values, n, int(a_.n_embd_v), s_.values);
             attend_tile(tile);
         }
     }
@@ -199,11 +205,15 @@ private:
     // The places of a tile up to the last one with a cell.
     int n_places(int tile) const { return highest_bit(block_.tiles[size_t(tile)].any) + 1; }
 
-    // The key or value of a cell. That of NO_CELL is zero.
-    const char *at(const ggml_tensor *tensor, int32_t cell) const {
-        if (cell == NO_CELL) return reinterpret_cast<const char *>(s_.zeros.data());
-        return static_cast<const char *>(tensor->data) + size_t(cell) * tensor->nb[1] +
-               size_t(kv_head_) * tensor->nb[2] + size_t(kv_stream()) * tensor->nb[3];
+    // The key or value at each place of some tiles. Where there is no cell, it is zero.
+    void find_rows(const ggml_tensor *tensor, int first_tile, int end_tile, const char **rows) const {
+        const char *start = static_cast<const char *>(tensor->data) + size_t(kv_head_) * tensor->nb[2] +
+                            size_t(kv_stream()) * tensor->nb[3];
+        const auto *zero = reinterpret_cast<const char *>(s_.zeros.data());
+        const int32_t *cells = block_.cells.data() + first_tile * TILE;
+        const size_t stride = tensor->nb[1];
+        for (int i = 0; i < (end_tile - first_tile) * TILE; ++i)
+            rows[i] = cells[i] == NO_CELL ? zero : start + size_t(cells[i]) * stride;
     }
 
     // The places of a tile whose cells a row sees.
@@ -238,6 +248,10 @@ private:
             std::fill_n(scores, TILE, 0.0f);
             return;
         }
+        if (a_.soft_cap != 0.0f) {
+            for (int i = 0; i < TILE; ++i)
+                scores[i] = a_.soft_cap * std::tanh(scores[i]);
+        }
         if (seen != ~uint64_t(0)) {
             for (int i = 0; i < TILE; ++i)
                 if ((seen >> i & 1) == 0) scores[i] = -INFINITY;
@@ -266,6 +280,8 @@ private:
 
     void store() const;
 
+    void (*const load_keys_)(const char *const *, int, int, float *);
+    void (*const load_values_)(const char *const *, int, int, float *);
     const Attention &a_;
     Plan &plan_;
     const Plan::Unit &unit_;
@@ -274,17 +290,25 @@ private:
     int64_t kv_head_, n_rows_;
 };
 
-void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head, float weight, const float *values) {
+void store_result(const Attention &a, int64_t stream, int64_t row, int64_t head, float highest, float weight,
+                  const float *values) {
     auto *target = reinterpret_cast<float *>(static_cast<char *>(a.dst->data) +
                                              size_t((stream * a.n_rows + row) * a.n_heads + head) * a.dst->nb[1]);
-    const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+    float factor = 1.0f;
+    if (a.sinks != nullptr) { // one more score, whose value is zero
+        const float sink = a.sinks[head], new_highest = std::max(highest, sink);
+        factor = std::exp(highest - new_highest);
+        weight = weight * factor + std::exp(sink - new_highest);
+    }
+    if (weight != 0.0f) factor /= weight;
     for (int64_t i = 0; i < a.n_embd_v; ++i)
-        target[i] = values[i] * inverse;
+        target[i] = values[i] * factor;
 }
 
 void Worker::store() const {
     for (int64_t i = 0; i < n_rows_ * a_.group; ++i)
-        store_result(a_, block_.stream, row(i), head(i), s_.total.weight[i], s_.total.values + i * a_.n_embd_v);
+        store_result(a_, block_.stream, row(i), head(i), s_.total.highest[i], s_.total.weight[i],
+                     s_.total.values + i * a_.n_embd_v);
 }
 
 // Merges the chunks of this thread's share of the queries.
@@ -301,7 +325,7 @@ void merge_partials(const Attention &a, const Plan &plan, int ith, int nth) {
                                    (block.stream * a.n_rows * a.n_heads + query) * plan.n_chunks * a.partial_size();
             for (int chunk = 0; chunk < block.n_chunks(); ++chunk, partial += a.partial_size())
                 merge(highest, weight, values.data(), partial[0], partial[1], partial + 2, a.n_embd_v);
-            store_result(a, block.stream, query / a.n_heads, query % a.n_heads, weight, values.data());
+            store_result(a, block.stream, query / a.n_heads, query % a.n_heads, highest, weight, values.data());
         }
     }
 }
@@ -316,9 +340,8 @@ extern "C" void ggml_compute_forward_flash_attn_ext(const ggml_compute_params *p
     const Attention attention = describe(dst);
     if (params->ith == 0) {
         // The other threads find it in the work buffer, which all share.
-        static thread_local Plan made;
-        made.make(attention, params->nth);
-        Plan *address = &made;
+        static thread_local Plans plans;
+        Plan *address = &plans.find(attention, params->nth);
         std::memcpy(params->wdata, &address, sizeof address);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }

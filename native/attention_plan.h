@@ -8,7 +8,9 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -28,7 +30,9 @@ struct Attention {
     const ggml_tensor *q, *k, *v, *mask;
     const ggml_tensor *order; // or null: see patches/attention_order.cmake
     ggml_tensor *dst;
+    const float *sinks; // a score for each head that takes weight and has no value; or null
     float scale;
+    float soft_cap; // or 0: scores become soft_cap * tanh(score / soft_cap)
     int64_t n_embd_k, n_embd_v, n_rows, n_heads, n_kv_heads, n_cells, n_streams;
     int64_t group; // heads that share keys and values
 
@@ -40,6 +44,13 @@ struct Attention {
         return static_cast<const int32_t *>(order->data) + (stream % order->ne[1]) * order->ne[0];
     }
     const int32_t *sequences(int64_t stream) const { return order == nullptr ? nullptr : places(stream) + n_cells; }
+
+    // The number of the mask's content: no other content has had it. 0 if it is not known.
+    int64_t number() const {
+        int64_t result = 0;
+        if (order != nullptr) std::memcpy(&result, sequences(0) + n_rows, sizeof result);
+        return result;
+    }
 };
 
 // The set of visible cells in up to WORD elements of a mask, a bit for each.
@@ -97,11 +108,19 @@ struct Block {
     int n_chunks() const { return int((tiles.size() * TILE + CHUNK - 1) / CHUNK); }
 };
 
-// The blocks of rows with their cells, and how they are divided among threads. One thread makes it for each operation.
+// The blocks of rows with their cells, and how they are divided among threads.
 class Plan {
 public:
+    // What plans are made from. Equal keys give equal plans, if the number is known.
+    using Key = std::array<int64_t, 8>;
+    static Key key(const Attention &a, int n_threads) {
+        return {a.number(), a.n_embd_v, a.n_rows, a.n_heads, a.n_kv_heads, a.n_cells, a.n_streams, n_threads};
+    }
+    bool suits(const Key &key) const { return key[0] != 0 && key == key_; }
+
     void make(const Attention &attention, int n_threads) {
         const Attention &a = attention;
+        key_ = {}; // until it is finished
         n_words_ = size_t((a.n_cells + WORD - 1) / WORD);
         seen_.resize(size_t(a.n_streams * a.n_rows) * n_words_);
         n_blocks_ = 0;
@@ -125,6 +144,7 @@ public:
             for (int chunk = 0; is_split && chunk < n; ++chunk)
                 units.push_back({i, chunk, chunk + 1});
         }
+        key_ = key(a, n_threads);
     }
 
     const Block &block(size_t index) const { return blocks_[index]; }
@@ -216,8 +236,8 @@ private:
                                     : sees_as_much(seen(a, stream, row - 1), seen(a, stream, row));
     }
 
-    // Whether a row that sees `seen` sees all that the row before it saw, except cells before the first one that it sees
-    // (a sliding window).
+    // Whether a row that sees `seen` sees all that the row before it saw, except cells before the first one that it
+    // sees (a sliding window).
     bool sees_as_much(const uint64_t *before, const uint64_t *seen) const {
         bool has_begun = false;
         for (size_t i = 0; i < n_words_; ++i) {
@@ -231,10 +251,27 @@ private:
         return has_begun;
     }
 
+    Key key_{};
     size_t n_words_, n_blocks_;
     std::vector<uint64_t> seen_;       // sets of cells, a bit for each: those that each row sees,
     std::vector<uint64_t> any_, all_;  // and those that any row of a block sees, and all rows
     std::vector<Block> blocks_;        // may be more than n_blocks_: their memory is used again
+};
+
+// The plans of one thread. All layers of a graph can use the same one, or one of two if some have a sliding window.
+class Plans {
+public:
+    Plan &find(const Attention &attention, int n_threads) {
+        const Plan::Key key = Plan::key(attention, n_threads);
+        if (plans_[last_].suits(key)) return plans_[last_];
+        last_ = 1 - last_;
+        if (!plans_[last_].suits(key)) plans_[last_].make(attention, n_threads);
+        return plans_[last_];
+    }
+
+private:
+    Plan plans_[2];
+    int last_ = 0;
 };
 
 } // namespace

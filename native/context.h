@@ -76,6 +76,12 @@ struct trio_context {
     std::vector<trio::Scratch> scratch;              // of each of its members
     std::vector<const float *> logits;
 
+    // A number may come again after another batch was aborted.
+    void begin_batch(uint64_t number) {
+        running_number = number;
+        seen_number.store(0, std::memory_order_relaxed);
+    }
+
     // Once true, true until the batch ends: a product may have seen it, and left its results unfinished.
     bool is_aborted() const {
         if (running_number == 0) return false;

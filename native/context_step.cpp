@@ -299,7 +299,7 @@ int32_t trio_step(trio_context *context, const trio_batch *batch, const trio_sam
         ++context->step;
         const bool is_narrow = check_batch(*context, *batch);
         check_request(*context, *batch, request, result);
-        context->running_number = batch->number;
+        context->begin_batch(batch->number);
         if (context->is_aborted()) {
             set_last_error("aborted");
             return TRIO_ABORTED;
@@ -322,7 +322,7 @@ int32_t trio_encode(trio_context *context, const trio_batch *batch) {
         check_pointer(batch, "batch");
         check(!context->model->no_alloc, "the model has no weights");
         const bool is_narrow = check_encoder_batch(*context, *batch);
-        context->running_number = batch->number;
+        context->begin_batch(batch->number);
         if (context->is_aborted()) {
             set_last_error("aborted");
             return TRIO_ABORTED;

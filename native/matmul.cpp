@@ -32,6 +32,7 @@ constexpr int64_t MOST_ROWS = 512;      // of activations that are multiplied wi
 constexpr int64_t ROWS_CACHE = 1 << 18; // their bytes at most: what the second cache holds beside other things
 constexpr int64_t FEWEST_ROWS = 16;     // below which it is not worth unpacking a tile twice
 constexpr int64_t UNITS_PER_THREAD = 8; // so that a slow core does not hold up the others
+constexpr int64_t UNIT_WORK = 1 << 28;  // multiplications of a unit at most: some milliseconds
 constexpr int64_t ABORT_WORK = 1 << 24; // multiplications of a node from which it is looked whether it is aborted
 
 bool is_enabled() {
@@ -74,7 +75,7 @@ public:
         const bool may_abort = double(k_) * double(weights_->ne[1]) * double(ggml_nrows(results_)) > double(ABORT_WORK);
         int64_t unit = params->ith, first = 0;
         for (int64_t matrix = 0; matrix < n_matrices(); ++matrix) {
-            const Division division(n_tiles_, n_rows_of(matrix), row_bytes(), n_matrices(), params->nth);
+            const Division division(n_tiles_, n_rows_of(matrix), row_bytes(), TILE * k_, n_matrices(), params->nth);
             for (; unit < first + division.n_units(); unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
                 if (may_abort && ggml_cpu_is_abort_wanted(params->threadpool)) return;
                 multiply_unit(matrix, division, unit - first, params->nth);
@@ -88,13 +89,13 @@ private:
     struct Division {
         int64_t n_tiles, n_rows, tiles_at_once, rows_at_once;
 
-        Division(int64_t tiles, int64_t rows, int64_t row_bytes, int64_t n_matrices, int n_threads)
+        Division(int64_t tiles, int64_t rows, int64_t row_bytes, int64_t tile_work, int64_t n_matrices, int n_threads)
             : n_tiles(tiles), n_rows(rows) {
-            const int64_t wanted = (n_threads == 1 ? 1 : n_threads * UNITS_PER_THREAD) / n_matrices + 1;
-            tiles_at_once = std::max<int64_t>(1, n_tiles / wanted);
-            const int64_t most = std::max(FEWEST_ROWS, std::min(MOST_ROWS, ROWS_CACHE / row_bytes)),
+            const int64_t wanted = (n_threads == 1 ? 1 : n_threads * UNITS_PER_THREAD) / n_matrices + 1,
+                          most = std::max(FEWEST_ROWS, std::min(MOST_ROWS, ROWS_CACHE / row_bytes)),
                           parts = std::max(divide_up(n_rows, most), std::min(wanted / n_tiles, n_rows / FEWEST_ROWS));
             rows_at_once = std::max<int64_t>(1, divide_up(n_rows, std::max<int64_t>(1, parts)));
+            tiles_at_once = std::max<int64_t>(1, std::min(n_tiles / wanted, UNIT_WORK / (tile_work * rows_at_once)));
         }
         int64_t n_tile_parts() const { return divide_up(n_tiles, tiles_at_once); }
         int64_t n_row_parts() const { return divide_up(n_rows, rows_at_once); }
@@ -203,9 +204,10 @@ private:
         for (int64_t tile = first_tile; tile < end_tile; ++tile) {
             const int64_t first = tile * TILE, n = std::min<int64_t>(TILE, weights_->ne[1] - first),
                           next = tile + 1 < end_tile ? tile + 1 : later_tile;
-            // The last tile, which may not be full, is not worth fetching.
+            // The last tile, which may not be full, is not worth fetching, nor is what lies between rows of a view.
+            const bool is_fetched = next + 1 < n_tiles_ && weights_->nb[1] == ggml_row_size(weights_->type, k_);
             const Weights weights{tile_data(matrix, tile), weights_->nb[1], int(n), k_,
-                                  next + 1 < n_tiles_ ? tile_data(matrix, next) : nullptr};
+                                  is_fetched ? tile_data(matrix, next) : nullptr};
             if (product_ == nullptr) {
                 multiply_dots(weights, all, n_rows, first);
                 continue;
@@ -245,7 +247,7 @@ bool is_ours(const ggml_tensor *op) {
     const ggml_backend_buffer_t buffer = weights->view_src ? weights->view_src->buffer : weights->buffer;
     if (buffer != nullptr && !ggml_backend_buffer_is_host(buffer)) return false; // weights in another layout
     return x->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float) &&
-           x->nb[0] == sizeof(float) && weights->nb[0] == ggml_type_size(weights->type) &&
+           x->nb[0] == sizeof(float) && weights->nb[0] == ggml_type_size(weights->type) && x->ne[0] > 0 &&
            (find_product(weights->type) != nullptr || ggml_get_type_traits_cpu(weights->type)->vec_dot != nullptr);
 }
 

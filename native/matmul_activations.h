@@ -3,7 +3,7 @@
 // Each row is rounded once, on its own, 32 numbers at a time: x = scale * code. Its place in memory holds the codes,
 // then the scales, then for each group of weights that share an offset the sum of its numbers, which is what the offset
 // is multiplied with. Where weights are unsigned bytes or the machine multiplies bytes, codes are bytes; else words.
-// Where 128 was added to weights to make them unsigned, the place of sums has, as whole numbers, what takes that off again.
+// Where 128 was added to weights to make them unsigned, whole numbers that take that off again are in the place of sums.
 #pragma once
 
 #include <algorithm>
@@ -85,7 +85,13 @@ public:
         for (int i = 0; i < GROUP; ++i)
             to[i] = char(codes_[i]);
     }
-    void store_words(char *) const {} // there is no machine without AVX2 where codes are words
+    void store_words(char *to) const { // in the order of place_codes(), as above
+        for (int i = 0; i < GROUP; i += 4) {
+            const int32_t *x = codes_ + i;
+            const int16_t words[] = {int16_t(x[0]), int16_t(x[2]), int16_t(x[1]), int16_t(x[3])};
+            std::memcpy(to + 2 * i, words, sizeof words);
+        }
+    }
     int32_t sum(int first, int n) const {
         int32_t sum = 0;
         for (int i = first; i < first + n; ++i)

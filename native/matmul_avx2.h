@@ -13,6 +13,7 @@ constexpr int LANES = 8;
 constexpr int ROWS_OF_INTS = 3;   // rows that are multiplied with a tile at once: what 16 registers hold
 constexpr int ROWS_OF_FLOATS = 4; // also 4 x 2 chains of additions, enough to hide how long each takes
 constexpr bool WEIGHTS_ARE_UNSIGNED = true; // in dot_bytes and pair_up
+constexpr bool HAS_PAIRS = true; // there is pair_up
 #if defined(__AVXVNNI__)
 constexpr bool HAS_DOT_BYTES = true;
 #else
@@ -130,10 +131,18 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
                                            0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
     return Bytes(_mm256_shuffle_epi8(__m256i(x), _mm256_add_epi8(first, _mm256_set1_epi8(char(i)))));
 }
-// 16 numbers of 16 bits.
-inline void halves_to_floats(const uint16_t *x, float *to) {
-    for (int i = 0; i < 16; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x + i))));
+// 16 floats of the lower, or higher, 16 bits of as many dwords.
+inline void packed_halves(__m256i low, __m256i high, float *to) {
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
+    _mm256_storeu_ps(to + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+}
+inline void low_halves(const uint32_t *x, float *to) {
+    const __m256i mask = _mm256_set1_epi32(0xffff);
+    packed_halves(_mm256_and_si256(load_ints(x), mask), _mm256_and_si256(load_ints(x + 8), mask), to);
+}
+inline void high_halves(const uint32_t *x, float *to) {
+    packed_halves(_mm256_srli_epi32(load_ints(x), 16), _mm256_srli_epi32(load_ints(x + 8), 16), to);
 }
 
 } // namespace

@@ -14,6 +14,7 @@ constexpr int LANES = 16;
 constexpr int ROWS_OF_INTS = 8;
 constexpr int ROWS_OF_FLOATS = 12;
 constexpr bool WEIGHTS_ARE_UNSIGNED = true; // in dot_bytes and pair_up
+constexpr bool HAS_PAIRS = true; // there is pair_up
 #if defined(__AVX512VNNI__)
 constexpr bool HAS_DOT_BYTES = true;
 #else
@@ -64,7 +65,7 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 
-// Of each of 16 rows 4 dwords, in four columns of 16 dwords. Rows are loaded so that each quarter of a vector has a row:
+// Of each of 16 rows 4 dwords, in four columns of 16 dwords. Rows are loaded so that each quarter of a vector has one:
 // what transposes 4 x 4 dwords within a quarter then gives whole columns.
 struct Columns4 {
     __m512i x[4];
@@ -120,9 +121,12 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
     const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
     return Bytes(_mm512_shuffle_epi8(__m512i(x), _mm512_add_epi8(first, _mm512_set1_epi8(char(i)))));
 }
-// 16 numbers of 16 bits.
-inline void halves_to_floats(const uint16_t *x, float *to) {
-    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x))));
+// 16 floats of the lower, or higher, 16 bits of as many dwords.
+inline void low_halves(const uint32_t *x, float *to) {
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(load_ints(x))));
+}
+inline void high_halves(const uint32_t *x, float *to) {
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(load_ints(x), 16))));
 }
 
 } // namespace

@@ -20,6 +20,7 @@ constexpr int LANES = 16;
 constexpr int ROWS_OF_INTS = 1;
 constexpr int ROWS_OF_FLOATS = 1;
 constexpr bool WEIGHTS_ARE_UNSIGNED = false;
+constexpr bool HAS_PAIRS = false; // there is no pair_up
 constexpr bool HAS_DOT_BYTES = true;
 
 template <class F> Ints of_ints(F lane) {
@@ -126,10 +127,14 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
         copies[j] = x[j / 4 * 4 + size_t(i)];
     return copies;
 }
-// 16 numbers of 16 bits.
-inline void halves_to_floats(const uint16_t *x, float *to) {
+// 16 floats of the lower, or higher, 16 bits of as many dwords.
+inline void low_halves(const uint32_t *x, float *to) {
     for (int i = 0; i < 16; ++i)
-        to[i] = GGML_CPU_FP16_TO_FP32(x[i]);
+        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i]));
+}
+inline void high_halves(const uint32_t *x, float *to) {
+    for (int i = 0; i < 16; ++i)
+        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i] >> 16));
 }
 
 // Where bytes with signs can be multiplied, these are never called.

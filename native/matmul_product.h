@@ -10,72 +10,10 @@
 // last bit, on how many rows are beside it, which thread computes it, or where a part ends.
 #pragma once
 
-#if defined(MATMUL_VECTORS) // tests choose
-#include MATMUL_VECTORS
-#elif defined(__AVX512F__) && defined(__AVX512BW__)
-#include "matmul_avx512.h"
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include "matmul_avx2.h"
-#elif defined(__aarch64__)
-#include "matmul_neon.h"
-#else
-#include "matmul_portable.h"
-#endif
-
-#include "matmul_activations.h"
-#include "matmul_formats.h"
+#include "matmul_fused.h"
+#include "matmul_tile.h"
 
 namespace {
-
-constexpr int VECTORS = TILE / LANES;
-
-// A row of activations, and where its results go: one for each row of weights.
-struct Row {
-    const char *activations;
-    float *results;
-};
-
-// The weights of a product: TILE rows or fewer, `stride` bytes apart, of `k` numbers each.
-struct Weights {
-    const char *data;
-    size_t stride;
-    int n;
-    int64_t k;
-    const char *next; // the weights that will probably be wanted next, or null
-};
-
-// Fetches the next weights into the cache while these are unpacked, as many bytes for each block as it has itself. The
-// machine would not guess where to read on: a tile is read from 16 places in turns.
-class Prefetch {
-public:
-    Prefetch(const Weights &weights, int64_t n_blocks)
-        : at_(weights.next), step_(weights.next == nullptr ? 0 : TILE * weights.stride / size_t(n_blocks)) {}
-    void go_on() {
-        const char *end = at_ + step_;
-        for (; done_ < end; done_ += 64)
-            __builtin_prefetch(done_);
-        at_ = end;
-    }
-
-private:
-    const char *at_;
-    size_t step_;
-    const char *done_ = at_;
-};
-
-// How the codes of a format are multiplied on this machine.
-template <class Format> struct Way {
-    // As words, where bytes with signs cannot be multiplied.
-    static constexpr bool IS_WIDE = Format::SIGNED && !HAS_DOT_BYTES;
-    // By adding 128 to codes with signs, where the weights of a product of bytes have none. What that adds to the whole
-    // numbers of a row is taken off beforehand: round_row has put it where other formats have their sums.
-    static constexpr bool IS_FLIPPED = Format::SIGNED && HAS_DOT_BYTES && WEIGHTS_ARE_UNSIGNED;
-    static_assert(!IS_FLIPPED || !Format::OFFSET);
-    // Products of bytes that fit into the 16 bits of a pair: 2 * 127 * MAX each.
-    static constexpr int PAIRS = 32767 / (2 * 127 * Format::MAX);
-    static constexpr int SCALED = Format::SCALED;
-    static constexpr int STEPS = SCALED / (IS_WIDE ? 2 : 4); // lanes of codes in a group
-};
 
 // A part of a tile, unpacked.
 template <class Format> struct Part {
@@ -84,16 +22,6 @@ template <class Format> struct Part {
     alignas(64) char codes[TILE * K * (Way<Format>::IS_WIDE ? 2 : 1)];
     alignas(64) float scales[GROUPS * TILE];
     alignas(64) float offsets[Format::OFFSET ? GROUPS * TILE : 1];
-};
-
-// Where the rows of a tile are. Rows that it lacks are its last one again.
-struct Places {
-    const char *of_rows[TILE];
-
-    explicit Places(const Weights &weights) {
-        for (int row = 0; row < TILE; ++row)
-            of_rows[row] = weights.data + size_t(std::min(row, weights.n - 1)) * weights.stride;
-    }
 };
 
 // Puts the codes of four weights of some rows into their place in a part: as bytes, or as words, the first and the third,
@@ -112,17 +40,16 @@ template <class Format> void place_codes(Bytes x, int vector, char *column) {
 // Unpacks `n_k` numbers of each row, from number `from` on.
 template <class Format>
 void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &part, Prefetch &prefetch) {
-    using Block = typename Format::Block;
     constexpr int N = Format::N, GROUPS = N / Format::SCALED, CODE_SIZE = Way<Format>::IS_WIDE ? 2 : 1;
     const Places places(weights);
+    BlockHeads<Format, Part<Format>::K / N> heads;
+    heads.copy(places, from / N, n_k / N);
     char *to = part.codes;
     for (int64_t block = 0; block < n_k / N; ++block) {
         prefetch.go_on();
-        Blocks<Block> blocks;
-        for (int row = 0; row < TILE; ++row)
-            blocks.rows[row] = places.of_rows[row] + size_t(from / N + block) * sizeof(Block);
+        const Blocks<typename Format::Block> blocks(places.of_rows, from / N + block);
         float *scales = part.scales + block * GROUPS * TILE, *offsets = part.offsets + block * GROUPS * TILE;
-        Format::scales(blocks, scales, offsets);
+        heads.scales(blocks, block, scales, offsets);
         for (int chunk = 0; chunk < N / Format::CHUNK; ++chunk, to += Format::CHUNK * TILE * CODE_SIZE) {
             alignas(64) char columns[Format::COLUMNS * COLUMN];
             Format::gather(blocks, chunk, columns);
@@ -188,8 +115,8 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
     }
 }
 
-// Hides from the compiler where x comes from. It would else keep a pointer for each address that is made of x: more than
-// there are registers.
+// Hides from the compiler where x comes from. It would else keep a pointer for each address that is made of x, which
+// takes more registers than there are.
 inline void hide(int64_t &x) { asm volatile("" : "+r"(x)); }
 
 // Multiplies a part with some rows, and adds that to their results. With `is_first`, results begin with zero.
@@ -318,6 +245,10 @@ template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F mul
 
 template <class Format>
 void product(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
+    if (n_rows == 1) {
+        fused_product<Format>(weights, layout, *rows);
+        return;
+    }
     static thread_local Part<Format> part;
     Prefetch prefetch(weights, weights.k / Format::N);
     for (int64_t from = 0; from < weights.k; from += part.K) {

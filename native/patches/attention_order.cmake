@@ -3,11 +3,13 @@
 # Why: sums are rounded in the order in which they are made. A mask says which cells a row sees, but not in which order
 # they were computed: llama.cpp fills gaps, so later cells of a sequence may lie before earlier ones. attention.cpp sums
 # in the order of places, which is the same wherever the cells lie.
-# How: beside each mask of a graph there is one more input, of n_kv + n_rows integers for each stream: the place of each
-# cell, or -1 if the cell is empty, and the sequence of each row. It is filled when the mask is. The attention has it as
-# a sixth source, which upstream's kernels do not look at. The mask's `extra` points to it until then, because no struct
-# of a header has to change for that. Where a GPU of this machine computes the attention, the input is not part of the
-# graph and costs nothing. Servers get it with the masks, because theirs may be our CPU plugin.
+# How: beside each mask of a graph there is one more input, of n_kv + n_rows + 2 integers for each stream: the place of
+# each cell, or -1 if the cell is empty; the sequence of each row; and a number of 64 bits, another one each time. It is
+# filled when the mask is. By the number, attention.cpp knows that all layers of a graph have the same mask, and plans
+# its work once. The attention has the input as a sixth source, which upstream's kernels do not look at. The mask's
+# `extra` points to it until then, because no struct of a header has to change for that. Where a GPU of this machine
+# computes the attention, the input is not part of the graph and costs nothing. Servers get it with the masks, because
+# theirs may be our CPU plugin.
 # A place is a position. With M-RoPE, where rows of an image share a position, it is the cell's number in its sequence:
 # cells are ordered by position, then as their rows are in the image. Without a cache it is the row's number.
 # Until: upstream's attention gives a row the same result wherever its cells lie.
@@ -19,11 +21,19 @@ file(READ ${directory}/llama-graph.cpp graph)
 file(READ ${directory}/llama-kv-cache.cpp cache)
 
 # The input, beside the masks with a cache and without one.
+trio_replace(graph 1 "#include <cassert>" "#include <atomic>\n#include <cassert>")
+trio_replace(graph 1 "#include <numeric>" "#include <numeric>\n#include <random>")
 trio_replace(graph 1 [=[
 static ggml_tensor * build_attn_inp_kq_mask(
 ]=] [=[
+// A number that no other call has returned, probably in no other process either.
+int64_t trio_next_number() {
+    static std::atomic<int64_t> number{int64_t((uint64_t(std::random_device{}()) << 32 | 1) >> 1)};
+    return ++number;
+}
+
 static void trio_build_order(ggml_context * ctx, ggml_tensor * mask) {
-    ggml_tensor * order = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, mask->ne[0] + mask->ne[1], mask->ne[3]);
+    ggml_tensor * order = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, mask->ne[0] + mask->ne[1] + 2, mask->ne[3]);
     ggml_set_input(order);
     ggml_set_name(order, "attn_inp_order");
     mask->extra = order;
@@ -110,6 +120,8 @@ trio_replace(graph 1 [=[
             places[i]        = n_rows[ubatch->seq_id[i][0]]++;
             places[n_kv + i] = ubatch->seq_id[i][0];
         }
+        const int64_t number = trio_next_number();
+        std::memcpy(places + n_kv + n_tokens, &number, sizeof number);
     }
 ]=])
 trio_replace(cache 1 [=[
@@ -120,7 +132,8 @@ static void trio_number_cells(const llama_kv_cells & cells, llama_seq_id sequenc
     std::vector<std::pair<llama_pos, uint32_t>> order(cells.seq_pos_get(sequence).begin(),
                                                       cells.seq_pos_get(sequence).end());
     for (auto begin = order.begin(); begin != order.end();) {
-        const auto end = std::find_if(begin, order.end(), [&](const auto & cell) { return cell.first != begin->first; });
+        const auto is_elsewhere = [&](const auto & cell) { return cell.first != begin->first; };
+        const auto end = std::find_if(begin, order.end(), is_elsewhere);
         std::sort(begin, end, [&](const auto & a, const auto & b) {
             const auto & x = cells.ext_get(a.second);
             const auto & y = cells.ext_get(b.second);
@@ -135,8 +148,11 @@ static void trio_number_cells(const llama_kv_cells & cells, llama_seq_id sequenc
     }
 }
 
+int64_t trio_next_number(); // in llama-graph.cpp
+
 static void trio_set_order(const args_set_input_kq_mask & args, int32_t * places) {
-    for (int64_t s = 0; s < args.n_stream; ++s, places += args.n_kv + args.n_tps) {
+    const int64_t number = trio_next_number();
+    for (int64_t s = 0; s < args.n_stream; ++s, places += args.n_kv + args.n_tps + 2) {
         llama_seq_id ** sequences = args.ubatch->seq_id + s * args.n_tps;
         const auto & cells = args.v_cells.at(args.seq_to_stream[sequences[0][0]]);
         for (int64_t i = 0; i < args.n_kv; ++i) {
@@ -149,6 +165,7 @@ static void trio_set_order(const args_set_input_kq_mask & args, int32_t * places
             }
             places[args.n_kv + i] = sequence;
         }
+        std::memcpy(places + args.n_kv + args.n_tps, &number, sizeof number);
     }
 }
 

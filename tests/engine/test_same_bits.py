@@ -64,7 +64,7 @@ def test_weights_of_every_type(models: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_number_of_threads_changes_no_bit(models: Path, kind: str) -> None:
     """The runs alone have one thread, the company has two. Few steps, for on a busy machine threads wait for long."""
-    check(wide_model("wide", kind, models), seed=TYPES.index(kind), n_events=max(N_EVENTS // 6, 10), threads=2)
+    check(wide_model("wide", kind, models), seed=TYPES.index(kind), n_events=max(N_EVENTS // 12, 5), threads=2)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_K", "q6_K", "iq4_nl", "mxfp4", "f16", "f32", "iq3_s"])

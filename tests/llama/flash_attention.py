@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from native.build.directory import library
 from trio_runner.llama.library import LIBRARY_DIRECTORY, native
 
-TYPES = {"float32": 0, "float16": 1, "int32": 26}
-"""Numbers of ggml's types."""
+TYPES = {"float32": 0, "float16": 1, "uint8": 8, "int32": 26}
+"""Numbers of ggml's types. Bytes are blocks of q8_0."""
+BLOCK, BLOCK_BYTES = 32, 34
+"""The numbers of a block of q8_0, and its bytes."""
 CPU = 0
 """The number of ggml's type of device."""
 
@@ -94,6 +98,14 @@ class Operands:
     """The place of each cell in its sequence, or -1."""
     sequences: Sequence[int] | None = None
     """The sequence of each row."""
+    number: int = 0
+    """The number of what `seen`, `places` and `sequences` hold, below 2**31; or 0."""
+    soft_cap: float = 0.0
+    """Scores become soft_cap * tanh(score / soft_cap), unless it is 0."""
+    sinks: NDArray[np.float32] | None = None
+    """For each head, a score that takes weight and has no value."""
+    in_bytes: bool = False
+    """Whether keys and values are stored as q8_0."""
 
 
 def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
@@ -102,14 +114,20 @@ def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
     n_heads, n_rows, n_embd = operands.queries.shape
     mask = np.where(operands.seen, np.float16(0), np.float16(-np.inf))
     with _graph(threads) as (context, backend):
-        arrays: list[NDArray[Any]] = [operands.queries, operands.keys, operands.values, mask]
+        keys, values = operands.keys, operands.values
+        stored = [_blocks(keys), _blocks(values)] if operands.in_bytes else [keys, values]
+        arrays: list[NDArray[Any]] = [operands.queries, *stored, mask]
         sources = [_tensor(context, array) for array in arrays]
-        result = lib["ggml_flash_attn_ext"](context, *sources, n_embd**-0.5, 0.0, 0.0)
+        result = lib["ggml_flash_attn_ext"](context, *sources, n_embd**-0.5, 0.0, operands.soft_cap)
         assert ctypes.addressof(result.contents.src[3].contents) == ctypes.addressof(sources[3].contents)
         if operands.places is not None and operands.sequences is not None:
-            arrays.append(np.array([*operands.places, *operands.sequences], np.int32))
+            arrays.append(np.array([*operands.places, *operands.sequences, operands.number, 0], np.int32))
             sources.append(_tensor(context, arrays[-1]))
             result.contents.src[5] = sources[-1]
+        if operands.sinks is not None:
+            arrays.append(operands.sinks)
+            sources.append(_tensor(context, operands.sinks))
+            result.contents.src[4] = sources[-1]
         graph = lib["ggml_new_graph"](context)
         lib["ggml_build_forward_expand"](graph, result)
         buffer = lib["ggml_backend_alloc_ctx_tensors"](context, backend)
@@ -124,18 +142,25 @@ def attend(operands: Operands, *, threads: int = 1) -> NDArray[np.float32]:
 
 
 def exact(operands: Operands) -> NDArray[np.float64]:
-    """The same in 64 bits, by the definition: softmax(q k^T / sqrt(n_embd)) v."""
+    """The same in 64 bits, by the definition: softmax(q k^T / sqrt(n_embd)) v, with a soft cap and a sink if any."""
     n_heads, n_rows, n_embd = operands.queries.shape
     group = n_heads // operands.keys.shape[0]
+    all_keys, all_values = (
+        dequantize(_blocks(stored), GGMLQuantizationType.Q8_0) if operands.in_bytes else stored
+        for stored in (operands.keys, operands.values)
+    )
     output = np.zeros((n_rows, n_heads, operands.values.shape[2]))
     for head in range(n_heads):
         for row in range(n_rows):
             seen = operands.seen[row]
-            keys = operands.keys[head // group, seen].astype(np.float64)
-            values = operands.values[head // group, seen].astype(np.float64)
+            keys = all_keys[head // group, seen].astype(np.float64)
+            values = all_values[head // group, seen].astype(np.float64)
             scores = keys @ operands.queries[head, row].astype(np.float64) * n_embd**-0.5
-            weights = np.exp(scores - scores.max(initial=-np.inf))
-            output[row, head] = weights @ values / weights.sum() if seen.any() else 0.0
+            if operands.soft_cap:
+                scores = operands.soft_cap * np.tanh(scores / operands.soft_cap)
+            sink = -np.inf if operands.sinks is None else float(operands.sinks[head])
+            weights = np.exp(scores)
+            output[row, head] = weights @ values / (weights.sum() + np.exp(sink)) if seen.any() else 0.0
     return output
 
 
@@ -156,5 +181,15 @@ def _graph(threads: int) -> Iterator[tuple[int, int]]:
 
 def _tensor(context: int, array: NDArray[Any]) -> ctypes._Pointer[Tensor]:
     ne = [*reversed(array.shape), *[1] * (4 - array.ndim)]
+    if array.dtype == np.uint8:
+        ne[0] = ne[0] // BLOCK_BYTES * BLOCK
     tensor: ctypes._Pointer[Tensor] = ggml()["ggml_new_tensor_4d"](context, TYPES[array.dtype.name], *ne)
     return tensor
+
+
+def _blocks(numbers: NDArray[np.float16]) -> NDArray[np.uint8]:
+    """The numbers as q8_0. The factor of a block with something that is not a number is not a number."""
+    blocks = quantize(np.nan_to_num(numbers).astype(np.float32), GGMLQuantizationType.Q8_0)
+    is_nan = np.isnan(numbers.reshape(*numbers.shape[:-1], -1, BLOCK)).any(axis=-1)
+    blocks.reshape(*is_nan.shape, BLOCK_BYTES)[is_nan, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
+    return blocks

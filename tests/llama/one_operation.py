@@ -64,6 +64,7 @@ ffi.cdef(
     const struct ggml_type_traits *ggml_get_type_traits(int);
 
     int ggml_backend_score(void);
+    int ggml_cpu_has_avx2(void);
     struct ggml_cplan ggml_graph_plan(const void *, int, void *);
     int ggml_graph_compute(void *, struct ggml_cplan *);
     """

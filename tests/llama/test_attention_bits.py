@@ -30,9 +30,11 @@ class Shape:
     n_embd_v: int
     group: int
     """Heads that share keys and values."""
+    in_bytes: bool = False
+    """Whether keys and values are stored as q8_0."""
 
 
-SHAPES = (Shape(16, 16, 1), Shape(64, 64, 3), Shape(40, 24, 2), Shape(80, 12, 7))
+SHAPES = (Shape(16, 16, 1), Shape(64, 64, 3), Shape(40, 24, 2), Shape(80, 12, 7), Shape(64, 96, 2, in_bytes=True))
 """Among them widths that are no multiple of a vector's."""
 
 
@@ -65,6 +67,7 @@ def operands(
         seen,
         place_of.tolist(),
         sequences.ravel().tolist(),
+        in_bytes=shape.in_bytes,
     )
 
 
@@ -101,6 +104,36 @@ def test_a_row_has_the_same_bits_in_any_company(
     result = attend(operands(shape, cells, rows, window=window), threads=threads)
     for row, (sequence, place) in enumerate(rows):
         assert np.array_equal(result[row], alone(shape, sequence, place, window)[0]), (row, sequence, place)
+
+
+def test_layers_with_the_same_mask_share_a_plan_and_others_do_not() -> None:
+    """Also two kinds of layers that take turns, as in models with a sliding window."""
+    shape = SHAPES[1]
+    rows = [(sequence, place) for sequence in range(2) for place in range(380, 400)]
+    cells: list[Cell] = [(sequence, place) for place in range(400) for sequence in range(2)]
+    for number in (1, 3, 5):
+        random.Random(number).shuffle(cells)
+        for kind in (0, 1, 0, 0, 1):
+            window = (N_PLACES, 30)[kind]
+            given = replace(operands(shape, cells, rows, window=window), number=number + kind)
+            for row, result in zip(rows, attend(given), strict=True):
+                assert np.array_equal(result, alone(shape, *row, window)[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_soft_cap_and_sinks(shape: Shape) -> None:
+    """As in Gemma 2 and gpt-oss. A row beside others has the bits that it has alone, for any number of threads."""
+    rows = [(sequence, place) for sequence in range(2) for place in (0, 50, 399)]
+    cells: list[Cell] = [(sequence, place) for sequence in range(2) for place in range(400)]
+    random.Random(1).shuffle(cells)
+    sinks = np.linspace(-3, 9, N_KV_HEADS * shape.group, dtype=np.float32)
+    for change in ({"soft_cap": 5.0}, {"sinks": sinks}, {"soft_cap": 2.0, "sinks": sinks}):
+        given = replace(operands(shape, cells, rows), **change)
+        result = attend(given, threads=2)
+        assert np.abs(result - exact(given)).max() < 1e-5
+        for index, row in enumerate(rows):
+            one = replace(operands(shape, cells[::-1], [row]), **change)
+            assert np.array_equal(result[index], attend(one)[0])
 
 
 @settings(max_examples=10)

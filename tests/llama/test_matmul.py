@@ -18,7 +18,7 @@ FLOATS = ("F32", "F16", "BF16")
 LEFT_TO_GGML = ("IQ2_XXS", "IQ3_S", "TQ2_0", "Q1_0")
 OURS = tuple(name for name in TYPES if name not in LEFT_TO_GGML)
 WITH_SIGNS = ("Q8_0", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
-"""The types whose activations are rounded to 16 bits on some machines."""
+"""The types whose activations are rounded to 16 bits on some machines: on those before SSSE3, all types' are."""
 HALF_A_STEP = 0.5 / 32767
 """Of the greatest number in its group: by how much such an activation may change."""
 EPSILON = 2.0**-24
@@ -57,12 +57,14 @@ def same(a: Floats, b: Floats) -> bool:
 def test_a_row_gives_the_same_alone_and_among_others(cpu: Cpu, name: str) -> None:
     kind = TYPES[name]
 
-    @settings(max_examples=4, phases=[Phase.generate])
+    @settings(max_examples=3, phases=[Phase.generate])
     @given(lengths(kind), st.integers(1, 50), st.integers(1, 70), seeds, numbers_of_threads)
     def check(k: int, n_weights: int, n_rows: int, seed: int, threads: int) -> None:
         random = np.random.default_rng(seed)
         n3, n2, by_3, by_2 = random.integers(1, 3, 4)
-        weights = kind.random(random, (n3, n2, n_weights, k))
+        weights = kind.random(random, (n3, n2 + 1, n_weights, k + kind.block))[
+            :, :n2, :, : k // kind.block * kind.block_bytes
+        ]
         x = spread(random, (n3 * by_3, n2 * by_2, n_rows, k))
         orders = [np.arange(n_rows), random.integers(0, n_rows, 1), random.integers(0, n_rows, random.integers(2, 7))]
         together, alone, few = cpu.multiply(*(Product(kind, weights, x[:, :, order]) for order in orders))
@@ -81,7 +83,7 @@ def test_a_row_gives_the_same_alone_and_among_others(cpu: Cpu, name: str) -> Non
 def test_a_row_gives_the_same_with_one_expert_among_many(cpu: Cpu, name: str) -> None:
     kind = TYPES[name]
 
-    @settings(max_examples=3, phases=[Phase.generate])
+    @settings(max_examples=2, phases=[Phase.generate])
     @given(lengths(kind), st.integers(1, 40), st.integers(1, 6), st.integers(1, 20), seeds, numbers_of_threads)
     def check(k: int, n_weights: int, n_experts: int, n_tokens: int, seed: int, threads: int) -> None:
         random = np.random.default_rng(seed)
@@ -132,12 +134,13 @@ def test_results_are_as_close_as_upstreams(cpu: Cpu, name: str) -> None:
         assert relative_error(ours, right) <= max(1.05 * relative_error(theirs, right), 1e-6)
 
 
-def assert_right(product: Product, results: Floats) -> None:
+def assert_right(cpu: Cpu, product: Product, results: Floats) -> None:
     """For activations that are whole numbers, up to 127 in every group: only additions of floats round."""
     weights, x = product.kind.to_floats(product.weights).astype(np.float64), np.abs(product.x).astype(np.float64)
     steps = 2 * x.shape[-1] + 8 if product.kind.name in FLOATS else x.shape[-1] / 8 + 8
     most = steps * EPSILON * np.abs(weights).max() * x.sum(-1).max()
-    if product.kind.name in WITH_SIGNS and not set(np.unique(x)) <= {0, 127}:
+    may_have_words = product.kind.name in WITH_SIGNS or (cpu.name == "x64" and product.kind.name not in FLOATS)
+    if may_have_words and not set(np.unique(x)) <= {0, 127}:
         most += HALF_A_STEP * 127 * np.abs(weights).sum(-1).max()
     assert np.abs(results - exact(product)).max() <= most
 
@@ -154,7 +157,7 @@ def test_whole_numbers_are_multiplied_exactly(cpu: Cpu, name: str) -> None:
     x[..., ::32] = 127
     for plane in x[:, None]:
         product = Product(kind, weights, plane)
-        assert_right(product, cpu.multiply(product)[0])
+        assert_right(cpu, product, cpu.multiply(product)[0])
 
 
 @each_cpu
@@ -174,7 +177,7 @@ def test_sums_of_the_greatest_codes_do_not_overflow(cpu: Cpu, name: str, byte: i
     x[:, :, 2, ::2] = -127
     x[:, :, 3, 2::4] = x[:, :, 3, 3::4] = -127
     product = Product(kind, crafted.reshape(weights.shape), x)
-    assert_right(product, cpu.multiply(product)[0])
+    assert_right(cpu, product, cpu.multiply(product)[0])
 
 
 def test_all_variants_agree() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.llama.one_operation import TYPES, Cpu, Floats, Product, exact
+from tests.llama.one_operation import TYPES, Cpu, Floats, Product, exact, plugins
 from tests.llama.test_matmul import each_cpu, each_type, each_type_of_ours, same
 
 K = 512
@@ -91,3 +91,12 @@ def test_scales_of_zero_and_impossible_ones_stay_in_their_row(cpu: Cpu, name: st
         assert np.isnan(results[..., 18]).all()
     others = [row for row in range(21) if row not in (4, 18)]
     assert same(np.ascontiguousarray(results[..., others]), usual[..., others])
+
+
+def test_a_sum_of_nothing_is_zero() -> None:
+    for cpu in plugins():
+        for kind in map(TYPES.__getitem__, ("F32", "Q8_0")):
+            nothing = Product(
+                kind, np.ones((1, 1, 17, 64), np.uint8)[..., :0], np.ones((1, 1, 3, 64), np.float32)[..., :0]
+            )
+            assert not cpu.multiply(nothing)[0].any()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from native.build.config import NATIVE, Pin
 from native.build.source import ensure_source, local_source
@@ -24,8 +25,8 @@ class Machine:
     name: str
     flags: tuple[str, ...]
     is_arm: bool = False
-    rounds_to_words: bool = False
-    """Rows that meet codes with signs are rounded to words, as there are no products of bytes with signs."""
+    words: Literal["", "signed", "all"] = ""
+    """The codes that can only be multiplied as words of 16 bits: none, those with signs, or all."""
     rounds_once: bool = True
     """It multiplies and adds with one rounding."""
 
@@ -61,9 +62,11 @@ _AVX2 = ("-O0", "-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _EMULATED = (*_AVX2, "-include", str(HERE / "emulated_x86.h"))
 MACHINES = (
     Machine("portable", ("-O0", '-DMATMUL_VECTORS="matmul_portable.h"'), rounds_once=False),
-    Machine("avx2", _AVX2, rounds_to_words=True),
+    Machine("sse2", ("-O0",), words="all", rounds_once=False),
+    Machine("ssse3", ("-O0", "-mssse3"), words="signed", rounds_once=False),
+    Machine("avx2", _AVX2, words="signed"),
     Machine("avx2-vnni", (*_EMULATED, "-DEMULATES_VNNI", '-DMATMUL_VECTORS="matmul_avx2.h"')),
-    Machine("avx512", (*_EMULATED, '-DMATMUL_VECTORS="matmul_avx512.h"'), rounds_to_words=True),
+    Machine("avx512", (*_EMULATED, '-DMATMUL_VECTORS="matmul_avx512.h"'), words="signed"),
     Machine("avx512-vnni", (*_EMULATED, "-DEMULATES_VNNI", '-DMATMUL_VECTORS="matmul_avx512.h"')),
     Machine("arm", ("-O0", "-march=armv8-a"), is_arm=True),
     Machine("arm-dotprod", ("-O1", "-march=armv8.2-a+dotprod"), is_arm=True),
