@@ -67,7 +67,7 @@ private:
 template <class Format> void fused_product(const Weights &weights, const Layout &layout, const Row &x) {
     constexpr int N = Format::N, SCALED = Format::SCALED, CHUNK = Format::CHUNK, HEADS = 1024 / N;
     const Places places(weights);
-    Prefetch prefetch(weights, weights.k / N);
+    Prefetch prefetch(weights, weights.k / CHUNK);
     BlockHeads<Format, HEADS> heads;
     const char *codes = x.activations;
     const auto *x_scales = reinterpret_cast<const float *>(x.activations + layout.scales());
@@ -78,11 +78,11 @@ template <class Format> void fused_product(const Weights &weights, const Layout 
         result = no_floats();
     for (int64_t block = 0; block < weights.k / N; ++block) {
         if (block % HEADS == 0) heads.copy(places, block, std::min<int64_t>(HEADS, weights.k / N - block));
-        prefetch.go_on();
         const Blocks<typename Format::Block> blocks(places.of_rows, block);
         alignas(64) float scales[N / SCALED * TILE], offsets[N / SCALED * TILE];
         heads.scales(blocks, block % HEADS, scales, offsets);
         for (int chunk = 0; chunk < N / CHUNK; ++chunk) {
+            prefetch.go_on();
             alignas(64) char columns[Format::COLUMNS * COLUMN];
             Format::gather(blocks, chunk, columns);
 #pragma GCC unroll 4

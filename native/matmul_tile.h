@@ -37,12 +37,12 @@ struct Weights {
     const char *next; // the weights that will probably be wanted next, or null
 };
 
-// Fetches the next weights into the cache while these are unpacked, as many bytes for each block as it has itself. The
+// Fetches the next weights into the cache while these are unpacked, as many bytes in each step as it reads itself. The
 // machine would not guess where to read on: a tile is read from 16 places in turns.
 class Prefetch {
 public:
-    Prefetch(const Weights &weights, int64_t n_blocks)
-        : at_(weights.next), step_(weights.next == nullptr ? 0 : TILE * weights.stride / size_t(n_blocks)) {}
+    Prefetch(const Weights &weights, int64_t n_steps)
+        : at_(weights.next), step_(weights.next == nullptr ? 0 : TILE * weights.stride / size_t(n_steps)) {}
     void go_on() {
         const char *end = at_ + step_;
         for (; done_ < end; done_ += 64)
