@@ -108,4 +108,38 @@ template <class Format> void fused_product(const Weights &weights, const Layout 
         store_floats(x.results + v * LANES, results[v]);
 }
 
+// The same for weights that are floats. Each eight columns are multiplied right after they were gathered: so the machine
+// gathers the next ones while it still waits for a chain of additions.
+template <class Format> void fused_product_of_floats(const Weights &weights, const Layout &layout, const Row &x) {
+    using Number = typename Format::Number;
+    const Places places(weights);
+    Prefetch prefetch(weights, weights.k / 8 + 1);
+    const auto *numbers = reinterpret_cast<const float *>(x.activations);
+    Floats results[VECTORS], sums[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+        results[v] = sums[v] = no_floats();
+    for (int64_t k = 0; k < weights.k; k += 8) {
+        prefetch.go_on();
+        alignas(64) char columns[8 * COLUMN];
+        const int n = int(std::min<int64_t>(8, weights.k - k));
+        gather_floats<Format>(places.of_rows, size_t(k) * sizeof(Number), n, columns);
+        for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                const auto *column = reinterpret_cast<const float *>(columns + i * COLUMN);
+                sums[v] = multiply_add(load_floats(column + v * LANES), all_lanes(numbers[k + i]), sums[v]);
+            }
+        if (layout.is_whole || (k + 8) % CHAIN != 0) continue;
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            results[v] = add(results[v], sums[v]);
+            sums[v] = no_floats();
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+        store_floats(x.results + v * LANES, add(results[v], sums[v]));
+}
+
 } // namespace

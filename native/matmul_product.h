@@ -173,29 +173,19 @@ struct FloatPart {
 
 template <class Format>
 void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part, Prefetch &prefetch) {
-    using Number = typename Format::Number;
     const Places places(weights);
     auto *columns = reinterpret_cast<char *>(part.columns);
-    int64_t k = 0;
-    for (; k + 8 <= n_k; k += 8) {
+    for (int64_t k = 0; k < n_k; k += 8) {
         prefetch.go_on();
-        Format::gather(places.of_rows, size_t(from + k) * sizeof(Number), columns + k * COLUMN);
+        gather_floats<Format>(places.of_rows, size_t(from + k) * sizeof(typename Format::Number),
+                              int(std::min<int64_t>(8, n_k - k)), columns + k * COLUMN);
     }
-    if (k == n_k) return;
-    Number last[TILE][8] = {}; // nothing may be read behind the end of a row
-    const char *of_rows[TILE];
-    for (int row = 0; row < TILE; ++row) {
-        std::memcpy(last[row], places.of_rows[row] + size_t(from + k) * sizeof(Number), size_t(n_k - k) * sizeof(Number));
-        of_rows[row] = reinterpret_cast<const char *>(last[row]);
-    }
-    Format::gather(of_rows, 0, columns + k * COLUMN);
 }
 
-// Multiplies a part of floats with some rows. Each CHAIN of products is summed on its own: long sums lose digits. But with
-// `is_whole`, the sum goes on from the results.
+// Multiplies a part of floats with some rows. With `is_whole`, sums go on from the results; else
+// each CHAIN of products is summed on its own.
 template <int N_ROWS>
 void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first, bool is_whole) {
-    constexpr int64_t CHAIN = 64;
     static_assert(FloatPart::K % CHAIN == 0);
     const float *numbers[N_ROWS];
 #pragma GCC unroll 16
@@ -268,6 +258,10 @@ void product(const Weights &weights, const Layout &layout, const Row *rows, int6
 
 template <class Format>
 void product_of_floats(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
+    if (n_rows == 1) {
+        fused_product_of_floats<Format>(weights, layout, *rows);
+        return;
+    }
     static thread_local FloatPart part;
     Prefetch prefetch(weights, weights.k / 8 + 1);
     for (int64_t from = 0; from < weights.k; from += part.K) {

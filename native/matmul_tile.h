@@ -80,6 +80,23 @@ struct Places {
     }
 };
 
+constexpr int64_t CHAIN = 64; // products of floats that are summed on their own: long sums lose digits
+
+// Columns of n <= 8 floats, which begin `at` bytes after the beginning of each row. Reads nothing behind them.
+template <class Format> void gather_floats(const char *const (&rows)[TILE], size_t at, int n, char *columns) {
+    if (n == 8) {
+        Format::gather(rows, at, columns);
+        return;
+    }
+    typename Format::Number last[TILE][8] = {};
+    const char *of_rows[TILE];
+    for (int row = 0; row < TILE; ++row) {
+        std::memcpy(last[row], rows[row] + at, size_t(n) * sizeof last[row][0]);
+        of_rows[row] = reinterpret_cast<const char *>(last[row]);
+    }
+    Format::gather(of_rows, 0, columns);
+}
+
 // The heads of consecutive blocks of a tile, for the formats that have them. They are copied by instructions that the
 // units for vectors do not see, and early: a vector that is loaded right after its parts were stored has to wait.
 template <class Format, int MOST> class BlockHeads {
