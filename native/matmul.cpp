@@ -53,6 +53,9 @@ public:
           product_(find_product(weights_->type)), k_(weights_->ne[0]), n_rows_(x_->ne[1] * x_->ne[2] * x_->ne[3]),
           n_tiles_((weights_->ne[1] + TILE - 1) / TILE) {
         layout_.k = k_;
+        // Where both operands are computed, k may count rows of the batch (pooling does so). Then nothing may depend on
+        // where among these a sequence begins, such as borders between chains.
+        layout_.is_whole = weights_->op != GGML_OP_NONE;
         if (product_ != nullptr) {
             layout_.is_wide = product_->is_wide;
             layout_.summed = product_->summed;

@@ -25,6 +25,7 @@ struct Layout {
     bool is_wide = false;    // codes are words
     int summed = 0;          // numbers in each sum; 0: no sums
     bool is_flipped = false; // sums are whole numbers: those of the codes, times -128
+    bool is_whole = false;   // floats: all products are summed in one chain, however many
 
     int64_t code_size() const { return is_wide ? 2 : 1; }
     int64_t scales() const { return k * code_size(); }

@@ -312,8 +312,8 @@ struct Q5_K {
 
 struct Q6_K {
     using Block = block_q6_K;
-    static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 32, COLUMNS = 24;
-    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
+    static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 63, COLUMNS = 24;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, ql) + size_t(chunk) * 64, columns);
         gather8(blocks, offsetof(Block, ql) + size_t(chunk) * 64 + 32, columns + 8 * COLUMN);
@@ -324,13 +324,13 @@ struct Q6_K {
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN), more = load<Bytes>(columns + (i + 8) * COLUMN);
             const auto high = load<Bytes>(columns + (i + 16) * COLUMN);
-            put(i, ((low & 15) | (shift_left(high, 4) & 48)) - 32);
-            put(i + 8, ((more & 15) | (shift_left(high, 2) & 48)) - 32);
-            put(i + 16, (low >> 4 | (high & 48)) - 32);
-            put(i + 24, (more >> 4 | (high >> 2 & 48)) - 32);
+            put(i, (low & 15) | (shift_left(high, 4) & 48));
+            put(i + 8, (more & 15) | (shift_left(high, 2) & 48));
+            put(i + 16, low >> 4 | (high & 48));
+            put(i + 24, more >> 4 | (high >> 2 & 48));
         }
     }
-    static void scales(const Blocks<Block> &blocks, float *scales, float *) {
+    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
         alignas(64) char columns[4 * COLUMN];
         float d[TILE];
         halves(blocks, offsetof(Block, d), d);
@@ -339,13 +339,15 @@ struct Q6_K {
             for (int row = 0; row < TILE; row += LANES)
                 multiples_of_bytes(load<Dwords>(columns + i * COLUMN + 4 * row), true, d + row,
                                    scales + 4 * i * TILE + row);
+        for (int i = 0; i < 16; ++i)
+            multiples(scales + i * TILE, -32.0f, offsets + i * TILE);
     }
 };
 
 struct Q3_K {
     using Block = block_q3_K;
-    static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 4, COLUMNS = 16;
-    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
+    static constexpr int N = 256, CHUNK = 128, SCALED = 16, MAX = 7, COLUMNS = 16;
+    static constexpr bool SIGNED = false, OFFSET = true, HAS_HEADS = false;
     static void gather(const Blocks<Block> &blocks, int chunk, char *columns) {
         gather8(blocks, offsetof(Block, qs) + size_t(chunk) * 32, columns);
         gather8(blocks, offsetof(Block, hmask), columns + 8 * COLUMN);
@@ -355,13 +357,13 @@ struct Q3_K {
         for (int i = 0; i < 8; ++i) {
             const auto low = load<Bytes>(columns + i * COLUMN);
             const auto high = shift_right(load<Bytes>(columns + (i + 8) * COLUMN), 4 * chunk);
-            put(i, ((low & 3) | (shift_left(high, 2) & 4)) - 4);
-            put(i + 8, ((low >> 2 & 3) | (shift_left(high, 1) & 4)) - 4);
-            put(i + 16, ((low >> 4 & 3) | (high & 4)) - 4);
-            put(i + 24, (low >> 6 | (high >> 1 & 4)) - 4);
+            put(i, (low & 3) | (shift_left(high, 2) & 4));
+            put(i + 8, (low >> 2 & 3) | (shift_left(high, 1) & 4));
+            put(i + 16, (low >> 4 & 3) | (high & 4));
+            put(i + 24, low >> 6 | (high >> 1 & 4));
         }
     }
-    static void scales(const Blocks<Block> &blocks, float *scales, float *) {
+    static void scales(const Blocks<Block> &blocks, float *scales, float *offsets) {
         alignas(64) char columns[4 * COLUMN]; // codes, not needed here; 8 bytes with low bits; 4 bytes with high bits
         float d[TILE];
         halves(blocks, offsetof(Block, d), d);
@@ -373,6 +375,8 @@ struct Q3_K {
                 const auto bits = (low >> 4 * (i / 2) & 0x0f0f0f0f) | (high >> 2 * i & 0x03030303) << 4;
                 multiples_of_bytes(Dwords(Bytes(bits) - 32), true, d + row, scales + 4 * i * TILE + row);
             }
+        for (int i = 0; i < 16; ++i)
+            multiples(scales + i * TILE, -4.0f, offsets + i * TILE);
     }
 };
 

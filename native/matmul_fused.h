@@ -67,7 +67,7 @@ private:
 template <class Format> void fused_product(const Weights &weights, const Layout &layout, const Row &x) {
     constexpr int N = Format::N, SCALED = Format::SCALED, CHUNK = Format::CHUNK, HEADS = 1024 / N;
     const Places places(weights);
-    Prefetch prefetch(weights, weights.k / N);
+    Prefetch prefetch(weights, weights.k / CHUNK);
     BlockHeads<Format, HEADS> heads;
     const char *codes = x.activations;
     const auto *x_scales = reinterpret_cast<const float *>(x.activations + layout.scales());
@@ -78,11 +78,11 @@ template <class Format> void fused_product(const Weights &weights, const Layout 
         result = no_floats();
     for (int64_t block = 0; block < weights.k / N; ++block) {
         if (block % HEADS == 0) heads.copy(places, block, std::min<int64_t>(HEADS, weights.k / N - block));
-        prefetch.go_on();
         const Blocks<typename Format::Block> blocks(places.of_rows, block);
         alignas(64) float scales[N / SCALED * TILE], offsets[N / SCALED * TILE];
         heads.scales(blocks, block % HEADS, scales, offsets);
         for (int chunk = 0; chunk < N / CHUNK; ++chunk) {
+            prefetch.go_on();
             alignas(64) char columns[Format::COLUMNS * COLUMN];
             Format::gather(blocks, chunk, columns);
 #pragma GCC unroll 4
@@ -106,6 +106,40 @@ template <class Format> void fused_product(const Weights &weights, const Layout 
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v)
         store_floats(x.results + v * LANES, results[v]);
+}
+
+// The same for weights that are floats. Each eight columns are multiplied right after they were gathered: so the machine
+// gathers the next ones while it still waits for a chain of additions.
+template <class Format> void fused_product_of_floats(const Weights &weights, const Layout &layout, const Row &x) {
+    using Number = typename Format::Number;
+    const Places places(weights);
+    Prefetch prefetch(weights, weights.k / 8 + 1);
+    const auto *numbers = reinterpret_cast<const float *>(x.activations);
+    Floats results[VECTORS], sums[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+        results[v] = sums[v] = no_floats();
+    for (int64_t k = 0; k < weights.k; k += 8) {
+        prefetch.go_on();
+        alignas(64) char columns[8 * COLUMN];
+        const int n = int(std::min<int64_t>(8, weights.k - k));
+        gather_floats<Format>(places.of_rows, size_t(k) * sizeof(Number), n, columns);
+        for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                const auto *column = reinterpret_cast<const float *>(columns + i * COLUMN);
+                sums[v] = multiply_add(load_floats(column + v * LANES), all_lanes(numbers[k + i]), sums[v]);
+            }
+        if (layout.is_whole || (k + 8) % CHAIN != 0) continue;
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            results[v] = add(results[v], sums[v]);
+            sums[v] = no_floats();
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+        store_floats(x.results + v * LANES, add(results[v], sums[v]));
 }
 
 } // namespace

@@ -46,11 +46,11 @@ void unpack(const Weights &weights, int64_t from, int64_t n_k, Part<Format> &par
     heads.copy(places, from / N, n_k / N);
     char *to = part.codes;
     for (int64_t block = 0; block < n_k / N; ++block) {
-        prefetch.go_on();
         const Blocks<typename Format::Block> blocks(places.of_rows, from / N + block);
         float *scales = part.scales + block * GROUPS * TILE, *offsets = part.offsets + block * GROUPS * TILE;
         heads.scales(blocks, block, scales, offsets);
         for (int chunk = 0; chunk < N / Format::CHUNK; ++chunk, to += Format::CHUNK * TILE * CODE_SIZE) {
+            prefetch.go_on();
             alignas(64) char columns[Format::COLUMNS * COLUMN];
             Format::gather(blocks, chunk, columns);
             for (int v = 0; v < VECTORS; ++v)
@@ -90,6 +90,7 @@ inline void sum_group(const char *codes, const char *const *activations, int64_t
     } else {
         constexpr int AT_ONCE = std::min(W::PAIRS, W::STEPS);
         static_assert(AT_ONCE >= 1 && W::STEPS % AT_ONCE == 0);
+#pragma GCC unroll 4
         for (int first = 0; first < W::STEPS; first += AT_ONCE) {
             Ints pairs[N_ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -172,27 +173,19 @@ struct FloatPart {
 
 template <class Format>
 void unpack(const Weights &weights, int64_t from, int64_t n_k, FloatPart &part, Prefetch &prefetch) {
-    using Number = typename Format::Number;
     const Places places(weights);
     auto *columns = reinterpret_cast<char *>(part.columns);
-    int64_t k = 0;
-    for (; k + 8 <= n_k; k += 8) {
+    for (int64_t k = 0; k < n_k; k += 8) {
         prefetch.go_on();
-        Format::gather(places.of_rows, size_t(from + k) * sizeof(Number), columns + k * COLUMN);
+        gather_floats<Format>(places.of_rows, size_t(from + k) * sizeof(typename Format::Number),
+                              int(std::min<int64_t>(8, n_k - k)), columns + k * COLUMN);
     }
-    if (k == n_k) return;
-    Number last[TILE][8] = {}; // nothing may be read behind the end of a row
-    const char *of_rows[TILE];
-    for (int row = 0; row < TILE; ++row) {
-        std::memcpy(last[row], places.of_rows[row] + size_t(from + k) * sizeof(Number), size_t(n_k - k) * sizeof(Number));
-        of_rows[row] = reinterpret_cast<const char *>(last[row]);
-    }
-    Format::gather(of_rows, 0, columns + k * COLUMN);
 }
 
-// Multiplies a part of floats with some rows. Each CHAIN of products is summed on its own: long sums lose digits.
-template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first) {
-    constexpr int64_t CHAIN = 64;
+// Multiplies a part of floats with some rows. With `is_whole`, sums go on from the results; else
+// each CHAIN of products is summed on its own.
+template <int N_ROWS>
+void multiply(const FloatPart &part, int64_t from, int64_t n_k, const Row *rows, bool is_first, bool is_whole) {
     static_assert(FloatPart::K % CHAIN == 0);
     const float *numbers[N_ROWS];
 #pragma GCC unroll 16
@@ -203,7 +196,8 @@ template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t
 #pragma GCC unroll 16
         for (int row = 0; row < N_ROWS; ++row)
             for (int v = 0; v < VECTORS; ++v)
-                sums[row][v] = no_floats();
+                sums[row][v] = is_whole && !(is_first && begin == 0) ? load_floats(rows[row].results + v * LANES)
+                                                                     : no_floats();
         for (int64_t k = begin, end = std::min(begin + CHAIN, n_k); k < end; ++k) {
             Floats weights[VECTORS];
             for (int v = 0; v < VECTORS; ++v)
@@ -219,7 +213,7 @@ template <int N_ROWS> void multiply(const FloatPart &part, int64_t from, int64_t
         for (int row = 0; row < N_ROWS; ++row)
             for (int v = 0; v < VECTORS; ++v) {
                 float *results = rows[row].results + v * LANES;
-                const Floats before = is_first && begin == 0 ? no_floats() : load_floats(results);
+                const Floats before = is_whole || (is_first && begin == 0) ? no_floats() : load_floats(results);
                 store_floats(results, add(before, sums[row][v]));
             }
     }
@@ -245,12 +239,14 @@ template <int MOST, class F> void by_rows(const Row *rows, int64_t n_rows, F mul
 
 template <class Format>
 void product(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
-    if (n_rows == 1) {
+    // With words and short groups, the sums of a chunk are more than the registers hold.
+    constexpr bool IS_FUSED = !Way<Format>::IS_WIDE || Format::SCALED == GROUP;
+    if (IS_FUSED && n_rows == 1) {
         fused_product<Format>(weights, layout, *rows);
         return;
     }
     static thread_local Part<Format> part;
-    Prefetch prefetch(weights, weights.k / Format::N);
+    Prefetch prefetch(weights, weights.k / Format::CHUNK);
     for (int64_t from = 0; from < weights.k; from += part.K) {
         const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
         unpack<Format>(weights, from, n_k, part, prefetch);
@@ -261,14 +257,19 @@ void product(const Weights &weights, const Layout &layout, const Row *rows, int6
 }
 
 template <class Format>
-void product_of_floats(const Weights &weights, const Layout &, const Row *rows, int64_t n_rows) {
+void product_of_floats(const Weights &weights, const Layout &layout, const Row *rows, int64_t n_rows) {
+    if (n_rows == 1) {
+        fused_product_of_floats<Format>(weights, layout, *rows);
+        return;
+    }
     static thread_local FloatPart part;
     Prefetch prefetch(weights, weights.k / 8 + 1);
     for (int64_t from = 0; from < weights.k; from += part.K) {
         const int64_t n_k = std::min<int64_t>(part.K, weights.k - from);
         unpack<Format>(weights, from, n_k, part, prefetch);
-        by_rows<ROWS_OF_FLOATS>(rows, n_rows,
-                                [&](auto n, const Row *some) { multiply<n>(part, from, n_k, some, from == 0); });
+        by_rows<ROWS_OF_FLOATS>(rows, n_rows, [&](auto n, const Row *some) {
+            multiply<n>(part, from, n_k, some, from == 0, layout.is_whole);
+        });
     }
 }
 

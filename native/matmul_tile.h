@@ -37,12 +37,12 @@ struct Weights {
     const char *next; // the weights that will probably be wanted next, or null
 };
 
-// Fetches the next weights into the cache while these are unpacked, as many bytes for each block as it has itself. The
+// Fetches the next weights into the cache while these are unpacked, as many bytes in each step as it reads itself. The
 // machine would not guess where to read on: a tile is read from 16 places in turns.
 class Prefetch {
 public:
-    Prefetch(const Weights &weights, int64_t n_blocks)
-        : at_(weights.next), step_(weights.next == nullptr ? 0 : TILE * weights.stride / size_t(n_blocks)) {}
+    Prefetch(const Weights &weights, int64_t n_steps)
+        : at_(weights.next), step_(weights.next == nullptr ? 0 : TILE * weights.stride / size_t(n_steps)) {}
     void go_on() {
         const char *end = at_ + step_;
         for (; done_ < end; done_ += 64)
@@ -79,6 +79,23 @@ struct Places {
             of_rows[row] = weights.data + size_t(std::min(row, weights.n - 1)) * weights.stride;
     }
 };
+
+constexpr int64_t CHAIN = 64; // products of floats that are summed on their own: long sums lose digits
+
+// Columns of n <= 8 floats, which begin `at` bytes after the beginning of each row. Reads nothing behind them.
+template <class Format> void gather_floats(const char *const (&rows)[TILE], size_t at, int n, char *columns) {
+    if (n == 8) {
+        Format::gather(rows, at, columns);
+        return;
+    }
+    typename Format::Number last[TILE][8] = {};
+    const char *of_rows[TILE];
+    for (int row = 0; row < TILE; ++row) {
+        std::memcpy(last[row], rows[row] + at, size_t(n) * sizeof last[row][0]);
+        of_rows[row] = reinterpret_cast<const char *>(last[row]);
+    }
+    Format::gather(of_rows, 0, columns);
+}
 
 // The heads of consecutive blocks of a tile, for the formats that have them. They are copied by instructions that the
 // units for vectors do not see, and early: a vector that is loaded right after its parts were stored has to wait.

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.bench.deadline import deadline
 from tests.tiny_models import tiny_model
 from trio_runner.bench import embedding_turns
 from trio_runner.bench.embedding_turns import cosine, main, table, texts_of
+
+__all__ = ["deadline"]  # a fixture
+pytestmark = pytest.mark.usefixtures("deadline")
 
 OTHER = """
 import json, sys

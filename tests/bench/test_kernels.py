@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.bench.deadline import deadline
 from tests.bench.fake_peer import fake_peer, write_program
 from tests.tiny_models import tiny_model
 from trio_runner.bench.bare import Case
 from trio_runner.bench.contenders import ContenderFailed, Sample, read_batched_bench, read_llama_bench
 from trio_runner.bench.kernel_table import Limits, Measured, markdown
 from trio_runner.bench.kernels import Plan, main
+
+__all__ = ["deadline"]  # a fixture
+pytestmark = pytest.mark.usefixtures("deadline")
 
 RATE = 1234.5
 SMALL = ["--rounds", "1", "--prompts", "16,600", "--streams", "1,2", "--tokens", "4"]

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.bench.deadline import deadline
 from tests.tiny_models import tiny_model
 from trio_runner.bench import step_profile
 from trio_runner.bench.contenders import OwnProcess
+
+__all__ = ["deadline"]  # a fixture
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 def test_without_perf_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-// Instructions of x86 that native/matmul_avx512.h and matmul_avx2.h use and that few machines have, in plain C++. So they
-// can be tested on every machine with AVX2. Must be included before everything else.
+// Instructions of x86 that native/matmul_avx512.h and matmul_avx2.h use and few machines have, in plain C++. They are
+// tested on every machine with AVX2. Must be included before everything else.
 //
-// Each is written as Intel's intrinsics guide describes it. GCC knows the names, but compiles them only for machines that
-// have the instructions: so they are redefined. With EMULATES_VNNI, those of VNNI are there, too.
+// Each is written as Intel's intrinsics guide describes it. GCC knows the names, but compiles them only for machines
+// that have the instructions: so they are redefined. With EMULATES_VNNI, those of VNNI are there, too.
 #pragma once
 
 #include "ggml.h"

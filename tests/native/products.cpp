@@ -1,8 +1,8 @@
 // Multiplies what test_products.py writes to the standard input, and writes the results to the standard output.
 //
-// A case is five numbers of 64 bits: the type, the numbers in a row, the rows of weights, the bytes of such a row, and the
-// rows of activations. Then come the weights, and the activations as floats. The results are written twice: once all rows
-// of activations were multiplied together, once each alone.
+// A case is five numbers of 64 bits: the type, the numbers in a row, the rows of weights, the bytes of such a row, and
+// the rows of activations. Then come the weights, and the activations as floats. The results are written twice: once
+// all rows of activations were multiplied together, once each alone.
 
 #include "matmul_product.h"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from trio_runner.bench.kernel_table import Limits, Loads, Measured, markdown
 
 WARM_TOKENS: Final = 512
 """Tokens that a turn of prefill has at least: shorter prompts are read several times."""
+REST_SECONDS: Final = 0.05
+"""Seconds before a turn: threads that wait for their next work spin for a while after the turn before."""
 SPARE_CELLS: Final = 64
 """Cells of a slot beyond what the cases need."""
 
@@ -88,7 +91,10 @@ def _rounds(
     for number in range(n_rounds + 1):
         say(f"{case.name}, round {number} of {n_rounds}" if number else f"{case.name}, warming up")
         first = number % len(names)
-        samples = {name: turns[name](case) for name in names[first:] + names[:first]}
+        samples = {}
+        for name in names[first:] + names[:first]:
+            time.sleep(REST_SECONDS)
+            samples[name] = turns[name](case)
         if number:
             yield samples
 
