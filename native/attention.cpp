@@ -16,8 +16,8 @@
 // size. The chunks are merged one after the other, whichever thread computed them. All of this holds for any number of
 // rows, because every element of a product is summed in the same order (attention_tiles.h).
 //
-// If places are not known (masks that a model computes), or two cells have the same, cells are numbered as they lie.
-// Then the result of a row also depends on the other rows of its block.
+// If places are not known (masks that a model computes), two cells have the same, or most places have no cell, cells are
+// numbered as they lie. Then the result of a row also depends on the other rows of its block.
 //
 // Patches of an image all see each other, without a mask. They are left to ggml's third kernel, which is quicker then.
 //

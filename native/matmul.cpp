@@ -24,7 +24,7 @@
 #include <vector>
 
 extern "C" bool ggml_cpu_is_abort_wanted(ggml_threadpool *threadpool);
-std::vector<ggml_backend_buffer_type_t> &ggml_backend_cpu_get_extra_buffer_types();
+std::vector<ggml_backend_buffer_type_t> &ggml_cpu_operation_owners();
 
 namespace {
 
