@@ -6,8 +6,9 @@
 //
 // Every result is one chain of additions: within a group of weights that share a scale, whole numbers are summed, so
 // their order does not matter; then the groups are added as floats in the order of k. (Weights that are floats are summed
-// in chains of 64, which are added in the order of k.) Nothing else is added, so a row's results do not depend, to the
-// last bit, on how many rows are beside it, which thread computes it, or where a part ends.
+// in chains of 64, which are added in the order of k; but in a single chain where the graph computes them, too.) Nothing
+// else is added, so a row's results do not depend, to the last bit, on how many rows are beside it, which thread computes
+// it, or where a part ends.
 #pragma once
 
 #include "matmul_fused.h"
