@@ -17,7 +17,7 @@ Doubles = npt.NDArray[np.float64]
 FLOATS = ("F32", "F16", "BF16")
 LEFT_TO_GGML = ("IQ2_XXS", "IQ3_S", "TQ2_0", "Q1_0")
 OURS = tuple(name for name in TYPES if name not in LEFT_TO_GGML)
-WITH_SIGNS = ("Q8_0", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+WITH_SIGNS = ("Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4")
 """The types whose activations are rounded to 16 bits on some machines: on those before SSSE3, all types' are."""
 HALF_A_STEP = 0.5 / 32767
 """Of the greatest number in its group: by how much such an activation may change."""
