@@ -7,6 +7,7 @@ asked for, so that a test knows what it tests.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -42,11 +43,7 @@ def convert(source: Path, target: Path, kind: str) -> None:
     `source` may have any types that the gguf package can read.
     """
     reader = GGUFReader(source)
-    writer = GGUFWriter(str(target), _text(reader, "general.architecture"))
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
-            is_array = field.types[0] == GGUFValueType.ARRAY
-            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if is_array else None)
+    writer = writer_like(reader, target)
     block_size = GGML_TYPES[WEIGHT_TYPES[kind]].block_size
     for tensor in reader.tensors:
         values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
@@ -54,6 +51,23 @@ def convert(source: Path, target: Path, kind: str) -> None:
             writer.add_tensor(tensor.name, values)
         else:
             writer.add_tensor(tensor.name, quantized(values, kind), raw_dtype=GGMLQuantizationType(WEIGHT_TYPES[kind]))
+    finish(writer)
+
+
+def writer_like(reader: GGUFReader, target: Path, changed: Mapping[str, int] | None = None) -> GGUFWriter:
+    """A writer of `target` with the metadata of `reader`, without the file's type. `changed` has other values for some
+    keys."""
+    writer = GGUFWriter(str(target), _text(reader, "general.architecture"))
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            value = (changed or {}).get(field.name, field.contents())
+            is_array = field.types[0] == GGUFValueType.ARRAY
+            writer.add_key_value(field.name, value, field.types[0], field.types[-1] if is_array else None)
+    return writer
+
+
+def finish(writer: GGUFWriter) -> None:
+    """Write everything to the file, and close it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

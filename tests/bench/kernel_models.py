@@ -9,12 +9,11 @@ which the default model's are not.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import gguf
 import numpy as np
@@ -23,33 +22,13 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from tests.real.minilm import fetch_minilm
-from trio_runner.llama.library import LIBRARY_DIRECTORY
+from tests.weight_types import finish, quantized, writer_like
+from trio_runner.llama.ggml_types import GGML_TYPES
 from trio_runner.models import DEFAULT_MODEL, fetch_packaged, make_once
 
 N_EMBD, N_FF, N_LAYER, N_HEAD, N_HEAD_KV = 768, 2048, 12, 12, 4
 """Sizes of the model with random weights: 113 million parameters."""
 EMBEDDINGS: Final = "token_embd.weight"
-
-_OWN_KEYS: Final = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
-"""Fields that a reader or a writer of GGUF makes by itself."""
-
-
-def quantise(values: NDArray[np.float32], kind: Type) -> NDArray[Any]:
-    """The rows of `values` as ggml stores them in `kind`. Raises `OSError` if the library has not been built."""
-    rows = np.ascontiguousarray(values, np.float32)
-    if kind in (Type.F32, Type.F16):
-        return rows.astype(np.float16) if kind is Type.F16 else rows
-    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-    n_rows, width = rows.shape
-    assert width % block == 0
-    packed = np.empty((n_rows, width // block * n_bytes), np.uint8)
-    function = ctypes.CDLL(str(LIBRARY_DIRECTORY / "libggml-base.so")).ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    pointers, numbers = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    function.argtypes = (ctypes.c_int, *pointers, *numbers, ctypes.c_void_p)
-    written = function(int(kind), rows.ctypes.data, packed.ctypes.data, 0, n_rows, width, None)
-    assert written == packed.nbytes
-    return packed
 
 
 def requantised(source: Path, path: Path, kind: Type, embeddings: Type) -> Path:
@@ -63,7 +42,8 @@ def requantised(source: Path, path: Path, kind: Type, embeddings: Type) -> Path:
         values = dequantize(tensor.data, tensor.tensor_type)
         wanted = embeddings if tensor.name == EMBEDDINGS else kind
         _add(writer, tensor.name, values, Type.F32 if tensor.tensor_type == Type.F32 else wanted)
-    return _finish(writer, path)
+    finish(writer)
+    return path
 
 
 def random_model(source: Path, path: Path, kind: Type, embeddings: Type) -> Path:
@@ -94,32 +74,21 @@ def random_model(source: Path, path: Path, kind: Type, embeddings: Type) -> Path
         add(f"{block}.ffn_gate.weight", N_FF, N_EMBD)
         add(f"{block}.ffn_up.weight", N_FF, N_EMBD)
         add(f"{block}.ffn_down.weight", N_EMBD, N_FF)
-    return _finish(writer, path)
+    finish(writer)
+    return path
 
 
-def _writer(reader: Any, path: Path, kind: Type, changed: dict[str, int] | None = None) -> Any:
+def _writer(reader: gguf.GGUFReader, path: Path, kind: Type, changed: dict[str, int] | None = None) -> gguf.GGUFWriter:
     """A writer with the metadata of `reader`, in which the numbers of `changed` replace what was there."""
-    writer = gguf.GGUFWriter(str(path), reader.fields["general.architecture"].contents())
-    for name, entry in reader.fields.items():
-        if name not in _OWN_KEYS:
-            value = (changed or {}).get(name, entry.contents())
-            inner = entry.types[-1] if len(entry.types) > 1 else None
-            writer.add_key_value(name, value, entry.types[0], inner)
+    writer = writer_like(reader, path, changed)
     names = {Type.F16: "MOSTLY_F16", Type.Q4_K: "MOSTLY_Q4_K_S"}
     writer.add_file_type(gguf.LlamaFileType[names.get(kind, f"MOSTLY_{kind.name}")])
     return writer
 
 
-def _add(writer: Any, name: str, values: NDArray[np.float32], kind: Type) -> None:
-    writer.add_tensor(name, quantise(values, kind), raw_dtype=kind)
-
-
-def _finish(writer: Any, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def _add(writer: gguf.GGUFWriter, name: str, values: NDArray[np.float32], kind: Type) -> None:
+    packed = quantized(np.ascontiguousarray(values, np.float32), GGML_TYPES[kind].name)
+    writer.add_tensor(name, packed, raw_dtype=kind)
 
 
 Maker = Callable[[Path], Path]

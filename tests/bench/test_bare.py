@@ -72,7 +72,7 @@ async def test_a_turn_is_measured_for_each_line(tmp_path: Path) -> None:
         assert await runner.ended() == 0, runner.log
     loaded, decode, prefill, first, *refused, again = (json.loads(line) for line in runner.output.splitlines())
     assert loaded["peak"] >= loaded["memory"] > 0
-    assert loaded["bytes"] > loaded["weights"] > 0
+    assert loaded["bytes"] > loaded["weights"] > loaded["output_weights"] > 0
     assert loaded["are_floats"]
     assert decode["n_batches"] == 6
     assert decode["threads"]["MainThread"] > 0

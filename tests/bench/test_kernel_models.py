@@ -13,8 +13,8 @@ from gguf.quants import dequantize
 
 from tests.bench import kernel_models
 from tests.tiny_models import tiny_model
+from tests.weight_types import finish
 from trio_runner.llama.gguf import check_gguf
-from trio_runner.llama.library import native
 
 
 def tensors(path: Path) -> dict[str, Any]:
@@ -27,12 +27,12 @@ def f16_model(directory: Path) -> Path:
     writer = kernel_models._writer(source, path, Type.F16)
     for tensor in source.tensors:
         kernel_models._add(writer, tensor.name, tensor.data, Type.F16 if tensor.data.ndim == 2 else Type.F32)
-    return kernel_models._finish(writer, path)
+    finish(writer)
+    return path
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(Type.Q8_0, 0.01), (Type.Q4_0, 0.15), (Type.F16, 0.01)])
 def test_weights_are_the_same_in_another_type(kind: Type, tolerance: float, tmp_path: Path) -> None:
-    native()  # the library must be there
     source = f16_model(tmp_path)
     path = kernel_models.requantised(source, tmp_path / "out.gguf", kind, Type.Q8_0)
     before, after = tensors(source), tensors(path)
@@ -48,7 +48,6 @@ def test_weights_are_the_same_in_another_type(kind: Type, tolerance: float, tmp_
 def test_a_random_model_has_the_vocabulary_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"N_EMBD": 256, "N_FF": 512, "N_LAYER": 2, "N_HEAD": 4, "N_HEAD_KV": 2}.items():
         monkeypatch.setattr(kernel_models, name, size)
-    native()
     source = tiny_model("llama", tmp_path)
     path = kernel_models.random_model(source, tmp_path / "out.gguf", Type.Q4_K, Type.Q6_K)
     header = check_gguf(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ from tests.bench.deadline import deadline
 from tests.bench.fake_peer import fake_peer, write_program
 from tests.tiny_models import tiny_model
 from trio_runner.bench.bare import Case
-from trio_runner.bench.contenders import ContenderFailed, Sample, read_batched_bench, read_llama_bench
-from trio_runner.bench.kernel_table import Limits, Measured, markdown
+from trio_runner.bench.contenders import Child, ContenderFailed, Loaded, Sample, read_batched_bench, read_llama_bench
+from trio_runner.bench.kernel_table import Limits, Loads, Measured, markdown
 from trio_runner.bench.kernels import Plan, main
 
 __all__ = ["deadline"]  # a fixture
 pytestmark = pytest.mark.usefixtures("deadline")
 
 RATE = 1234.5
+LOADED = Loaded(
+    seconds=2.0, memory=50.0, peak=60.0, bytes=10**9, weights=10**8, output_weights=2 * 10**7, are_floats=False
+)
 SMALL = ["--rounds", "1", "--prompts", "16,600", "--streams", "1,2", "--tokens", "4"]
 
 
@@ -92,6 +96,14 @@ def test_a_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
     assert "Error: a child process has ended without an answer" in ended.stderr
 
 
+def test_a_child_that_answers_anything_else_is_reported() -> None:
+    with (
+        Child([sys.executable, "-S", "-c", "print('loading')"]) as child,
+        pytest.raises(ContenderFailed, match="has answered what is not JSON: 'loading"),
+    ):
+        child.receive()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -118,7 +130,7 @@ def test_several_streams_may_be_for_some_models_only() -> None:
 def measured(case: Case, *rates: tuple[float, float]) -> Measured:
     """Rounds with a rate of the engine and one of the peer."""
     rounds = tuple({"engine": Sample(ours, 0.001), "peer": Sample(theirs, 0.002)} for ours, theirs in rates)
-    return Measured("q8_0", case, bytes=1_000_000_000, weights=100_000_000, are_floats=False, rounds=rounds)
+    return Measured("q8_0", case, LOADED, rounds)
 
 
 def test_the_ratio_is_that_of_the_rounds() -> None:
@@ -131,12 +143,13 @@ def test_the_ratio_is_that_of_the_rounds() -> None:
 
 def test_the_limit_is_the_slower_of_reads_and_products() -> None:
     limits = Limits(reads={"2": 20.0}, int8={"2": 400.0}, f32={"2": 50.0})
-    decode, streams, prompt = Case(16, 1, 64), Case(16, 4, 64), Case(1900)
+    decode, streams, prompt = Case(16, 1, 64), Case(16, 4, 64), Case(2000)
+    of_a_row = 0.08 + 0.02 / 2000  # 10^9 products of a row of the prompt; only the last row has logits
     assert measured(decode, (5, 5)).share(limits, 2) == pytest.approx(5 * 1 / 20)
     assert measured(streams, (40, 40)).share(limits, 2) == pytest.approx(40 / 4 * 1 / 20)
-    assert measured(prompt, (1000, 1000)).share(limits, 2) == pytest.approx(1000 * 0.1 / 400)
-    of_floats = dataclasses.replace(measured(prompt, (100, 100)), are_floats=True)
-    assert of_floats.share(limits, 2) == pytest.approx(100 * 0.1 / 50)
+    assert measured(prompt, (1000, 1000)).share(limits, 2) == pytest.approx(1000 * of_a_row / 400)
+    of_floats = dataclasses.replace(measured(prompt, (100, 100)), loaded=dataclasses.replace(LOADED, are_floats=True))
+    assert of_floats.share(limits, 2) == pytest.approx(100 * of_a_row / 50)
     assert measured(prompt, (1000, 1000)).share(limits, 1) is None
     assert measured(prompt, (1000, 1000)).share(None, 2) is None
 
@@ -146,6 +159,13 @@ def test_what_was_not_measured_is_left_open_in_the_table() -> None:
     row = table.splitlines()[2]
     assert row == (
         "| q8_0 | prefill of 512 tokens | 30.0 | - | - | 20.0 | 1.50 (1.50 to 1.50) | - | - | - | 1.00 | 2.00 |"
+    )
+
+
+def test_memory_that_cannot_be_seen_is_left_open() -> None:
+    loads = Loads("q8_0", ((dataclasses.replace(LOADED, memory=0.0), dataclasses.replace(LOADED, memory=0.0)),))
+    assert "| q8_0 | 2.00 | 1.00 (1.00 to 1.00) | - | - | 60.0 | 1.00 (1.00 to 1.00) |" in markdown(
+        [], [loads], None, 1
     )
 
 

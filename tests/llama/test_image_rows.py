@@ -11,6 +11,7 @@ import pytest
 
 from tests.llama.pictures import ALL, PAIRS, Models, media_of, open_pair, picture
 from tests.llama.running import Running, tokens_of
+from tests.placing import device_number
 from trio_runner.core.batch import Chunk, DecodeOutcome, Sampled
 from trio_runner.core.memory import Copy, Trim
 from trio_runner.core.ports import EncodedImage
@@ -90,7 +91,8 @@ def test_causal_rows_may_be_split_into_any_batches(models: Models, name: str) ->
     for n_rows in (1, 3):
         portions = sampled(n_rows)
         assert portions.token == whole.token
-        assert portions.logprob == pytest.approx(whole.logprob, abs=1e-3)
+        is_cpu = device_number() is None
+        assert abs(portions.logprob - whole.logprob) <= (0.0 if is_cpu else 1e-3)  # GPUs round by the number of rows
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -37,6 +37,7 @@ HALVES: dict[str, tuple[int, ...]] = {
 }
 """Where each type has numbers of 16 bits in its blocks. All other bytes may be anything."""
 SIGNED = {"Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"}
+"""The types whose codes have signs when they are multiplied. Those of Q3_K and Q6_K have an offset instead."""
 TYPES = ("F32", "F16", "BF16", *HALVES)
 
 

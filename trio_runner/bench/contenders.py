@@ -1,7 +1,8 @@
 """The programs whose kernels are compared: ours as child processes that take turns, and llama-bench of a peer.
 
-A peer is any program with the options and the JSON of llama.cpp's llama-bench. It is started for every turn, and its
-own figures are taken. Its first run of each start is not counted, because it touches memory for the first time.
+A peer is any program with the options and the JSON of ik_llama.cpp's llama-bench. That of llama.cpp lacks the option
+`-gp`, which times decoding after a prompt. The peer is started for every turn, and its own figures are taken. Its first
+run of each start is not counted, because it touches memory for the first time.
 """
 
 from __future__ import annotations
@@ -51,13 +52,15 @@ class Loaded:
 
     seconds: float
     memory: float
-    """MiB of anonymous memory when the model is loaded. Pages of the model's file do not count."""
+    """MiB of anonymous memory then. Pages of the model's file do not count. 0 where it cannot be seen."""
     peak: float
     """MiB: the largest value of `memory` meanwhile."""
     bytes: int
     """Bytes of weights that a step reads."""
     weights: int
-    """Weights that a row is multiplied with."""
+    """Weights that a row is multiplied with, if its logits are wanted."""
+    output_weights: int
+    """Those of them that give the logits."""
     are_floats: bool
     """Whether they are floats, and not codes of a few bits."""
 
@@ -86,7 +89,10 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             raise ContenderFailed("a child process has ended without an answer")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise ContenderFailed(f"a child process has answered what is not JSON: {line[:200]!r}") from None
         if "error" in answer:
             raise ContenderFailed(answer["error"])
         return answer

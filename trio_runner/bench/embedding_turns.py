@@ -43,7 +43,7 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
 
 def measure(
     model: Path, command: Sequence[str], texts: list[list[int]], threads: int, slots: int, n_rounds: int
-) -> Any:
+) -> list[dict[str, dict[str, Any]]]:
     """The answers of both programs in each round, after one round that is not kept. Raises `ContenderFailed`."""
     rounds = []
     context = len(texts[0]) + SPARE_CELLS
@@ -60,8 +60,8 @@ def table(rounds: Sequence[dict[str, dict[str, Any]]], n_texts: int) -> str:
     """What was measured, as markdown."""
     lines = ["| program | texts/s | CPU ms a text |", "| --- | --- | --- |"]
     for name in (ENGINE, OTHER):
-        rate, cpu = (statistics.median(turns[name][key] for turns in rounds) for key in ("seconds", "cpu_seconds"))
-        lines.append(f"| {name} | {n_texts / rate:.1f} | {1000 * cpu / n_texts:.2f} |")
+        seconds, cpu = (statistics.median(turns[name][key] for turns in rounds) for key in ("seconds", "cpu_seconds"))
+        lines.append(f"| {name} | {n_texts / seconds:.1f} | {1000 * cpu / n_texts:.2f} |")
     ratios = [turns[OTHER]["seconds"] / turns[ENGINE]["seconds"] for turns in rounds]
     low, high = median_interval(ratios)
     alike = cosine(rounds[0][ENGINE]["vector"], rounds[0][OTHER]["vector"])
@@ -102,7 +102,9 @@ def main(
         raise click.ClickException(str(error)) from error
     text = table(measured, n_texts)
     if json_file is not None:
-        json_file.write_text(json.dumps({"threads": threads, "texts": n_texts, "rounds": measured}, indent=1) + "\n")
+        json_file.write_text(
+            json.dumps({"threads": threads, "texts": n_texts, "rounds": measured}, indent=1) + "\n", encoding="utf-8"
+        )
     if markdown_file is not None:
         markdown_file.write_text(text, encoding="utf-8")
     click.echo(text)

@@ -33,12 +33,8 @@ class Measured:
 
     model: str
     case: Case
-    bytes: int
-    """Bytes of weights that a step reads."""
-    weights: int
-    """Weights that a row is multiplied with."""
-    are_floats: bool
-    """Whether weights are floats. All others are multiplied as bytes."""
+    loaded: Loaded
+    """What the process says about the model. Weights that are no floats are multiplied as bytes."""
     rounds: tuple[Mapping[str, Sample], ...]
     """Samples by contender: "engine", "bare", "upstream", and "peer" if there is one."""
 
@@ -58,17 +54,20 @@ class Measured:
     def share(self, limits: Limits | None, threads: int) -> float | None:
         """What part of the machine's limit the engine uses. None if that limit was not measured.
 
-        A step must read all weights once, and multiply each row with all of them. The limit is the one of the two that
-        takes longer.
+        A step must read all weights once, and multiply each row with them. Only the last row of a prompt is multiplied
+        with those that give the logits. The limit is the one of the two that takes longer.
         """
         if limits is None or (rate := self.rate("engine")) is None:
             return None
-        rows = self.case.n_streams if self.case.n_decode else min(self.case.n_prompt, STEP_ROWS)
-        products = limits.f32 if self.are_floats else limits.int8
+        rows, weights = self.case.n_streams, float(self.loaded.weights)
+        if not self.case.n_decode:
+            rows = min(self.case.n_prompt, STEP_ROWS)
+            weights -= self.loaded.output_weights * (1 - 1 / self.case.n_prompt)
+        products = limits.f32 if self.loaded.are_floats else limits.int8
         of_reads, of_products = limits.reads.get(str(threads)), products.get(str(threads))
         if not of_reads or not of_products:
             return None
-        return max(rate / rows * self.bytes / 1e9 / of_reads, rate * self.weights / 1e9 / of_products)
+        return max(rate / rows * self.loaded.bytes / 1e9 / of_reads, rate * weights / 1e9 / of_products)
 
     @staticmethod
     def _median(values: Sequence[float]) -> float | None:
@@ -116,6 +115,9 @@ def _load_row(one: Loads) -> list[str]:
     cells = [one.model]
     for name, form in (("seconds", ".2f"), ("memory", ".1f"), ("peak", ".1f")):
         pairs = [(getattr(ours, name), getattr(theirs, name)) for ours, theirs in one.rounds]
+        if not all(theirs for _, theirs in pairs):  # memory, where it cannot be seen
+            cells += ["-", "-"]
+            continue
         ratios = [ours / theirs for ours, theirs in pairs]
         cells.append(format(statistics.median(ours for ours, _ in pairs), form))
         cells.append(_interval((statistics.median(ratios), *median_interval(ratios))))

@@ -80,7 +80,7 @@ def measure(
             for case in cases:
                 able = {who: turn for who, turn in turns.items() if who != "peer" or (peer and peer.can(case))}
                 rounds = _rounds(able, case, plan.rounds, lambda text: say(f"{name}, {text}"))
-                keep(Measured(name, case, of.bytes, of.weights, of.are_floats, tuple(rounds)))
+                keep(Measured(name, case, of, tuple(rounds)))
 
 
 def _rounds(

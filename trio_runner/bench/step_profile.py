@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by Linux's `perf`, which looks a thousand times a second what each thread is doing.
+"""Where the time of a step goes, by Linux's `perf`, which looks about 2,000 times a second what each thread is doing.
 
     python -m trio_runner.bench.step_profile --model FILE --threads 1 --symbols DIRECTORY
 

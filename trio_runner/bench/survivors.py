@@ -33,10 +33,10 @@ IN_SLOT: Final = 0.8
 """Share of them that do not leave before they have a slot."""
 N_TOP: Final = 3
 """Most probable tokens that are compared at each place, besides the token itself."""
+N_LATE_TOP: Final = 20
+"""The same for the client that reads late: with more of them, its tokens fill the buffers on their way to it sooner."""
 N_BEGINNING: Final = 4 * N_SHORT
 """Tokens that the prompts of all streams begin with, and those of some clients that leave."""
-N_LATE_TOP: Final = 20
-"""The same of the client that reads late, whose tokens fill the buffers between it and the server sooner."""
 LATE_SECONDS: Final = 20.0
 """Seconds after which the client that reads late reads on, even if it was not paused. A server of ours disconnects one
 that has taken nothing for 30 seconds."""

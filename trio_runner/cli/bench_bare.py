@@ -128,12 +128,14 @@ def _loaded(path: str, seconds: float, peak: float) -> dict[str, Any]:
     has_output = any(tensor.name == "output.weight" for tensor in tensors)
     used = [tensor for tensor in tensors if not (has_output and tensor.name == "token_embd.weight")]
     matrices = [tensor for tensor in used if len(tensor.shape) == 2]
+    output = "output.weight" if has_output else "token_embd.weight"
     return {
         "seconds": seconds,
-        "memory": None if held is None else held.memory,
+        "memory": 0.0 if held is None else held.memory,
         "peak": peak,
         "bytes": sum(tensor.n_bytes for tensor in used),
         "weights": sum(math.prod(tensor.shape) for tensor in matrices),
+        "output_weights": sum(math.prod(tensor.shape) for tensor in matrices if tensor.name == output),
         "are_floats": max(matrices, key=lambda tensor: math.prod(tensor.shape)).type in ("f16", "f32", "bf16"),
     }
 
