@@ -33,8 +33,7 @@ def set_up_logging(verbose: int, *, base: int = logging.WARNING, log_format: Log
     logging.basicConfig(level=levels[index], handlers=[handler], force=True)
     if log_format == "json":
         _log_what_python_prints()
-    if verbose < 2:
-        logging.getLogger("trio_runner.llama").setLevel(levels[index - 1])
+    logging.getLogger("trio_runner.llama").setLevel(levels[index - 1 if verbose < 2 else index])
     for name in ("httpx", "httpx2", "filelock", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
