@@ -25,7 +25,9 @@ def sampled(path: Path, threads: int) -> list[dict[int, Sampled]]:
     """Samples of three steps, of sequences that differ in their first token and their seed."""
     running = Running(path, slots=N_SEQUENCES, context_length=16, threads=threads, flash_attention="off")
     params = {uid: replace(PARAMS, seed=uid) for uid in range(N_SEQUENCES)}
-    params |= {uid: replace(PARAMS, seed=uid, json_schema='{"type": "string", "minLength": 50}') for uid in UNDER_A_SCHEMA}
+    params |= {
+        uid: replace(PARAMS, seed=uid, json_schema='{"type": "string", "minLength": 50}') for uid in UNDER_A_SCHEMA
+    }
     params[DEAD_END] = replace(PARAMS, grammar="root ::= <[99999999]>")
     samplers = {uid: running.sampler(setting) for uid, setting in params.items()}
     tokens = {uid: 1000 + uid for uid in params}
