@@ -193,19 +193,25 @@ struct Q8_0 {
     static void scales(Heads heads, float *scales, float *) { low_halves(heads, scales); }
 };
 
-struct IQ4_NL {
-    using Block = block_iq4_nl;
-    static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 127, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = true;
-    static void gather(const Blocks<Block> &blocks, int, char *columns) { gather4(blocks, offsetof(Block, qs), columns); }
+// 32 weights like Nibbles, whose numbers stand for those of a table.
+template <class B, const int8_t *TABLE> struct TableNibbles {
+    using Block = B;
+    static constexpr int N = 32, CHUNK = 32, SCALED = 32, COLUMNS = 4;
+    static constexpr bool SIGNED = true, OFFSET = false;
+    static void gather(const Blocks<B> &blocks, int, char *columns) { gather4(blocks, offsetof(B, qs), columns); }
     template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
 #pragma GCC unroll 8
         for (int i = 0; i < 4; ++i) {
             const auto x = load<Bytes>(columns + i * COLUMN);
-            put(i, look_up(kvalues_iq4nl, x & 15));
-            put(i + 4, look_up(kvalues_iq4nl, x >> 4));
+            put(i, look_up(TABLE, x & 15));
+            put(i + 4, look_up(TABLE, x >> 4));
         }
     }
+};
+
+struct IQ4_NL : TableNibbles<block_iq4_nl, kvalues_iq4nl> {
+    static constexpr int MAX = 127;
+    static constexpr bool HAS_HEADS = true;
     static void scales(Heads heads, float *scales, float *) { low_halves(heads, scales); }
 };
 
@@ -231,19 +237,9 @@ struct IQ4_XS {
     }
 };
 
-struct MXFP4 {
-    using Block = block_mxfp4;
-    static constexpr int N = 32, CHUNK = 32, SCALED = 32, MAX = 12, COLUMNS = 4;
-    static constexpr bool SIGNED = true, OFFSET = false, HAS_HEADS = false;
-    static void gather(const Blocks<Block> &blocks, int, char *columns) { gather4(blocks, offsetof(Block, qs), columns); }
-    template <class Put> ALWAYS_INLINE static void codes(const char *columns, int, Put put) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 4; ++i) {
-            const auto x = load<Bytes>(columns + i * COLUMN);
-            put(i, look_up(kvalues_mxfp4, x & 15));
-            put(i + 4, look_up(kvalues_mxfp4, x >> 4));
-        }
-    }
+struct MXFP4 : TableNibbles<block_mxfp4, kvalues_mxfp4> {
+    static constexpr int MAX = 12;
+    static constexpr bool HAS_HEADS = false;
     static void scales(const Blocks<Block> &blocks, float *scales, float *) {
         for (int row = 0; row < TILE; ++row)
             scales[row] = GGML_E8M0_TO_FP32_HALF(blocks[row].e);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ggml-impl.h"
+#include "matmul_halves.h"
 #include "simd-mappings.h"
 
 #include <cstdint>
@@ -127,16 +128,6 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
         copies[j] = x[j / 4 * 4 + size_t(i)];
     return copies;
 }
-// 16 floats of the lower, or higher, 16 bits of as many dwords.
-inline void low_halves(const uint32_t *x, float *to) {
-    for (int i = 0; i < 16; ++i)
-        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i]));
-}
-inline void high_halves(const uint32_t *x, float *to) {
-    for (int i = 0; i < 16; ++i)
-        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i] >> 16));
-}
-
 // Where bytes with signs can be multiplied, these are never called.
 inline Ints dot_words(Ints sum, Ints, Ints) { return sum; }
 inline Ints pair_up(Ints weights, Ints) { return weights; }

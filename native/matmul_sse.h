@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ggml-impl.h"
+#include "matmul_halves.h"
 #include "simd-mappings.h"
 
 #include <cstddef>
@@ -131,15 +132,5 @@ template <class Bytes> Bytes copy_byte(const Bytes &x, int i) {
 
 // Never called, as there are no such products.
 inline Ints dot_bytes(Ints sum, Ints, Ints) { return sum; }
-
-// 16 floats of the lower, or higher, 16 bits of as many dwords.
-inline void low_halves(const uint32_t *x, float *to) {
-    for (int i = 0; i < 16; ++i)
-        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i]));
-}
-inline void high_halves(const uint32_t *x, float *to) {
-    for (int i = 0; i < 16; ++i)
-        to[i] = GGML_CPU_FP16_TO_FP32(uint16_t(x[i] >> 16));
-}
 
 } // namespace

@@ -99,7 +99,7 @@ def test_a_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
 def test_a_child_that_answers_anything_else_is_reported() -> None:
     with (
         Child([sys.executable, "-S", "-c", "print('loading')"]) as child,
-        pytest.raises(ContenderFailed, match="has answered what is not JSON: 'loading"),
+        pytest.raises(ContenderFailed, match="sent an answer that is not JSON: 'loading"),
     ):
         child.receive()
 

@@ -215,7 +215,7 @@ class Company(_Driver):
         self.counts["preemptions"] = self.scheduler.statistics().n_preemptions
 
     def _happen(self, kind: str) -> bool:
-        """False if there is nobody to whom it could happen."""
+        """Make an event of this kind happen. False if no sequence is in the state that it needs."""
         match kind:
             case "submit" | "submit several answers" | "submit one that shifts" | "submit an embedding":
                 self._submit(kind)
@@ -296,7 +296,7 @@ class Company(_Driver):
         return found
 
     def alone(self, spec: SequenceSpec, sampling: SamplingParams) -> Told:
-        """What this request is told if there is nobody else, up to `MAX_TOKENS` tokens. One thread computes it."""
+        """What this request is told if it runs alone, up to `MAX_TOKENS` tokens, computed by one thread."""
         driver = _Driver(self.path, pace=None, **self._config | {"batch_size": 256, "slots": 1, "threads": 1})
         uid = driver.submit(replace(spec, max_tokens=MAX_TOKENS, background=False, share_prompt=False), sampling)
         driver.run()

@@ -1,5 +1,5 @@
 """Batch invariance on the CPU: the same request gives the same tokens, log-probabilities and embeddings, to the last
-bit, whoever else is there, whatever is cached, and however its prompt is cut into steps.
+bit. Other requests, the prompt cache and the steps that its prompt is cut into make no difference.
 
 tests/engine/company.py makes the schedules; `TRIO_RUNNER_TEST_EVENTS=1000` in the environment makes them longer. A
 failure names the requests that differ, and `python -m tests.engine.play` finds the shortest schedule that does.

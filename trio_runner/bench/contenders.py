@@ -92,7 +92,7 @@ class Child:
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
-            raise ContenderFailed(f"a child process has answered what is not JSON: {line[:200]!r}") from None
+            raise ContenderFailed(f"a child process sent an answer that is not JSON: {line[:200]!r}") from None
         if "error" in answer:
             raise ContenderFailed(answer["error"])
         return answer
